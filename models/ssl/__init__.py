@@ -1,0 +1,18 @@
+"""Pretraining methods by name: a new one is a file here, a row below and a YAML."""
+
+from dataclasses import dataclass, field
+
+from models.ssl.dino import DINO
+from models.ssl.simclr import SimCLR
+from training.config import choice
+
+SSL_METHODS = {
+    "simclr": SimCLR,
+    "dino": DINO,
+}
+
+
+@dataclass(kw_only=True)
+class MethodConfig:
+    name: str = choice(SSL_METHODS)
+    options: dict = field(default_factory=dict)

@@ -1,0 +1,23 @@
+"""Run a function in several gloo processes, as torchrun would, and collect what each returns."""
+
+import os
+import tempfile
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _worker(rank: int, world_size: int, folder: str, function, args) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    torch.save(function(rank, world_size, *args), os.path.join(folder, f"{rank}.pt"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_processes(function, world_size: int, *args) -> list:
+    """[function(rank, world_size, *args) for each rank], each in its own process; `function` is a module's own."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_worker, (world_size, folder, function, args), nprocs=world_size)
+        return [torch.load(os.path.join(folder, f"{r}.pt"), weights_only=False) for r in range(world_size)]

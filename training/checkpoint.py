@@ -1,0 +1,111 @@
+"""Run folders and checkpoints: written whole or not at all, read without running code, resumed when the config agrees."""
+
+import functools
+import os
+import pickle
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+import yaml
+
+from training import distributed
+from training.config import flatten
+from training.errors import UserError
+
+LAST = "last.pt"
+ABOUT_PROGRESS = ("resume",)  # keys that may differ between a checkpoint's config and this run's
+
+
+def save(path: str | Path, parts: dict, **about) -> None:
+    """Write {name: part.state_dict()} and `about` (step, config, ...) on rank 0, whole or not at all.
+
+    A temporary file, fsync, then rename: a process killed in between leaves the old checkpoint or the new one.
+    """
+    if not distributed.is_main():
+        return
+    state = {name: part.state_dict() for name, part in parts.items()} | about | {"version": code_version()}
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise UserError(f"cannot write checkpoint {path}: {error}; the previous one is untouched") from None
+
+
+def restore(state: dict, parts: dict) -> None:
+    """The inverse of `save` for its parts."""
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+
+
+def load(path: str | Path) -> dict:
+    """A checkpoint's dict on the CPU, read with weights_only=True, so that no code in the file is run."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {path}") from None
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is damaged or holds code that would run on loading; refused ({error})") from None
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(f"{path} is not a readable checkpoint ({error})") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint")
+    return state
+
+
+def open_run(folder: str | Path, config: dict, *, resume: str = "auto") -> dict | None:
+    """Make the run folder and write config.yaml; returns the state to go on from, or None for a fresh start.
+
+    resume `auto`: a folder with a checkpoint of the same config goes on; of another config is an error that names the
+    keys. resume `never`: what is there is removed first.
+    """
+    folder, state = Path(folder), None
+    if resume == "auto" and (folder / LAST).exists():
+        state = load(folder / LAST)
+        old, new = flatten(state.get("config", {})), flatten(config)
+        keys = [k for k in sorted({*old, *new}) if k not in ABOUT_PROGRESS and old.get(k) != new.get(k)]
+        if keys:
+            changes = ", ".join(f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys[:4])
+            raise UserError(
+                f"{folder} holds a run with another config ({changes}{', ...' if len(keys) > 4 else ''}); "
+                "choose another run_name, or resume=never to start this one afresh"
+            )
+    distributed.barrier()  # all ranks have looked before rank 0 changes anything
+    if distributed.is_main():
+        try:
+            if resume == "never" and folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        except OSError as error:
+            raise UserError(f"cannot write run folder {folder}: {error.strerror}") from None
+    distributed.barrier()
+    return state
+
+
+def keep_copy(folder: str | Path, step: int, count: int) -> None:
+    """Keep this step's last.pt as step_<step>.pt and, with it, the `count` newest such copies."""
+    if count and distributed.is_main():
+        os.link(
+            Path(folder) / LAST, copy := Path(folder) / f"step_{step:08d}.pt.tmp"
+        )  # save() never writes into a file
+        os.replace(copy, copy.with_suffix(""))
+        for path in sorted(Path(folder).glob("step_*.pt"))[:-count]:
+            path.unlink()
+
+
+@functools.cache
+def code_version() -> str:
+    """Commit of this code, with `+` when the tree has changes; `unknown` outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=10"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()

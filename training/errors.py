@@ -1,0 +1,21 @@
+"""Mistakes of the user: one line on stderr and exit status 2 instead of a traceback."""
+
+import os
+import sys
+
+
+class UserError(Exception):
+    """Something the user can mend. The message says in one line what is wrong, where, and what to do."""
+
+
+def run(main) -> None:
+    """Call `main(argv)`; a `UserError` becomes `error: ...` and exit status 2, Ctrl-C becomes exit status 130."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        rank = f" [rank {os.environ['RANK']}]" if "RANK" in os.environ else ""
+        print(f"error{rank}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,131 @@
+"""TensorBoard, metrics.jsonl and results.json of a run folder; only rank 0 writes."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from training import distributed
+from training.config import flatten
+from training.errors import UserError
+
+
+class Log:
+    """What a run shows: `scalars` to TensorBoard and metrics.jsonl, pictures, text, and the final results.
+
+    Args:
+        folder: the run folder. `step`: where training (re)starts; lines and events after it, left by a killed process,
+        are dropped, so that an interrupted run's curves equal an uninterrupted one's.
+    """
+
+    def __init__(self, folder: str | Path, config: dict, step: int = 0):
+        self.folder, self.config, self.writer = Path(folder), config, None
+        if not distributed.is_main():
+            return
+        lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        self._metrics.write_text("".join(line + "\n" for line in kept))
+        self.writer = SummaryWriter(self.folder, purge_step=step + 1)
+        self.text("config", "```yaml\n" + yaml.safe_dump(config, sort_keys=False) + "```")
+
+    @property
+    def _metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def scalars(self, step: int, values: dict[str, float | Tensor]) -> dict[str, float]:
+        """Write one line and one point a value; tensors are read here, which waits for the device. Returns floats."""
+        values = {key: float(value) for key, value in values.items() if value is not None}
+        if self.writer:
+            for key, value in values.items():
+                self.writer.add_scalar(key, value, step)
+            finite = {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
+            with open(self._metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **finite}) + "\n")
+        return values
+
+    def picture(self, tag: str, image: Tensor, step: int = 0) -> None:
+        """A (3, H, W) picture, uint8 or float in [0, 1]."""
+        if self.writer:
+            self.writer.add_image(tag, image, step)
+
+    def say(self, line: str) -> None:
+        """A line for the person at the terminal, on stderr: stdout's last line is the results."""
+        if self.writer:
+            print(line, file=sys.stderr)
+
+    def text(self, tag: str, text: str) -> None:
+        if self.writer:
+            self.writer.add_text(tag, text)
+
+    def results(self, results: dict) -> None:
+        """Write results.json and TensorBoard's hparams; print the JSON as the script's last line on stdout."""
+        if not self.writer:
+            return
+        hparams = {k: v for k, v in flatten(self.config).items() if isinstance(v, int | float | str | bool)}
+        metrics = {f"final/{k}": v for k, v in results.items() if isinstance(v, int | float)}
+        self.writer.add_hparams(hparams, metrics, run_name=".")
+        self.writer.close()
+        temporary = self.folder / f"results.json.tmp{os.getpid()}"
+        temporary.write_text(json.dumps(results) + "\n")
+        os.replace(temporary, self.folder / "results.json")
+        print(json.dumps(results), flush=True)
+
+    def repeat_results(self) -> bool:
+        """Whether this run had its results written already; prints them again."""
+        path = self.folder / "results.json"
+        if path.exists() and self.writer:
+            print(path.read_text().strip(), flush=True)
+        return path.exists()
+
+
+class Window:
+    """Means since the last reading: loss, pictures a second, share of the time spent waiting for data.
+
+    The loss is added up on the device, so nothing waits for it until `read`.
+    """
+
+    def __init__(self, device: torch.device):
+        self.loss = torch.zeros((), device=device)
+        self._restart()
+
+    def _restart(self) -> None:
+        self.loss.zero_()
+        self.steps = self.pictures = 0
+        self.waited, self.started = 0.0, time.perf_counter()
+
+    def next(self, batches: Iterator):
+        """next(batches), timed."""
+        asked = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - asked
+        return batch
+
+    def add(self, loss: Tensor, pictures: int) -> None:
+        self.loss += loss.detach()
+        self.steps, self.pictures = self.steps + 1, self.pictures + pictures
+
+    def check(self, where: str) -> None:
+        """Stop on a loss that is not finite; `where` says step, learning rate and what to go back to."""
+        if not torch.isfinite(self.loss):
+            raise UserError(
+                f"the loss is {float(self.loss)} {where}; lower the learning rate or use precision=bf16 or fp32"
+            )
+
+    def read(self) -> dict[str, float]:
+        """Means over this window and all ranks; starts the next window. Every rank must call it."""
+        seconds = time.perf_counter() - self.started
+        values = {
+            "loss": float(distributed.all_reduce_mean(self.loss)) / max(self.steps, 1),
+            "speed/images_per_second": self.pictures / seconds,
+            "speed/data_wait_share": self.waited / seconds,
+        }
+        self._restart()
+        return values

@@ -1,0 +1,147 @@
+"""Optimizers by name, parameter groups, gradient clipping, and the LARS optimizer of the official PyTorch codes."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from training.config import choice
+from training.schedule import warmup_constant, warmup_cosine, warmup_steps
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al. 2017), as in official DINO, Barlow Twins, VICReg and MoCo v3.
+
+    For p with more than one dimension: g <- g + weight_decay p; g <- g * eta |p| / |g| (1 if either norm is 0). Biases
+    and norm parameters get neither. Then buf <- momentum buf + g (buf starts at 0) and p <- p - lr buf: the learning
+    rate stands outside the buffer, unlike TensorFlow SimCLR's "classic momentum".
+    """
+
+    def __init__(self, params, *, lr: float = 0.0, weight_decay: float = 0.0, momentum: float = 0.9, eta: float = 1e-3):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta})
+
+    @torch.no_grad()
+    def step(self, closure=None):  # noqa: ARG002 - the signature of torch.optim.Optimizer
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                g = p.grad
+                if p.ndim > 1:
+                    g = g + group["weight_decay"] * p
+                    p_norm, g_norm = p.norm(), g.norm()
+                    # torch.where and not `if`: no host sync
+                    g = g * torch.where((p_norm > 0) & (g_norm > 0), group["eta"] * p_norm / g_norm, 1.0)
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(g)
+                p.sub_(group["lr"] * buffer)
+
+
+def sgd(groups, *, momentum: float = 0.9, nesterov: bool = False):
+    return torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=nesterov)
+
+
+def adam(groups, *, betas: tuple[float, float] = (0.9, 0.999)):
+    return torch.optim.Adam(groups, lr=0.0, betas=betas)
+
+
+def adamw(groups, *, betas: tuple[float, float] = (0.9, 0.999)):
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas)
+
+
+def lars(groups, *, momentum: float = 0.9, eta: float = 1e-3):
+    return LARS(groups, momentum=momentum, eta=eta)
+
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast
+OPTIMIZERS = {"sgd": sgd, "adam": adam, "adamw": adamw, "lars": lars}
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    name: str = choice(OPTIMIZERS)
+    lr: float
+    lr_scaling: Literal["linear", "none"] = "none"  # linear: lr stands for 256 pictures a step
+    schedule: Literal["cosine", "constant", "steps"] = "cosine"
+    warmup_epochs: float = 0.0
+    final_lr: float = 0.0  # where the cosine ends
+    weight_decay: float = 0.0
+    final_weight_decay: float | None = None  # a cosine from weight_decay to this (DINO); none: constant
+    layer_decay: float = 1.0  # learning rate x layer_decay per stage away from the head
+    clip: float | None = None  # largest gradient norm
+    clip_mode: Literal["global", "tensor"] = "global"  # tensor: each parameter by itself, as official DINO does
+    options: dict = field(default_factory=dict)
+
+    def lr_at(self, step: int, total: int, epoch_steps: int, batch_size: int) -> float:
+        """Learning rate of a step; `batch_size` counts the pictures of all processes and accumulated batches."""
+        start = self.lr * batch_size / 256 if self.lr_scaling == "linear" else self.lr
+        warmup = round(self.warmup_epochs * epoch_steps)
+        if self.schedule == "constant":
+            return warmup_constant(step, total, start=start, warmup=warmup)
+        if self.schedule == "steps":
+            return warmup_steps(step, total, start=start, warmup=warmup)
+        return warmup_cosine(step, total, start=start, end=self.final_lr, warmup=warmup)
+
+    def weight_decay_at(self, step: int, total: int) -> float:
+        if self.final_weight_decay is None:
+            return self.weight_decay
+        return warmup_cosine(step, total, start=self.weight_decay, end=self.final_weight_decay)
+
+
+def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, layer_decay=config.layer_decay)
+    return OPTIMIZERS[config.name](groups, **config.options)
+
+
+def parameter_groups(model: nn.Module, *, layer_decay: float = 1.0) -> list[dict]:
+    """Trainable parameters by (weight decay or not, layer-wise learning-rate scale).
+
+    Decayed: more than one dimension and not a bias (official DINO's rule). A group's `lr_scale` is layer_decay^(L+1-l)
+    with l = 0 for the stem, 1..L for the stages and L+1 for heads (official DINOv2's rule).
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    depths = {name: _depth(name) for name, _ in named}
+    head = max((d for d in depths.values() if d is not None), default=0) + 1
+    groups = {}
+    for name, p in named:
+        depth = head if depths[name] is None else depths[name]
+        decayed = p.ndim > 1 and not name.endswith(".bias")
+        key = (decayed, layer_decay ** (head - depth))
+        groups.setdefault(key, {"params": [], "decayed": key[0], "lr_scale": key[1]})["params"].append(p)
+    return list(groups.values())
+
+
+def _depth(name: str) -> int | None:
+    """Position of a backbone parameter by its published name; None for heads and everything outside a backbone."""
+    if stage := re.search(r"(?:^|\.)(?:layer|features\.|blocks\.|stages\.)(\d+)\.", name):
+        return int(stage[1]) + (".features." in f".{name}" or ".blocks." in f".{name}" or ".stages." in f".{name}")
+    return 0 if "backbone." in name else None
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """Write this step's learning rate and weight decay into the groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        group["weight_decay"] = weight_decay if group["decayed"] else 0.0
+
+
+@torch.no_grad()
+def clip_gradients(parameters, max_norm: float | None, mode: str = "global") -> Tensor:
+    """Scale gradients in place to at most `max_norm`; returns the global norm before, without a host sync.
+
+    global: one norm over all parameters (torch.nn.utils.clip_grad_norm_). tensor: each parameter's gradient by its own
+    norm, g *= min(1, max_norm / (|g| + 1e-6)): what official DINO's clip_gradients does.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    norms = torch.stack(torch._foreach_norm(grads))  # (n_parameters,)
+    total = norms.norm()
+    if max_norm is not None:
+        scale = max_norm / ((norms if mode == "tensor" else total.expand_as(norms)) + 1e-6)
+        torch._foreach_mul_(grads, list(scale.clamp(max=1.0)))
+    return total

@@ -1,0 +1,37 @@
+"""Curves over training steps: pure functions, to be called in the loop and easy to plot."""
+
+import math
+
+
+def warmup_cosine(step: int, total: int, *, start: float, end: float = 0.0, warmup: int = 0) -> float:
+    """Linear warm-up from 0 to `start`, then half a cosine from `start` towards `end`.
+
+    Official DINO (utils.cosine_scheduler): warm-up = linspace(0, start, warmup), both ends included; then, with N =
+    total - warmup, end + (start - end) (1 + cos(pi i / N)) / 2 for i = 0 .. N-1, so `end` itself is not reached.
+    """
+    if step < warmup:
+        return start * step / max(warmup - 1, 1)
+    progress = (step - warmup) / max(total - warmup, 1)
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * progress))
+
+
+def warmup_constant(step: int, total: int, *, start: float, warmup: int = 0) -> float:
+    """The same warm-up, then `start` until the end; `total` is not needed and taken for a common signature."""
+    del total
+    return start * step / max(warmup - 1, 1) if step < warmup else start
+
+
+def warmup_steps(
+    step: int, total: int, *, start: float, warmup: int = 0, at: tuple[float, ...] = (0.6, 0.8), factor: float = 0.1
+) -> float:
+    """The same warm-up, then `start` times `factor` for each fraction of `total` in `at` that has passed."""
+    if step < warmup:
+        return start * step / max(warmup - 1, 1)
+    return start * factor ** sum(step >= fraction * total for fraction in at)
+
+
+def linear_then_constant(position: float, *, start: float, end: float, length: int) -> float:
+    """linspace(start, end, length)[position], then `end` for ever (DINO's teacher temperature, position = epoch)."""
+    if position >= length - 1:
+        return end
+    return start + (end - start) * position / (length - 1)
