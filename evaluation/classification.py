@@ -1,0 +1,152 @@
+"""Classification figures from scores and labels, and the picture of a confusion matrix."""
+
+import unicodedata
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+MOST_CONFUSED = 10  # pairs listed in a report
+
+CORRECT, WRONG, INK, GRID = (8, 81, 156), (203, 66, 20), (32, 32, 32), (214, 214, 214)
+
+
+def confusion_matrix(predictions: Tensor, labels: Tensor, n_classes: int) -> Tensor:
+    """Counts (C, C) int64, rows the truth and columns the prediction; predictions and labels (N,) in [0, C)."""
+    pairs = labels * n_classes + predictions  # (N,)
+    return torch.bincount(pairs, minlength=n_classes**2).view(n_classes, n_classes)  # (C, C)
+
+
+def classification_report(scores: Tensor, labels: Tensor, classes: list[str]) -> dict:
+    """Every figure of a classification, ready for JSON; shares in [0, 1].
+
+    Equal scores are settled for the lowest class index, in top-1, top-5 and the confusion matrix alike. Macro figures
+    are means over the classes *that have test pictures*, as scikit-learn's with `labels=` these classes, so that macro
+    recall is balanced accuracy. Such a class that is never predicted has precision and F1 zero (zero_division=0); a
+    class without test pictures has None.
+
+    Args:
+        scores: (N, C), larger is likelier.
+        labels: (N,) int64 in [0, C).
+        classes: the C names.
+
+    Returns:
+        n_test, top1, top5 (top-C when C < 5), balanced_accuracy, macro_precision, macro_recall, macro_f1;
+        per_class: {name: {n_test, accuracy (= recall), precision, f1}};
+        classes: the names, and confusion: C rows (truth) of C counts (prediction);
+        most_confused: [{truth, predicted, count, share (of the truth's pictures)}], by falling count.
+
+    Raises:
+        ValueError: shapes that do not fit, no picture, labels outside [0, C), scores that are not finite.
+    """
+    n_test, n_classes = len(labels), len(classes)
+    if scores.shape != (n_test, n_classes) or n_test == 0:
+        raise ValueError(f"expected scores (N, {n_classes}) and labels (N,), got {scores.shape} and {labels.shape}")
+    if labels.min() < 0 or labels.max() >= n_classes:
+        raise ValueError(f"labels run from {labels.min()} to {labels.max()}, outside [0, {n_classes})")
+    if not scores.isfinite().all():
+        raise ValueError("scores hold values that are not finite")
+
+    own = scores.gather(1, labels[:, None])  # (N, 1)
+    lower = torch.arange(n_classes, device=labels.device) < labels[:, None]  # (N, C) columns that win a tie
+    rank = ((scores > own) | ((scores == own) & lower)).sum(1)  # (N,) 0: the prediction is right
+
+    matrix = confusion_matrix(scores.argmax(1), labels, n_classes).cpu()  # (C, C)
+    hits, of_truth, of_prediction = matrix.diagonal().double(), matrix.sum(1), matrix.sum(0)  # (C,) each
+    recall = hits / of_truth.clamp(min=1)
+    precision = hits / of_prediction.clamp(min=1)
+    f1 = 2 * hits / (of_truth + of_prediction).clamp(min=1)
+    present = of_truth > 0  # (C,)
+
+    per_class = {}
+    for i, name in enumerate(classes):
+        figures = {"accuracy": recall, "precision": precision, "f1": f1}
+        figures = {key: float(values[i]) if present[i] else None for key, values in figures.items()}
+        per_class[name] = {"n_test": int(of_truth[i]), **figures}
+    return {
+        "n_test": n_test,
+        "top1": float((rank < 1).double().mean()),
+        "top5": float((rank < 5).double().mean()),
+        "balanced_accuracy": float(recall[present].mean()),
+        "macro_precision": float(precision[present].mean()),
+        "macro_recall": float(recall[present].mean()),
+        "macro_f1": float(f1[present].mean()),
+        "per_class": per_class,
+        "classes": list(classes),
+        "confusion": matrix.tolist(),
+        "most_confused": _most_confused(matrix, classes),
+    }
+
+
+def _most_confused(matrix: Tensor, classes: list[str]) -> list[dict]:
+    """The `MOST_CONFUSED` largest cells off the diagonal that are not zero, ties in row order; matrix (C, C)."""
+    wrong = matrix.clone().fill_diagonal_(0).flatten()  # (C*C,)
+    pairs = []
+    for cell in wrong.argsort(descending=True, stable=True)[:MOST_CONFUSED].tolist():
+        truth, predicted = divmod(cell, len(classes))
+        if count := int(wrong[cell]):
+            share = count / int(matrix[truth].sum())
+            pairs.append({"truth": classes[truth], "predicted": classes[predicted], "count": count, "share": share})
+    return pairs
+
+
+def confusion_picture(matrix: Tensor, classes: list[str]) -> Image.Image:
+    """The confusion matrix (C, C) of counts as an RGB picture, rows the truth.
+
+    A cell's color is its share of the row: blue on the diagonal, red off it, white for none. Counts stand in the cells,
+    percentages below them up to 12 classes, and nothing beyond 40 classes, where only the colors are readable.
+    """
+    n_classes = len(classes)
+    cell = 62 if n_classes <= 12 else 40 if n_classes <= 40 else 16
+    font, small = ImageFont.load_default(min(15, cell - 3)), ImageFont.load_default(11)
+    names = [_drawable(name) for name in classes]
+    margin = max(int(font.getlength(name)) for name in names) + 14  # for the names
+    left, top, side = 28 + margin, 34, cell * n_classes  # 28 for the word "truth"
+    width = left + side + 16
+    picture = Image.new("RGB", (max(width, 330), top + side + margin + 28), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((12, 10), "color: share of the row (truth)", INK, font=small)
+
+    counts = matrix.tolist()
+    for i, row in enumerate(counts):
+        for j, count in enumerate(row):
+            share = count / max(1, sum(row))
+            full = CORRECT if i == j else WRONG
+            # The square root lets a share of a few per cent show.
+            fill = tuple(round(255 + (channel - 255) * share**0.5) for channel in full)
+            x, y = left + j * cell, top + i * cell
+            draw.rectangle((x, y, x + cell, y + cell), fill, GRID)
+            if count == 0 or n_classes > 40:
+                continue
+            ink = "white" if share > 0.3 else INK
+            middle = (x + cell / 2, y + cell / 2)
+            if n_classes <= 12:
+                draw.text((middle[0], middle[1] - 8), str(count), ink, font=font, anchor="mm")
+                percent = "<1 %" if share < 0.005 else f"{100 * share:.0f} %"
+                draw.text((middle[0], middle[1] + 11), percent, ink, font=small, anchor="mm")
+            else:
+                draw.text(middle, str(count), ink, font=small, anchor="mm")
+
+    for i, name in enumerate(names):
+        middle = (i + 0.5) * cell
+        draw.text((left - 7, top + middle), name, INK, font=font, anchor="rm")
+        upright = _turned(name, font, margin)
+        picture.paste(upright, (round(left + middle - upright.width / 2), top + side + 5))
+    truth = _turned("truth", font, 60)
+    picture.paste(truth, (6, max(0, round(top + side / 2) - 30)))
+    draw.text((left + side / 2, top + side + margin + 12), "predicted", INK, font=font, anchor="mm")
+    return picture
+
+
+def _drawable(name: str) -> str:
+    """At most 24 ASCII characters: Pillow's own font has no others (ö becomes o, what has no such form becomes ?)."""
+    plain = "".join(char for char in unicodedata.normalize("NFKD", name) if not unicodedata.combining(char))
+    plain = plain.encode("ascii", "replace").decode()
+    return plain if len(plain) <= 24 else plain[:21] + "..."
+
+
+def _turned(text: str, font: ImageFont.FreeTypeFont, length: int) -> Image.Image:
+    """`text` written upwards on white, ending at the upper edge of a picture `length` high."""
+    line = Image.new("RGB", (length, int(font.size) + 6), "white")
+    ImageDraw.Draw(line).text((length - 3, line.height / 2), text, INK, font=font, anchor="rm")
+    return line.rotate(90, expand=True)

@@ -1,0 +1,63 @@
+"""Frozen features of a data set: what kNN, the linear probe and every other measurement on a checkpoint start from."""
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data.augment import normalize
+from data.loading import Loader
+from training.distributed import gather_rows, is_main
+from training.errors import UserError
+
+
+@torch.no_grad()
+def extract(backbone: nn.Module, loader: Loader, *, progress: str = "") -> tuple[Tensor, Tensor]:
+    """Features and labels of every picture of `loader`, in data set order and equal on all ranks.
+
+    The backbone runs in eval mode (BatchNorm uses its running statistics and leaves them alone); afterwards every
+    module is back in the mode it was in. Each rank computes its shard; the shards are gathered and sorted by picture.
+
+    Args:
+        backbone: images (B, 3, S, S) -> (B, D); not wrapped in DistributedDataParallel.
+        loader: on the backbone's device, without `drop_last`; shuffled or not.
+        progress: the text of a progress bar on rank 0; without it there is none.
+
+    Returns:
+        features (N, D) float32 and labels (N,) int64, both on the loader's device, by ascending index.
+
+    Raises:
+        UserError: features that are not finite: the checkpoint has diverged.
+        ValueError: the loader gave a picture twice.
+    """
+    modes = {module: module.training for module in backbone.modules()}
+    features, labels, indices = [], [], []
+    backbone.eval()
+    bar = {"desc": progress, "unit": "batch", "leave": False, "disable": not (progress and is_main())}
+    try:
+        for images, *_, label, index in tqdm(loader.epoch(0), total=len(loader), **bar):
+            features.append(backbone(normalize(images)).float())  # (B, D)
+            labels.append(label)
+            indices.append(index.to(label.device))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+    # A rank without any picture learns D from the others.
+    own_width = torch.tensor([features[0].shape[1] if features else 0], device=loader.device)
+    width = int(gather_rows(own_width).max())
+    nothing = torch.empty(0, dtype=torch.int64, device=loader.device)
+    all_features = gather_rows(torch.cat([*features, torch.empty(0, width, device=loader.device)]))  # (N, D)
+    all_labels = gather_rows(torch.cat([*labels, nothing]))  # (N,)
+    all_indices, order = gather_rows(torch.cat([*indices, nothing])).sort()  # (N,)
+
+    if (all_indices.diff() == 0).any():
+        twice = int(all_indices[1:][all_indices.diff() == 0][0])
+        raise ValueError(f"the loader gave picture {twice} twice: {len(all_indices)} pictures in all")
+    all_features, all_labels = all_features[order], all_labels[order]
+    bad = ~all_features.isfinite().all(1)  # (N,)
+    if bad.any():
+        raise UserError(
+            f"the backbone's features of {int(bad.sum())} of {len(bad)} pictures are not finite (first: picture "
+            f"{int(all_indices[bad][0])}): the checkpoint has diverged; use an earlier one or a lower learning rate"
+        )
+    return all_features, all_labels

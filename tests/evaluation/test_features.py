@@ -1,0 +1,115 @@
+"""Features of a whole set: against one plain eval-mode call, on one and several processes."""
+
+import pytest
+import torch
+from torch import nn
+
+from data.augment import normalize
+from data.loading import Loader
+from evaluation.features import extract
+from tests.processes import run_processes
+from training.errors import UserError
+
+
+class Pictures:
+    """n seeded pictures of 8 x 8 in memory; with masks as an anomaly test set has them."""
+
+    def __init__(self, n: int, masks: bool = False):
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randint(0, 256, (n, 3, 8, 8), generator=generator, dtype=torch.uint8)
+        self.labels = torch.randint(0, 5, (n,), generator=generator)
+        self.masks = masks
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        mask = (torch.zeros(8, 8, dtype=torch.bool),) if self.masks else ()
+        return self.images[i], *mask, int(self.labels[i]), i
+
+
+def make_backbone() -> nn.Module:
+    """(B, 3, 8, 8) -> (B, 6), in train mode, with BatchNorm whose running statistics are not its first values."""
+    torch.manual_seed(3)
+    backbone = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    backbone(torch.randn(16, 3, 8, 8) * 2 + 1)
+    return backbone
+
+
+def plain(pictures: Pictures, index: slice | list[int] = slice(None)) -> torch.Tensor:
+    with torch.no_grad():
+        return make_backbone().eval()(normalize(pictures.images[index]))
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_equals_one_eval_mode_call_in_data_set_order(shuffle, masks):
+    pictures = Pictures(11, masks)
+    features, labels = extract(make_backbone(), Loader(pictures, 4, "cpu", shuffle=shuffle))
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features, plain(pictures))
+    assert torch.equal(labels, pictures.labels)
+
+
+def test_some_of_the_pictures_in_ascending_order():
+    pictures = Pictures(11)
+    features, labels = extract(make_backbone(), Loader(pictures, 2, "cpu", indices=torch.tensor([9, 2, 5])))
+    torch.testing.assert_close(features, plain(pictures, [2, 5, 9]))
+    assert torch.equal(labels, pictures.labels[[2, 5, 9]])
+
+
+def test_one_picture():
+    features, labels = extract(make_backbone(), Loader(Pictures(1), 64, "cpu"), progress="features")
+    torch.testing.assert_close(features, plain(Pictures(1)))
+    assert labels.shape == (1,)
+
+
+def test_leaves_the_backbone_and_the_random_numbers_alone():
+    backbone = make_backbone()
+    backbone[1].eval()  # a frozen BatchNorm in a network that trains
+    backbone[0].bias.requires_grad_(False)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    modes = [module.training for module in backbone.modules()]
+    state = torch.get_rng_state()
+    features, _ = extract(backbone, Loader(Pictures(5), 2, "cpu", shuffle=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in backbone.modules()] == modes
+    assert [parameter.requires_grad for parameter in backbone.parameters()] == [True, False, True, True]
+    assert not features.requires_grad
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_modes_return_after_an_error():
+    backbone = make_backbone()
+    backbone.append(nn.Linear(5, 1))  # the width is 6
+    with pytest.raises(RuntimeError):
+        extract(backbone, Loader(Pictures(5), 2, "cpu"))
+    assert all(module.training for module in backbone.modules())
+
+
+def test_diverged_weights_are_named():
+    backbone = make_backbone()
+    backbone[1].bias.data[0] = torch.inf
+    with pytest.raises(UserError, match=r"2 of 2 pictures.*first: picture 3"):
+        extract(backbone, Loader(Pictures(6), 2, "cpu", indices=[5, 3]))
+
+
+def test_a_picture_twice_is_an_error():
+    with pytest.raises(ValueError, match="picture 2 twice"):
+        extract(make_backbone(), Loader(Pictures(6), 2, "cpu", indices=[1, 2, 5, 2]))
+
+
+def extract_here(rank, world_size):  # noqa: ARG001 (run_processes gives them)
+    """Of 11 pictures and of one, with which the second process has none."""
+    return [extract(make_backbone(), Loader(Pictures(n), 2, "cpu", shuffle=True)) for n in (11, 1)]
+
+
+def test_all_ranks_get_what_one_process_gets():
+    alone = extract_here(0, 1)
+    for results in run_processes(extract_here, 2):
+        for (features, labels), (expected, expected_labels) in zip(results, alone):
+            torch.testing.assert_close(features, expected)
+            assert torch.equal(labels, expected_labels)
