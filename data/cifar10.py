@@ -1,0 +1,63 @@
+"""CIFAR-10 from JPEG folders or from torchvision's files."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+
+from data.folder import ClassFolder
+from data.images import decode, picture_sizes, squash
+from training.errors import UserError
+
+
+class CIFAR10:
+    """Items `(image uint8 (3, S, S), label, index)`; classes in the published order, which is alphabetical.
+
+    `<root>/cifar-10-batches-py/` (the published Python files, read and checked by torchvision) stays in memory
+    as it is, and `paths` name its rows, `.../train#17`; else `<root>/train/<class>/*` and `<root>/test/<class>/*` are
+    decoded.
+
+    Raises:
+        UserError: neither layout is there, or the published files are incomplete.
+    """
+
+    def __init__(self, split: Literal["train", "test"], size: int = 32, *, root: str):
+        self.size = size
+        batches = Path(root) / torchvision.datasets.CIFAR10.base_folder
+        if batches.is_dir():
+            try:
+                published = torchvision.datasets.CIFAR10(root, train=split == "train", download=False)
+            except RuntimeError as error:
+                raise UserError(f"{batches} is incomplete or damaged: unpack cifar-10-python.tar.gz again") from error
+            self._pixels = published.data  # uint8 (N, 32, 32, 3)
+            self.paths = [f"{batches}/{split}#{i}" for i in range(len(self._pixels))]
+            self.labels = torch.tensor(published.targets)
+            self.classes = list(published.classes)
+        elif (Path(root) / "train").is_dir() and (Path(root) / "test").is_dir():
+            folders = ClassFolder(split, size, root=root)
+            self._pixels = None
+            self.paths, self.labels, self.classes = folders.paths, folders.labels, folders.classes
+        else:
+            raise UserError(
+                f"data.root={root} holds no CIFAR-10: expected {batches}/data_batch_1 and so on, "
+                f"or JPEG files in {root}/train/<class>/ and {root}/test/<class>/"
+            )
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """Height and width of each original picture: int64 (N, 2)."""
+        return picture_sizes(self.paths) if self._pixels is None else torch.full((len(self), 2), 32)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        if self._pixels is None:
+            image = decode(self.paths[index], self.size)
+        else:
+            image = squash(Image.fromarray(self._pixels[index]), self.size)
+        return image, int(self.labels[index]), index

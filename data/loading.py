@@ -1,0 +1,244 @@
+"""Batches of a dataset: the order of an epoch, its split over processes, and pictures decoded once and kept.
+
+Letters: N items, B batch of this process, W processes, S image size.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from data.images import in_threads
+from training.distributed import rank, world_size
+from training.errors import UserError
+
+Cache = Literal["auto", "device", "ram", "none"]
+
+
+def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split positions into (rest, picked), both ascending int64, the same fraction of every class.
+
+    Of a class with n items, n * fraction rounded to the nearest are picked, but at least one and never all; a class
+    of one item stays in the rest. Every class draws its own permutation of n from RandomState(seed), whose stream
+    NumPy never changes, so a class's split does not depend on other classes, machine or library version.
+    """
+    if not 0 <= fraction < 1:
+        raise UserError(f"a held-out or test fraction must be at least 0 and below 1, not {fraction}")
+    picked = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        count = min(max(int(len(members) * fraction + 0.5), 1), len(members) - 1) if fraction > 0 else 0
+        picked[members[np.random.RandomState(seed).permutation(len(members))[:count]]] = True
+    return (~picked).nonzero().flatten(), picked.nonzero().flatten()
+
+
+def holdout(dataset, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """(train indices, held-out indices) of the dataset, stratified by label: `stratified_split` of its labels."""
+    return stratified_split(dataset.labels, fraction, seed)
+
+
+class Loader:
+    """Batches `(images, [masks,] labels, indices)`, each the dataset's tuple collated.
+
+    images uint8 (B, 3, S, S), masks bool (B, S, S) and labels int64 (B,) lie on `device`; indices int64 (B,), the
+    positions in the dataset, on the CPU.
+
+    **Order.** With `shuffle` the permutation of (seed, epoch), else as they stand. Items k*G to (k+1)*G of it, G = B*W,
+    are global batch k, and rank r has its r-th contiguous part: W processes with B/W see one process's batches of B.
+
+    **The end.** With `drop_last` an incomplete global batch is left out. Without, ranks share it as evenly as possible,
+    the first ones having one item more, and a rank with nothing to do has one batch less, never an empty one. So every
+    item is seen exactly once over all ranks, but collectives belong after the loop, not into it. To restore the order:
+
+        rows, indices = gather_rows(torch.cat(rows)), gather_rows(torch.cat(indices))  # in rank order
+        rows = rows[indices.argsort()]                                                 # in dataset order
+
+    **Cache.** `device` and `ram` decode an item once, in threads, when an epoch first asks for it; then a batch is an
+    index. Loaders of one dataset object share what is decoded. `none` decodes every time, in `workers` processes.
+    `auto` takes the device (if CUDA) when the whole set needs under a quarter of its free memory, else RAM when under
+    half of what is free (for each process of this machine), else none. Batches are the same in all cases.
+
+    Args:
+        batch_size: B, for each process.
+        indices: take only these items of the dataset, for example one side of `holdout`.
+
+    Raises:
+        UserError: with `drop_last` and less than one global batch; a cache that cannot fit; a broken picture.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        batch_size: int,
+        device: torch.device | str,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+        indices: Tensor | None = None,
+        cache: Cache = "auto",
+        workers: int = 0,
+    ):
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size}: a batch needs at least one picture a process")
+        if cache not in ("auto", "device", "ram", "none"):
+            raise UserError(f"data.cache={cache!r} is not known: choose auto, device, ram or none")
+        self.dataset, self.batch_size, self.device = dataset, batch_size, torch.device(device)
+        self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
+        self.indices = torch.arange(len(dataset)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
+        self.cache, self.workers = cache, workers
+
+    def __len__(self) -> int:
+        """Batches in an epoch of this process."""
+        return len(self._share(self.indices))
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[tuple[Tensor, ...]]:
+        """The batches of this process in the given epoch, from number `first_batch` on."""
+        batches = self._share(self._order(epoch))[first_batch:]
+        if not batches:
+            return
+        store = _store(self.dataset, self.device, self.cache)
+        if store is None:
+            yield from self._decode(batches)
+            return
+        store.fill(self.dataset, torch.cat(batches))
+        for indices in batches:
+            yield (*store.take(indices, self.device), indices)
+
+    def _order(self, epoch: int) -> Tensor:
+        """The epoch's order of all items, equal on all ranks: int64 (N,)."""
+        if not self.shuffle:
+            return self.indices
+        # torch's CPU generator uses 32 bits of its seed, so (seed, epoch) is hashed into 32
+        mixed = int(np.random.SeedSequence(self.seed, spawn_key=(epoch,)).generate_state(1)[0])
+        return self.indices[torch.randperm(len(self.indices), generator=torch.Generator().manual_seed(mixed))]
+
+    def _share(self, order: Tensor) -> list[Tensor]:
+        """This rank's part of each global batch of `order`."""
+        together = self.batch_size * world_size()  # G
+        if self.drop_last:
+            if len(order) < together:
+                raise UserError(
+                    f"{len(order)} pictures make no full batch of batch_size {self.batch_size} x {world_size()} "
+                    f"processes = {together}: set batch_size to at most {len(order) // world_size()}, or add pictures"
+                )
+            order = order[: len(order) // together * together]
+        parts = [batch.tensor_split(world_size())[rank()] for batch in order.split(together)]
+        return [part for part in parts if len(part)]
+
+    def _decode(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        """Batches decoded now, by the workers (by this process when there are none)."""
+        decoded = DataLoader(
+            _Batches(self.dataset, batches),
+            batch_size=None,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # else it draws from the global one, and the cache would change the run
+        )
+        for batch in decoded:
+            if isinstance(batch, UserError):
+                raise batch
+            yield (*(column.to(self.device, non_blocking=True) for column in batch[:-1]), batch[-1])
+
+
+class _Batches(torch.utils.data.Dataset):
+    """Item k is batch k, collated; a broken picture's `UserError` is returned, as DataLoader would rewrite its text."""
+
+    def __init__(self, dataset, batches: list[Tensor]):
+        self.dataset, self.batches = dataset, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, k: int) -> list[Tensor] | UserError:
+        try:
+            items = [self.dataset[i] for i in self.batches[k].tolist()]
+        except UserError as error:
+            return error
+        return [torch.stack([torch.as_tensor(value) for value in column]) for column in zip(*items)]
+
+
+class _Store:
+    """The decoded pictures (and masks) of one dataset in one memory, filled as epochs ask for them."""
+
+    def __init__(self, dataset, example: tuple[Tensor, ...], where: torch.device):
+        self.columns = [torch.empty((len(dataset), *x.shape), dtype=x.dtype, device=where) for x in example]
+        self.labels = dataset.labels.to(where)
+        self.filled = torch.zeros(len(dataset), dtype=torch.bool)
+
+    def fill(self, dataset, wanted: Tensor) -> None:
+        """Decode those of the wanted items that are not here yet."""
+        missing = wanted[~self.filled[wanted]].unique()
+        for item, i in zip(in_threads(dataset.__getitem__, missing.tolist(), "decoding"), missing.tolist()):
+            for column, value in zip(self.columns, item):
+                column[i] = value
+            self.filled[i] = True
+
+    def take(self, indices: Tensor, device: torch.device) -> list[Tensor]:
+        """Rows of images, [masks,] and labels on the device."""
+        where = self.labels.device
+        pin = where.type == "cpu" and device.type == "cuda"  # a copy from pinned memory does not stop the step
+        if where.type == "cuda":
+            indices = indices.pin_memory().to(where, non_blocking=True)
+        rows = []
+        for column in [*self.columns, self.labels]:
+            out = torch.empty((len(indices), *column.shape[1:]), dtype=column.dtype, device=where, pin_memory=pin)
+            rows.append(torch.index_select(column, 0, indices, out=out).to(device, non_blocking=True))
+        return rows
+
+
+_STORES: WeakKeyDictionary = WeakKeyDictionary()  # dataset -> {memory: _Store}; goes with the dataset
+
+
+def _store(dataset, device: torch.device, cache: Cache) -> _Store | None:
+    """The dataset's store in the memory that `cache` names or that fits, made when new; None: decode every time."""
+    if cache == "none":
+        return None
+    ram = torch.device("cpu")
+    places = {"device": [device], "ram": [ram], "auto": [device, ram]}[cache]
+    stores = _STORES.setdefault(dataset, {})
+    for place in places:
+        if place in stores:
+            return stores[place]
+    example = tuple(x for x in dataset[0] if isinstance(x, Tensor))  # image[, mask]
+    needed = len(dataset) * sum(x.nbytes for x in example)
+    for place in places:
+        free = _free_memory(place)
+        share = 1 if cache != "auto" else 1 / 2 if place == ram else 1 / 4
+        if needed < free * share:
+            stores[place] = _Store(dataset, example, place)
+            return stores[place]
+    if cache != "auto":
+        raise UserError(
+            f"data.cache={cache} needs {needed / 2**30:.1f} GiB for {len(dataset)} pictures, "
+            f"{free / 2**30:.1f} GiB are free on {place}: use data.cache=none with data.workers, or a smaller data.size"
+        )
+    return None
+
+
+def _free_memory(place: torch.device) -> int:
+    """Free bytes for this process: of a GPU, or of RAM within the container's limit, a part for each local process.
+
+    What the file cache holds counts as free, since the system gives it back. Without Linux's files: all of the RAM.
+    """
+    if place.type == "cuda":
+        return torch.cuda.mem_get_info(place)[0]
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if os.path.exists("/proc/meminfo"):
+        free = int(_fields("/proc/meminfo")["MemAvailable:"]) * 1024
+    if os.path.exists("/sys/fs/cgroup/memory.max"):
+        limit, used = Path("/sys/fs/cgroup/memory.max").read_text().strip(), _fields("/sys/fs/cgroup/memory.stat")
+        if limit != "max":
+            free = min(free, int(limit) - int(used["anon"]) - int(used["shmem"]))
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _fields(path: str) -> dict[str, str]:
+    """The first two words of each line."""
+    return dict(line.split()[:2] for line in Path(path).read_text().splitlines())

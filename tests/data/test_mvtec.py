@@ -1,0 +1,149 @@
+"""The MVTec layout: masks by stem, their absence, and what a user may have got wrong."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.mvtec import MVTec
+from training.errors import UserError
+
+
+def write(path, array=None, size=(6, 8)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros(size, dtype=np.uint8) if array is None else array).save(path)
+
+
+def mask_at(row, column, size=(6, 8)):
+    mask = np.zeros(size, dtype=np.uint8)
+    mask[row, column] = 255
+    return mask
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Category bolt: 3 training pictures; test 2 good, 2 scratch, 1 dent, each mask marking another pixel."""
+    for i in range(3):
+        write(tmp_path / f"bolt/train/good/{i:03}.png", np.full((6, 8), i, dtype=np.uint8))
+    for i in range(2):
+        write(tmp_path / f"bolt/test/good/{i:03}.png")
+        write(tmp_path / f"bolt/test/scratch/{i:03}.png")
+    write(tmp_path / "bolt/test/dent/7.JPG")
+    write(tmp_path / "bolt/ground_truth/scratch/000_mask.png", mask_at(0, 0))
+    write(tmp_path / "bolt/ground_truth/scratch/001.png", mask_at(1, 1))  # the other accepted name
+    write(tmp_path / "bolt/ground_truth/dent/7_mask.png", mask_at(2, 2))
+    return tmp_path
+
+
+def test_training_split(root):
+    train = MVTec("train", 6, root=str(root), category="bolt")
+    assert len(train) == 3 and train.labels.tolist() == [0, 0, 0] and train.defects == ["good"] * 3
+    assert not train.has_masks and train.sizes.tolist() == [[6, 8]] * 3
+    image, label, index = train[2]
+    assert image.shape == (3, 6, 6) and image.unique().tolist() == [2] and (label, index) == (0, 2)
+
+
+def test_test_split(root):
+    test = MVTec("test", 8, root=str(root), category="bolt")
+    assert test.defects == ["dent", "good", "good", "scratch", "scratch"]
+    assert test.labels.tolist() == [1, 0, 0, 1, 1] and test.classes == ["normal", "anomalous"] and test.has_masks
+    image, mask, label, index = test[0]
+    assert image.shape == (3, 8, 8) and image.dtype == torch.uint8
+    assert mask.shape == (8, 8) and mask.dtype == torch.bool and (label, index) == (1, 0)
+    assert [bool(test[i][1].any()) for i in range(5)] == [True, False, False, True, True]
+
+
+def test_masks_belong_by_stem_not_by_position(root):
+    # Sorted positions disagree with the stems: picture 001's mask sorts before picture 000's
+    (root / "bolt/ground_truth/scratch/001.png").rename(root / "bolt/ground_truth/scratch/001_mask.png")
+    write(root / "bolt/ground_truth/scratch/0000_mask.png", mask_at(5, 5))  # nobody's
+    write(root / "bolt/ground_truth/dent/000_mask.png", mask_at(5, 5))  # another folder's
+    test = MVTec("test", 8, root=str(root), category="bolt")
+    for index, row in ((0, 2), (3, 0), (4, 1)):
+        mask = test[index][1]
+        assert mask[:, row].any() and mask.any(0).sum() == 1  # 8 columns stay as they are
+
+
+def test_pictures_in_deeper_folders(root):
+    write(root / "bolt/test/dent/monday/000.png")
+    write(root / "bolt/ground_truth/dent/monday/000_mask.png", mask_at(4, 4))
+    test = MVTec("test", 8, root=str(root), category="bolt")
+    assert test.defects[:2] == ["dent", "dent"] and test[1][1][:, 4].any()
+
+
+def test_missing_mask(root):
+    (root / "bolt/ground_truth/dent/7_mask.png").unlink()
+    with pytest.raises(UserError, match=r"bolt/test/dent/7\.JPG has no mask .*ground_truth/dent/7_mask\.png: add it"):
+        MVTec("test", 8, root=str(root), category="bolt")
+    assert len(MVTec("train", 8, root=str(root), category="bolt")) == 3
+
+
+def test_no_ground_truth_folder(root):
+    (root / "bolt/ground_truth").rename(root / "bolt/masks_elsewhere")
+    test = MVTec("test", 8, root=str(root), category="bolt")
+    assert not test.has_masks and test.labels.tolist() == [1, 0, 0, 1, 1]
+    assert not any(item[1].any() for item in test) and test[0][1].shape == (8, 8)
+
+
+def test_mask_of_another_size(root):
+    write(root / "bolt/ground_truth/dent/7_mask.png", mask_at(2, 2, size=(8, 6)))
+    with pytest.raises(UserError, match=r"7_mask\.png is 8 x 6 .* picture .*7\.JPG is 6 x 8"):
+        MVTec("test", 8, root=str(root), category="bolt")
+
+
+def test_mask_size_is_that_of_the_upright_picture(root):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.zeros((8, 6), dtype=np.uint8)).save(root / "bolt/test/dent/7.JPG", exif=exif)
+    test = MVTec("test", 8, root=str(root), category="bolt")
+    assert test.sizes[0].tolist() == [6, 8]
+
+
+@pytest.mark.parametrize("defect", ["good", "scratch"])
+def test_one_class_is_allowed(root, defect):
+    for other in {"good", "scratch", "dent"} - {defect}:
+        (root / "bolt/test" / other).rename(root / other)
+    test = MVTec("test", 8, root=str(root), category="bolt")
+    assert test.defects == [defect] * 2 and test.labels.tolist() == [int(defect != "good")] * 2
+
+
+def test_missing_folders(root):
+    with pytest.raises(UserError, match=r"data\.root=.*nowhere is not a folder: expected <root>/<category>/train/good"):
+        MVTec("train", 8, root=str(root / "nowhere"), category="bolt")
+    with pytest.raises(UserError, match=r"data\.category=nut is not in .*; categories there: bolt"):
+        MVTec("train", 8, root=str(root), category="nut")
+    write(root / "bolt/test/stray.png")
+    with pytest.raises(UserError, match=r"stray\.png lies in no folder"):
+        MVTec("test", 8, root=str(root), category="bolt")
+    (root / "bolt/test").rename(root / "test")
+    with pytest.raises(UserError, match=r"no pictures in .*bolt/test: expected"):
+        MVTec("test", 8, root=str(root), category="bolt")
+
+
+def test_broken_pictures_fail_or_are_skipped(root, capsys):
+    (root / "bolt/test/scratch/000.png").write_bytes(b"")  # a picture with a mask
+    (root / "bolt/test/good/001.png").write_bytes(b"none")
+    with pytest.raises(UserError, match=r"scratch/000\.png: the file is empty"):
+        MVTec("test", 8, root=str(root), category="bolt")  # a mask's size is compared at once
+    test = MVTec("test", 8, root=str(root), category="bolt", on_error="skip")
+    assert test.defects == ["dent", "good", "scratch"] and test.labels.tolist() == [1, 0, 1]
+    assert test[2][1][:, 1].any() and len(test.sizes) == 3  # 001's own mask, still
+    warning = capsys.readouterr().err
+    assert "left out 2 of 5" in warning and "scratch/000.png" in warning and "good/001.png" in warning
+    (root / "bolt/test/scratch/000.png").rename(root / "gone")
+    failing = MVTec("test", 8, root=str(root), category="bolt")
+    with pytest.raises(UserError, match=r"good/001\.png: it is not a picture"):
+        failing[2]
+
+
+def test_magnetic_tiles(real_data):
+    train = MVTec("train", 256, root=str(real_data), category="magnetic_tile")
+    test = MVTec("test", 256, root=str(real_data), category="magnetic_tile")
+    assert len(train) == 300 and train.sizes.shape == (300, 2) and len(train.sizes.unique(dim=0)) > 10
+    counts = {defect: test.defects.count(defect) for defect in set(test.defects)}
+    assert counts == {"good": 100, "blowhole": 115, "break": 85} and int(test.labels.sum()) == 200
+    areas = torch.tensor([int(test[i][1].sum()) for i in range(len(test))])
+    assert (areas[test.labels == 1] > 0).all() and (areas[test.labels == 0] == 0).all()
+    height, width = test.sizes[0].tolist()
+    with Image.open(test.paths[0]) as stored:
+        assert (height, width) == (stored.height, stored.width)
