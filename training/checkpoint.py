@@ -1,8 +1,9 @@
-"""Run folders and checkpoints: written whole or not at all, read without running code, resumed when the config agrees."""
+"""Run folders and checkpoints: written whole or not at all, read without running code, resumed when configs agree."""
 
+import argparse
 import functools
 import os
-import pickle
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -44,18 +45,31 @@ def restore(state: dict, parts: dict) -> None:
         part.load_state_dict(state[name])
 
 
-def load(path: str | Path) -> dict:
-    """A checkpoint's dict on the CPU, read with weights_only=True, so that no code in the file is run."""
+def read(path: str | Path):
+    """What a file of torch.save holds, on the CPU. `weights_only` unpickles tensors and plain values and runs nothing.
+
+    Raises:
+        UserError: no such file, not a file of torch.save, or one that holds more than data.
+    """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint at {path}") from None
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is damaged or holds code that would run on loading; refused ({error})") from None
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{path} is not a readable checkpoint ({error})") from None
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint")
+        with torch.serialization.safe_globals([argparse.Namespace]):  # official DINO's `args`: attributes, no code
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception as error:  # torch.load meets a damaged file with any of eight types, KeyError among them
+        if forbidden := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(
+                f"{path} holds a Python object ({forbidden[1]}), and reading it could run code: refused; "
+                "save the state_dict alone with torch.save"
+            ) from None
+        raise UserError(f"{path} is not a file of torch.save, or is cut short; download or copy it again") from None
+
+
+def load(path: str | Path) -> dict:
+    """One of our checkpoints, as `save` wrote it."""
+    state = read(path)
+    if not isinstance(state, dict) or "config" not in state:
+        raise UserError(f"{path} is not a checkpoint of train_ssl.py or train_anomaly.py")
     return state
 
 
@@ -68,7 +82,7 @@ def open_run(folder: str | Path, config: dict, *, resume: str = "auto") -> dict 
     folder, state = Path(folder), None
     if resume == "auto" and (folder / LAST).exists():
         state = load(folder / LAST)
-        old, new = flatten(state.get("config", {})), flatten(config)
+        old, new = flatten(state["config"]), flatten(config)
         keys = [k for k in sorted({*old, *new}) if k not in ABOUT_PROGRESS and old.get(k) != new.get(k)]
         if keys:
             changes = ", ".join(f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys[:4])

@@ -110,7 +110,7 @@ def build(schema: type, raw: dict, where: str = ""):
                 key: coerce(raw[key], kind, where + key) if key in raw else required(default, where + key)
                 for key, (kind, default) in options.items()
             }
-        elif (section := _section(hints[name])) and (name in raw or field.default is dataclasses.MISSING):
+        elif (section := _section(hints[name])) and (raw.get(name) is not None or field.default is not None):
             values[name] = build(section, raw.get(name, {}), f"{where}{name}.")
         elif name in raw:
             values[name] = coerce(raw[name], hints[name], where + name)

@@ -24,16 +24,18 @@ class SSLMethod(nn.Module):
     Attributes:
         online: the network that gradients train; `online.backbone` is what it is all for.
         target: its exponential moving average, updated by the loop after each step; None without one.
-        epoch: written by the loop at the start of each epoch, for options that are counted in epochs.
+        epoch: written by the loop before each step, for options that are counted in epochs.
+
+    Each has `forward(views, labels) -> (loss, stats)`: views V x (B, 3, h, w) and labels (B,) on the device; the scalar
+    loss to minimise, and {name: 0-d tensor} for the curves.
     """
 
     online: Encoder
-    target: Encoder | None = None
-    epoch: int = 0
 
-    def forward(self, views: list[Tensor], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """views: V x (B, 3, h, w) on the device; labels: (B,). Returns the scalar loss and 0-d tensors to be plotted."""
-        raise TypeError(f"{type(self).__name__} has no forward")
+    def __init__(self):
+        super().__init__()
+        self.target: Encoder | None = None
+        self.epoch = 0
 
     def cancel_gradients(self) -> None:
         """Called between clipping and the optimizer's step: drop the gradients of what is frozen for now."""

@@ -12,8 +12,8 @@ class SimCLR(SSLMethod):
     """Two views of a picture attract each other, all other pictures of the batch repel.
 
     Args:
-        temperature: 0.1 for ImageNet at batch 4096, 0.5 for CIFAR-10 at batch 512 (official README); smaller batches want
-            0.2 to 0.5.
+        temperature: 0.1 for ImageNet at batch 4096, 0.5 for CIFAR-10 at batch 512 (official README); smaller batches
+            want 0.2 to 0.5.
         hidden: width of the head's hidden layer; 0 takes the backbone's number of features, as the paper does.
         out: width of the embedding that the loss sees.
     """

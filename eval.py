@@ -1,0 +1,114 @@
+"""Measure a backbone.
+
+    python eval.py task=knn checkpoint=runs/simclr_scavport/last.pt
+    python eval.py configs/eval_folder.yaml task=linear data.root=/pictures backbone.weights=weights.pth
+
+With `checkpoint`, data and backbone are what the run's config says, unless keys here say otherwise. Writes
+results.json, confusion.png and TensorBoard events to eval_<task>/ in the checkpoint's folder (without one: in
+runs/<run_name>/).
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torchvision.transforms.functional import pil_to_tensor
+
+from data import DataConfig, build_dataset
+from data.loading import Loader
+from evaluation.classification import classification_report, confusion_matrix, confusion_picture
+from evaluation.features import extract
+from evaluation.knn import KNN_SETTINGS, knn_scores
+from evaluation.linear_probe import linear_probe
+from models.build import BackboneConfig, build_backbone
+from training import checkpoint, config, distributed, errors
+from training.log import Log
+
+
+def knn(train, test, classes: list[str], *, k: int = 20, temperature: float = 0.07) -> tuple[torch.Tensor, dict]:
+    """DINO's weighted vote; the figures of all of `KNN_SETTINGS`, the report for k and temperature."""
+    figures = {}
+    for setting in KNN_SETTINGS:
+        scores = knn_scores(*train, test[0], **setting, n_classes=len(classes))
+        figures[f"knn{setting['k']}_top1"] = float((scores.argmax(1) == test[1]).float().mean())
+    return knn_scores(*train, test[0], k=k, temperature=temperature, n_classes=len(classes)), figures
+
+
+def linear(
+    train, test, classes: list[str], *, epochs: int = 100, batch_size: int = 256, seed: int = 0
+) -> tuple[torch.Tensor, dict]:
+    """A linear classifier on frozen features; its learning rate is chosen on a hold-out of the training set."""
+    return linear_probe(*train, test[0], n_classes=len(classes), epochs=epochs, batch_size=batch_size, seed=seed)
+
+
+TASKS = {"knn": knn, "linear": linear}
+
+
+@dataclass(kw_only=True)
+class TaskConfig:
+    name: str = config.choice(TASKS)
+    options: dict = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class Config:
+    task: TaskConfig
+    data: DataConfig
+    backbone: BackboneConfig
+    checkpoint: str | None = None
+    batch_size: int = 64
+    device: str = "auto"
+    runs: str = "runs"
+    run_name: str = "eval"
+
+
+def main(argv: list[str]) -> None:
+    cfg = config.build(Config, from_checkpoint(config.read(argv)))
+    device = distributed.setup(cfg.device)
+    name = f"eval_{cfg.task.name}"
+    folder = Path(cfg.checkpoint).parent / name if cfg.checkpoint else Path(cfg.runs) / cfg.run_name / name
+    resolved, began = config.as_dict(cfg), time.perf_counter()
+    checkpoint.open_run(folder, resolved)
+    log = Log(folder, resolved)
+
+    backbone, report = build_backbone(cfg.backbone)
+    backbone.to(device, memory_format=torch.channels_last)
+    train_set, test_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "test")
+    log.say(f"{name}: {cfg.backbone.name} ({report}), {len(train_set)} training and {len(test_set)} test pictures")
+    load = {"cache": cfg.data.cache, "workers": cfg.data.workers}
+    train, test = (
+        extract(backbone, Loader(dataset, cfg.batch_size, device, **load), progress=f"{split} features")
+        for dataset, split in ((train_set, "training"), (test_set, "test"))
+    )
+    scores, figures = TASKS[cfg.task.name](train, test, train_set.classes, **cfg.task.options)
+    about = {"task": cfg.task.name, "backbone": cfg.backbone.name, "n_train": len(train_set), "n_test": len(test_set)}
+    results = about | figures | classification_report(scores, test[1], train_set.classes)
+
+    if distributed.is_main():
+        matrix = confusion_matrix(scores.argmax(1), test[1], len(train_set.classes))
+        picture = confusion_picture(matrix, train_set.classes)
+        picture.save(folder / "confusion.png")
+        log.picture("confusion", pil_to_tensor(picture))
+    log.results(results | {"seconds": time.perf_counter() - began, "version": checkpoint.code_version()})
+    distributed.cleanup()
+
+
+def from_checkpoint(raw: dict) -> dict:
+    """`raw` with the data and backbone sections of the checkpoint's config under its own keys."""
+    if not raw.get("checkpoint"):
+        return raw
+    stored = checkpoint.load(raw["checkpoint"])["config"]
+    stored["backbone"] = {**stored["backbone"], "weights": raw["checkpoint"], "part": "auto"}
+    for section in ("data", "backbone"):
+        own = raw.get(section, {})
+        own = {"name": own} if isinstance(own, str) else own
+        raw[section] = {
+            **({} if own.get("name", stored[section]["name"]) != stored[section]["name"] else stored[section]),
+            **own,
+        }
+    return raw
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,174 @@
+"""Run a grid of pretraining x detector x task, skip what is done, and write one table.
+
+    python sweep.py configs/sweep_demo.yaml
+    python sweep.py configs/sweep_demo.yaml launcher="torchrun --nproc_per_node=4"
+
+Every value in the grid is a piece of a command line. A pretraining that begins with a YAML file is a run of
+train_ssl.py, whose last.pt the detectors then get as backbone.weights; any other is overrides for the detectors (none:
+random weights). Writes runs/<run_name>/results.md and results.csv, and a run folder for every cell, heat maps in it. A
+cell that fails stands in the table with its error, the rest goes on.
+"""
+
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from evaluation.report import csv_table, markdown_table, with_interval
+from training import config, errors
+
+SCRIPTS = ["train_ssl", "train_anomaly"]
+
+
+@dataclass(kw_only=True)
+class Config:
+    pretraining: dict
+    detectors: dict
+    tasks: dict
+    also: str = ""  # further overrides for every command
+    metrics: list[str] = ("image_auroc",)
+    launcher: str = ""  # for example torchrun --nproc_per_node=4; empty: one process for each cell
+    runs: str = "runs"
+    run_name: str
+
+
+def main(argv: list[str]) -> None:
+    cfg = config.load(Config, argv)
+    top = Path(cfg.runs) / cfg.run_name
+    commands = plan(cfg)
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(SCRIPTS)  # torch is imported once, not once a cell
+    began, outcomes = time.perf_counter(), {}
+    for number, (name, words, needs) in enumerate(commands, 1):
+        folder = top / name
+        # a cell is its command and the command that made its weights: a change of either makes it run anew
+        record = "\n".join(shlex.join(w) for n, w, _ in commands if n in (name, needs)) + "\n"
+        known = (folder / "command.txt").read_text() if (folder / "command.txt").exists() else None
+        if known == record and (folder / "results.json").exists():
+            say(number, commands, began, f"{name}: done before")
+        elif needs and "error" in outcomes[needs]:
+            outcomes[name] = {"error": f"its pretraining {needs} failed"}
+            continue
+        else:
+            say(number, commands, began, f"{name}: python {shlex.join(words)}")
+            if known not in (None, record):
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "command.txt").write_text(record)
+            if error := run(words, cfg.launcher, server):
+                outcomes[name] = {"error": error}
+                print(f"    failed: {error}", file=sys.stderr)
+                continue
+        outcomes[name] = json.loads((folder / "results.json").read_text())
+    write(cfg, top, outcomes)
+
+
+def plan(cfg: Config) -> list[tuple[str, list[str], str | None]]:
+    """(run folder below the sweep's, command, the pretraining run that must be there first) of every cell, in order."""
+    also, commands, weights = shlex.split(cfg.also), [], {}
+    for pretraining, text in cfg.pretraining.items():
+        words = shlex.split(text or "")
+        if words and words[0].endswith((".yaml", ".yml")):
+            name = f"pretraining/{pretraining}"
+            commands.append((name, ["train_ssl.py", *words, *also, *place(cfg, name)], None))
+            words, needs = [f"backbone.weights={Path(cfg.runs) / cfg.run_name / name / 'last.pt'}"], name
+        else:
+            needs = None
+        weights[pretraining] = words, needs
+    for task, its_words in cfg.tasks.items():
+        for detector, text in cfg.detectors.items():
+            for pretraining, (backbone, needs) in weights.items():
+                name = f"{task}/{detector}/{pretraining}"
+                words = [*shlex.split(text), *shlex.split(its_words or ""), *backbone, *also, *place(cfg, name)]
+                commands.append((name, ["train_anomaly.py", *words], needs))
+    return commands
+
+
+def place(cfg: Config, name: str) -> list[str]:
+    return [f"runs={cfg.runs}", f"run_name={cfg.run_name}/{name}"]
+
+
+def run(words: list[str], launcher: str, server) -> str | None:
+    """Run one command; what it did wrong in one line, or None. Its progress goes to the terminal."""
+    if launcher:
+        done = subprocess.run([*shlex.split(launcher), *words], stdout=subprocess.DEVNULL)
+        return f"exit status {done.returncode}; run it by itself to see why" if done.returncode else None
+    receive, send = server.Pipe(duplex=False)
+    process = server.Process(target=call_script, args=(words, send))
+    process.start()
+    send.close()
+    try:
+        error = receive.recv()
+    except EOFError:  # killed before it could say anything
+        process.join()
+        error = f"the process died (exit code {process.exitcode}); out of memory?"
+    process.join()
+    return error
+
+
+def call_script(words: list[str], send) -> None:
+    """In a fresh process: `main` of the script, its errors sent back as one line."""
+    error = None
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            importlib.import_module(words[0].removesuffix(".py")).main(words[1:])
+    except errors.UserError as problem:
+        error = str(problem)
+    except Exception as problem:
+        error = f"{type(problem).__name__}: {problem}"
+    send.send(error and " ".join(error.split()))
+
+
+def say(number: int, commands: list, began: float, text: str) -> None:
+    minutes, seconds = divmod(int(time.perf_counter() - began), 60)
+    print(f"[{number}/{len(commands)}, {minutes}:{seconds:02d}] {text}", file=sys.stderr)
+
+
+def write(cfg: Config, top: Path, outcomes: dict[str, dict]) -> None:
+    """results.md and results.csv; the tables also on the terminal, results.json's line last."""
+    rows = []
+    for task in cfg.tasks:
+        for detector in cfg.detectors:
+            for metric in cfg.metrics:
+                cells = [outcomes[f"{task}/{detector}/{p}"] for p in cfg.pretraining]
+                shown = [c["error"] if "error" in c else with_interval(c, metric) for c in cells]
+                if any(text != "-" for text in shown):
+                    rows.append([task, detector, metric, *shown])
+    table = markdown_table(["task", "detector", "figure", *cfg.pretraining], rows)
+    pretrained = {n: outcomes[f"pretraining/{n}"] for n in cfg.pretraining if f"pretraining/{n}" in outcomes}
+    keys = ["method", "steps", "loss", "knn20_top1", "seconds", "error"]
+    shown = [[n] + [short(o.get(key)) for key in keys] for n, o in pretrained.items()]
+    table = f"{markdown_table(['pretraining', *keys], shown)}\n{table}" if shown else table
+    (top / "results.md").write_text(
+        f"# {cfg.run_name}\n\nIn brackets: 95 % bootstrap intervals over test pictures.\n\n{table}"
+    )
+    (top / "results.csv").write_text(csv_table([{"run": name} | plain(outcome) for name, outcome in outcomes.items()]))
+    print(table)
+    print(
+        f"{top}/results.md, {top}/results.csv; pictures: {top}/*/*/*/heatmaps.png; curves: tensorboard --logdir {top}"
+    )
+    failed = [name for name, outcome in outcomes.items() if "error" in outcome]
+    print(json.dumps({"cells": len(outcomes), "failed": failed, "table": str(top / "results.md")}))
+
+
+def short(value) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def plain(outcome: dict) -> dict:
+    """Single values and the ends of intervals, for CSV."""
+    flat = {key: value for key, value in outcome.items() if not isinstance(value, dict | list)}
+    intervals = {k: v for k, v in outcome.items() if k.endswith("_interval") and v}
+    return flat | {f"{key}_{end}": v[i] for key, v in intervals.items() for i, end in enumerate(("low", "high"))}
+
+
+if __name__ == "__main__":
+    errors.run(main)

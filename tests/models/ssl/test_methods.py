@@ -1,0 +1,136 @@
+"""Every pretraining method: a step, its gradients on two processes, DINO's frozen layer and its schedule."""
+
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+from models.ssl import SSL_METHODS
+from models.ssl.dino import multi_crop
+from tests.processes import run_processes
+
+SMALL = {"dino": {"prototypes": 16, "hidden": 12, "bottleneck": 6}, "simclr": {"out": 8}}
+
+
+class Backbone(nn.Module):
+    """A stand-in without batch norm, which sees one process's part only and would spoil the comparison."""
+
+    num_features = 6
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 3)
+
+    def forward(self, x):
+        return self.conv1(x).square().mean(dim=(2, 3))
+
+
+def build(name):
+    torch.manual_seed(2)
+    method = SSL_METHODS[name](Backbone(), **SMALL[name]).double()
+    for module in method.modules():  # SimCLR's head has a batch norm
+        for child, norm in list(module.named_children()):
+            if isinstance(norm, nn.BatchNorm1d):
+                setattr(module, child, nn.Identity())
+    return method
+
+
+def views(name):
+    torch.manual_seed(4)
+    sizes = [8, 8, 5, 5, 5] if name == "dino" else [8, 8]
+    return [torch.randn(8, 3, size, size, dtype=torch.float64) for size in sizes]
+
+
+def gradients(rank, world_size, name):
+    method = build(name)
+    model = nn.parallel.DistributedDataParallel(method) if world_size > 1 else method
+    mine = slice(rank * 8 // world_size, (rank + 1) * 8 // world_size)
+    loss, stats = model([view[mine] for view in views(name)], torch.zeros(8 // world_size))
+    loss.backward()
+    assert all(value.ndim == 0 for value in stats.values())
+    return {n: p.grad for n, p in method.named_parameters() if p.grad is not None}, dict(method.named_buffers())
+
+
+@pytest.mark.parametrize("name", SSL_METHODS)
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_on_different_shards_have_the_gradients_of_one(name, world_size):
+    expected, buffers = gradients(0, 1, name)
+    assert len(expected) > 3
+    for grads, others in run_processes(gradients, world_size, name):
+        assert grads.keys() == expected.keys()
+        for key, grad in grads.items():
+            torch.testing.assert_close(grad, expected[key], rtol=0, atol=1e-10)
+        for key, buffer in others.items():
+            torch.testing.assert_close(buffer, buffers[key], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", SSL_METHODS)
+def test_options_are_keyword_only_and_have_defaults(name):
+    parameters = list(inspect.signature(SSL_METHODS[name]).parameters.values())
+    assert parameters[0].name == "backbone"
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in parameters[1:])
+
+
+@pytest.mark.parametrize("name", SSL_METHODS)
+def test_a_few_pictures_are_learnt_by_heart(name):
+    method, images = build(name).float(), [view.float() for view in views(name)]
+    nn.init.normal_(method.online.backbone.conv1.weight)  # away from DINO's teacher, its equal at the start
+    if name == "dino":
+        method.loss.center_momentum = 1.0  # a teacher that stays as it is
+    optimizer = torch.optim.Adam([p for p in method.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(60):
+        loss, _ = method(images, torch.zeros(8))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_dino_target_starts_equal_and_never_has_gradients():
+    method = build("dino")
+    for a, b in zip(method.online.parameters(), method.target.parameters()):
+        assert torch.equal(a, b) and not b.requires_grad
+    assert method.backbone is method.target.backbone
+    assert method.target.training
+
+
+def test_dino_leaves_the_prototypes_alone_in_the_first_epoch():
+    method = build("dino")
+    method(views("dino"), torch.zeros(8))[0].backward()
+    method.epoch = 0
+    method.cancel_gradients()
+    assert method.online.head.last_layer.weight_v.grad is None
+    assert method.online.backbone.conv1.weight.grad is not None
+    method(views("dino"), torch.zeros(8))[0].backward()
+    method.epoch = 1
+    method.cancel_gradients()
+    assert method.online.head.last_layer.weight_v.grad is not None
+
+
+def test_dino_temperature_follows_the_epoch():
+    method = SSL_METHODS["dino"](
+        Backbone(), **SMALL["dino"], teacher_temperature=0.07, warmup_teacher_temperature=0.04, warmup_teacher_epochs=4
+    )
+    images = [view.float() for view in views("dino")]
+    seen = []
+    for method.epoch in (0, 1, 3, 9):
+        seen.append(method(images, torch.zeros(8))[1]["teacher_temperature"].item())
+    assert seen == pytest.approx([0.04, 0.05, 0.07, 0.07])
+
+
+def test_multi_crop_keeps_the_order_and_groups_by_size():
+    method, images = build("dino"), views("dino")
+    calls = []
+    method.online.backbone.register_forward_pre_hook(lambda _, args: calls.append(tuple(args[0].shape)))
+    together = multi_crop(method.online, images)
+    assert calls == [(16, 3, 8, 8), (24, 3, 5, 5)]
+    apart = torch.cat([method.online(view) for view in images])
+    torch.testing.assert_close(together, apart)
+
+
+def test_simclr_refuses_another_number_of_views():
+    with pytest.raises(ValueError, match="2 views, not 3"):
+        build("simclr")([torch.zeros(2, 3, 8, 8).double()] * 3, torch.zeros(2))

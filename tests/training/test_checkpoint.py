@@ -1,0 +1,88 @@
+"""Checkpoints and run folders: whole or not at all, no code run, resumed only with the same config."""
+
+import os
+import pickle
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from training import checkpoint
+from training.errors import UserError
+
+
+def test_round_trip_and_rotation(tmp_path):
+    model = nn.Linear(3, 2)
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path / "last.pt", {"model": model}, step=step, config={"a": 1})
+        checkpoint.keep_copy(tmp_path, step, 2)
+    state = checkpoint.load(tmp_path / "last.pt")
+    assert state["step"] == 3 and state["config"] == {"a": 1} and isinstance(state["version"], str)
+    assert sorted(os.listdir(tmp_path)) == ["last.pt", "step_00000002.pt", "step_00000003.pt"]
+    assert checkpoint.load(tmp_path / "step_00000002.pt")["step"] == 2
+    other = nn.Linear(3, 2)
+    checkpoint.restore(state, {"model": other})
+    assert torch.equal(other.weight, model.weight)
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path / "last.pt", {}, step=1, config={})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="No space left on device.*the previous one is untouched"):
+        checkpoint.save(tmp_path / "last.pt", {}, step=2, config={})
+    assert os.listdir(tmp_path) == ["last.pt"]
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 1
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_code_in_a_checkpoint_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Malicious()}, "evil.pt")
+    with pytest.raises(UserError, match=r"evil.pt .*refused"):
+        checkpoint.load("evil.pt")
+    with open("evil2.pt", "wb") as file:
+        pickle.dump(Malicious(), file)
+    with pytest.raises(UserError):
+        checkpoint.load("evil2.pt")
+    assert not os.path.exists("executed")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+def test_unreadable_files(tmp_path, content):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"x.pt"):
+        checkpoint.load(tmp_path / "x.pt")
+    with pytest.raises(UserError, match="No such file"):
+        checkpoint.load(tmp_path / "missing.pt")
+    torch.save([1], tmp_path / "list.pt")
+    with pytest.raises(UserError, match="is not a checkpoint of"):
+        checkpoint.load(tmp_path / "list.pt")
+
+
+def test_open_run(tmp_path):
+    folder, config = tmp_path / "runs" / "a", {"optim": {"lr": 0.1}, "resume": "auto"}
+    assert checkpoint.open_run(folder, config) is None
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == config
+    checkpoint.save(folder / "last.pt", {}, step=7, config=config)
+    assert checkpoint.open_run(folder, config)["step"] == 7
+    other = {"optim": {"lr": 0.2}, "resume": "auto"}
+    with pytest.raises(UserError, match=r"another config \(optim.lr: 0.1 -> 0.2\)"):
+        checkpoint.open_run(folder, other)
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == config  # nothing changed by the refusal
+    assert checkpoint.open_run(folder, other, resume="never") is None
+    assert os.listdir(folder) == ["config.yaml"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write run folder"):
+        checkpoint.open_run(tmp_path / "file" / "run", {})

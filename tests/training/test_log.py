@@ -1,0 +1,57 @@
+"""The log of a run folder, as read back by json and by TensorBoard's own reader."""
+
+import json
+import math
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from training.errors import UserError
+from training.log import Log, Window
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_scalars_reach_json_and_tensorboard(tmp_path, capsys):
+    log = Log(tmp_path, {"optim": {"lr": 0.1}})
+    assert log.scalars(1, {"loss": torch.tensor(2.0), "nothing": None}) == {"loss": 2.0}
+    log.scalars(2, {"loss": 1.5, "bad": math.nan})
+    log.picture("views/0", torch.zeros(3, 8, 8))
+    log.results({"knn20_top1": 0.5, "name": "x"})
+    assert lines(tmp_path) == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5, "bad": "nan"}]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"knn20_top1": 0.5, "name": "x"}
+    assert json.loads((tmp_path / "results.json").read_text())["knn20_top1"] == 0.5
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 2.0), (2, 1.5)]
+    assert events.Tags()["images"] == ["views/0"]
+    assert log.repeat_results()
+    assert "knn20_top1" in capsys.readouterr().out
+
+
+def test_what_a_killed_process_left_after_its_checkpoint_is_dropped(tmp_path):
+    log = Log(tmp_path, {})
+    for step in (1, 2, 3):
+        log.scalars(step, {"loss": step})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    Log(tmp_path, {}, step=2).scalars(3, {"loss": 30.0})
+    assert lines(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 30.0}]
+
+
+def test_window():
+    window = Window(torch.device("cpu"))
+    for value in (1.0, 2.0, 6.0):
+        assert window.next(iter([value])) == value
+        window.add(torch.tensor(value), 8)
+    values = window.read()
+    assert values["loss"] == 3.0 and values["speed/images_per_second"] > 0 and values["speed/data_wait_share"] >= 0
+    window.add(torch.tensor(5.0), 8)
+    window.check("here")
+    assert window.read()["loss"] == 5.0
+    window.add(torch.tensor(math.inf), 8)
+    with pytest.raises(UserError, match="the loss is inf by step 3"):
+        window.check("by step 3")

@@ -1,0 +1,47 @@
+"""Curves against official DINO's array form, written out here with numpy."""
+
+import numpy as np
+import pytest
+
+from training.optim import OptimConfig
+from training.schedule import linear_then_constant, warmup_constant, warmup_cosine, warmup_steps
+
+
+def official_cosine(start, end, total, warmup):
+    rest = np.arange(total - warmup)
+    curve = end + 0.5 * (start - end) * (1 + np.cos(np.pi * rest / len(rest)))
+    return np.concatenate([np.linspace(0, start, warmup), curve])
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 2, 10])
+def test_warmup_cosine_equals_the_official_array(warmup):
+    ours = [warmup_cosine(i, 57, start=0.3, end=1e-3, warmup=warmup) for i in range(57)]
+    np.testing.assert_allclose(ours, official_cosine(0.3, 1e-3, 57, warmup), rtol=1e-12)
+
+
+def test_landmarks():
+    assert warmup_cosine(0, 100, start=1.0, warmup=10) == 0.0
+    assert warmup_cosine(9, 100, start=1.0, warmup=10) == 1.0
+    assert warmup_cosine(10, 100, start=1.0, warmup=10) == 1.0
+    assert 0.1 < warmup_cosine(99, 100, start=1.0, end=0.1) < 0.101
+
+
+def test_constant_and_steps():
+    assert [warmup_constant(i, 9, start=2.0, warmup=3) for i in (0, 1, 2, 8)] == [0.0, 1.0, 2.0, 2.0]
+    steps = [warmup_steps(i, 10, start=1.0, at=(0.6, 0.8)) for i in range(10)]
+    np.testing.assert_allclose(steps, [1.0] * 6 + [0.1] * 2 + [0.01] * 2)
+
+
+def test_teacher_temperature_is_linspace_then_constant():
+    expected = np.concatenate([np.linspace(0.04, 0.07, 5), [0.07] * 3])
+    ours = [linear_then_constant(epoch, start=0.04, end=0.07, length=5) for epoch in range(8)]
+    np.testing.assert_allclose(ours, expected, rtol=1e-12)
+    assert linear_then_constant(0, start=0.04, end=0.07, length=0) == 0.07
+
+
+def test_config_scales_with_the_batch_and_warms_up_in_epochs():
+    optim = OptimConfig(name="sgd", lr=0.3, lr_scaling="linear", warmup_epochs=2, weight_decay=0.04)
+    assert optim.lr_at(19, 100, 10, 512) == pytest.approx(0.6)
+    assert optim.weight_decay_at(50, 100) == 0.04
+    optim.final_weight_decay = 0.4
+    assert optim.weight_decay_at(50, 100) == pytest.approx(0.22)

@@ -1,0 +1,177 @@
+"""Pretrain a backbone without labels.
+
+    python train_ssl.py configs/simclr_scavport.yaml data.root=/pictures optim.lr=0.3
+    torchrun --nproc_per_node=4 train_ssl.py configs/dino_scavport.yaml
+
+Writes runs/<run_name>/: last.pt, metrics.jsonl, results.json, TensorBoard events. The same command goes on where a
+killed one stopped. All that happens is in `main`, top to bottom.
+"""
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from data import AugmentConfig, DataConfig, build_dataset, build_views
+from data.augment import Augment, unnormalize
+from data.loading import Loader, holdout
+from evaluation.knn import knn_figures
+from models.build import BackboneConfig, build_backbone
+from models.ssl import SSL_METHODS, MethodConfig
+from training import checkpoint, config, distributed, errors
+from training.ema import ema_update
+from training.log import Log, Window
+from training.optim import PRECISIONS, OptimConfig, build_optimizer, clip_gradients, set_rates
+from training.schedule import warmup_cosine
+
+
+@dataclass(kw_only=True)
+class EMAConfig:
+    start: float = 0.996  # momentum of the first step; half a cosine takes it to `end`
+    end: float = 1.0
+
+
+@dataclass(kw_only=True)
+class SaveConfig:
+    every: int = 500  # steps between checkpoints
+    keep_last: int = 0  # so many step_*.pt stay beside last.pt
+    best: bool = False  # best.pt: the highest kNN accuracy on the held-out part of the training set
+
+
+@dataclass(kw_only=True)
+class Config:
+    data: DataConfig
+    backbone: BackboneConfig
+    method: MethodConfig
+    augment: AugmentConfig
+    optim: OptimConfig
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+    epochs: int
+    batch_size: int  # pictures a step, over all processes and accumulated batches
+    accumulate: int = 1  # batches whose gradients are averaged before a step
+    holdout: float = 0.1  # share of the training set kept for the kNN figure; 0: train on everything, no figure
+    eval_every: int = 10  # epochs between kNN figures
+    log_every: int = 10  # steps between points of the curves
+    seed: int = 0
+    device: str = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    sync_bn: bool = False  # BatchNorm over all processes; CUDA only
+    resume: Literal["auto", "never"] = "auto"
+    runs: str = "runs"
+    run_name: str
+
+
+def main(argv: list[str]) -> None:
+    # ---------------------------------------------------------------- configuration, run folder
+    cfg = config.load(Config, argv)
+    device, world = distributed.setup(cfg.device), distributed.world_size()
+    resolved, folder = config.as_dict(cfg), Path(cfg.runs) / cfg.run_name
+    if cfg.batch_size % (world * cfg.accumulate):
+        raise errors.UserError(f"batch_size={cfg.batch_size} is no multiple of {world} processes x {cfg.accumulate=}")
+    state = checkpoint.open_run(folder, resolved, resume=cfg.resume)
+
+    # ---------------------------------------------------------------- data
+    train_set = build_dataset(cfg.data, "train")
+    train_ids, held_out = holdout(train_set, cfg.holdout, cfg.seed)
+    micro_batch = cfg.batch_size // (world * cfg.accumulate)
+    load = {"seed": cfg.seed, "cache": cfg.data.cache, "workers": cfg.data.workers}
+    loader = Loader(train_set, micro_batch, device, shuffle=True, drop_last=True, indices=train_ids, **load)
+    bank, queries = (Loader(train_set, 256, device, indices=ids, **load) for ids in (train_ids, held_out))
+    augment = Augment(build_views(cfg.augment), cfg.seed, train_set.sizes)
+
+    # ---------------------------------------------------------------- networks, optimizer, what a killed run left
+    torch.manual_seed(cfg.seed)
+    backbone, report = build_backbone(cfg.backbone)
+    method = SSL_METHODS[cfg.method.name](backbone, **cfg.method.options)
+    method = nn.SyncBatchNorm.convert_sync_batchnorm(method) if cfg.sync_bn else method
+    method.to(device, memory_format=torch.channels_last)
+    model = torch.compile(method) if cfg.compile else method
+    model = DistributedDataParallel(model) if world > 1 else model
+    optimizer = build_optimizer(cfg.optim, method)
+    dtype, scaler = PRECISIONS[cfg.precision], torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
+    epoch_steps = len(loader) // cfg.accumulate
+    start, total, best = 0, cfg.epochs * epoch_steps, -1.0
+    parts = {"model": method, "optimizer": optimizer, "scaler": scaler}
+    if state is not None:
+        checkpoint.restore(state, parts)
+        start, best = state["step"], state["best"]
+
+    log, window, began = Log(folder, resolved, start), Window(device), time.perf_counter()
+    parameters = sum(p.numel() for p in method.online.parameters())
+    log.say(f"{cfg.run_name}: {cfg.method.name} on {len(train_ids)} pictures, {cfg.backbone.name} ({report}), ")
+    log.say(f"{parameters:,} parameters, {epoch_steps} steps an epoch, step {start} of {total}, {world} x {device}")
+
+    # ---------------------------------------------------------------- train
+    if start == total and log.repeat_results():
+        return
+    batches, curves, figures = None, {}, {}
+    bar = tqdm(range(start, total), cfg.run_name, total, initial=start, unit="step", disable=not distributed.is_main())
+    for step in bar:
+        method.train()
+        method.epoch = step // epoch_steps
+        if batches is None or step % epoch_steps == 0:
+            batches = loader.epoch(method.epoch, first_batch=step % epoch_steps * cfg.accumulate)
+        torch.manual_seed(cfg.seed + 1_000_003 * step + distributed.rank())  # a resumed run draws the same numbers
+        lr = cfg.optim.lr_at(step, total, epoch_steps, cfg.batch_size)
+        set_rates(optimizer, lr, cfg.optim.weight_decay_at(step, total))
+
+        for micro in range(cfg.accumulate):
+            images, labels, ids = window.next(batches)
+            views = augment(images, ids, method.epoch)  # V x (B, 3, h, w)
+            with nullcontext() if world == 1 or micro == cfg.accumulate - 1 else model.no_sync():
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    loss, stats = model(views, labels)
+                scaler.scale(loss / cfg.accumulate).backward()
+            window.add(loss, micro_batch * world)
+
+        scaler.unscale_(optimizer)
+        grad_norm = clip_gradients(method.parameters(), cfg.optim.clip, cfg.optim.clip_mode)
+        method.cancel_gradients()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if method.target is not None:
+            momentum = warmup_cosine(step, total, start=cfg.ema.start, end=cfg.ema.end)
+            ema_update(method.target, method.online, momentum)
+
+        if step == 0:
+            for v, view in enumerate(views):
+                log.picture(f"views/{v}", make_grid(unnormalize(view[:32]), nrow=8))
+        done = step + 1
+        log_due, eval_due, save_due = (
+            done % every == 0 or done == total
+            for every in (cfg.log_every, cfg.eval_every * epoch_steps, cfg.save.every)
+        )
+        if log_due or eval_due or save_due:
+            window.check(f"by step {done} at lr {lr:.3g}; the last good checkpoint is {folder / checkpoint.LAST}")
+        if log_due:
+            curves = window.read() | {"lr": lr, "grad_norm": grad_norm, "epoch": done / epoch_steps}
+            curves = log.scalars(done, curves | {f"stats/{name}": value for name, value in stats.items()})
+            bar.set_postfix_str(f"loss {curves['loss']:.3f}, {curves['speed/images_per_second']:.0f} images/s")
+        if eval_due and len(held_out):
+            figures = log.scalars(done, knn_figures(method.backbone, bank, queries))
+            if cfg.save.best and figures["knn20_top1"] > best:
+                best = figures["knn20_top1"]
+                checkpoint.save(folder / "best.pt", parts, step=done, best=best, config=resolved)
+        if save_due:
+            checkpoint.save(folder / checkpoint.LAST, parts, step=done, best=best, config=resolved)
+            checkpoint.keep_copy(folder, done, cfg.save.keep_last)
+
+    # ---------------------------------------------------------------- results
+    about = {"method": cfg.method.name, "backbone": cfg.backbone.name, "parameters": parameters, "steps": total}
+    results = about | {"loss": curves.get("loss")} | figures | {"seconds": time.perf_counter() - began}
+    log.results(results | {"version": checkpoint.code_version()})
+    distributed.cleanup()
+
+
+if __name__ == "__main__":
+    errors.run(main)
