@@ -4,6 +4,9 @@ Parameter names, initialisation and outputs are torchvision's, so its weights lo
 input's size.
 """
 
+from typing import Literal
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.errors import UserError
@@ -27,11 +30,27 @@ def scaled(channels: int, width: float) -> int:
     return rounded + 8 if rounded < 0.9 * channels * width else rounded
 
 
+class TensorFlowConv2d(nn.Conv2d):
+    """Conv2d with TensorFlow's "SAME" padding: where stride 2 needs an odd number of zeros, one more below and right.
+
+    Weights trained in TensorFlow expect it; under torch's padding their maps come out half a stride displaced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads = []
+        for size, kernel, stride in reversed(list(zip(x.shape[2:], self.kernel_size, self.stride))):  # width first
+            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            pads += [total // 2, total - total // 2]
+        return F.conv2d(F.pad(x, pads), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+CONVOLUTIONS = {"torch": nn.Conv2d, "tensorflow": TensorFlowConv2d}
+
+
 def conv_bn_relu(
-    in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, groups: int = 1
+    in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, groups: int = 1, padding: str = "torch"
 ) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False),
+        CONVOLUTIONS[padding](in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False),
         nn.BatchNorm2d(out_channels),
         nn.ReLU6(inplace=True),
     )
@@ -41,12 +60,12 @@ class InvertedResidual(nn.Module):
     """Expand by 1x1, filter each channel by 3x3, project by 1x1 without activation:
     (B, in_channels, H, W) -> (B, out_channels, H / stride, W / stride)."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, expansion: int, stride: int):
+    def __init__(self, in_channels: int, out_channels: int, *, expansion: int, stride: int, padding: str = "torch"):
         super().__init__()
         hidden = in_channels * expansion
         self.conv = nn.Sequential(
             *([conv_bn_relu(in_channels, hidden, 1)] if expansion > 1 else []),
-            conv_bn_relu(hidden, hidden, 3, stride=stride, groups=hidden),
+            conv_bn_relu(hidden, hidden, 3, stride=stride, groups=hidden, padding=padding),
             nn.Conv2d(hidden, out_channels, 1, bias=False),
             nn.BatchNorm2d(out_channels),
         )
@@ -62,6 +81,7 @@ class MobileNetV2(nn.Module):
     Args:
         num_classes: 0 gives the pooled features, more adds dropout of 0.2 and a classifier.
         width: factor on all channels, the 1280 features excepted where it is below 1.
+        padding: of the convolutions with stride; `tensorflow` for weights that were trained there.
 
     Attributes:
         num_features: channels of the pooled features.
@@ -71,17 +91,18 @@ class MobileNetV2(nn.Module):
         UserError: width is not positive.
     """
 
-    def __init__(self, *, num_classes: int = 0, width: float = 1.0):
+    def __init__(self, *, num_classes: int = 0, width: float = 1.0, padding: Literal["torch", "tensorflow"] = "torch"):
         super().__init__()
         if not width > 0:
             raise UserError(f"backbone.width={width} must be positive; 1.0 is the standard network")
         self.num_features = scaled(1280, max(1.0, width))
         channels = [scaled(32, width)]  # after each of `features`
-        layers = [conv_bn_relu(3, channels[0], 3, stride=2)]
+        layers = [conv_bn_relu(3, channels[0], 3, stride=2, padding=padding)]
         for expansion, out_channels, depth, stride in SETTINGS:
             for i in range(depth):
                 channels.append(scaled(out_channels, width))
-                layers.append(InvertedResidual(*channels[-2:], expansion=expansion, stride=stride if i == 0 else 1))
+                how = {"expansion": expansion, "stride": stride if i == 0 else 1, "padding": padding}
+                layers.append(InvertedResidual(*channels[-2:], **how))
         layers.append(conv_bn_relu(channels[-1], self.num_features, 1))
         self.features = nn.Sequential(*layers)
         self.stage_channels = [channels[i] for i in STAGE_ENDS]

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torchvision
 
-from models.mobilenet import MobileNetV2, scaled
+from models.mobilenet import MobileNetV2, TensorFlowConv2d, scaled
 from models.weights import load_weights
 from training.errors import UserError
 
@@ -80,3 +80,20 @@ def test_imagenet_weights(real_weights):
     assert (features >= 0).all()  # ReLU6, averaged
     assert (features <= 6).all()
     assert features.std(dim=0).mean() > 0.01
+
+
+@pytest.mark.parametrize("size, zeros", [((6, 8), (0, 1, 0, 1)), ((7, 5), (1, 1, 1, 1)), ((6, 5), (1, 1, 0, 1))])
+def test_tensorflow_padding_adds_its_odd_zero_below_and_right(size, zeros):
+    conv = TensorFlowConv2d(2, 3, 3, 2, 1)
+    x = torch.randn(1, 2, *size)
+    expected = torch.nn.functional.conv2d(torch.nn.functional.pad(x, zeros), conv.weight, conv.bias, 2)
+    assert torch.equal(conv(x), expected)
+
+
+def test_tensorflow_padding_changes_no_name_and_no_size():
+    torch_padded, tensorflow = MobileNetV2().eval(), MobileNetV2(padding="tensorflow").eval()
+    tensorflow.load_state_dict(torch_padded.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    ours, theirs = tensorflow.forward_stages(x), torch_padded.forward_stages(x)
+    assert [m.shape for m in ours] == [m.shape for m in theirs]
+    assert not torch.allclose(ours[0], theirs[0])

@@ -1,0 +1,142 @@
+"""95 % intervals of the anomaly figures by the bootstrap over pictures (Efron and Tibshirani 1993, chapter 13).
+
+Pixels of one picture are not independent, so whole pictures are drawn with replacement, 1000 times, the normal and the
+anomalous ones separately (no replicate lacks a class); the interval runs from the 2.5 to the 97.5 percentile. A drawn
+set is a vector of how often each picture is in it, and its score histogram is that vector times the pictures' own: all
+replicates at once are one product (R, N) x (N, K).
+
+Image figures have a bin for every distinct score and are exact. Pixel figures have about 2000 bins between quantiles of
+the pooled normal and of the pooled defect pixels: no bin holds more than 1/1024 of either, except those of a single
+value. Scores within a bin count as tied, which moves the figures of the whole set by less than 1e-3 (tested; 1e-4 is
+usual), and an interval is far wider. The figures beside the intervals are always the exact ones.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import sparse
+
+from evaluation.anomaly_metrics import (
+    IMAGE_METRICS,
+    PIXEL_METRICS,
+    Array,
+    area_to_limit,
+    image_metrics,
+    pixel_metrics,
+    real_numbers,
+    region_shares,
+    to_numpy,
+)
+
+REPLICATES = 1000
+QUANTILES = 1024
+
+
+class Histograms(NamedTuple):
+    """Score histograms of N pictures over K bins, highest scores first; each (N, K)."""
+
+    negatives: np.ndarray | sparse.csr_array
+    positives: np.ndarray | sparse.csr_array
+    shares: np.ndarray | sparse.csr_array  # positives weighted by 1 / the size of their region
+
+
+def with_intervals(
+    scores: Array, labels: Array, maps: Array | None, masks: Array | None, *, seed: int = 0
+) -> dict[str, float | list[float] | None]:
+    """All of `image_metrics` and `pixel_metrics`, each followed by `<key>_interval: [low, high]`.
+
+    `scores` (N,), `labels` (N,), `maps` (N, H, W) and `masks` (N, H, W) or None for either. None where a figure is
+    undefined. `seed` draws the replicates; image and pixel figures share them. About 3 seconds for 250 pictures of
+    256 x 256 on one core.
+    """
+    figures, labels = image_metrics(scores, labels), to_numpy(labels).astype(bool)
+    intervals = dict.fromkeys(IMAGE_METRICS + PIXEL_METRICS)
+    draws = draw_pictures(labels, seed)
+    if figures["image_auroc"] is not None:
+        intervals |= percentiles(image_replicates(to_numpy(scores), labels, draws))
+    if maps is None or masks is None:
+        figures |= dict.fromkeys(PIXEL_METRICS)
+    else:
+        figures |= pixel_metrics(maps, masks)
+        if figures["aupro"] is not None:
+            intervals |= percentiles(pixel_replicates(to_numpy(maps), to_numpy(masks), draws))
+    return {
+        name: value for key in figures for name, value in ((key, figures[key]), (f"{key}_interval", intervals[key]))
+    }
+
+
+def draw_pictures(labels: np.ndarray, seed: int) -> np.ndarray:
+    """How often each replicate holds each picture, (R, N) float64, for `labels` (N,) bool."""
+    rng = np.random.default_rng(seed)
+    draws = np.zeros((REPLICATES, len(labels)))
+    for members in (np.flatnonzero(~labels), np.flatnonzero(labels)):
+        n = len(members)
+        if n:
+            cells = rng.integers(n, size=(REPLICATES, n)) + n * np.arange(REPLICATES)[:, None]
+            draws[:, members] = np.bincount(cells.ravel(), minlength=REPLICATES * n).reshape(REPLICATES, n)
+    return draws
+
+
+def percentiles(replicates: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    """{key: (R,)} -> {key: [low, high]}. NaN replicates (no anomalous picture drawn has a mask) are left out."""
+    return {key: np.nanpercentile(values, (2.5, 97.5)).tolist() for key, values in replicates.items()}
+
+
+def image_replicates(scores: np.ndarray, labels: np.ndarray, draws: np.ndarray) -> dict[str, np.ndarray]:
+    """Image figures of every row of `draws` (R, N), exact: {key: (R,)}. `scores` (N,), `labels` (N,) bool."""
+    levels, bins = np.unique(-scores, return_inverse=True)
+    shape = (len(scores), len(levels))
+    cells = (np.arange(len(scores)), bins)
+    positives = sparse.csr_array((labels.astype(np.float64), cells), shape)
+    negatives = sparse.csr_array(((~labels).astype(np.float64), cells), shape)
+    return dict(zip(IMAGE_METRICS, replicate_metrics(Histograms(negatives, positives, positives), draws)))
+
+
+def pixel_replicates(maps: np.ndarray, masks: np.ndarray, draws: np.ndarray) -> dict[str, np.ndarray]:
+    """Pixel figures of every row of `draws` (R, N), from histograms: {key: (R,)}. `maps`, `masks` (N, H, W)."""
+    return dict(zip(PIXEL_METRICS, replicate_metrics(pixel_histograms(maps, masks), draws)))
+
+
+def pixel_histograms(maps: np.ndarray, masks: np.ndarray) -> Histograms:
+    """Histograms of `maps` (N, H, W) inside and outside `masks` (N, H, W) bool, bins between quantiles of both."""
+    maps = real_numbers(maps, "anomaly-map pixels")
+    edges, times = np.unique(np.concatenate([quantiles(maps[masks]), quantiles(maps[~masks])]), return_counts=True)
+    ties = edges[times > 1]  # a score that many pixels share gets a bin of its own, up to the next float
+    edges = np.unique(np.concatenate([edges, np.nextafter(ties, np.inf, dtype=ties.dtype)]))
+    n, k = len(maps), len(edges)
+
+    def histogram(values: np.ndarray) -> np.ndarray:  # (K,): sorting 65,536 values beats looking up a bin for each
+        return np.diff(np.searchsorted(np.sort(values), edges), append=len(values))
+
+    negatives = np.stack([histogram(values[~mask]) for values, mask in zip(maps, masks)])
+    bins = np.searchsorted(edges, maps[masks], "right") - 1  # (P,)
+    cells = np.nonzero(masks)[0] * k + bins
+    positives = np.bincount(cells, minlength=n * k).reshape(n, k)
+    shares = np.bincount(cells, region_shares(masks), minlength=n * k).reshape(n, k)
+    return Histograms(*(h[:, ::-1].astype(np.float64) for h in (negatives, positives, shares)))
+
+
+def quantiles(values: np.ndarray) -> np.ndarray:
+    """QUANTILES + 1 evenly spaced order statistics, (Q + 1,): the smallest first, the largest last."""
+    return np.sort(values)[np.linspace(0, len(values) - 1, QUANTILES + 1).astype(np.int64)]
+
+
+def replicate_metrics(histograms: Histograms, draws: np.ndarray) -> list[np.ndarray]:
+    """AUROC, AP, F1-max, AU-PRO to 0.3 and AU-PRO to 0.05 of each row of `draws` (R, N): five arrays (R,)."""
+    n_chunks = 1 + draws.shape[0] * histograms.negatives.shape[1] // 2**18  # a dozen (r, K) arrays of 2 MB live at once
+    chunks = [_replicate_metrics(histograms, chunk) for chunk in np.array_split(draws, min(n_chunks, len(draws)))]
+    return [np.concatenate(figure) for figure in zip(*chunks)]
+
+
+def _replicate_metrics(histograms: Histograms, draws: np.ndarray) -> list[np.ndarray]:
+    negatives, positives, shares = (draws @ h for h in histograms)  # (r, K)
+    false, true = negatives.cumsum(1), positives.cumsum(1)
+    total_false, total_true = false[:, -1:], true[:, -1:]
+    with np.errstate(invalid="ignore", divide="ignore"):  # a replicate without positives: NaN
+        after, width = false / total_false, negatives / total_false
+        recall_gain, pro_gain = positives / total_true, shares / shares.sum(1, keepdims=True)
+    ap = np.sum(recall_gain * true / np.maximum(true + false, 1), 1)
+    f1 = np.max(2 * true / (total_true + true + false), 1)
+    steps = [(recall_gain, 1.0), (pro_gain, 0.3), (pro_gain, 0.05)]
+    auroc, *aupro = [area_to_limit(gain, after - width, after, limit) for gain, limit in steps]
+    return [auroc, ap, f1, *aupro]
