@@ -1,0 +1,43 @@
+"""Random numbers that depend only on what they are for: a counter-based hash instead of a generator with a state.
+
+A picture's draws are a function of (seed, epoch, view, picture), so they are the same in any batch, on any worker, rank
+or device, and after a resume. Everything is drawn on the CPU, where the host may look at it without waiting for the
+device, and then sent.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Increment and finaliser of splitmix64 (Steele, Lea & Flood, OOPSLA 2014; the constants of S. Vigna's splitmix64.c).
+GOLDEN, FIRST, SECOND = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def mix(state: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser, a bijection of uint64 arrays in which every bit of the input moves every bit."""
+    state = (state ^ (state >> np.uint64(30))) * FIRST
+    state = (state ^ (state >> np.uint64(27))) * SECOND
+    return state ^ (state >> np.uint64(31))
+
+
+def uniform(key: tuple[int | Tensor, ...], draws: int) -> Tensor:
+    """Uniform numbers in [0, 1), multiples of 2^-24: float64 (B, draws), where row b depends only on row b of the key.
+
+    The parts of the key are integers or int64 tensors (B,) on the CPU; their order matters. They are absorbed one after
+    the other, state <- mix((state ^ part) + GOLDEN), and the draws are the splitmix64 stream that starts at the last
+    state: a draw added at the end leaves the earlier ones as they are.
+    """
+    state = np.zeros(1, np.uint64)
+    for part in key:
+        part = part.numpy() if isinstance(part, Tensor) else np.array([part], np.int64)
+        state = mix((state ^ part.astype(np.uint64)) + GOLDEN)
+    counter = np.arange(1, draws + 1, dtype=np.uint64) * GOLDEN
+    bits = mix(state[:, None] + counter)  # (B, draws)
+    return torch.from_numpy((bits >> np.uint64(40)) * 2.0**-24)
+
+
+def send(numbers: Tensor, device: torch.device) -> Tensor:
+    """Start the copy of a CPU tensor to `device` and return at once: only from pinned memory need the host not wait."""
+    if device.type == "cuda":
+        numbers = numbers.pin_memory()
+    return numbers.to(device, non_blocking=True)
