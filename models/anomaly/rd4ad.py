@@ -1,0 +1,74 @@
+"""RD4AD (Deng & Li 2022, "Anomaly detection via reverse distillation from one-class embedding")."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from losses.feature_distance import flattened_cosine
+from models.anomaly.detector import Detector
+from models.anomaly.maps import smooth, upsample
+from models.anomaly.rd4ad_networks import BasicBlock, Bottleneck, Decoder, OneClassBottleneck
+from training.errors import UserError
+
+# the teacher's blocks in layers 1-3, its block, base width, and the depth of the official one-class embedding
+TEACHERS = {
+    "resnet18": ((2, 2, 2), BasicBlock, 64, 2),
+    "resnet34": ((3, 4, 6), BasicBlock, 64, 3),
+    "resnet50": ((3, 4, 6), Bottleneck, 64, 3),
+    "wide_resnet50_2": ((3, 4, 6), Bottleneck, 128, 3),
+}
+
+
+class RD4AD(Detector):
+    """A decoder learns to rebuild a frozen teacher's features from a narrow embedding of them; what it fails at is odd.
+
+    Networks, initialisation, loss and score of the official code. `bn` and `decoder` carry its parameter names, so that
+    `detector.bn.load_state_dict(checkpoint["bn"])` reads an official checkpoint. Different from it: the teacher is
+    detached, which changes no number (the official one computes gradients that it never applies).
+    The official recipe: 256 x 256 pictures, batch 16, Adam with learning rate 5e-3 and betas (0.5, 0.999), 200 epochs.
+
+    Args:
+        backbone: the teacher, a ResNet-18, 34, 50 or Wide-ResNet-50-2; it is frozen and stays in eval mode.
+
+    Raises:
+        UserError: another backbone, or, at the first batch, pictures whose side is no multiple of 32 (ImageNet stem).
+    """
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__(backbone, (1, 2, 3))
+        depths, block, width, embedding_depth = _official_parts(backbone)
+        self.bn = OneClassBottleneck(block, embedding_depth, width=width)
+        self.decoder = Decoder(block, depths, width=width)
+
+    def networks(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Stages 1-3 of the teacher and the student's version of them, twice [(B, C_i, H_i, W_i)] in float32."""
+        teacher = self.features(images)
+        student = [feature.float() for feature in self.decoder(self.bn(teacher))]
+        if student[0].shape != teacher[0].shape:
+            raise UserError(
+                f"rd4ad halves pictures 5 times and doubles them back, which {tuple(images.shape[-2:])} does not bear: "
+                "set data.size to a multiple of 32 (of 8 with stem=cifar)"
+            )
+        return teacher, student
+
+    def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss on normalised (B, 3, S, S) normal pictures: flattened cosine summed over stages 1-3; stats name each."""
+        losses = flattened_cosine(*self.networks(images))  # (3,)
+        return losses.sum(), {f"loss_stage{stage}": loss for stage, loss in zip(self.stages, losses.detach())}
+
+    def measure(self, outputs: tuple[list[Tensor], list[Tensor]], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        distances = [
+            1 - F.cosine_similarity(teacher, student) for teacher, student in zip(*outputs)
+        ]  # 3 x (B, H_i, W_i)
+        maps = smooth(sum(upsample(distance, size, align_corners=True) for distance in distances))  # (B, S, S)
+        return maps, maps.flatten(1).amax(1)
+
+
+def _official_parts(backbone: nn.Module) -> tuple[tuple[int, int, int], type[nn.Module], int, int]:
+    """The row of TEACHERS with the backbone's depths, block and width."""
+    if hasattr(backbone, "layer3"):
+        depths = tuple(len(getattr(backbone, f"layer{n}")) for n in (1, 2, 3))
+        found = (depths, backbone.stage_channels[0], backbone.layer1[0].conv2.out_channels)
+        for row in TEACHERS.values():
+            if found == (row[0], 64 * row[1].expansion, row[2]):
+                return row
+    raise UserError(f"rd4ad has a decoder for {', '.join(TEACHERS)} only: set backbone.name to one of them")

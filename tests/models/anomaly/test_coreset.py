@@ -1,0 +1,194 @@
+"""greedy_coreset against the plain loop in float64: the same picks in the same order, ties to the lowest index."""
+
+import pytest
+import torch
+
+from models.anomaly.coreset import farthest_points, greedy_coreset
+from training.errors import UserError
+
+
+def plain_loop(features, n_picks, start=0, dtype=torch.float64):
+    """The definition: distance to the newest pick, minimum, argmax (torch's argmax is the first of equal maxima)."""
+    x = features.to(dtype)
+    picks, least = [start], (x - x[start]).square().sum(1)
+    for _ in range(n_picks - 1):
+        least[picks[-1]] = -torch.inf
+        picks.append(int(least.argmax()))
+        least = torch.minimum(least, (x - x[picks[-1]]).square().sum(1))
+    return torch.tensor(picks)
+
+
+def gaussian(n=400, d=24):
+    return torch.randn(n, d)
+
+
+def relu():
+    """Low intrinsic dimension, like the patch features of a network."""
+    hidden = (torch.randn(400, 6) @ torch.randn(6, 64) + torch.randn(64)).relu()
+    return hidden @ torch.randn(64, 24)
+
+
+def clusters():
+    """So tight that float32 norms and products say nothing about the distances inside: needs the float64 bounds."""
+    return 10 * torch.randn(5, 24)[torch.randint(0, 5, (400,))] + 1e-4 * torch.randn(400, 24)
+
+
+def duplicates():
+    return torch.randn(30, 24)[torch.randint(0, 30, (400,))]
+
+
+def grid():
+    """1,728 places for 3,000 points, spacing 0.1, which float32 cannot represent: thousands of exact and near ties."""
+    return torch.randint(0, 12, (3000, 3)).float() / 10
+
+
+def bits():
+    return torch.randint(0, 2, (1500, 32)).float()
+
+
+def permuted():
+    """Points whose distances to the first agree but for the rounding of the sums: one vector, its entries shuffled."""
+    return torch.cat([torch.zeros(1, 24), torch.randn(24).expand(400, 24).gather(1, torch.rand(400, 24).argsort(1))])
+
+
+def near_ties():
+    """Corners of a cube with every entry moved by a few units in the last place: float32 distances pick wrongly."""
+    corners = 8 + 2.0 * torch.randint(0, 2, (600, 24)) - 1
+    return corners + torch.randint(-3, 4, (600, 24)) * 2**-20
+
+
+def mixed_scales():
+    return torch.randn(400, 24) * 10 ** (12 * torch.rand(400, 1) - 6)
+
+
+CASES = {
+    "gaussian": gaussian,
+    "relu": relu,
+    "clusters": clusters,
+    "duplicates": duplicates,
+    "grid": grid,
+    "bits": bits,
+    "permuted": permuted,
+    "near ties": near_ties,
+    "mixed scales": mixed_scales,
+    "identical": lambda: torch.full((300, 5), 0.1),
+    "offset": lambda: gaussian() + 1000,
+    "tiny": lambda: gaussian() * 1e-4,
+    "below float32 squares": lambda: gaussian() * 1e-25,
+    "above float32 squares": lambda: gaussian() * 1e30,
+    "one column": lambda: torch.randn(400, 1),
+    "not contiguous": lambda: torch.randn(24, 800).T[::2],
+    "half precision": lambda: gaussian().bfloat16(),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_picks_in_the_same_order_as_the_plain_loop(case):
+    features = CASES[case]()
+    expected = plain_loop(features, 150, start=7)
+    assert len(expected.unique()) == 150
+    for pool in (1, 7, 64, 5000):
+        assert torch.equal(greedy_coreset(features, 150, start=7, pool=pool), expected), f"pool {pool}"
+    for chunk in (len(features) * 8, 12345, 10**7):
+        assert torch.equal(greedy_coreset(features, 150, start=7, chunk=chunk), expected), f"chunk {chunk}"
+
+
+@pytest.mark.parametrize("case", ["gaussian", "duplicates", "clusters", "identical"])
+def test_all_points_can_be_picked(case):
+    features = CASES[case]()
+    n = len(features)
+    picks = greedy_coreset(features, n, start=n - 1)
+    assert torch.equal(picks, plain_loop(features, n, start=n - 1))
+    assert torch.equal(picks.sort().values, torch.arange(n))
+
+
+def test_near_ties_do_fool_float32():
+    features = near_ties()
+    assert not torch.equal(plain_loop(features, 150, dtype=torch.float32), plain_loop(features, 150))
+
+
+def test_copies_of_picks_come_last_in_the_order_of_their_index():
+    features = torch.tensor([[0.0], [5.0], [0.0], [5.0], [1.0], [5.0]])
+    assert greedy_coreset(features, 6, start=3).tolist() == [3, 0, 4, 1, 2, 5]
+
+
+def test_the_pool_takes_the_lowest_indices_among_ties():
+    least = torch.tensor([1.0, 3.0, 2.0, 2.0, -torch.inf, 2.0], dtype=torch.float64)
+    assert [farthest_points(least, n).tolist() for n in (1, 2, 3, 5)] == [[1], [1, 2], [1, 2, 3], [0, 1, 2, 3, 5]]
+
+
+def test_several_pools_with_the_growing_size():
+    features = torch.randn(6000, 8)
+    assert torch.equal(greedy_coreset(features, 900, pool=600), plain_loop(features, 900))
+
+
+def test_smallest_inputs():
+    assert greedy_coreset(torch.randn(1, 3), 1).tolist() == [0]
+    assert greedy_coreset(torch.randn(9, 3), 1, start=4).tolist() == [4]
+    assert greedy_coreset(torch.tensor([[0.0], [0.0]]), 2, start=1).tolist() == [1, 0]
+
+
+def test_threads_autocast_and_matmul_precision_change_nothing():
+    features = 10 * torch.randn(5, 24)[torch.randint(0, 5, (400,))] + torch.randn(400, 24)  # bfloat16 would not do
+    expected = plain_loop(features, 200)
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    before = features.clone()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                assert torch.equal(greedy_coreset(features, 200), expected)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+    assert torch.equal(features, before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", CASES)
+def test_cuda_picks_the_same(case):
+    features = CASES[case]()
+    assert torch.equal(greedy_coreset(features.cuda(), 150), plain_loop(features, 150))
+
+
+def test_progress_adds_up():
+    for features in (gaussian(), duplicates()):
+        steps = []
+        greedy_coreset(features, 150, pool=32, progress=steps.append)
+        assert sum(steps) == 150 and min(steps) >= 1
+
+
+def test_features_with_gradients():
+    features = gaussian()
+    picks = greedy_coreset(features.clone().requires_grad_(), 5)
+    assert torch.equal(picks, greedy_coreset(features, 5)) and picks.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    "features, n_picks, options",
+    [
+        (torch.randn(5, 2), 0, {}),
+        (torch.randn(5, 2), 6, {}),
+        (torch.randn(5, 2), 2, {"start": 5}),
+        (torch.randn(5, 2), 2, {"start": -1}),
+        (torch.randn(5, 2), 2, {"pool": 0}),
+        (torch.randn(5, 2), 2, {"chunk": 0}),
+        (torch.randn(5), 2, {}),
+        (torch.randn(0, 2), 1, {}),
+        (torch.randn(5, 0), 1, {}),
+        (torch.ones(5, 2, dtype=torch.int64), 2, {}),
+    ],
+)
+def test_wrong_arguments_are_named(features, n_picks, options):
+    with pytest.raises(ValueError, match=r"greedy_coreset: "):
+        greedy_coreset(features, n_picks, **options)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_bad_features_are_named(value):
+    features = gaussian()
+    features[3, 2] = features[17, 1] = value
+    with pytest.raises(UserError, match=r"features: row 3 of 400 holds NaN or inf"):
+        greedy_coreset(features, 5)

@@ -1,0 +1,65 @@
+"""Anomaly maps against scipy's blur and bilinear interpolation written out."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+
+from models.anomaly.maps import smooth, upsample
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (33, 16), (17, 5), (2, 3), (1, 1), (1, 40)])
+@pytest.mark.parametrize("sigma", [4.0, 1.3])
+def test_smooth_equals_scipy_also_where_the_map_is_smaller_than_the_kernel(shape, sigma):
+    maps = torch.rand(3, *shape)
+    expected = np.stack([gaussian_filter(each, sigma) for each in maps.double().numpy()])
+    assert np.abs(smooth(maps.double(), sigma).numpy() - expected).max() < 1e-12
+    blurred = smooth(maps, sigma)
+    assert blurred.dtype == torch.float32 and np.abs(blurred.numpy() - expected).max() < 1e-6
+
+
+def test_smooth_defaults_to_sigma_4_and_treats_axes_alike():
+    maps = torch.rand(2, 40, 23)
+    assert np.abs(smooth(maps)[1].numpy() - gaussian_filter(maps[1].double().numpy(), 4)).max() < 1e-6
+    assert torch.allclose(smooth(maps.transpose(1, 2)), smooth(maps).transpose(1, 2), atol=1e-7)
+
+
+def test_smooth_keeps_its_precision_under_autocast():
+    maps = torch.rand(1, 30, 30)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(smooth(maps), smooth(maps))
+        inside = smooth(maps)
+    assert torch.equal(inside, smooth(maps))
+
+
+def interpolate(grid: np.ndarray, size: tuple[int, int], align_corners: bool) -> np.ndarray:
+    """Bilinear interpolation of one (h, w) grid, pixel by pixel, the border repeated."""
+    out = np.zeros(size)
+    for i, j in np.ndindex(*size):
+        at, corners = [], []
+        for target, n_in, n_out in ((i, grid.shape[0], size[0]), (j, grid.shape[1], size[1])):
+            if align_corners:
+                x = target * (n_in - 1) / (n_out - 1)
+            else:
+                x = min(max((target + 0.5) * n_in / n_out - 0.5, 0), n_in - 1)
+            low = min(int(x), n_in - 1)
+            corners.append((low, min(low + 1, n_in - 1)))
+            at.append(x - low)
+        (top, bottom), (left, right) = corners
+        upper = grid[top, left] * (1 - at[1]) + grid[top, right] * at[1]
+        lower = grid[bottom, left] * (1 - at[1]) + grid[bottom, right] * at[1]
+        out[i, j] = upper * (1 - at[0]) + lower * at[0]
+    return out
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("size", [(12, 20), (7, 9)])
+def test_upsample_is_bilinear(align_corners, size):
+    grid = torch.rand(2, 3, 5, dtype=torch.float64)
+    expected = np.stack([interpolate(each.numpy(), size, align_corners) for each in grid])
+    assert np.abs(upsample(grid, size, align_corners=align_corners).numpy() - expected).max() < 1e-12
+
+
+def test_one_value_becomes_a_flat_map():
+    flat = smooth(upsample(torch.tensor([[[2.5]]]), (9, 9), align_corners=True))
+    assert torch.allclose(flat, torch.full((1, 9, 9), 2.5))

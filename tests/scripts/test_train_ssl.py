@@ -1,0 +1,114 @@
+"""train_ssl.py as a person runs it: what it leaves, killed and resumed, under torchrun, and its errors."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+import train_ssl
+from tests.pictures import TOP, command, script, write_classes
+from training.errors import UserError
+
+TINY = {
+    "simclr": ["configs/simclr_demo.yaml", "augment.size=24", "method.out=8"],
+    "dino": ["configs/dino_demo.yaml", "augment.size=24", "augment.local_size=16", "method.prototypes=16"],
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_classes(tmp_path_factory.mktemp("pictures"))
+
+
+def words(name, pictures, runs, *more):
+    about = [f"data.root={pictures}", "data.size=32", "backbone.stem=cifar", f"runs={runs}", "run_name=run", "epochs=3"]
+    return TINY[name] + about + ["batch_size=8", "save.every=3", "log_every=1", "device=cpu", *more]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_run_leaves_everything_behind(name, pictures, tmp_path, capsys):
+    train_ssl.main(words(name, pictures, tmp_path, "save.best=true", "save.keep_last=2", "accumulate=2"))
+    folder = tmp_path / "run"
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert results == json.loads((folder / "results.json").read_text())
+    assert results["steps"] == 12 and 0 <= results["knn20_top1"] <= 1 and results["loss"] > 0
+    names = {p.name for p in folder.iterdir()}
+    assert {"config.yaml", "last.pt", "best.pt", "metrics.jsonl", "step_00000009.pt", "step_00000012.pt"} <= names
+    assert not any(".tmp" in n for n in names) and "step_00000006.pt" not in names
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics if "loss" in m] == list(range(1, 13))
+    state = torch.load(folder / "last.pt", weights_only=True)
+    assert state["step"] == 12 and state["config"]["method"]["name"] == name
+    # a second call finds the run done and only says its results again
+    train_ssl.main(words(name, pictures, tmp_path, "save.best=true", "save.keep_last=2", "accumulate=2"))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results
+
+
+def kill_after(words, metrics, step):
+    """Start a run and kill it as soon as its metrics show `step`."""
+    process = subprocess.Popen(
+        command(words), cwd=TOP, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    deadline = time.time() + 300
+    while process.poll() is None and time.time() < deadline:
+        if metrics.exists() and f'"step": {step},' in metrics.read_text():
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.01)
+    assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(name, pictures, tmp_path):
+    script(["train_ssl.py", *words(name, pictures, tmp_path / "a")])
+    again = ["train_ssl.py", *words(name, pictures, tmp_path / "b")]
+    kill_after(again, tmp_path / "b" / "run" / "metrics.jsonl", 5)  # the checkpoint is of step 3
+    assert torch.load(tmp_path / "b" / "run" / "last.pt", weights_only=True)["step"] < 12
+    script(again)
+    whole, resumed = (torch.load(tmp_path / x / "run" / "last.pt", weights_only=True) for x in "ab")
+    for key, value in whole["model"].items():
+        assert torch.equal(value, resumed["model"][key]), key
+    assert str(whole["optimizer"]) == str(resumed["optimizer"])
+    losses = [
+        {m["step"]: m["loss"] for m in map(json.loads, open(tmp_path / x / "run" / "metrics.jsonl")) if "loss" in m}
+        for x in "ab"
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_two_processes(name, pictures, tmp_path):
+    results = script(["train_ssl.py", *words(name, pictures, tmp_path, "epochs=1")], processes=2)
+    assert results["steps"] == 4 and results["loss"] > 0
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 5  # one writer only
+
+
+def test_mistakes_are_one_line(pictures, tmp_path):
+    def error(*more):
+        with pytest.raises(UserError) as caught:
+            train_ssl.main(words("simclr", pictures, tmp_path, *more))
+        return str(caught.value)
+
+    assert "did you mean 'temperature'" in error("method.temprature=1")
+    assert "nowhere" in error("data.root=nowhere")
+    assert "batch_size=7 is no multiple" in error("batch_size=7", "accumulate=2")
+    assert "batch" in error("batch_size=512")
+    assert not torch.cuda.is_available() and "no CUDA device" in error("device=cuda")
+    train_ssl.main(words("simclr", pictures, tmp_path, "epochs=1", "holdout=0"))
+    assert "optim.lr: 1.0 -> 2.0" in error("epochs=1", "holdout=0", "optim.lr=2")
+    assert "the loss is nan by step 1 at lr" in error(
+        "optim.lr=1e30", "optim.name=sgd", "optim.warmup_epochs=0", "resume=never", "epochs=2"
+    ).replace("by step 2", "by step 1").replace("by step 3", "by step 1")
+
+
+def test_exit_status_two_without_traceback(tmp_path):
+    done = subprocess.run(
+        command(["train_ssl.py", "configs/simclr_demo.yaml", "epoch=3"]), cwd=TOP, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == ["error: unknown key 'epoch', did you mean 'epochs'?"]
+    assert not (TOP / "runs" / "simclr_demo" / "config.yaml").exists() or tmp_path
