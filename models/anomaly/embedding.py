@@ -5,7 +5,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from sklearn.covariance import ledoit_wolf
 from torch import Tensor, nn
 
 from models.anomaly.detector import Detector
@@ -71,6 +70,8 @@ class Embedding(Detector):
             self.bank = embeddings
             return
         samples = embeddings.double()
+        from sklearn.covariance import ledoit_wolf  # here, for it takes seconds to import and only this needs it
+
         covariance = torch.from_numpy(ledoit_wolf(samples.cpu().numpy())[0])  # (D, D)
         cholesky, failed = torch.linalg.cholesky_ex(covariance)
         if failed:  # with 2 pictures the shrinkage is exactly 0, with equal ones the covariance is

@@ -50,8 +50,9 @@ def test_a_run_leaves_everything_behind(name, pictures, tmp_path, capsys):
 
 def kill_after(words, metrics, step):
     """Start a run and kill it as soon as its metrics show `step`."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command(words), cwd=TOP, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command(words), cwd=TOP, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
     )
     deadline = time.time() + 300
     while process.poll() is None and time.time() < deadline:
@@ -73,11 +74,12 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(name, pictures, tmp
     for key, value in whole["model"].items():
         assert torch.equal(value, resumed["model"][key]), key
     assert str(whole["optimizer"]) == str(resumed["optimizer"])
-    losses = [
-        {m["step"]: m["loss"] for m in map(json.loads, open(tmp_path / x / "run" / "metrics.jsonl")) if "loss" in m}
-        for x in "ab"
-    ]
-    assert losses[0] == losses[1]
+    assert losses(tmp_path / "a" / "run") == losses(tmp_path / "b" / "run")
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -100,15 +102,13 @@ def test_mistakes_are_one_line(pictures, tmp_path):
     assert not torch.cuda.is_available() and "no CUDA device" in error("device=cuda")
     train_ssl.main(words("simclr", pictures, tmp_path, "epochs=1", "holdout=0"))
     assert "optim.lr: 1.0 -> 2.0" in error("epochs=1", "holdout=0", "optim.lr=2")
-    assert "the loss is nan by step 1 at lr" in error(
-        "optim.lr=1e30", "optim.name=sgd", "optim.warmup_epochs=0", "resume=never", "epochs=2"
-    ).replace("by step 2", "by step 1").replace("by step 3", "by step 1")
+    diverging = error("optim=sgd", "optim.lr=1e30", "resume=never", "epochs=2")
+    assert "the loss is nan by step" in diverging and "last.pt" in diverging
 
 
 def test_exit_status_two_without_traceback(tmp_path):
-    done = subprocess.run(
-        command(["train_ssl.py", "configs/simclr_demo.yaml", "epoch=3"]), cwd=TOP, capture_output=True, text=True, check=False
-    )
+    words = ["train_ssl.py", "configs/simclr_demo.yaml", "epoch=3", f"runs={tmp_path}/runs"]
+    done = subprocess.run(command(words), cwd=TOP, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == ["error: unknown key 'epoch', did you mean 'epochs'?"]
-    assert not (TOP / "runs" / "simclr_demo" / "config.yaml").exists() or tmp_path
+    assert not list(tmp_path.iterdir())

@@ -33,7 +33,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match="No space left on device.*the previous one is untouched"):
+    with pytest.raises(UserError, match=r"No space left on device.*the previous one is untouched"):
         checkpoint.save(tmp_path / "last.pt", {}, step=2, config={})
     assert os.listdir(tmp_path) == ["last.pt"]
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 1

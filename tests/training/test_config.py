@@ -132,7 +132,7 @@ def test_mistakes_are_named(path, text, arguments, message):
 
 
 def test_missing_file():
-    with pytest.raises(UserError, match="cannot read config file nowhere.yaml"):
+    with pytest.raises(UserError, match=r"cannot read config file nowhere.yaml"):
         load(Config, ["nowhere.yaml"])
 
 

@@ -6,7 +6,7 @@ from tests.processes import run_processes
 from training import distributed
 
 
-def together(rank, world_size):
+def together(rank, world_size):  # noqa: ARG001
     x = (torch.arange(6.0).reshape(3, 2) + 10 * rank).requires_grad_()
     gathered = distributed.gather(x)
     # every rank weighs the rows differently, so a backward that does not sum over ranks shows

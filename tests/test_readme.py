@@ -1,0 +1,113 @@
+"""README, configs and layout say what is true: every command is run, every config loads, every file has its size."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+import yaml
+
+import eval as evaluate
+import sweep
+import train_anomaly
+import train_ssl
+from data.demo import generate
+from tests.pictures import TOP, script, write_classes, write_mvtec
+from training import config
+from training.errors import UserError
+
+SMALL = {
+    "train_ssl.py": ["epochs=1", "batch_size=4", "data.size=32", "augment.size=32", "device=cpu", "precision=fp32"],
+    "train_anomaly.py": ["data.size=64", "batch_size=4", "device=cpu"],
+    "eval.py": ["data.size=32", "device=cpu"],
+}
+FURTHER = {  # what makes a config small beyond that
+    "configs/simclr_scavport.yaml": ["sync_bn=false"],
+    "configs/dino_scavport.yaml": ["augment.local_size=16", "augment.local_crops=1", "method.prototypes=32"],
+}
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```\n(.*?)```", (TOP / "README.md").read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if re.match(r"(python|torchrun) ", line)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("readme")
+    write_classes(place / "pictures")
+    for category in ("bottle", "tile"):
+        write_mvtec(place / "mvtec", category=category, size=64)
+    torch.save(torchvision.models.mobilenet_v2().state_dict(), place / "mobilenet_v2.pth")
+    return place
+
+
+def test_every_command_of_the_readme_runs_at_small_size(place, monkeypatch):
+    """In the order of the README, for a later one needs the checkpoint of an earlier one."""
+    monkeypatch.chdir(TOP)
+    mains = {"train_ssl.py": train_ssl, "train_anomaly.py": train_anomaly, "eval.py": evaluate}
+    ran = []
+    for line in commands():
+        line = line.replace("/path/to", str(place)).replace("runs/", f"{place}/runs/")
+        launcher, *words = shlex.split(line)
+        processes = 1
+        if launcher == "torchrun":
+            processes, words = 2, words[1:]
+        name, *words = words
+        if name == "sweep.py":
+            continue  # `make demo` runs it as it stands, tests/scripts/test_eval_and_sweep.py a small one
+        words += SMALL[name] + FURTHER.get(words[0], []) + [f"runs={place}/runs"]
+        if processes > 1:
+            script([name, *words], processes=processes)
+        else:
+            mains[name].main(words)
+        ran.append(name)
+    assert ran.count("train_ssl.py") >= 2 and ran.count("train_anomaly.py") >= 2 and ran.count("eval.py") >= 2
+
+
+SCHEMAS = {"train_ssl.py": train_ssl.Config, "train_anomaly.py": train_anomaly.Config, "eval.py": evaluate.Config,
+           "sweep.py": sweep.Config}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted((TOP / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_loads_and_names_its_command_and_expectation(path):
+    first, second = path.read_text().splitlines()[:2]
+    name = re.search(r"\w+\.py", first)[0]
+    assert f"configs/{path.name}" in first and second.startswith("# Expected: ")
+    cfg = config.load(SCHEMAS[name], [str(path)])
+    assert cfg.run_name in (path.stem, yaml.safe_load(path.read_text()).get("run_name"))
+
+
+def test_the_demo_sweep_names_configs_and_folders_that_exist(tmp_path):
+    generate(tmp_path / "demo", scale=0.02, workers=0)
+    cfg = config.load(sweep.Config, [str(TOP / "configs" / "sweep_demo.yaml")])
+    plan = sweep.plan(cfg)
+    assert len(plan) == 2 + 3 * 3 * len(cfg.tasks)
+    for _, (name, *words), _ in plan:
+        full = config.load(SCHEMAS[name], words)
+        root = Path(full.data.options["root"].replace("datasets/demo", str(tmp_path / "demo")))
+        assert (root / full.data.options.get("category", "train")).is_dir()
+
+
+def test_no_file_is_long_or_named_after_nothing():
+    files = subprocess.run(
+        ["git", "ls-files", "*.py"], cwd=TOP, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert files
+    for file in files:
+        assert len((TOP / file).read_text().splitlines()) <= 300, file
+        assert Path(file).stem not in ("utils", "common", "misc", "helpers", "base", "core"), file
+
+
+def test_scripts_know_no_method_by_name():
+    for name in SCHEMAS:
+        text = (TOP / name).read_text()
+        assert not re.search(r"(method|detector|backbone)\.name ==|isinstance\((method|detector)", text), name
+
+
+def test_a_script_without_arguments_says_what_is_missing():
+    with pytest.raises(UserError, match=r"missing key 'data.name'"):
+        train_ssl.main([])
