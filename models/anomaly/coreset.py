@@ -58,9 +58,7 @@ def greedy_coreset(
     require_finite(features, "features")
     points = features.cpu().contiguous()
     everyone = torch.arange(len(points))
-    least = pair_distances(
-        points, everyone, points, everyone.new_full((len(points),), start)
-    )  # (N,) to the nearest pick
+    least = pair_distances(points, everyone, points, torch.full_like(everyone, start))  # (N,) float64, to nearest pick
     least[start] = PICKED
     bounds = LowerBounds(features)
     rows = bounds.rows(features)

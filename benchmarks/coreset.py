@@ -1,0 +1,123 @@
+"""Seconds of the exact k-center greedy against the plain torch loop, and whether the picks are the same.
+
+    python -m benchmarks.coreset [--write]                       # both sizes of the README; --write: results/coreset.md
+    python -m benchmarks.coreset --size 20000 128 2000 --device cuda
+
+The plain loop keeps float32 norms and takes a matrix-vector product, a minimum and an argmax for every pick: the
+fastest form we know in torch. A pick costs it the same every time, so beyond a minute it is timed on fewer picks. The
+two take turns and the fastest turn of each counts, so that a busy machine slows both alike. The picks are compared to
+the float64 loop that defines them, for as many picks as `--check` seconds allow. Features: "network", random ReLUs
+of 8 factors (low intrinsic dimension, as patch features have), and "whitened", a Gaussian (no structure to use).
+"""
+
+import argparse
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.aupro import processor
+from models.anomaly.coreset import greedy_coreset
+
+SIZES = [(50_000, 128, 5_000), (150_000, 128, 15_000)]  # N, D, picks
+
+
+def whitened(n: int, d: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(n, d, generator=generator)
+
+
+def network(n: int, d: int, generator: torch.Generator) -> Tensor:
+    """Two random ReLU layers of 8 factors of falling strength, and a projection: (n, d), participation ratio 7."""
+    x = torch.randn(n, 8, generator=generator) * torch.tensor([2.0, 1.5, 1.0, 0.8, 0.5, 0.4, 0.3, 0.2])
+    for width in (256, 256):
+        x = (x @ torch.randn(x.shape[1], width, generator=generator) / x.shape[1] ** 0.5).relu()
+    return x @ torch.randn(256, d, generator=generator) / 16
+
+
+def plain_products(x: Tensor, n_picks: int) -> Tensor:
+    """Float32 with precomputed norms: half of |x - y|^2 is |x|^2/2 + |y|^2/2 - x.y."""
+    half = x.square().sum(1) / 2
+    newest, least, picks = torch.tensor(0, device=x.device), torch.full_like(half, torch.inf), []
+    for _ in range(n_picks):
+        picks.append(newest)
+        least = torch.minimum(least, torch.addmv(half, x, x[newest], alpha=-1).add_(half[newest]))
+        least[newest] = -torch.inf
+        newest = least.argmax()
+    return torch.stack(picks)
+
+
+def plain_float64(x: Tensor, seconds: float) -> Tensor:
+    """The definition, by differences, for as many picks as fit in `seconds`."""
+    x, newest, picks, end = x.double(), 0, [], time.perf_counter() + seconds
+    least = torch.full((len(x),), torch.inf, dtype=torch.float64)
+    while time.perf_counter() < end and len(picks) < len(x):
+        picks.append(newest)
+        least = torch.minimum(least, (x - x[newest]).square_().sum(1))
+        least[newest] = -torch.inf
+        newest = int(least.argmax())
+    return torch.tensor(picks)
+
+
+def timed(call: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
+    start = time.perf_counter()
+    result = call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def measure(features: Tensor, n_picks: int, *, turns: int, check: float) -> tuple[float, int, float, str]:
+    """Seconds of the plain loop for all picks, picks that it was timed on, our seconds, verdict on the picks."""
+    trial, _ = timed(lambda: plain_products(features, min(n_picks, 50)), features.device)
+    sample = n_picks if trial * n_picks / 50 < 60 / turns else min(n_picks, 300)
+    plain, ours = [], []
+    for _ in range(turns):
+        plain.append(timed(lambda: plain_products(features, sample), features.device)[0])
+        seconds, picks = timed(lambda: greedy_coreset(features, n_picks), features.device)
+        ours.append(seconds)
+    expected = plain_float64(features.cpu(), check)[:n_picks]
+    same = "yes" if torch.equal(picks[: len(expected)], expected) else "NO"
+    return min(plain) * n_picks / sample, sample, min(ours), f"{same}, of {len(expected):,} checked"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, nargs=3, metavar=("N", "D", "PICKS"), action="append")
+    parser.add_argument("--features", choices=["network", "whitened"], nargs="+", default=["network", "whitened"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--turns", type=int, default=3, help="runs of each, the fastest counts")
+    parser.add_argument("--check", type=float, default=60.0, help="seconds of the float64 loop that checks the picks")
+    parser.add_argument("--write", action="store_true", help="also write benchmarks/results/coreset.md")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else processor()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    lines = [
+        "# Exact k-center greedy: seconds",
+        "",
+        f"`python -m benchmarks.coreset`, fastest of {options.turns} turns, on {machine}, "
+        f"{torch.get_num_threads()} CPU threads; torch {torch.__version__}; commit {commit or 'unknown'}.",
+        "",
+        "| features | N | D | picks | plain loop, s | ours, s | speed-up | same picks as the float64 loop |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines), flush=True)
+    for n, d, n_picks in options.size or SIZES:
+        for name in options.features:
+            features = {"network": network, "whitened": whitened}[name](n, d, torch.Generator().manual_seed(0))
+            plain, sample, ours, verdict = measure(
+                features.to(device), n_picks, turns=options.turns, check=options.check
+            )
+            how = "" if sample == n_picks else f" (from {sample} picks)"
+            row = [name, f"{n:,}", str(d), f"{n_picks:,}", f"{plain:.1f}{how}", f"{ours:.2f}", f"{plain / ours:.1f} x"]
+            lines.append(f"| {' | '.join([*row, verdict])} |")
+            print(lines[-1], flush=True)
+    if options.write:
+        Path(__file__).with_name("results").joinpath("coreset.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
