@@ -1,7 +1,6 @@
 """PatchCore (Roth et al. 2022, "Towards total recall in industrial anomaly detection"): a thinned bank of patches."""
 
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,7 @@ from tqdm import tqdm
 from models.anomaly.coreset import greedy_coreset
 from models.anomaly.detector import Detector
 from models.anomaly.maps import smooth, upsample
-from models.anomaly.nearest import nearest
+from models.anomaly.nearest import Prepared, nearest, prepare
 from training.distributed import is_main
 from training.errors import UserError
 
@@ -33,8 +32,6 @@ class PatchCore(Detector):
         stages: 2 and 3 are strides 8 and 16 of a ResNet or MobileNetV2 with the ImageNet stem.
         neighborhood: side of the local average (odd), stride 1, zeros around the border counted in the mean as
             avg_pool2d and the authors' unfold do; 1 switches it off.
-        pooling: "stage" averages on each stage's own grid and then upsamples, as the paper; "finest" upsamples first
-            and averages on the finest grid, so that a coarse stage's zero border reaches less far into the picture.
         embed_dim: more channels than this are averaged over (adaptive average pooling) to this many.
         coreset: fraction of the patches to keep, in (0, 1]; at least one patch is kept, 1 keeps all in order.
         projection: width of the projection under which the coreset is chosen; 0, or patches no wider: none.
@@ -48,7 +45,6 @@ class PatchCore(Detector):
         *,
         stages: tuple[int, ...] = (2, 3),
         neighborhood: int = 3,
-        pooling: Literal["stage", "finest"] = "stage",
         embed_dim: int = 1024,
         coreset: float = 0.1,
         projection: int = 128,
@@ -58,8 +54,6 @@ class PatchCore(Detector):
         super().__init__(backbone, stages)
         if neighborhood < 1 or neighborhood % 2 == 0:
             raise UserError(f"patchcore neighborhood={neighborhood}: the side of the local average is odd: 1, 3, 5")
-        if pooling not in ("stage", "finest"):
-            raise UserError(f"patchcore pooling={pooling}: it is stage or finest")
         if not 0 < coreset <= 1:
             raise UserError(f"patchcore coreset={coreset}: it is the fraction of patches to keep, above 0, at most 1")
         for name, value, least in (
@@ -69,26 +63,20 @@ class PatchCore(Detector):
         ):
             if value < least:
                 raise UserError(f"patchcore {name}={value}: it is at least {least}")
-        self.neighborhood, self.pooling, self.embed_dim = neighborhood, pooling, embed_dim
+        self.neighborhood, self.embed_dim = neighborhood, embed_dim
         self.coreset, self.projection, self.neighbors, self.seed = coreset, projection, neighbors, seed
         self.register_buffer("bank", torch.empty(0, 0))  # (M, D)
+        self._prepared: tuple[Tensor, Prepared] | None = None
 
     def patches(self, features: list[Tensor]) -> Tensor:
         """Stages [(B, C_i, H_i, W_i)] -> patch features (B, H, W, D), H x W of the finest stage, D <= embed_dim."""
-        size = max(feature.shape[-2:] for feature in features)
-        if self.pooling == "stage":
-            features = [self.local_mean(feature) for feature in features]
-        joined = torch.cat([F.interpolate(f, size, mode="bilinear", align_corners=False) for f in features], dim=1)
-        if self.pooling == "finest":
-            joined = self.local_mean(joined)
-        patches = joined.permute(0, 2, 3, 1)  # (B, H, W, sum of C_i)
+        size, k = max(feature.shape[-2:] for feature in features), self.neighborhood
+        pooled = [F.avg_pool2d(feature, k, stride=1, padding=k // 2) for feature in features]
+        aligned = [F.interpolate(feature, size, mode="bilinear", align_corners=False) for feature in pooled]
+        patches = torch.cat(aligned, dim=1).permute(0, 2, 3, 1)  # (B, H, W, sum of C_i)
         if patches.shape[-1] > self.embed_dim:
             patches = F.adaptive_avg_pool1d(patches.flatten(1, 2), self.embed_dim).unflatten(1, size)  # (B, H, W, D)
         return patches
-
-    def local_mean(self, feature: Tensor) -> Tensor:
-        """(B, C, H, W) -> the same shape, each position the mean of its neighborhood."""
-        return F.avg_pool2d(feature, self.neighborhood, stride=1, padding=self.neighborhood // 2)
 
     @torch.no_grad()
     def fit(self, batches: Iterable[Tensor]) -> None:
@@ -116,10 +104,17 @@ class PatchCore(Detector):
         with tqdm(total=n_picks, desc="coreset", unit="patch", delay=5, leave=False, disable=not is_main()) as bar:
             return greedy_coreset(patches, n_picks, start=start, progress=bar.update)
 
+    def prepared(self) -> Prepared:
+        """The bank's half of the nearest-neighbour search, made once for each bank."""
+        if self._prepared is None or self._prepared[0] is not self.bank:
+            self._prepared = self.bank, prepare(self.bank)
+        return self._prepared[1]
+
     def measure(self, features: list[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         self.require_fitted(self.bank)
         patches = self.patches(features)  # (B, H, W, D)
-        distances, owners = (x[:, 0].view(patches.shape[:3]) for x in nearest(patches.flatten(0, 2), self.bank))
+        found = nearest(patches.flatten(0, 2), self.bank, prepared=self.prepared())
+        distances, owners = (x[:, 0].view(patches.shape[:3]) for x in found)  # (B, H, W)
         scores, peaks = distances.flatten(1).max(1)  # (B,)
         each = torch.arange(len(patches), device=peaks.device)
         weights = self.reweight(patches.flatten(1, 2)[each, peaks], scores, owners.flatten(1)[each, peaks])
@@ -139,6 +134,6 @@ class PatchCore(Detector):
         count = min(self.neighbors, len(self.bank))
         if count == 1:
             return torch.ones_like(distances)
-        around = self.bank[nearest(self.bank[owners], self.bank, count)[1]]  # (B, b, D)
+        around = self.bank[nearest(self.bank[owners], self.bank, count, prepared=self.prepared())[1]]  # (B, b, D)
         to_around = torch.linalg.vector_norm(patches[:, None] - around, dim=2)  # (B, b)
         return 1 - torch.exp(distances - to_around.logsumexp(1))

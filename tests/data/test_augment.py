@@ -249,3 +249,9 @@ def test_user_errors(option, rule):
         View(**{"size": 32} | option)
     with pytest.raises(UserError, match="local_crops"):
         RECIPES["dino"](local_crops=-1)
+
+
+def test_dino_without_blur():
+    views = RECIPES["dino"](blur=False)
+    assert all(view.blur_p == 0 for view in views)
+    assert [view.solarize_p for view in views[:2]] == [0.0, 0.2]

@@ -48,14 +48,11 @@ def enlarge(feature: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return feature
 
 
-def plain_patches(features: list[np.ndarray], side: int, embed_dim: int, *, pooling: str = "stage") -> np.ndarray:
+def plain_patches(features: list[np.ndarray], side: int, embed_dim: int) -> np.ndarray:
     """[(B, C_i, H_i, W_i)] -> (B, H, W, D)."""
     out, size = [], features[0].shape[2:]
     for image in range(len(features[0])):
-        if pooling == "stage":
-            each = [enlarge(local_mean(f[image], side), size) for f in features]
-        else:
-            each = [local_mean(enlarge(f[image], size), side) for f in features]
+        each = [enlarge(local_mean(f[image], side), size) for f in features]
         channels = np.concatenate(each).transpose(1, 2, 0)  # (H, W, C)
         n = channels.shape[2]
         if n > embed_dim:
@@ -75,12 +72,11 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         ({}, (64, 64)),
         ({"neighborhood": 5, "stages": (1, 2, 4), "embed_dim": 100}, (64, 96)),
         ({"neighborhood": 1}, (72, 56)),
-        ({"pooling": "finest"}, (64, 96)),
     ],
 )
 def test_patches_equal_the_plain_loop(options, size):
     model, images = detector(**options), torch.randn(2, 3, *size)
-    expected = plain_patches(stages(model, images), model.neighborhood, model.embed_dim, pooling=model.pooling)
+    expected = plain_patches(stages(model, images), model.neighborhood, model.embed_dim)
     patches = model.patches(model.features(images))
     assert patches.dtype == torch.float32 and patches.shape == expected.shape
     np.testing.assert_allclose(patches.numpy(), expected, atol=1e-5)
@@ -219,7 +215,7 @@ def test_distances_keep_their_precision_under_autocast():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("coreset", 0.0), ("coreset", 1.5), ("neighborhood", 2), ("neighborhood", 0), ("pooling", "joint")]
+    [("coreset", 0.0), ("coreset", 1.5), ("neighborhood", 2), ("neighborhood", 0)]
     + [("embed_dim", 0), ("projection", -1), ("neighbors", 0), ("stages", (2, 2))],
 )
 def test_bad_options_are_user_errors(name, value):
