@@ -67,7 +67,10 @@ def main(argv: list[str]) -> None:
     cfg = config.build(Config, from_checkpoint(config.read(argv)))
     device = distributed.setup(cfg.device)
     name = f"eval_{cfg.task.name}"
-    folder = Path(cfg.checkpoint).parent / name if cfg.checkpoint else Path(cfg.runs) / cfg.run_name / name
+    folder = config.run_folder(cfg) / name
+    if cfg.checkpoint:  # beside it; of other checkpoints than last.pt by their name
+        stem = Path(cfg.checkpoint).stem
+        folder = Path(cfg.checkpoint).parent / (name if stem == "last" else f"{name}_{stem}")
     resolved, began = config.as_dict(cfg), time.perf_counter()
     checkpoint.open_run(folder, resolved)
     log = Log(folder, resolved)
@@ -101,7 +104,7 @@ def from_checkpoint(raw: dict) -> dict:
     stored = checkpoint.load(raw["checkpoint"])["config"]
     stored["backbone"] = {**stored["backbone"], "weights": raw["checkpoint"], "part": "auto"}
     for section in ("data", "backbone"):
-        own = raw.get(section, {})
+        own = raw.get(section) or {}
         own = {"name": own} if isinstance(own, str) else own
         raw[section] = {
             **({} if own.get("name", stored[section]["name"]) != stored[section]["name"] else stored[section]),

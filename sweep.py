@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +31,9 @@ SCRIPTS = ["train_ssl", "train_anomaly"]
 
 @dataclass(kw_only=True)
 class Config:
-    pretraining: dict
-    detectors: dict
-    tasks: dict
+    pretraining: dict[str, str]
+    detectors: dict[str, str]
+    tasks: dict[str, str]
     also: str = ""  # further overrides for every command
     metrics: list[str] = ("image_auroc",)
     launcher: str = ""  # for example torchrun --nproc_per_node=4; empty: one process for each cell
@@ -42,15 +43,15 @@ class Config:
 
 def main(argv: list[str]) -> None:
     cfg = config.load(Config, argv)
-    top = Path(cfg.runs) / cfg.run_name
+    top = config.run_folder(cfg)
     commands = plan(cfg)
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(SCRIPTS)  # torch is imported once, not once a cell
     began, outcomes = time.perf_counter(), {}
     for number, (name, words, needs) in enumerate(commands, 1):
         folder = top / name
-        # a cell is its command and the command that made its weights: a change of either makes it run anew
-        record = "\n".join(shlex.join(w) for n, w, _ in commands if n in (name, needs)) + "\n"
+        # a cell is its command, its YAML, and those of the run that made its weights: a change makes it run anew
+        record = "".join(describe(w) for n, w, _ in commands if n in (name, needs))
         known = (folder / "command.txt").read_text() if (folder / "command.txt").exists() else None
         if known == record and (folder / "results.json").exists():
             say(number, commands, began, f"{name}: done before")
@@ -75,7 +76,7 @@ def plan(cfg: Config) -> list[tuple[str, list[str], str | None]]:
     """(run folder below the sweep's, command, the pretraining run that must be there first) of every cell, in order."""
     also, commands, weights = shlex.split(cfg.also), [], {}
     for pretraining, text in cfg.pretraining.items():
-        words = shlex.split(text or "")
+        words = shlex.split(text)
         if words and words[0].endswith((".yaml", ".yml")):
             name = f"pretraining/{pretraining}"
             commands.append((name, ["train_ssl.py", *words, *also, *place(cfg, name)], None))
@@ -87,9 +88,15 @@ def plan(cfg: Config) -> list[tuple[str, list[str], str | None]]:
         for detector, text in cfg.detectors.items():
             for pretraining, (backbone, needs) in weights.items():
                 name = f"{task}/{detector}/{pretraining}"
-                words = [*shlex.split(text), *shlex.split(its_words or ""), *backbone, *also, *place(cfg, name)]
+                words = [*shlex.split(text), *shlex.split(its_words), *backbone, *also, *place(cfg, name)]
                 commands.append((name, ["train_anomaly.py", *words], needs))
     return commands
+
+
+def describe(words: list[str]) -> str:
+    """A command and the text of the config file in it."""
+    file = Path(words[1])
+    return shlex.join(words) + "\n" + (file.read_text() if file.is_file() else "")
 
 
 def place(cfg: Config, name: str) -> list[str]:
@@ -123,6 +130,7 @@ def call_script(words: list[str], send) -> None:
     except errors.UserError as problem:
         error = str(problem)
     except Exception as problem:
+        traceback.print_exc()
         error = f"{type(problem).__name__}: {problem}"
     send.send(error and " ".join(error.split()))
 
@@ -157,6 +165,8 @@ def write(cfg: Config, top: Path, outcomes: dict[str, dict]) -> None:
     )
     failed = [name for name, outcome in outcomes.items() if "error" in outcome]
     print(json.dumps({"cells": len(outcomes), "failed": failed, "table": str(top / "results.md")}))
+    if failed:
+        sys.exit(1)
 
 
 def short(value) -> str:

@@ -9,7 +9,6 @@ last epoch; the threshold comes from normal training pictures that it was not fi
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -53,13 +52,17 @@ def main(argv: list[str]) -> None:
     # ---------------------------------------------------------------- configuration, run folder
     cfg = config.load(Config, argv)
     device, world = distributed.setup(cfg.device), distributed.world_size()
-    resolved, folder = config.as_dict(cfg), Path(cfg.runs) / cfg.run_name
+    resolved, folder = config.as_dict(cfg), config.run_folder(cfg)
+    config.at_least_one(cfg, "epochs", "batch_size", "log_every", "save_every")
     if cfg.batch_size % world:
         raise errors.UserError(f"batch_size={cfg.batch_size} is no multiple of {world} processes")
-    state = checkpoint.open_run(folder, resolved, resume=cfg.resume)
+    if not 0 < cfg.false_alarm_rate < 1:
+        raise errors.UserError(f"false_alarm_rate={cfg.false_alarm_rate} must lie between 0 and 1")
 
     # ---------------------------------------------------------------- data
     train_set, test_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "test")
+    if not hasattr(test_set, "defects"):
+        raise errors.UserError(f"data.name={cfg.data.name} has no defects to find; use a set in MVTec layout (mvtec)")
     train_ids, held_out = holdout(train_set, cfg.holdout, cfg.seed)
     load = {"seed": cfg.seed, "cache": cfg.data.cache, "workers": cfg.data.workers}
     normals = Loader(train_set, cfg.batch_size // world, device, indices=held_out, **load)
@@ -90,6 +93,7 @@ def main(argv: list[str]) -> None:
     if by_gradient:
         optimizer = build_optimizer(cfg.optim, detector)
         parts |= {"optimizer": optimizer, "scaler": scaler}
+    state = checkpoint.open_run(folder, resolved, resume=cfg.resume)
     start = state["step"] if state else 0
     if state:
         checkpoint.restore(state, parts)
@@ -148,10 +152,12 @@ def main(argv: list[str]) -> None:
     # ---------------------------------------------------------------- test, once
     threshold, normal_maps = None, None
     if len(held_out):
-        normal_maps, normal_scores = score_set(detector, normals, "held-out normals")
+        with autocast:
+            normal_maps, normal_scores = score_set(detector, normals, "held-out normals")
         threshold = normal_threshold(normal_scores, false_alarm_rate=cfg.false_alarm_rate)
     began = time.perf_counter()
-    maps, scores = score_set(detector, tests, "test pictures")
+    with autocast:
+        maps, scores = score_set(detector, tests, "test pictures")
     speed = {"seconds_fit": seconds_fit, "images_per_second": len(scores) / (time.perf_counter() - began)}
     if distributed.is_main():
         results = anomaly_results(scores, maps, test_set, threshold, seed=cfg.seed)

@@ -10,7 +10,6 @@ killed one stopped. All that happens is in `main`, top to bottom.
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -74,10 +73,13 @@ def main(argv: list[str]) -> None:
     # ---------------------------------------------------------------- configuration, run folder
     cfg = config.load(Config, argv)
     device, world = distributed.setup(cfg.device), distributed.world_size()
-    resolved, folder = config.as_dict(cfg), Path(cfg.runs) / cfg.run_name
+    resolved, folder = config.as_dict(cfg), config.run_folder(cfg)
+    config.at_least_one(cfg, "epochs", "batch_size", "accumulate", "eval_every", "log_every")
+    config.at_least_one(cfg.save, "every")
     if cfg.batch_size % (world * cfg.accumulate):
         raise errors.UserError(f"batch_size={cfg.batch_size} is no multiple of {world} processes x {cfg.accumulate=}")
-    state = checkpoint.open_run(folder, resolved, resume=cfg.resume)
+    if cfg.sync_bn and world > 1 and device.type != "cuda":
+        raise errors.UserError("sync_bn=true needs CUDA devices; set sync_bn=false on a CPU")
 
     # ---------------------------------------------------------------- data
     train_set = build_dataset(cfg.data, "train")
@@ -99,11 +101,14 @@ def main(argv: list[str]) -> None:
     optimizer = build_optimizer(cfg.optim, method)
     dtype, scaler = PRECISIONS[cfg.precision], torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     epoch_steps = len(loader) // cfg.accumulate
-    start, total, best = 0, cfg.epochs * epoch_steps, -1.0
+    if epoch_steps == 0:
+        raise errors.UserError(f"accumulate={cfg.accumulate} is more than the {len(loader)} batches of an epoch")
+    start, total, best, curves, figures = 0, cfg.epochs * epoch_steps, -1.0, {}, {}
     parts = {"model": method, "optimizer": optimizer, "scaler": scaler}
+    state = checkpoint.open_run(folder, resolved, resume=cfg.resume)
     if state is not None:
         checkpoint.restore(state, parts)
-        start, best = state["step"], state["best"]
+        start, best, curves, figures = (state[key] for key in ("step", "best", "curves", "figures"))
 
     log, window, began = Log(folder, resolved, start), Window(device), time.perf_counter()
     parameters = sum(p.numel() for p in method.online.parameters())
@@ -113,7 +118,7 @@ def main(argv: list[str]) -> None:
     # ---------------------------------------------------------------- train
     if start == total and log.repeat_results():
         return
-    batches, curves, figures = None, {}, {}
+    batches, measurable = None, len(held_out) and len(train_set.labels.unique()) > 1
     bar = tqdm(range(start, total), cfg.run_name, total, initial=start, unit="step", disable=not distributed.is_main())
     for step in bar:
         method.train()
@@ -157,13 +162,14 @@ def main(argv: list[str]) -> None:
             curves = window.read() | {"lr": lr, "grad_norm": grad_norm, "epoch": done / epoch_steps}
             curves = log.scalars(done, curves | {f"stats/{name}": value for name, value in stats.items()})
             bar.set_postfix_str(f"loss {curves['loss']:.3f}, {curves['speed/images_per_second']:.0f} images/s")
-        if eval_due and len(held_out):
+        if eval_due and measurable:
             figures = log.scalars(done, knn_figures(method.backbone, bank, queries))
             if cfg.save.best and figures["knn20_top1"] > best:
                 best = figures["knn20_top1"]
                 checkpoint.save(folder / "best.pt", parts, step=done, best=best, config=resolved)
         if save_due:
-            checkpoint.save(folder / checkpoint.LAST, parts, step=done, best=best, config=resolved)
+            about = {"step": done, "best": best, "curves": curves, "figures": figures, "config": resolved}
+            checkpoint.save(folder / checkpoint.LAST, parts, **about)
             checkpoint.keep_copy(folder, done, cfg.save.keep_last)
 
     # ---------------------------------------------------------------- results

@@ -24,17 +24,18 @@ def score_set(detector: nn.Module, loader, text: str) -> tuple[Tensor | None, Te
     maps, scores, indices = [], [], []
     bar = tqdm(loader.epoch(0), text, len(loader), unit="batch", leave=False, disable=not distributed.is_main())
     for images, *_, index in bar:
-        if len(index) == 0:  # a small last batch can leave nothing for this rank
-            continue
         batch_maps, batch_scores = detector.score(normalize(images))
         maps.append(batch_maps)
         scores.append(batch_scores.float())
         indices.append(index.to(images.device))
-    order = distributed.gather_rows(torch.cat(indices)).argsort()
-    scores = distributed.gather_rows(torch.cat(scores))[order].cpu()  # (N,)
-    if maps[0] is None:
+    nothing, size = torch.empty(0, device=loader.device), loader.dataset.size  # a rank may have had no picture
+    order = distributed.gather_rows(torch.cat([nothing.long(), *indices])).argsort()
+    scores = distributed.gather_rows(torch.cat([nothing, *scores]))[order].cpu()  # (N,)
+    without = torch.tensor(float(any(m is None for m in maps)), device=loader.device)
+    if distributed.all_reduce_sum(without) > 0:
         return None, scores
-    return distributed.gather_rows(torch.cat(maps))[order].cpu(), scores  # (N, S, S)
+    maps = torch.cat([nothing.reshape(0, size, size), *maps])
+    return distributed.gather_rows(maps)[order].cpu(), scores  # (N, S, S)
 
 
 def anomaly_results(scores: Tensor, maps: Tensor | None, dataset, threshold: float | None, *, seed: int) -> dict:

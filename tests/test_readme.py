@@ -26,7 +26,12 @@ SMALL = {
 }
 FURTHER = {  # what makes a config small beyond that
     "configs/simclr_scavport.yaml": ["sync_bn=false"],
-    "configs/dino_scavport.yaml": ["augment.local_size=16", "augment.local_crops=1", "method.prototypes=32"],
+    "configs/dino_scavport.yaml": [
+        "sync_bn=false",
+        "augment.local_size=16",
+        "augment.local_crops=1",
+        "method.prototypes=32",
+    ],
 }
 
 

@@ -77,7 +77,8 @@ def open_run(folder: str | Path, config: dict, *, resume: str = "auto") -> dict 
     """Make the run folder and write config.yaml; returns the state to go on from, or None for a fresh start.
 
     resume `auto`: a folder with a checkpoint of the same config goes on; of another config is an error that names the
-    keys. resume `never`: what is there is removed first.
+    keys. resume `never`: a run that is there is removed first. Call it when everything else of the config has proved
+    right, for it may delete.
     """
     folder, state = Path(folder), None
     if resume == "auto" and (folder / LAST).exists():
@@ -94,8 +95,12 @@ def open_run(folder: str | Path, config: dict, *, resume: str = "auto") -> dict 
     if distributed.is_main():
         try:
             if resume == "never" and folder.exists():
+                if any(folder.iterdir()) and not (folder / "config.yaml").exists():
+                    raise UserError(f"{folder} is not a run folder (it has no config.yaml), so it is not removed")
                 shutil.rmtree(folder)
             folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob("*.tmp*"):  # of a process killed while it wrote
+                left.unlink()
             (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         except OSError as error:
             raise UserError(f"cannot write run folder {folder}: {error.strerror}") from None
@@ -106,9 +111,8 @@ def open_run(folder: str | Path, config: dict, *, resume: str = "auto") -> dict 
 def keep_copy(folder: str | Path, step: int, count: int) -> None:
     """Keep this step's last.pt as step_<step>.pt and, with it, the `count` newest such copies."""
     if count and distributed.is_main():
-        os.link(
-            Path(folder) / LAST, copy := Path(folder) / f"step_{step:08d}.pt.tmp"
-        )  # save() never writes into a file
+        copy = Path(folder) / f"step_{step:08d}.pt.tmp"
+        shutil.copyfile(Path(folder) / LAST, copy)
         os.replace(copy, copy.with_suffix(""))
         for path in sorted(Path(folder).glob("step_*.pt"))[:-count]:
             path.unlink()

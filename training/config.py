@@ -84,6 +84,21 @@ def read_yaml(path: str | Path) -> dict:
     return raw
 
 
+def run_folder(config) -> Path:
+    """<runs>/<run_name>; a name that is empty or leads out of `runs` is an error, for run folders can be removed."""
+    name = Path(config.run_name)
+    if not name.parts or name.is_absolute() or ".." in name.parts:
+        raise UserError(f"run_name={config.run_name!r} must name a folder below runs={config.runs}")
+    return Path(config.runs) / name
+
+
+def at_least_one(config, *keys: str) -> None:
+    """Refuse counts below 1."""
+    for key in keys:
+        if getattr(config, key) < 1:
+            raise UserError(f"{key}={getattr(config, key)} must be at least 1")
+
+
 def build(schema: type, raw: dict, where: str = ""):
     """An instance of dataclass `schema` from a raw dict; `where` is the dotted prefix that errors name."""
     hints = typing.get_type_hints(schema)
@@ -174,7 +189,7 @@ def coerce(value, kind, where: str):
     if kind is dict or origin is dict:
         if not isinstance(value, dict):
             raise wrong
-        return value
+        return {k: coerce(v, args[1], f"{where}.{k}") for k, v in value.items()} if args else value
     if kind is bool:
         words = {
             "true": True,

@@ -22,9 +22,14 @@ def setup(device: str = "auto") -> torch.device:
         raise UserError(f"device={device}, but torch finds no CUDA device here; use device=cpu")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    target = torch.device(device)
-    if target.type == "cuda":
-        torch.cuda.set_device(target)
+    try:
+        target = torch.device(device)
+        if target.type == "cuda":
+            torch.cuda.set_device(target)
+    except RuntimeError:
+        raise UserError(
+            f"device={device} is not here ({torch.cuda.device_count()} CUDA devices); auto or cpu"
+        ) from None
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "nccl" if target.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))

@@ -32,7 +32,9 @@ class Log:
             return
         lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        self._metrics.write_text("".join(line + "\n" for line in kept))
+        temporary = self.folder / f"metrics.jsonl.tmp{os.getpid()}"
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, self._metrics)
         self.writer = SummaryWriter(self.folder, purge_step=step + 1)
         self.text("config", "```yaml\n" + yaml.safe_dump(config, sort_keys=False) + "```")
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from losses.dino import DINOLoss
 from models.heads import DINOHead
 from models.ssl.method import Encoder, SSLMethod, frozen_copy, spread
+from training.errors import UserError
 from training.schedule import linear_then_constant
 
 
@@ -61,6 +62,8 @@ class DINO(SSLMethod):
         self.loss = DINOLoss(prototypes, student_temperature=student_temperature, center_momentum=center_momentum)
 
     def forward(self, views: list[Tensor], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
+        if len(views) < 2:
+            raise UserError("dino needs two global views, and the augment recipe makes 1: use augment=dino")
         batch = len(views[0])
         with torch.no_grad():
             teacher = multi_crop(self.target, views[:2])  # (2B, K)

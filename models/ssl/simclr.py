@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from losses.nt_xent import nt_xent
 from models.heads import projection_head
 from models.ssl.method import Encoder, SSLMethod, spread
+from training.errors import UserError
 
 
 class SimCLR(SSLMethod):
@@ -26,7 +27,7 @@ class SimCLR(SSLMethod):
 
     def forward(self, views: list[Tensor], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
         if len(views) != 2:
-            raise ValueError(f"SimCLR compares 2 views, not {len(views)}")
+            raise UserError(f"simclr compares 2 views, and the augment recipe makes {len(views)}: use augment=simclr")
         # Both views in one pass, so that BatchNorm sees them together, as in the TensorFlow original
         z1, z2 = self.online(torch.cat(views)).chunk(2)  # (2B, D) -> 2 x (B, D)
         loss = nt_xent(z1, z2, self.temperature)

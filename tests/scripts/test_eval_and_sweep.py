@@ -66,8 +66,14 @@ def test_sweep(pictures, tmp_path, capfd):
     write_mvtec(tmp_path / "mvtec")
     path = tmp_path / "grid.yaml"
     path.write_text(SWEEP.format(classes=pictures, mvtec=tmp_path / "mvtec", runs=tmp_path / "runs"))
-    sweep.main([str(path)])
-    out, err = capfd.readouterr()
+
+    def run():
+        with pytest.raises(SystemExit) as end:  # a cell fails
+            sweep.main([str(path)])
+        assert end.value.code == 1
+        return capfd.readouterr()
+
+    out, err = run()
     top = tmp_path / "runs" / "grid"
     assert json.loads(out.splitlines()[-1])["failed"] == ["part/embedding/broken", "part/patchcore/broken"]
     table = (top / "results.md").read_text()
@@ -81,9 +87,7 @@ def test_sweep(pictures, tmp_path, capfd):
     assert (top / "results.csv").read_text().count("\n") == 1 + 7
     assert err.count("done before") == 0
 
-    sweep.main([str(path)])
-    assert capfd.readouterr().err.count("done before") == 5  # all but the broken ones, which are tried again
+    assert run().err.count("done before") == 5  # all but the broken ones, which are tried again
 
     path.write_text(path.read_text().replace("epochs=1", "epochs=2"))
-    sweep.main([str(path)])
-    assert capfd.readouterr().err.count("done before") == 2  # what stands on the changed pretraining runs again
+    assert run().err.count("done before") == 2  # what stands on the changed pretraining runs again

@@ -9,6 +9,7 @@ from torch import nn
 from models.ssl import SSL_METHODS
 from models.ssl.dino import multi_crop
 from tests.processes import run_processes
+from training.errors import UserError
 
 SMALL = {"dino": {"prototypes": 16, "hidden": 12, "bottleneck": 6}, "simclr": {"out": 8}}
 
@@ -132,5 +133,5 @@ def test_multi_crop_keeps_the_order_and_groups_by_size():
 
 
 def test_simclr_refuses_another_number_of_views():
-    with pytest.raises(ValueError, match="2 views, not 3"):
+    with pytest.raises(UserError, match="2 views, and the augment recipe makes 3"):
         build("simclr")([torch.zeros(2, 3, 8, 8).double()] * 3, torch.zeros(2))
