@@ -99,9 +99,9 @@ def test_mistakes_are_one_line(pictures, tmp_path):
     assert "nowhere" in error("data.root=nowhere")
     assert "batch_size=7 is no multiple" in error("batch_size=7", "accumulate=2")
     assert "batch" in error("batch_size=512")
-    assert not torch.cuda.is_available() and "no CUDA device" in error("device=cuda")
+    assert torch.cuda.is_available() or "no CUDA device" in error("device=cuda")
     train_ssl.main(words("simclr", pictures, tmp_path, "epochs=1", "holdout=0"))
-    assert "optim.lr: 1.0 -> 2.0" in error("epochs=1", "holdout=0", "optim.lr=2")
+    assert "optim.lr: 0.001 -> 2.0" in error("epochs=1", "holdout=0", "optim.lr=2")
     diverging = error("optim=sgd", "optim.lr=1e30", "resume=never", "epochs=2")
     assert "the loss is nan by step" in diverging and "last.pt" in diverging
 
