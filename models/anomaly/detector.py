@@ -10,6 +10,8 @@ from training.errors import UserError
 class Detector(nn.Module):
     """An anomaly detector on a frozen backbone; a method subclasses it and writes `measure` and `fit` or `forward`.
 
+    `measure(outputs, size)` returns maps (B, *size), or None, and scores (B,) from what `networks` returned.
+
     The given backbone loses its gradients and stays in eval mode, also after `.train()`: neither its weights nor its
     BatchNorm statistics ever move. Fitted state lives in buffers registered empty in the constructor.
 
@@ -61,10 +63,6 @@ class Detector(nn.Module):
     def networks(self, images: Tensor) -> list[Tensor]:
         """What the score is computed from; a method with networks of its own adds their outputs."""
         return self.features(images)
-
-    def measure(self, outputs: list[Tensor], size: tuple[int, int]) -> tuple[Tensor | None, Tensor]:
-        """Maps (B, *size), or None, and scores (B,) from what `networks` returned."""
-        raise NotImplementedError
 
     def require_fitted(self, state: Tensor) -> None:
         if len(state) == 0:
