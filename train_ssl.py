@@ -18,8 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from data import AugmentConfig, DataConfig, build_dataset, build_views
+from data import AugmentConfig, DataConfig, build_dataset, build_geometry, build_views
 from data.augment import Augment, unnormalize
+from data.geometry import as_geometry
 from data.loading import Loader, holdout
 from evaluation.knn import knn_figures
 from models.build import BackboneConfig, build_backbone
@@ -80,6 +81,8 @@ def main(argv: list[str]) -> None:
         raise errors.UserError(f"batch_size={cfg.batch_size} is no multiple of {world} processes x {cfg.accumulate=}")
     if cfg.sync_bn and world > 1 and device.type != "cuda":
         raise errors.UserError("sync_bn=true needs CUDA devices; set sync_bn=false on a CPU")
+    if build_geometry(cfg.data) != as_geometry(cfg.data.size[0]):  # crops are drawn in the whole original picture
+        raise errors.UserError("pretraining needs whole pictures in squares: data.size one number, data.fit=squash")
 
     # ---------------------------------------------------------------- data
     train_set = build_dataset(cfg.data, "train")

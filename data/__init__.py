@@ -6,9 +6,12 @@ from typing import Literal
 from data.augment import RECIPES, View
 from data.cifar10 import CIFAR10
 from data.folder import ClassFolder
+from data.geometry import Fit, Geometry
 from data.mvtec import MVTec
+from data.one_against_all import OneAgainstAll
+from training.errors import UserError
 
-DATASETS = {"folder": ClassFolder, "cifar10": CIFAR10, "mvtec": MVTec}
+DATASETS = {"folder": ClassFolder, "cifar10": CIFAR10, "mvtec": MVTec, "one_against_all": OneAgainstAll}
 
 
 @dataclass(kw_only=True)
@@ -16,7 +19,9 @@ class DataConfig:
     """`data.*`: these keys, and the keyword-only arguments of the chosen dataset."""
 
     name: str = field(metadata={"choices": DATASETS})
-    size: int  # pictures are stored as size x size
+    size: tuple[int, ...]  # of the input in pixels: 256 for a square, or 256,384: height, width
+    fit: Fit = "squash"  # how pictures of other proportions are made to fit it; data/geometry.py
+    resize: int | None = None  # fit=crop only: the short side before the centre crop
     cache: Literal["auto", "device", "ram", "none"] = "auto"
     workers: int = 4  # processes that decode when nothing is cached
     options: dict = field(default_factory=dict)
@@ -30,9 +35,17 @@ class AugmentConfig:
     options: dict = field(default_factory=dict)
 
 
+def build_geometry(config: DataConfig) -> Geometry:
+    """How the pictures of a `data` section become inputs."""
+    if len(config.size) not in (1, 2):
+        numbers = ",".join(map(str, config.size))
+        raise UserError(f"data.size={numbers} must be one number for a square, or two: height,width")
+    return Geometry(config.size[0], config.size[-1], config.fit, config.resize)
+
+
 def build_dataset(config: DataConfig, split: str):
     """The training or test set of a `data` section."""
-    return DATASETS[config.name](split, config.size, **config.options)
+    return DATASETS[config.name](split, build_geometry(config), **config.options)
 
 
 def build_views(config: AugmentConfig) -> list[View]:

@@ -10,12 +10,13 @@ from PIL import Image
 from torch import Tensor
 
 from data.folder import ClassFolder
-from data.images import decode, picture_sizes, squash
+from data.geometry import Geometry, as_geometry
+from data.images import decode, fitted, picture_sizes
 from training.errors import UserError
 
 
 class CIFAR10:
-    """Items `(image uint8 (3, S, S), label, index)`; classes in the published order, which is alphabetical.
+    """Items `(image uint8 (3, H, W), label, index)`; classes in the published order, which is alphabetical.
 
     `<root>/cifar-10-batches-py/` (the published Python files, read and checked by torchvision) stays in memory
     as it is, and `paths` name its rows, `.../train#17`; else `<root>/train/<class>/*` and `<root>/test/<class>/*` are
@@ -25,8 +26,8 @@ class CIFAR10:
         UserError: neither layout is there, or the published files are incomplete.
     """
 
-    def __init__(self, split: Literal["train", "test"], size: int = 32, *, root: str):
-        self.size = size
+    def __init__(self, split: Literal["train", "test"], size: int | Geometry = 32, *, root: str):
+        self.geometry = as_geometry(size)
         batches = Path(root) / torchvision.datasets.CIFAR10.base_folder
         if batches.is_dir():
             try:
@@ -57,7 +58,14 @@ class CIFAR10:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         if self._pixels is None:
-            image = decode(self.paths[index], self.size)
+            image = decode(self.paths[index], self.geometry)
         else:
-            image = squash(Image.fromarray(self._pixels[index]), self.size)
+            image = fitted(Image.fromarray(self._pixels[index]), self.geometry)
         return image, int(self.labels[index]), index
+
+    def keep(self, positions: list[int]) -> None:
+        """Leave out all pictures but these; they are numbered anew, the classes stay."""
+        self.paths = [self.paths[i] for i in positions]
+        self.labels = self.labels[positions]
+        if self._pixels is not None:
+            self._pixels = self._pixels[positions]

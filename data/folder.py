@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from data.geometry import Geometry, as_geometry
 from data.images import OnError, decode, find_images, picture_sizes, readable
 from data.loading import stratified_split
 from training.errors import UserError
@@ -20,7 +21,7 @@ SPLIT_SEED = 0  # of the split into training and test pictures; fixed, so that e
 
 
 class ClassFolder:
-    """Items `(image uint8 (3, S, S), label, index)` of a folder in one of three layouts:
+    """Items `(image uint8 (3, H, W), label, index)` of a folder in one of three layouts:
 
     - `<root>/train/<class>/...` and `<root>/test/<class>/...`: the split is as the folders say;
     - `<root>/<class>/...`: of each class the same `test_fraction` is tested on, drawn by a fixed seed over the sorted
@@ -30,28 +31,30 @@ class ClassFolder:
     Classes are numbered in the order of their sorted names; pictures may lie at any depth below a class folder.
 
     Args:
-        size: S; pictures are squashed to S x S.
+        size: how pictures become H x W; a number S squashes them to S x S.
         test_fraction: in [0, 1), for the layouts without `train`; 0 leaves all pictures to training.
         on_error: `fail` names a broken picture when it is decoded; `skip` looks for them now and leaves them out.
 
     Raises:
-        UserError: a missing or empty folder, an unclear layout, a class in test that is not in train.
+        UserError: a missing or empty folder, an unclear layout, MVTec's layout, a class in test that is not in train.
     """
 
     def __init__(
         self,
         split: Literal["train", "test"],
-        size: int,
+        size: int | Geometry,
         *,
         root: str,
         test_fraction: float = 0.2,
         on_error: OnError = "fail",
     ):
-        self.size = size
+        self.geometry = as_geometry(size)
         top = Path(root)
         if not top.is_dir():
             raise UserError(f"data.root={root} is not a folder: {LAYOUT}")
         divided = (top / "train").is_dir()
+        if not divided:
+            _refuse_mvtec(top)
         by_class = _pictures_by_class(top / "train" if divided else top)
         self.classes = list(by_class)
         if divided and split == "test":
@@ -64,12 +67,12 @@ class ClassFolder:
         self.labels = torch.tensor([number[name] for name, paths in by_class.items() for _ in paths])
         if not divided:
             train, test = stratified_split(self.labels, test_fraction, SPLIT_SEED)
-            self._keep({"train": train, "test": test}[split].tolist())
+            self.keep({"train": train, "test": test}[split].tolist())
             if not self.paths:
                 raise UserError(
                     f"{root} with test_fraction={test_fraction} has no test picture: raise it or add pictures"
                 )
-        self._keep(readable(self.__getitem__, self.paths, on_error))
+        self.keep(readable(self.__getitem__, self.paths, on_error))
 
     @cached_property
     def sizes(self) -> Tensor:
@@ -80,11 +83,21 @@ class ClassFolder:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        return decode(self.paths[index], self.size), int(self.labels[index]), index
+        return decode(self.paths[index], self.geometry), int(self.labels[index]), index
 
-    def _keep(self, positions: list[int]) -> None:
+    def keep(self, positions: list[int]) -> None:
+        """Leave out all pictures but these; they are numbered anew, the classes stay."""
         self.paths = [self.paths[i] for i in positions]
         self.labels = self.labels[positions]
+
+
+def _refuse_mvtec(top: Path) -> None:
+    """MVTec's categories would pass for classes, with defects and the masks of ground_truth among their pictures."""
+    for good in sorted(top.glob("*/train/good")):
+        raise UserError(
+            f"data.root={top} is in MVTec layout ({good} exists): use data.name=mvtec "
+            f"data.category={good.parent.parent.name}, or data.root={good.parent} for the good pictures alone"
+        )
 
 
 def _pictures_by_class(folder: Path) -> dict[str, list[str]]:

@@ -1,6 +1,6 @@
-"""Picture files: finding, decoding to uint8 squares, sizes from the header, masks, and what to do about broken ones.
+"""Picture files: finding, decoding to uint8 inputs, sizes from the header, masks, and what to do about broken ones.
 
-Letters: S side of the square, N pictures, h and w the original height and width.
+Letters: H and W height and width of the input, N pictures, h and w the original height and width.
 """
 
 import os
@@ -17,6 +17,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from data.geometry import Geometry, as_geometry
 from training.distributed import is_main
 from training.errors import UserError
 
@@ -52,8 +53,8 @@ def find_images(folder: str | Path) -> list[str]:
     return sorted(found)
 
 
-def decode(path: str | Path, size: int) -> Tensor:
-    """The picture upright, in 8-bit RGB, squashed to a square: uint8 (3, S, S).
+def decode(path: str | Path, geometry: int | Geometry) -> Tensor:
+    """The picture upright, in 8-bit RGB, fitted into the input: uint8 (3, H, W); an int is the side of a square.
 
     Grey becomes three equal channels; 16-bit grey is divided by 257 (65535 -> 255, never clipped); transparency lies
     on black; of several frames or pages the first counts. Resized by Pillow's bilinear filter, which antialiases.
@@ -62,24 +63,28 @@ def decode(path: str | Path, size: int) -> Tensor:
         UserError: an empty, truncated or otherwise unreadable file, by its name and with the reason.
     """
     with _naming(path), Image.open(path) as stored:
-        return squash(_upright(stored, _to_8_bit), size)
+        return fitted(_upright(stored, _to_8_bit), geometry)
 
 
-def squash(image: Image.Image, size: int) -> Tensor:
-    """An 8-bit Pillow picture as uint8 (3, S, S), whatever its proportions."""
-    square = image.resize((size, size), Image.Resampling.BILINEAR).convert("RGB")
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()  # (S, S, 3) -> (3, S, S)
+def fitted(image: Image.Image, geometry: int | Geometry) -> Tensor:
+    """An 8-bit Pillow picture as uint8 (3, H, W)."""
+    pixels = np.array(as_geometry(geometry).apply(image).convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
 
 
-def decode_mask(path: str | Path, size: int) -> Tensor:
-    """The mask as bool (S, S), NEAREST: true where any color of the stored pixel is not 0 (16-bit 1 counts too).
+def decode_mask(path: str | Path, geometry: int | Geometry | None) -> Tensor:
+    """The mask as bool (H, W), NEAREST: true where any color of the stored pixel is not 0 (16-bit 1 counts too).
+
+    Without a geometry as large as it is stored, (h, w).
 
     Raises:
         UserError: as `decode`.
     """
     with _naming(path), Image.open(path) as stored:
-        square = _upright(stored, _not_black).resize((size, size), Image.Resampling.NEAREST)
-        return torch.from_numpy(np.array(square) != 0)
+        mask = _upright(stored, _not_black)
+        if geometry is not None:
+            mask = as_geometry(geometry).apply(mask, Image.Resampling.NEAREST)
+        return torch.from_numpy(np.array(mask) != 0)
 
 
 def picture_size(path: str | Path) -> tuple[int, int]:

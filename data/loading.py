@@ -1,6 +1,6 @@
 """Batches of a dataset: the order of an epoch, its split over processes, and pictures decoded once and kept.
 
-Letters: N items, B batch of this process, W processes, S image size.
+Letters: N items, B batch of this process, W processes, h and w a picture's height and width.
 """
 
 import os
@@ -46,7 +46,7 @@ def holdout(dataset, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
 class Loader:
     """Batches `(images, [masks,] labels, indices)`, each the dataset's tuple collated.
 
-    images uint8 (B, 3, S, S), masks bool (B, S, S) and labels int64 (B,) lie on `device`; indices int64 (B,), the
+    images uint8 (B, 3, h, w), masks bool (B, h, w) and labels int64 (B,) lie on `device`; indices int64 (B,), the
     positions in the dataset, on the CPU.
 
     **Order.** With `shuffle` the permutation of (seed, epoch), else as they stand. Items k*G to (k+1)*G of it, G = B*W,
@@ -209,7 +209,7 @@ def _store(dataset, device: torch.device, cache: Cache) -> _Store | None:
     example = tuple(x for x in dataset[0] if isinstance(x, Tensor))  # image[, mask]
     needed = len(dataset) * sum(x.nbytes for x in example)
     for place in places:
-        free = _free_memory(place)
+        free = free_memory(place)
         share = 1 if cache != "auto" else 1 / 2 if place == ram else 1 / 4
         if needed < free * share:
             stores[place] = _Store(dataset, example, place)
@@ -222,7 +222,7 @@ def _store(dataset, device: torch.device, cache: Cache) -> _Store | None:
     return None
 
 
-def _free_memory(place: torch.device) -> int:
+def free_memory(place: torch.device) -> int:
     """Free bytes for this process: of a GPU, or of RAM within the container's limit, a part for each local process.
 
     What the file cache holds counts as free, since the system gives it back. Without Linux's files: all of the RAM.

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from data.geometry import Geometry, as_geometry
 from data.images import OnError, decode, decode_mask, find_images, picture_sizes, readable
 from training.errors import UserError
 
@@ -19,14 +20,14 @@ LAYOUT = (
 class MVTec:
     """One category: train items `(image, 0, index)`, test items `(image, mask, label, index)`.
 
-    image uint8 (3, S, S); mask bool (S, S), true on the defect; label 0 normal (`test/good`), 1 anomalous. Masks belong
+    image uint8 (3, H, W); mask bool (H, W), true on the defect; label 0 normal (`test/good`), 1 anomalous. Masks belong
     to pictures by name, `ground_truth/<defect>/<stem>_mask.png` or `<stem>.png`, never by position. Without any
     `ground_truth` folder `has_masks` is False and masks are empty. A test set may lack good or defective pictures.
 
     `defects` says for each picture "good" or its defect's folder; `classes` are ["normal", "anomalous"].
 
     Args:
-        size: S; pictures (bilinear) and masks (nearest) are squashed to S x S.
+        size: how pictures (bilinear) and masks (nearest) become H x W; a number S squashes them to S x S.
         category: folder below `root`, for example bottle.
         on_error: `fail` names a broken picture when it is decoded; `skip` looks for them now and leaves them out.
 
@@ -38,13 +39,13 @@ class MVTec:
     def __init__(
         self,
         split: Literal["train", "test"],
-        size: int,
+        size: int | Geometry,
         *,
         root: str,
         category: str,
         on_error: OnError = "fail",
     ):
-        self.split, self.size = split, size
+        self.split, self.geometry = split, as_geometry(size)
         top = Path(root) / category
         if not top.is_dir():
             raise UserError(_no_category(Path(root), category))
@@ -78,12 +79,18 @@ class MVTec:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int] | tuple[Tensor, Tensor, int, int]:
-        image, label = decode(self.paths[index], self.size), int(self.labels[index])
+        image, label = decode(self.paths[index], self.geometry), int(self.labels[index])
         if self.split == "train":
             return image, label, index
-        if self._masks[index] is None:
-            return image, torch.zeros(self.size, self.size, dtype=torch.bool), label, index
-        return image, decode_mask(self._masks[index], self.size), label, index
+        return image, self.mask(index), label, index
+
+    def mask(self, index: int, *, original: bool = False) -> Tensor:
+        """The true mask of a test picture: bool (H, W), or `original` (h, w) as it is stored; empty for a good one."""
+        path = self._masks[index]
+        if path is None:
+            size = self.sizes[index].tolist() if original else (self.geometry.height, self.geometry.width)
+            return torch.zeros(*size, dtype=torch.bool)
+        return decode_mask(path, None if original else self.geometry)
 
     def _keep(self, positions: list[int]) -> None:
         self.paths = [self.paths[i] for i in positions]

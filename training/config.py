@@ -180,6 +180,8 @@ def coerce(value, kind, where: str):
     if origin in (tuple, list):
         if isinstance(value, str):
             value = [part.strip() for part in value.strip("()[] ").split(",") if part.strip()]
+        elif isinstance(value, int | float):  # from YAML; one number is a tuple of one, as on the command line
+            value = [value]
         if not isinstance(value, list | tuple):
             raise wrong
         fixed = origin is tuple and Ellipsis not in args

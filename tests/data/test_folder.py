@@ -121,6 +121,16 @@ def test_unclear_layouts(tmp_path):
         ClassFolder("train", 4, root=str(tmp_path))
 
 
+def test_mvtec_layout_is_no_class_folders(tmp_path):
+    """Its ground_truth masks would be pictures of a class."""
+    for place in ("bolt/train/good/0.png", "bolt/test/dent/0.png", "bolt/ground_truth/dent/0_mask.png", "nut/1.png"):
+        write(tmp_path / place)
+    for split in ("train", "test"):
+        with pytest.raises(UserError, match=r"MVTec layout \(.*bolt/train/good exists\): use data\.name=mvtec data\."):
+            ClassFolder(split, 4, root=str(tmp_path))
+    assert ClassFolder("train", 4, root=str(tmp_path / "bolt/train"), test_fraction=0).classes == ["good"]
+
+
 def test_broken_pictures_fail_or_are_skipped(undivided, capsys):
     whole = ClassFolder("train", 4, root=str(undivided))
     broken = whole.paths[3]

@@ -9,6 +9,7 @@ from PIL import Image
 
 import data.loading
 from data.folder import ClassFolder
+from data.geometry import Geometry
 from data.loading import Loader, holdout, stratified_split
 from tests.processes import run_processes
 from training.distributed import gather_rows
@@ -72,6 +73,14 @@ def folder(tmp_path_factory):
         size = (*generator.integers(5, 40, 2), 3)
         Image.fromarray(generator.integers(0, 256, size, dtype=np.uint8)).save(root / f"class{i % 2}/{i:02}.jpg")
     return str(root)
+
+
+@pytest.mark.parametrize("cache", ["ram", "none"])
+def test_pictures_need_not_be_square(folder, cache):
+    dataset = ClassFolder("train", Geometry(10, 17, "pad"), root=folder)
+    for images, _, indices in Loader(dataset, 4, "cpu", cache=cache).epoch(0):
+        assert images.shape == (len(indices), 3, 10, 17)
+        assert all(torch.equal(image, dataset[i][0]) for image, i in zip(images, indices.tolist()))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -163,21 +172,21 @@ def test_decoded_pictures_go_with_the_dataset():
 def test_auto_takes_ram_only_under_half_of_what_is_free(monkeypatch):
     needed = 10 * 3 * 4 * 4
     for free, decoded in ((2 * needed + 1, 1), (2 * needed, 2)):
-        monkeypatch.setattr(data.loading, "_free_memory", lambda place, free=free: free)  # noqa: ARG005
+        monkeypatch.setattr(data.loading, "free_memory", lambda place, free=free: free)  # noqa: ARG005
         dataset = Numbers(10)
         loader = Loader(dataset, 2, "cpu")
         assert order(loader, 0) == order(loader, 1)
         assert dataset.asked[1:] == [decoded] * 9
     with pytest.raises(UserError, match=r"data\.cache=ram needs .* for 10 pictures.*data\.cache=none"):
-        monkeypatch.setattr(data.loading, "_free_memory", lambda place: needed)  # noqa: ARG005
+        monkeypatch.setattr(data.loading, "free_memory", lambda place: needed)  # noqa: ARG005
         order(Loader(Numbers(10), 2, "cpu", cache="ram"))
 
 
 def test_free_memory_is_a_share_for_each_local_process(monkeypatch):
-    whole = data.loading._free_memory(torch.device("cpu"))
+    whole = data.loading.free_memory(torch.device("cpu"))
     assert 2**20 < whole < 2**50
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
-    assert data.loading._free_memory(torch.device("cpu")) < whole / 100
+    assert data.loading.free_memory(torch.device("cpu")) < whole / 100
 
 
 @pytest.mark.parametrize(("cache", "workers"), [("ram", 0), ("none", 0), ("none", 1)])

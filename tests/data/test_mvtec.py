@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data.geometry import Geometry
 from data.mvtec import MVTec
 from training.errors import UserError
 
@@ -62,6 +63,16 @@ def test_masks_belong_by_stem_not_by_position(root):
     for index, row in ((0, 2), (3, 0), (4, 1)):
         mask = test[index][1]
         assert mask[:, row].any() and mask.any(0).sum() == 1  # 8 columns stay as they are
+
+
+def test_masks_alone_in_the_input_and_as_they_are_stored(root):
+    test = MVTec("test", Geometry(16, 8, "pad"), root=str(root), category="bolt")  # 6 x 8: 5 rows of padding above
+    for i, row in ((0, 2), (3, 0), (4, 1)):
+        small, whole = test.mask(i), test.mask(i, original=True)
+        assert torch.equal(small, test[i][1]) and small.nonzero().tolist() == [[5 + row, row]]
+        assert whole.shape == (6, 8) and whole.dtype == torch.bool and whole.nonzero().tolist() == [[row, row]]
+    assert test.mask(1).shape == (16, 8) and test.mask(1, original=True).shape == (6, 8)
+    assert not test.mask(1).any() and not test.mask(1, original=True).any()
 
 
 def test_pictures_in_deeper_folders(root):

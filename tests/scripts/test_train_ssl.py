@@ -99,6 +99,8 @@ def test_mistakes_are_one_line(pictures, tmp_path):
     assert "nowhere" in error("data.root=nowhere")
     assert "batch_size=7 is no multiple" in error("batch_size=7", "accumulate=2")
     assert "batch" in error("batch_size=512")
+    for geometry in (["data.size=32,40"], ["data.fit=pad"], ["data.fit=crop", "data.resize=40"]):
+        assert "whole pictures in squares" in error(*geometry)
     assert torch.cuda.is_available() or "no CUDA device" in error("device=cuda")
     train_ssl.main(words("simclr", pictures, tmp_path, "epochs=1", "holdout=0"))
     assert "optim.lr: 0.001 -> 2.0" in error("epochs=1", "holdout=0", "optim.lr=2")

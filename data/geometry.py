@@ -1,0 +1,158 @@
+"""How a picture of any size becomes an input of one size, and how maps and points find back to the original's pixels.
+
+    geometry = Geometry(224, 224, fit="crop", resize=256)
+    small = geometry.apply(picture)
+    heat = geometry.to_original(map, (picture.height, picture.width))  # (h, w)
+
+Letters: H and W the input's height and width, h and w those of an original picture, N pictures. Coordinates are in
+pixels, y before x, and pixel i reaches from i to i + 1, so its centre is i + 0.5.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from data.augment import MEAN
+from training.errors import UserError
+
+Fit = Literal["squash", "crop", "pad"]
+FILL = tuple(round(255 * channel) for channel in MEAN)  # normalised it is about 0, with which convolutions pad
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """An input of `height` x `width` pixels, and how pictures of other sizes and proportions are made to fit it.
+
+    `squash`: both axes are stretched, whatever the proportions. `crop`: the short side becomes `resize` pixels, the
+    proportions stay, and the centre is cut out (torchvision's Resize and CenterCrop): what lies outside is not seen.
+    `pad`: as large as fits with its proportions kept, centred, and the rest filled with ImageNet's mean color.
+
+    Raises:
+        UserError: a size below 1, `crop` without a `resize` that covers the input, `resize` with another fit.
+    """
+
+    height: int
+    width: int
+    fit: Fit = "squash"
+    resize: int | None = None  # short side before the centre crop, in pixels
+
+    def __post_init__(self):
+        size = f"{self.height},{self.width}"
+        if self.height < 1 or self.width < 1:
+            raise UserError(f"data.size={size} must be at least 1 pixel high and wide")
+        if self.fit not in ("squash", "crop", "pad"):
+            raise UserError(f"data.fit={self.fit!r} is not known: choose squash, crop or pad")
+        if self.fit == "crop" and (self.resize is None or self.resize < max(self.height, self.width)):
+            raise UserError(
+                f"data.fit=crop with data.size={size} needs the short side before the crop, at least "
+                f"{max(self.height, self.width)}, not data.resize={self.resize}; 256 is usual for 224"
+            )
+        if self.fit != "crop" and self.resize is not None:
+            raise UserError(f"data.resize={self.resize} is for data.fit=crop: remove it, data.fit is {self.fit}")
+
+    def apply(self, image: Image.Image, resample: Image.Resampling = Image.Resampling.BILINEAR) -> Image.Image:
+        """An 8-bit Pillow picture (L or RGB) in the input's size; Pillow's filters antialias.
+
+        NEAREST is for masks of mode L: their padding is 0, that of pictures the mean color, which makes them RGB.
+        """
+        if self.fit == "squash":
+            return image.resize((self.width, self.height), resample)
+        top, left, height, width = self._place(image.height, image.width)
+        image = image.resize((width, height), resample)
+        if self.fit == "crop":
+            return image.crop((-left, -top, self.width - left, self.height - top))
+        is_mask = resample == Image.Resampling.NEAREST
+        mode, fill = ("L", 0) if is_mask else ("RGB", FILL)
+        canvas = Image.new(mode, (self.width, self.height), fill)
+        canvas.paste(image, (left, top))
+        return canvas
+
+    def regions(self, sizes: Tensor) -> Tensor:
+        """Where the input shows a picture and no padding, by the originals' `sizes` (N, 2) h, w, int64.
+
+        Returns top, left, height and width in the input: int64 (N, 4); all of it for `squash` and `crop`.
+        """
+        begin, extent = self._placements(sizes)
+        low = begin.clamp(min=0)
+        high = torch.minimum(begin + extent, self._input(sizes))
+        return torch.cat([low, high - low], dim=1)
+
+    def valid(self, regions: Tensor) -> Tensor:
+        """True inside each of the `regions` (B, 4): bool (B, H, W) on their device."""
+        top, left, height, width = (edge[:, None] for edge in regions.unbind(1))  # each (B, 1)
+        y, x = (torch.arange(length, device=regions.device) for length in (self.height, self.width))
+        rows, columns = (y >= top) & (y < top + height), (x >= left) & (x < left + width)  # (B, H), (B, W)
+        return rows[:, :, None] & columns[:, None]
+
+    def window(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Top, left, height and width of what the input shows of an original (h, w), in its pixels, seldom whole."""
+        sizes = torch.tensor([size])
+        top_left, extent = self.regions(sizes).double().split(2, dim=1)
+        low, high = (self.to_original_point(p, sizes)[0] for p in (top_left, top_left + extent))
+        return (*low.tolist(), *(high - low).tolist())
+
+    def to_original_point(self, points: Tensor, sizes: Tensor) -> Tensor:
+        """Points (N, 2) y, x of the inputs, float, in the originals of `sizes` (N, 2) h, w: (N, 2).
+
+        A point in the padding comes to lie outside the original.
+        """
+        begin, extent = (part.to(points) for part in self._placements(sizes))
+        return (points - begin) * (sizes.to(points) / extent)
+
+    def to_original(
+        self, maps: Tensor, size: tuple[int, int], *, mode: Literal["bilinear", "nearest"] = "bilinear"
+    ) -> Tensor:
+        """A map (H, W), float, on the pixels of its original: (h, w); 0 where `crop` left the original out.
+
+        `bilinear` as torch's interpolate with align_corners=False and, when it shrinks, antialias; what lies in padding
+        has no influence. `nearest` takes the value under each original pixel's centre: for masks made of maps.
+        """
+        top, left, height, width = self._place(*size)
+        # the map of the whole picture: padding cut off, or the crop's border values repeated beyond it
+        below, right = height + top - self.height, width + left - self.width
+        whole = maps[max(top, 0) : self.height + min(below, 0), max(left, 0) : self.width + min(right, 0)]
+        beyond = [max(-left, 0), max(right, 0), max(-top, 0), max(below, 0)]
+        whole = F.pad(whole[None, None], beyond, mode="replicate")  # (1, 1, height, width)
+        if mode == "nearest":
+            result = F.interpolate(whole, size, mode="nearest-exact")
+        else:
+            result = F.interpolate(whole, size, mode="bilinear", antialias=True, align_corners=False)
+        result = result[0, 0]  # (h, w)
+        if self.fit == "crop":
+            top, left, height, width = self.window(size)
+            y, x = (torch.arange(length, device=maps.device) + 0.5 for length in size)
+            seen = ((y > top) & (y < top + height))[:, None] & ((x > left) & (x < left + width))
+            result = result * seen
+        return result
+
+    def _place(self, height: int, width: int) -> list[int]:
+        begin, extent = self._placements(torch.tensor([[height, width]]))
+        return torch.cat([begin, extent], dim=1)[0].tolist()
+
+    def _placements(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """(top, left) and (height, width) of each whole picture in input pixels, both int64 (N, 2).
+
+        A picture that is cropped begins above and to the left of the input, below 0.
+        """
+        room = self._input(sizes)
+        if self.fit == "squash":
+            extent = room.expand_as(sizes)
+        elif self.fit == "crop":
+            extent = self.resize * sizes // sizes.min(dim=1, keepdim=True).values  # torchvision rounds down
+        else:
+            tall = self.height * sizes[:, 1:] <= self.width * sizes[:, :1]  # (N, 1): the height is what limits it
+            limit, side = torch.where(tall, room[0], room[1]), torch.where(tall, sizes[:, :1], sizes[:, 1:])
+            extent = ((2 * limit * sizes + side) // (2 * side)).clamp(min=1)  # to the nearest pixel
+        return ((room - extent).double() / 2).round().long(), extent  # halves to even, as torchvision's CenterCrop
+
+    def _input(self, sizes: Tensor) -> Tensor:
+        return torch.tensor([self.height, self.width], device=sizes.device)  # (2,)
+
+
+def as_geometry(size: int | Geometry) -> Geometry:
+    """`size` itself, or the square of `size` x `size` pixels into which pictures are squashed."""
+    return size if isinstance(size, Geometry) else Geometry(size, size)
