@@ -8,8 +8,6 @@ machine change little; the two take turns and the fastest turn of each counts.
 """
 
 import argparse
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +17,7 @@ import torchvision
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from benchmarks.machine import commit, processor
 from data.augment import MEAN, RECIPES, STD, Augment, View
 
 GOAL = 10  # times torchvision's rate, for SimCLR's views
@@ -56,12 +55,6 @@ def measure(views: list[View], images: Tensor, *, sample: int, turns: int) -> tu
     return len(images) / min(batched), sample / min(single)
 
 
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write the table to benchmarks/results/views.md")
@@ -78,12 +71,11 @@ def main() -> None:
         "SimCLR CIFAR-10, 2 x 32, batch 512": (simclr, pictures(512, 32), 128, 10),
         "DINO, 2 x 224 + 8 x 96 from 256, batch 32": (RECIPES["dino"](), pictures(32, 256), 8, 3),
     }
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     lines = [
         "# Augmentation: pictures a second on one CPU thread",
         "",
         f"`python -m benchmarks.views --write` on {processor()}, one thread; torch {torch.__version__}, "
-        f"torchvision {torchvision.__version__}; commit {commit or 'unknown'}.",
+        f"torchvision {torchvision.__version__}; commit {commit()}.",
         "",
         "| views | scavenge, batched | torchvision v2, per sample | ratio |",
         "|---|---|---|---|",

@@ -2,12 +2,14 @@
 
 Every figure here is a sum over the positives (anomalous images, or pixels inside a mask), and needs for each of them
 only how many negatives score above it, how many not below it, and how many positives not below it. So the negatives
-(97 % of the pixels) are sorted as bare values and the positives are looked up in them, which spares the large argsort
-of the usual form and is exact, ties included. Counts are int64 and sums float64: float32 can count to 2^24 only, the
-pixels of 256 pictures of 256 x 256.
+(97 % of the pixels) are sorted as bare values, in chunks of whole pictures, and the positives are looked up in them:
+exact, ties included, without the large argsort of the usual form and without a second copy of the maps. Counts are
+int64 and sums float64: float32 can count to 2^24 only, the pixels of 256 pictures of 256 x 256.
 """
 
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -16,11 +18,16 @@ from scipy import ndimage
 
 from training.errors import UserError
 
+PRO_LIMITS = (0.3, 0.05, 0.01)  # largest false-positive rates of the three AU-PRO
 IMAGE_METRICS = ("image_auroc", "image_ap", "image_f1_max")
-PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro", "aupro_005")
-NEIGHBORS_8 = np.array([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))])  # no neighbors in the next picture
+PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro", "aupro_005", "aupro_001")
+NEIGHBORS_8 = np.ones((3, 3))
+CHUNK = 2**24  # negatives sorted at a time, by all threads together: 128 MB of float32 while they are gathered
+ONE_THREAD = 100_000  # negatives that are not worth a second thread
+BLOCK = 2**20  # positives taken at a time: a dozen temporaries of 8 MB
 
 Array = np.ndarray | torch.Tensor
+Pictures = Array | Sequence[Array]  # (N, H, W), or N arrays of (H_i, W_i)
 
 
 class Counts(NamedTuple):
@@ -30,6 +37,12 @@ class Counts(NamedTuple):
     false: np.ndarray  # negatives that score at least as high: false alarms with the threshold at this positive
     true: np.ndarray  # positives that score at least as high, itself included
     negatives: int
+
+    def blocks(self) -> Iterator[tuple[slice, "Counts"]]:
+        """Consecutive runs of BLOCK positives, each with its place."""
+        for start in range(0, len(self.true), BLOCK):
+            place = slice(start, start + BLOCK)
+            yield place, Counts(self.above[place], self.false[place], self.true[place], self.negatives)
 
     @property
     def false_positive_rates(self) -> tuple[np.ndarray, np.ndarray]:
@@ -51,56 +64,81 @@ def image_metrics(scores: Array, labels: Array) -> dict[str, float | None]:
     scores, labels = real_numbers(scores, "image scores"), labels.astype(bool)
     if labels.all() or not labels.any():
         return dict.fromkeys(IMAGE_METRICS)
-    counts = count_ranks(np.sort(scores[labels]), scores[~labels])
+    counts = count_ranks(np.sort(scores[labels]), [scores], [labels])
     return dict(zip(IMAGE_METRICS, ranking_metrics(counts)))
 
 
-def pixel_metrics(maps: Array, masks: Array) -> dict[str, float | None]:
-    """AUROC, AP and F1-max over the pixels of all pictures together, and AU-PRO up to false-positive rate 0.3 and 0.05.
+def pixel_metrics(maps: Pictures, masks: Pictures) -> dict[str, float | None]:
+    """AUROC, AP and F1-max over the pixels of all pictures together, and AU-PRO up to the rates of `PRO_LIMITS`.
 
-    `maps` (N, H, W), higher is more anomalous; `masks` (N, H, W) bool, good pictures included with an empty mask. All
-    None without a masked or without a normal pixel. Raises UserError on NaN scores.
+    `maps` (N, H, W), higher is more anomalous, and `masks` (N, H, W) bool, good pictures included with an empty mask;
+    or sequences of N maps and masks (H_i, W_i) of any sizes. All None without a masked or without a normal pixel.
+    Raises UserError on NaN scores. Beside its input it needs about 150 MB, and 50 bytes for each masked pixel.
 
     AU-PRO (Bergmann et al., IJCV 2021; MVTec's published evaluation code): PRO is the mean over all
     8-connected regions of all pictures of the share of the region that is found, the rate is over all normal pixels of
     all pictures; the area under PRO against the rate, linear between distinct scores and at the limit, is divided by
-    the limit. Taken at the maps' resolution (MVTec's code takes it at the original one).
+    the limit. Taken at the resolution of what is given (MVTec's code takes it at the original one).
     """
-    maps, masks = to_numpy(maps), to_numpy(masks)
-    if maps.ndim != 3 or masks.shape != maps.shape or masks.dtype != bool:
-        raise ValueError(f"maps and masks must be (N, H, W), masks bool, not {maps.shape}, {masks.shape} {masks.dtype}")
-    maps = real_numbers(maps, "anomaly-map pixels")
-    if masks.all() or not masks.any():
+    maps, masks = mapped_pictures(maps, masks)
+    masked = sum(np.count_nonzero(mask) for mask in masks)
+    if masked in (0, sum(mask.size for mask in masks)):
         return dict.fromkeys(PIXEL_METRICS)
-    positives, shares = maps[masks], region_shares(masks)
-    order = np.argsort(positives)
-    counts = count_ranks(positives[order], maps[~masks])
-    before, after = counts.false_positive_rates
-    gain = shares[order] / shares.sum()
-    pro = [float(area_to_limit(gain, before, after, limit)) for limit in (0.3, 0.05)]
+    positives, shares = sorted_positives(maps, masks)
+    counts = count_ranks(positives, maps, masks)
+    pro = [area_under(shares, counts, limit) / float(shares.sum()) for limit in PRO_LIMITS]
     return dict(zip(PIXEL_METRICS, [*ranking_metrics(counts), *pro]))
 
 
-def count_ranks(positives: np.ndarray, negatives: np.ndarray) -> Counts:
-    """`positives` (P,) sorted ascending, `negatives` (M,) in any order: counts add up, so chunks sort in threads."""
+def sorted_positives(maps: list[np.ndarray], masks: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of the masked pixels, ascending, and with each 1 / the size of its region: (P,), (P,)."""
+    positives = np.concatenate([scores[mask] for scores, mask in zip(maps, masks)])
+    shares = np.concatenate([region_shares(mask) for mask in masks])
+    order = np.argsort(positives)
+    return positives[order], shares[order]
 
-    def count(chunk: np.ndarray) -> np.ndarray:
-        chunk = np.sort(chunk)
-        return len(chunk) - np.stack([np.searchsorted(chunk, positives, side) for side in ("right", "left")])  # (2, P)
 
-    threads = torch.get_num_threads() if len(negatives) > 100_000 else 1
-    with ThreadPoolExecutor(threads) as pool:  # numpy lets go of the interpreter lock while it sorts
-        above, false = sum(pool.map(count, np.array_split(negatives, threads)))
-    return Counts(above, false, len(positives) - np.searchsorted(positives, positives, "left"), len(negatives))
+def count_ranks(positives: np.ndarray, scores: list[np.ndarray], labels: list[np.ndarray]) -> Counts:
+    """`positives` (P,) sorted ascending; the negatives are `scores[i][~labels[i]]`, arrays of any shape.
+
+    Counts add up, so chunks of whole arrays are sorted in threads; at no time is there a copy of more than CHUNK
+    negatives and one array.
+    """
+    sizes = np.array([label.size for label in labels])
+    negatives = int(sizes.sum()) - sum(np.count_nonzero(label) for label in labels)
+    threads = torch.get_num_threads() if negatives > ONE_THREAD else 1
+    chunk = -(-min(CHUNK, sizes.sum()) // threads)
+    starts = np.flatnonzero(np.diff((sizes.cumsum() - 1) // chunk, prepend=-1))  # the first array of each chunk
+    counts, lock = np.full((2, len(positives)), negatives), Lock()
+
+    def count(members: np.ndarray) -> None:
+        values = np.concatenate([scores[i][~labels[i]] for i in members])
+        values.sort()  # NumPy lets go of the interpreter lock while it sorts
+        for first in range(0, len(positives), BLOCK):
+            block = slice(first, first + BLOCK)
+            for row, side in enumerate(("right", "left")):
+                below = np.searchsorted(values, positives[block], side)
+                with lock:
+                    counts[row, block] -= below
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(count, np.split(np.arange(len(sizes)), starts[1:])))
+    lower = np.searchsorted(positives, positives, "left")
+    return Counts(*counts, np.subtract(len(positives), lower, out=lower), negatives)
 
 
 def ranking_metrics(counts: Counts) -> tuple[float, float, float]:
     """(AUROC, AP, F1-max). The best F1 is at a positive's score: a threshold below it only adds false alarms."""
-    n = len(counts.true)
-    auroc = area_to_limit(np.full(n, 1 / n), *counts.false_positive_rates, limit=1.0)
-    ap = np.mean(counts.true / (counts.true + counts.false))
-    f1 = 2 * counts.true / (n + counts.true + counts.false)
-    return float(auroc), float(ap), float(f1.max())
+    n, ap, f1 = len(counts.true), 0.0, 0.0
+    for _, part in counts.blocks():
+        ap += float(np.sum(part.true / (part.true + part.false))) / n
+        f1 = max(f1, float((2 * part.true / (n + part.true + part.false)).max()))
+    return area_under(np.broadcast_to(1 / n, n), counts, limit=1.0), ap, f1
+
+
+def area_under(gain: np.ndarray, counts: Counts, limit: float) -> float:
+    """`area_to_limit` of a curve that rises by `gain` (P,) at the positives of `counts`, summed block by block."""
+    return sum(float(area_to_limit(gain[place], *part.false_positive_rates, limit)) for place, part in counts.blocks())
 
 
 def area_to_limit(gain: np.ndarray, before: np.ndarray, after: np.ndarray, limit: float) -> np.ndarray:
@@ -117,11 +155,39 @@ def area_to_limit(gain: np.ndarray, before: np.ndarray, after: np.ndarray, limit
     return np.sum(gain * np.where(after <= limit, whole, cut), axis=-1) / limit
 
 
-def region_shares(masks: np.ndarray) -> np.ndarray:
-    """1 / the size of its 8-connected region for each masked pixel of `masks` (N, H, W) bool, in the order of
-    `masks[masks]`: (P,). The shares of a picture add up to its number of regions."""
-    regions = ndimage.label(masks, NEIGHBORS_8)[0][masks]  # (P,) numbered from 1 over the whole set
-    return 1 / np.bincount(regions)[regions].astype(np.float64)
+def region_shares(mask: np.ndarray) -> np.ndarray:
+    """1 / the size of its 8-connected region for each masked pixel of `mask` (H, W) bool, in the order of
+    `mask[mask]`: (P,). They add up to the number of regions."""
+    if not mask.any():
+        return np.empty(0)
+    regions = ndimage.label(mask, NEIGHBORS_8)[0][mask]  # (P,) numbered from 1
+    return (1 / np.maximum(np.bincount(regions), 1))[regions]
+
+
+def mapped_pictures(maps: Pictures, masks: Pictures) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """N maps (H_i, W_i) float32 or float64, and their masks (H_i, W_i) bool. ValueError when they do not fit."""
+    maps = score_maps(maps, "anomaly-map pixels")
+    masks = list(to_numpy(masks)) if isinstance(masks, Array) else [to_numpy(mask) for mask in masks]
+    shapes = [scores.shape for scores in maps], [mask.shape for mask in masks]
+    if shapes[0] != shapes[1] or any(mask.dtype != bool for mask in masks):
+        differ = [f"{a} and {b}" for a, b in zip(*shapes) if a != b]
+        types = sorted({str(mask.dtype) for mask in masks})
+        raise ValueError(
+            f"masks must be bool and as large as their maps: {len(maps)} maps, {len(masks)} masks of {types}, "
+            f"different sizes: {differ[:3]}"
+        )
+    return maps, masks
+
+
+def score_maps(maps: Pictures, what: str) -> list[np.ndarray]:
+    """N maps (H_i, W_i) float32 or float64 from (N, H, W) or a sequence. UserError when some pixels are NaN."""
+    if isinstance(maps, Array):
+        pictures = list(real_numbers(to_numpy(maps), what))
+    else:
+        pictures = [real_numbers(to_numpy(picture), f"{what} of picture {i}") for i, picture in enumerate(maps)]
+    if any(picture.ndim != 2 for picture in pictures):
+        raise ValueError(f"maps must be (N, H, W) or N times (H, W), not N times {pictures[0].shape}")
+    return pictures
 
 
 def to_numpy(x: Array) -> np.ndarray:
@@ -136,8 +202,8 @@ def real_numbers(scores: np.ndarray, what: str) -> np.ndarray:
     """`scores` as float32 or float64 (integers become float64). UserError when some are NaN; infinities are ranked."""
     if scores.dtype not in (np.float32, np.float64):
         scores = scores.astype(np.float32 if scores.dtype == np.float16 else np.float64)
-    missing = np.isnan(scores)
-    if missing.any():
+    if scores.size and np.isnan(scores.min()):  # no array of flags beside a gigabyte of scores
+        missing = np.isnan(scores)
         index = np.unravel_index(missing.argmax(), scores.shape)
         place = ", ".join(map(str, index))
         raise UserError(

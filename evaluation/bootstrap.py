@@ -6,11 +6,12 @@ set is a vector of how often each picture is in it, and its score histogram is t
 replicates at once are one product (R, N) x (N, K).
 
 Image figures have a bin for every distinct score and are exact. Pixel figures have about 2000 bins between quantiles of
-the pooled normal and of the pooled defect pixels: no bin holds more than 1/1024 of either, except those of a single
-value. Scores within a bin count as tied, which moves the figures of the whole set by less than 1e-3 (tested; 1e-4 is
-usual), and an interval is far wider. The figures beside the intervals are always the exact ones.
+the pooled normal and of the pooled defect pixels: no bin holds much more than 1/1024 of either, except those of a
+single value. Scores within a bin count as tied, which moves the figures of the whole set by less than 1e-3 (tested;
+1e-4 is usual), and an interval is far wider. The figures beside the intervals are always the exact ones.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -19,17 +20,20 @@ from scipy import sparse
 from evaluation.anomaly_metrics import (
     IMAGE_METRICS,
     PIXEL_METRICS,
+    PRO_LIMITS,
     Array,
+    Pictures,
     area_to_limit,
     image_metrics,
+    mapped_pictures,
     pixel_metrics,
-    real_numbers,
     region_shares,
     to_numpy,
 )
 
 REPLICATES = 1000
 QUANTILES = 1024
+SAMPLE = 2**22  # pixels the quantiles are taken from
 
 
 class Histograms(NamedTuple):
@@ -41,11 +45,11 @@ class Histograms(NamedTuple):
 
 
 def with_intervals(
-    scores: Array, labels: Array, maps: Array | None, masks: Array | None, *, seed: int = 0
+    scores: Array, labels: Array, maps: Pictures | None, masks: Pictures | None, *, seed: int = 0
 ) -> dict[str, float | list[float] | None]:
     """All of `image_metrics` and `pixel_metrics`, each followed by `<key>_interval: [low, high]`.
 
-    `scores` (N,), `labels` (N,), `maps` (N, H, W) and `masks` (N, H, W) or None for either. None where a figure is
+    `scores` (N,), `labels` (N,), `maps` and `masks` as for `pixel_metrics` or None for either. None where a figure is
     undefined. `seed` draws the replicates; image and pixel figures share them. About 3 seconds for 250 pictures of
     256 x 256 on one core.
     """
@@ -59,7 +63,7 @@ def with_intervals(
     else:
         figures |= pixel_metrics(maps, masks)
         if figures["aupro"] is not None:
-            intervals |= percentiles(pixel_replicates(to_numpy(maps), to_numpy(masks), draws))
+            intervals |= percentiles(pixel_replicates(pixel_histograms(maps, masks), draws))
     return {
         name: value for key in figures for name, value in ((key, figures[key]), (f"{key}_interval", intervals[key]))
     }
@@ -92,37 +96,45 @@ def image_replicates(scores: np.ndarray, labels: np.ndarray, draws: np.ndarray) 
     return dict(zip(IMAGE_METRICS, replicate_metrics(Histograms(negatives, positives, positives), draws)))
 
 
-def pixel_replicates(maps: np.ndarray, masks: np.ndarray, draws: np.ndarray) -> dict[str, np.ndarray]:
-    """Pixel figures of every row of `draws` (R, N), from histograms: {key: (R,)}. `maps`, `masks` (N, H, W)."""
-    return dict(zip(PIXEL_METRICS, replicate_metrics(pixel_histograms(maps, masks), draws)))
+def pixel_replicates(histograms: Histograms, draws: np.ndarray) -> dict[str, np.ndarray]:
+    """Pixel figures of every row of `draws` (R, N), from `pixel_histograms`: {key: (R,)}."""
+    return dict(zip(PIXEL_METRICS, replicate_metrics(histograms, draws)))
 
 
-def pixel_histograms(maps: np.ndarray, masks: np.ndarray) -> Histograms:
-    """Histograms of `maps` (N, H, W) inside and outside `masks` (N, H, W) bool, bins between quantiles of both."""
-    maps = real_numbers(maps, "anomaly-map pixels")
-    edges, times = np.unique(np.concatenate([quantiles(maps[masks]), quantiles(maps[~masks])]), return_counts=True)
+def pixel_histograms(maps: Pictures, masks: Pictures) -> Histograms:
+    """Histograms of N maps inside and outside their masks, bins between quantiles of both. `maps` and `masks` as for
+    `pixel_metrics`, with a masked and a normal pixel; only SAMPLE values are ever held twice."""
+    maps, masks = mapped_pictures(maps, masks)
+    masked = sum(np.count_nonzero(mask) for mask in masks)
+    inside = quantiles((scores[mask] for scores, mask in zip(maps, masks)), masked)
+    size = sum(mask.size for mask in masks) - masked
+    outside = quantiles((scores[~mask] for scores, mask in zip(maps, masks)), size)
+    edges, times = np.unique(np.concatenate([inside, outside]), return_counts=True)
     ties = edges[times > 1]  # a score that many pixels share gets a bin of its own, up to the next float
     edges = np.unique(np.concatenate([edges, np.nextafter(ties, np.inf, dtype=ties.dtype)]))
-    n, k = len(maps), len(edges)
-
-    def histogram(values: np.ndarray) -> np.ndarray:  # (K,): sorting 65,536 values beats looking up a bin for each
-        return np.diff(np.searchsorted(np.sort(values), edges), append=len(values))
-
-    negatives = np.stack([histogram(values[~mask]) for values, mask in zip(maps, masks)])
-    bins = np.searchsorted(edges, maps[masks], "right") - 1  # (P,)
-    cells = np.nonzero(masks)[0] * k + bins
-    positives = np.bincount(cells, minlength=n * k).reshape(n, k)
-    shares = np.bincount(cells, region_shares(masks), minlength=n * k).reshape(n, k)
-    return Histograms(*(h[:, ::-1].astype(np.float64) for h in (negatives, positives, shares)))
+    k, rows = len(edges), []
+    for scores, mask in zip(maps, masks):
+        normal = np.sort(scores[~mask])  # sorting 65,536 values beats looking up a bin for each
+        negatives = np.diff(np.searchsorted(normal, edges), append=len(normal))
+        bins = np.searchsorted(edges, scores[mask], "right") - 1  # (P,)
+        shares = np.bincount(bins, region_shares(mask), minlength=k)
+        rows.append((negatives, np.bincount(bins, minlength=k), shares))
+    return Histograms(*(np.stack(h)[:, ::-1].astype(np.float64) for h in zip(*rows)))
 
 
-def quantiles(values: np.ndarray) -> np.ndarray:
-    """QUANTILES + 1 evenly spaced order statistics, (Q + 1,): the smallest first, the largest last."""
-    return np.sort(values)[np.linspace(0, len(values) - 1, QUANTILES + 1).astype(np.int64)]
+def quantiles(values: Iterable[np.ndarray], size: int) -> np.ndarray:
+    """QUANTILES + 1 order statistics, evenly spaced, of N arrays with `size` values together: (Q + 1,), smallest first.
+
+    Of more than SAMPLE values only every s-th of each sorted array is pooled, which moves the ranks by less than
+    N / SAMPLE of all values.
+    """
+    stride = 1 + size // SAMPLE
+    pooled = np.sort(np.concatenate([np.sort(v)[::stride].copy() for v in values]))
+    return pooled[np.linspace(0, len(pooled) - 1, QUANTILES + 1).astype(np.int64)]
 
 
 def replicate_metrics(histograms: Histograms, draws: np.ndarray) -> list[np.ndarray]:
-    """AUROC, AP, F1-max, AU-PRO to 0.3 and AU-PRO to 0.05 of each row of `draws` (R, N): five arrays (R,)."""
+    """AUROC, AP, F1-max and AU-PRO to each of `PRO_LIMITS` for each row of `draws` (R, N): six arrays (R,)."""
     n_chunks = 1 + draws.shape[0] * histograms.negatives.shape[1] // 2**18  # a dozen (r, K) arrays of 2 MB live at once
     chunks = [_replicate_metrics(histograms, chunk) for chunk in np.array_split(draws, min(n_chunks, len(draws)))]
     return [np.concatenate(figure) for figure in zip(*chunks)]
@@ -135,8 +147,8 @@ def _replicate_metrics(histograms: Histograms, draws: np.ndarray) -> list[np.nda
     with np.errstate(invalid="ignore", divide="ignore"):  # a replicate without positives: NaN
         after, width = false / total_false, negatives / total_false
         recall_gain, pro_gain = positives / total_true, shares / shares.sum(1, keepdims=True)
+        f1 = np.max(2 * true / (total_true + true + false), 1)
     ap = np.sum(recall_gain * true / np.maximum(true + false, 1), 1)
-    f1 = np.max(2 * true / (total_true + true + false), 1)
-    steps = [(recall_gain, 1.0), (pro_gain, 0.3), (pro_gain, 0.05)]
+    steps = [(recall_gain, 1.0), *((pro_gain, limit) for limit in PRO_LIMITS)]
     auroc, *aupro = [area_to_limit(gain, after - width, after, limit) for gain, limit in steps]
     return [auroc, ap, f1, *aupro]

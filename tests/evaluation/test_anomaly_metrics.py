@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
+from evaluation import anomaly_metrics
 from evaluation.anomaly_metrics import IMAGE_METRICS, PIXEL_METRICS, image_metrics, pixel_metrics
 from training.errors import UserError
 
@@ -36,20 +37,21 @@ def area(rates: list[float], heights: list[float], limit: float) -> float:
     return total / limit
 
 
-def brute_force(maps: np.ndarray, masks: np.ndarray) -> dict[str, float]:
-    maps = maps.astype(np.float64)
+def brute_force(maps: list[np.ndarray], masks: list[np.ndarray]) -> dict[str, float]:
     regions = [(n, region) for n, mask in enumerate(masks) for region in flood_fill(mask)]
+    values, truth = (np.concatenate([picture.ravel() for picture in pictures]) for pictures in (maps, masks))
+    values, masked = values.astype(np.float64), int(truth.sum())
     rates, recalls, pros, ap, f1 = [0.0], [0.0], [0.0], 0.0, 0.0
-    for threshold in np.unique(maps)[::-1]:
-        found = maps >= threshold
-        true, false = int((found & masks).sum()), int((found & ~masks).sum())
-        rates.append(false / int((~masks).sum()))
-        recalls.append(true / int(masks.sum()))
-        pros.append(sum(sum(found[n][p] for p in region) / len(region) for n, region in regions) / len(regions))
+    for threshold in np.unique(values)[::-1]:
+        true, false = int((values[truth] >= threshold).sum()), int((values[~truth] >= threshold).sum())
+        rates.append(false / (len(values) - masked))
+        recalls.append(true / masked)
+        shares = [sum(maps[n][p] >= threshold for p in region) / len(region) for n, region in regions]
+        pros.append(sum(shares) / len(regions))
         ap += (recalls[-1] - recalls[-2]) * true / (true + false)
-        f1 = max(f1, 2 * true / (true + false + int(masks.sum())))
-    areas = [area(rates, recalls, 1.0), area(rates, pros, 0.3), area(rates, pros, 0.05)]
-    return {"pixel_auroc": areas[0], "pixel_ap": ap, "pixel_f1_max": f1, "aupro": areas[1], "aupro_005": areas[2]}
+        f1 = max(f1, 2 * true / (true + false + masked))
+    pro = {key: area(rates, pros, limit) for key, limit in (("aupro", 0.3), ("aupro_005", 0.05), ("aupro_001", 0.01))}
+    return {"pixel_auroc": area(rates, recalls, 1.0), "pixel_ap": ap, "pixel_f1_max": f1} | pro
 
 
 def random_case(seed: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
@@ -69,6 +71,47 @@ def random_case(seed: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
 def test_pixel_metrics_equal_every_threshold_in_turn(seed, kind):
     maps, masks = random_case(seed, kind)
     assert pixel_metrics(maps, masks) == pytest.approx(brute_force(maps, masks), abs=1e-12)
+
+
+def pictures_of_all_sizes(seed: int, levels: int | None) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Among them a single pixel, a good picture, one that is all defect, and float64 beside float32."""
+    rng = np.random.default_rng(seed)
+    shapes = [(1, 1), (5, 7), (3, 2), *rng.integers(1, 14, (6, 2)).tolist()]
+    masks = [rng.random(shape) < rng.uniform(0, 0.6) for shape in shapes]
+    masks[1][:], masks[2][:] = False, True
+    maps = [rng.normal(size=mask.shape) + mask for mask in masks]
+    maps = maps if levels is None else [np.round(picture * levels / 4) for picture in maps]
+    return [picture.astype((np.float32, np.float64)[i % 2]) for i, picture in enumerate(maps)], masks
+
+
+@pytest.mark.parametrize("levels", [None, 8, 1])
+@pytest.mark.parametrize("seed", range(4))
+def test_pictures_of_different_sizes(seed, levels):
+    maps, masks = pictures_of_all_sizes(seed, levels)
+    expected = brute_force(maps, masks)
+    assert pixel_metrics(maps, masks) == pytest.approx(expected, abs=1e-9)
+    tensors = tuple(torch.from_numpy(picture) for picture in maps), [torch.from_numpy(mask) for mask in masks]
+    assert pixel_metrics(*tensors) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 150])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_chunks_and_blocks_change_nothing(monkeypatch, chunk, threads):
+    """Small chunks of negatives and blocks of positives, sorted in threads, as millions of pixels are."""
+    maps, masks = pictures_of_all_sizes(0, 8)
+    expected = pixel_metrics(maps, masks)
+    monkeypatch.setattr(anomaly_metrics, "CHUNK", chunk)
+    monkeypatch.setattr(anomaly_metrics, "BLOCK", 17)
+    monkeypatch.setattr(anomaly_metrics, "ONE_THREAD", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert pixel_metrics(maps, masks) == pytest.approx(expected, abs=1e-14)
+
+
+def test_one_size_is_the_same_as_a_list_and_the_inputs_stay_as_they_were():
+    maps, masks = random_case(2, "integers")
+    copies = maps.copy(), masks.copy()
+    assert pixel_metrics(maps, masks) == pixel_metrics(list(maps), list(masks)) == pixel_metrics(maps, list(masks))
+    assert (maps == copies[0]).all() and (masks == copies[1]).all()
 
 
 @pytest.mark.parametrize("levels", [2, 5, 30, None])
@@ -139,7 +182,14 @@ def test_equal_scores_say_nothing():
     masks[0, :2] = True
     got = pixel_metrics(torch.full((2, 4, 4), 7.0), masks)
     assert got == pytest.approx(
-        {"pixel_auroc": 0.5, "pixel_ap": 0.25, "pixel_f1_max": 0.4, "aupro": 0.15, "aupro_005": 0.025}
+        {
+            "pixel_auroc": 0.5,
+            "pixel_ap": 0.25,
+            "pixel_f1_max": 0.4,
+            "aupro": 0.15,
+            "aupro_005": 0.025,
+            "aupro_001": 0.005,
+        }
     )
     assert image_metrics([3, 3, 3, 3], [0, 1, 0, 0]) == pytest.approx(
         {"image_auroc": 0.5, "image_ap": 0.25, "image_f1_max": 0.4}
@@ -189,6 +239,7 @@ def test_undefined_figures_are_none():
     maps = torch.rand(2, 3, 3)
     assert pixel_metrics(maps, torch.zeros(2, 3, 3, dtype=torch.bool)) == dict.fromkeys(PIXEL_METRICS)
     assert pixel_metrics(maps, torch.ones(2, 3, 3, dtype=torch.bool)) == dict.fromkeys(PIXEL_METRICS)
+    assert pixel_metrics([], []) == dict.fromkeys(PIXEL_METRICS)
 
 
 def test_more_pixels_than_float32_can_count():
@@ -209,6 +260,8 @@ def test_nan_is_named():
     maps[1, 2, 3] = float("nan")
     with pytest.raises(UserError, match=r"1 of 24 .* at index \[1, 2, 3\]"):
         pixel_metrics(maps, maps > 0)
+    with pytest.raises(UserError, match=r"1 of 12 .* of picture 1 .* at index \[2, 3\]"):
+        pixel_metrics(list(maps), list(maps > 0))
 
 
 def test_wrong_shapes_and_labels():
@@ -216,7 +269,11 @@ def test_wrong_shapes_and_labels():
         image_metrics([1, 2, 3], [0, 1])
     with pytest.raises(ValueError, match="must be 0"):
         image_metrics([1, 2, 3], [0, 1, 2])
-    with pytest.raises(ValueError, match=r"\(2, 3, 3\), \(2, 3, 4\)"):
+    with pytest.raises(ValueError, match=r"\(3, 3\) and \(3, 4\)"):
         pixel_metrics(torch.zeros(2, 3, 3), torch.zeros(2, 3, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="2 maps, 1 masks"):
+        pixel_metrics(torch.zeros(2, 3, 3), torch.zeros(1, 3, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"not N times \(3,\)"):
+        pixel_metrics(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="uint8"):
         pixel_metrics(torch.zeros(2, 3, 3), torch.zeros(2, 3, 3, dtype=torch.uint8))

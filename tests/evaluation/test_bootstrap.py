@@ -7,8 +7,16 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
+from evaluation import bootstrap
 from evaluation.anomaly_metrics import IMAGE_METRICS, PIXEL_METRICS, image_metrics, pixel_metrics
-from evaluation.bootstrap import draw_pictures, image_replicates, pixel_replicates, with_intervals
+from evaluation.bootstrap import (
+    draw_pictures,
+    image_replicates,
+    pixel_histograms,
+    pixel_replicates,
+    quantiles,
+    with_intervals,
+)
 from training.errors import UserError
 
 
@@ -51,10 +59,40 @@ def test_image_replicates_equal_repeated_pictures(levels):
 def test_pixel_histograms_agree_with_exact_figures(contrast):
     maps, masks = mapped(24, 64, contrast)
     draws = np.concatenate([np.ones((1, 24)), draw_pictures(masks.any((1, 2)), seed=1)[:4]])
-    got = pixel_replicates(maps, masks, draws)
+    got = pixel_replicates(pixel_histograms(maps, masks), draws)
     for r, draw in enumerate(draws):
         expected = pixel_metrics(maps[repeats(draw)], masks[repeats(draw)])
         assert {key: got[key][r] for key in got} == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("sample", [2**22, 3000])
+def test_pictures_of_different_sizes(monkeypatch, sample):
+    """Also with quantiles from every 17th pixel only: a set so small that coarser bins show."""
+    monkeypatch.setattr(bootstrap, "SAMPLE", sample)
+    maps, masks = mapped(16, 64, 3)
+    maps = [picture[: 64 - i, i // 2 :] for i, picture in enumerate(maps)]
+    masks = [mask[: 64 - i, i // 2 :] for i, mask in enumerate(masks)]
+    labels = np.array([mask.any() for mask in masks])
+    draws = np.concatenate([np.ones((1, 16)), draw_pictures(labels, seed=1)[:3]])
+    histograms = pixel_histograms(maps, masks)
+    assert histograms.negatives.sum(1).tolist() == [np.count_nonzero(~mask) for mask in masks]
+    assert histograms.positives.sum(1).tolist() == [np.count_nonzero(mask) for mask in masks]
+    got = pixel_replicates(histograms, draws)
+    for r, draw in enumerate(draws):
+        expected = pixel_metrics([maps[i] for i in repeats(draw)], [masks[i] for i in repeats(draw)])
+        assert {key: got[key][r] for key in got} == pytest.approx(expected, abs=1e-3 if sample > 3000 else 5e-3)
+    low, high = with_intervals([m.max() for m in maps], labels, maps, masks)["aupro_001_interval"]
+    assert low < high
+
+
+@pytest.mark.parametrize("sample", [2**22, 9000])
+def test_quantiles_are_evenly_spaced_ranks(monkeypatch, sample):
+    monkeypatch.setattr(bootstrap, "SAMPLE", sample)
+    arrays = [np.random.default_rng(i).normal(i % 3, size=4000 + i) for i in range(20)]
+    pooled = np.sort(np.concatenate(arrays))
+    ranks = np.searchsorted(pooled, quantiles(arrays, len(pooled))) / (len(pooled) - 1)
+    assert np.abs(ranks - np.linspace(0, 1, 1025)).max() <= 1e-4 + (20 / 9000 if sample == 9000 else 0)
+    assert ranks[0] == 0
 
 
 @pytest.mark.parametrize("levels", [1, 4, 30])
@@ -62,14 +100,14 @@ def test_tied_pixels_are_exact(levels):
     """Every value has a bin of its own, so no score is taken for mixed with others."""
     maps, masks = mapped(12, 48, 3)
     maps = np.round(maps * levels / 4)
-    got = pixel_replicates(maps, masks, np.ones((1, 12)))
+    got = pixel_replicates(pixel_histograms(maps, masks), np.ones((1, 12)))
     assert {key: got[key][0] for key in got} == pytest.approx(pixel_metrics(maps, masks), abs=1e-9)
 
 
 def test_half_the_pixels_tied_at_zero():
     maps, masks = mapped(12, 48, 3)
     maps = np.maximum(maps, np.median(maps))
-    got = pixel_replicates(maps, masks, np.ones((1, 12)))
+    got = pixel_replicates(pixel_histograms(maps, masks), np.ones((1, 12)))
     assert {key: got[key][0] for key in got} == pytest.approx(pixel_metrics(maps, masks), abs=1e-3)
 
 

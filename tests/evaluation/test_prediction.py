@@ -1,0 +1,62 @@
+"""Work ahead in threads, files that are whole or not there, pictures at full size."""
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.geometry import Geometry
+from evaluation.prediction import ahead, decode_whole, whole_file
+from training.errors import UserError
+
+
+def test_work_is_done_ahead_but_only_so_far():
+    done, taken, lock = [], 0, threading.Lock()
+
+    def work(i):
+        with lock:
+            done.append(i)
+            assert len(done) - taken <= 4
+        return -i
+
+    with ThreadPoolExecutor(2) as pool:
+        for i, result in enumerate(ahead(work, iter(range(50)), pool, 4)):
+            assert result == -i
+            with lock:
+                taken += 1
+        assert list(ahead(work, [], pool, 4)) == []
+    assert sorted(done) == list(range(50))
+
+
+def test_a_map_of_the_original_s_size_stays_as_it_is():
+    heat = torch.rand(37, 53)
+    assert torch.equal(Geometry(37, 53).to_original(heat, (37, 53)), heat)
+
+
+def test_a_whole_picture_is_upright_and_not_resampled(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3)).astype(np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # turn clockwise to see it upright
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=turned)
+    whole = decode_whole(str(tmp_path / "a.png"))
+    assert np.array_equal(whole.permute(1, 2, 0).numpy(), np.rot90(pixels, -1))
+
+
+def test_a_file_is_there_when_it_is_whole_and_not_before(tmp_path):
+    path = tmp_path / "new" / "a.csv"
+    with whole_file(path) as file:
+        file.write("old\n")
+        assert not path.exists()
+    for mistake, raised in ((ValueError("x"), ValueError), (OSError(28, "No space left on device"), UserError)):
+        with pytest.raises(raised), whole_file(path) as file:
+            file.write("new\n")
+            raise mistake
+        assert path.read_text() == "old\n" and os.listdir(path.parent) == ["a.csv"]
+    with pytest.raises(KeyboardInterrupt), whole_file(path) as file:
+        file.write("new\n")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old\n" and len(os.listdir(path.parent)) == 2  # the rows so far lie beside it
