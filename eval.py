@@ -1,11 +1,13 @@
-"""Measure a backbone.
+"""Measure a backbone, or compare runs.
 
     python eval.py task=knn checkpoint=runs/simclr_scavport/last.pt
     python eval.py configs/eval_folder.yaml task=linear data.root=/pictures backbone.weights=weights.pth
+    python eval.py task=compare runs=runs/patchcore_imagenet,runs/patchcore_dino
 
 With `checkpoint`, data and backbone are what the run's config says, unless keys here say otherwise. Writes
 results.json, confusion.png and TensorBoard events to eval_<task>/ in the checkpoint's folder (without one: in
-runs/<run_name>/).
+runs/<run_name>/). `compare` takes folders of train_anomaly.py whose test pictures are the same, draws them again and
+again for all runs together (paired bootstrap), and prints which differences are more than chance.
 """
 
 import time
@@ -13,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from evaluation.compare import compare as compare_runs
+from evaluation.compare import compare_table, load_scores
 from torchvision.transforms.functional import pil_to_tensor
 
 from data import DataConfig, build_dataset
@@ -21,6 +25,7 @@ from evaluation.classification import classification_report, confusion_matrix, c
 from evaluation.features import extract
 from evaluation.knn import KNN_SETTINGS, knn_scores
 from evaluation.linear_probe import linear_probe
+from evaluation.report import markdown_table
 from models.build import BackboneConfig, build_backbone
 from training import checkpoint, config, distributed, errors
 from training.log import Log
@@ -42,12 +47,12 @@ def linear(
     return linear_probe(*train, test[0], n_classes=len(classes), epochs=epochs, batch_size=batch_size, seed=seed)
 
 
-TASKS = {"knn": knn, "linear": linear}
+MEASURES = {"knn": knn, "linear": linear}  # of a backbone: training and test features -> class scores, figures
 
 
 @dataclass(kw_only=True)
 class TaskConfig:
-    name: str = config.choice(TASKS)
+    name: str = config.choice(MEASURES)
     options: dict = field(default_factory=dict)
 
 
@@ -63,8 +68,21 @@ class Config:
     run_name: str = "eval"
 
 
+@dataclass(kw_only=True)
+class CompareConfig:
+    task: str
+    runs: list[str]  # folders of train_anomaly.py; the first is what the others are compared with
+    seed: int = 0
+
+
 def main(argv: list[str]) -> None:
-    cfg = config.build(Config, from_checkpoint(config.read(argv)))
+    raw = config.read(argv)
+    OTHERS.get(str(raw.get("task")), measure)(raw)
+
+
+def measure(raw: dict) -> None:
+    """task=knn and task=linear: figures of one backbone's features."""
+    cfg = config.build(Config, from_checkpoint(raw))
     device = distributed.setup(cfg.device)
     name = f"eval_{cfg.task.name}"
     folder = config.run_folder(cfg) / name
@@ -84,7 +102,7 @@ def main(argv: list[str]) -> None:
         extract(backbone, Loader(dataset, cfg.batch_size, device, **load), progress=f"{split} features")
         for dataset, split in ((train_set, "training"), (test_set, "test"))
     )
-    scores, figures = TASKS[cfg.task.name](train, test, train_set.classes, **cfg.task.options)
+    scores, figures = MEASURES[cfg.task.name](train, test, train_set.classes, **cfg.task.options)
     about = {"task": cfg.task.name, "backbone": cfg.backbone.name, "n_train": len(train_set), "n_test": len(test_set)}
     results = about | figures | classification_report(scores, test[1], train_set.classes)
 
@@ -95,6 +113,25 @@ def main(argv: list[str]) -> None:
         log.picture("confusion", pil_to_tensor(picture))
     log.results(results | {"seconds": time.perf_counter() - began, "version": checkpoint.code_version()})
     distributed.cleanup()
+
+
+def compare(raw: dict) -> None:
+    """task=compare: paired bootstrap between runs, as a table and in <first run>/eval_compare/."""
+    raw.pop("run_name", None)
+    cfg = config.build(CompareConfig, raw)
+    if len(cfg.runs) < 2:
+        raise errors.UserError(f"task=compare needs two run folders or more, not {len(cfg.runs)}: runs=runs/a,runs/b")
+    result = compare_runs([load_scores(Path(run) / "test_scores.pt") for run in cfg.runs], cfg.runs, seed=cfg.seed)
+    folder = Path(cfg.runs[0]) / "eval_compare"
+    checkpoint.open_run(folder, config.as_dict(cfg))
+    log = Log(folder, config.as_dict(cfg))
+    table = markdown_table(*compare_table(result))
+    log.text("compare", table)
+    log.say(table)
+    log.results({"task": "compare"} | result | {"version": checkpoint.code_version()})
+
+
+OTHERS = {"compare": compare}  # tasks that are no measure of one backbone
 
 
 def from_checkpoint(raw: dict) -> dict:

@@ -36,6 +36,7 @@ class Config:
     tasks: dict[str, str]
     also: str = ""  # further overrides for every command
     metrics: list[str] = ("image_auroc",)
+    mean: bool = False  # add rows with the mean over the tasks, for one class after the other as the normal one
     launcher: str = ""  # for example torchrun --nproc_per_node=4; empty: one process for each cell
     runs: str = "runs"
     run_name: str
@@ -150,6 +151,7 @@ def write(cfg: Config, top: Path, outcomes: dict[str, dict]) -> None:
                 shown = [c["error"] if "error" in c else with_interval(c, metric) for c in cells]
                 if any(text != "-" for text in shown):
                     rows.append([task, detector, metric, *shown])
+    rows += mean_rows(cfg, outcomes) if cfg.mean else []
     table = markdown_table(["task", "detector", "figure", *cfg.pretraining], rows)
     pretrained = {n: outcomes[f"pretraining/{n}"] for n in cfg.pretraining if f"pretraining/{n}" in outcomes}
     keys = ["method", "steps", "loss", "knn20_top1", "seconds", "error"]
@@ -167,6 +169,18 @@ def write(cfg: Config, top: Path, outcomes: dict[str, dict]) -> None:
     print(json.dumps({"cells": len(outcomes), "failed": failed, "table": str(top / "results.md")}))
     if failed:
         sys.exit(1)
+
+
+def mean_rows(cfg: Config, outcomes: dict[str, dict]) -> list[list[str]]:
+    """The mean over the tasks of each figure; a dash where a cell failed or has none."""
+    rows = []
+    for detector in cfg.detectors:
+        for metric in cfg.metrics:
+            values = [[outcomes[f"{t}/{detector}/{p}"].get(metric) for t in cfg.tasks] for p in cfg.pretraining]
+            shown = ["-" if None in each else f"{sum(each) / len(each):.3f}" for each in values]
+            if any(text != "-" for text in shown):
+                rows.append(["mean", detector, metric, *shown])
+    return rows
 
 
 def short(value) -> str:

@@ -2,9 +2,11 @@
 
     python train_anomaly.py configs/patchcore_mvtec.yaml data.root=/mvtec data.category=bottle
     torchrun --nproc_per_node=2 train_anomaly.py configs/rd4ad_mvtec.yaml backbone.weights=runs/dino_scavport/last.pt
+    python train_anomaly.py configs/patchcore_mvtec.yaml data.root=/mvtec data.category=bottle update=runs/old/last.pt
 
-Writes runs/<run_name>/: last.pt, results.json, heatmaps.png, TensorBoard events. The detector is tested once, after its
-last epoch; the threshold comes from normal training pictures that it was not fitted on. All of it is in `main`.
+Writes runs/<run_name>/: last.pt, results.json, test_scores.csv, pictures, TensorBoard events. The detector is tested
+once, after its last epoch. Thresholds come from normal training pictures that it was not fitted on: each left out in
+turn where the detector can do that, else held out. All of it is in `main`.
 """
 
 import time
@@ -18,8 +20,10 @@ from tqdm import tqdm
 from data import DataConfig, build_dataset
 from data.augment import normalize
 from data.loading import Loader, holdout
-from evaluation.detection import anomaly_results, draw_sheet, score_set
-from evaluation.threshold import normal_threshold
+from evaluation.anomaly_report import report
+from evaluation.calibration import calibrate
+from evaluation.detection import batches_of, examine_set
+from evaluation.update import names_of, update_memory
 from models.anomaly import DETECTORS, DetectorConfig
 from models.build import BackboneConfig, build_backbone
 from training import checkpoint, config, distributed, errors
@@ -35,8 +39,10 @@ class Config:
     optim: OptimConfig | None = None  # for detectors trained by gradients; the others are fitted in one pass
     epochs: int = 1
     batch_size: int = 16  # pictures a step, over all processes
-    holdout: float = 0.1  # share of the training normals kept for the threshold and the color scale
-    false_alarm_rate: float = 0.01  # the threshold's promise
+    update: str | None = None  # last.pt of a fitted run: only learn what was added to its pictures or taken away
+    holdout: float | None = None  # share of the normals kept for the thresholds; none: 0 if it can leave out, else 0.1
+    false_alarm_rate: float = 0.01  # the thresholds' promise
+    pixels: Literal["input", "original"] = "input"  # resolution of the pixel figures
     log_every: int = 10  # steps between points of the curves
     save_every: int = 500  # steps between checkpoints
     seed: int = 0
@@ -59,18 +65,9 @@ def main(argv: list[str]) -> None:
     if not 0 < cfg.false_alarm_rate < 1:
         raise errors.UserError(f"false_alarm_rate={cfg.false_alarm_rate} must lie between 0 and 1")
 
-    # ---------------------------------------------------------------- data
-    train_set, test_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "test")
-    if not hasattr(test_set, "defects"):
-        raise errors.UserError(f"data.name={cfg.data.name} has no defects to find; use a set in MVTec layout (mvtec)")
-    train_ids, held_out = holdout(train_set, cfg.holdout, cfg.seed)
-    load = {"seed": cfg.seed, "cache": cfg.data.cache, "workers": cfg.data.workers}
-    normals = Loader(train_set, cfg.batch_size // world, device, indices=held_out, **load)
-    tests = Loader(test_set, cfg.batch_size // world, device, **load)
-
-    # ---------------------------------------------------------------- networks, what a killed run left
+    # ---------------------------------------------------------------- networks
     torch.manual_seed(cfg.seed)
-    backbone, report = build_backbone(cfg.backbone)
+    backbone, weights = build_backbone(cfg.backbone)
     detector = DETECTORS[cfg.detector.name](backbone, **cfg.detector.options)
     detector.to(device, memory_format=torch.channels_last)
     by_gradient = not hasattr(detector, "fit")
@@ -78,17 +75,24 @@ def main(argv: list[str]) -> None:
         raise errors.UserError(
             f"detector {cfg.detector.name} is trained by gradients: the config needs an optim section"
         )
-    dtype, scaler = PRECISIONS[cfg.precision], torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
-    loader = Loader(
-        train_set,
-        cfg.batch_size // world,
-        device,
-        shuffle=by_gradient,
-        drop_last=by_gradient,
-        indices=train_ids,
-        **load,
-    )
+    if cfg.update and not hasattr(detector, "add"):
+        raise errors.UserError(f"detector {cfg.detector.name} cannot be updated, only fitted anew: remove update")
+
+    # ---------------------------------------------------------------- data
+    train_set, test_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "test")
+    if not hasattr(test_set, "defects"):
+        raise errors.UserError(
+            f"data.name={cfg.data.name} has no defects to find; use mvtec (MVTec layout) or one_against_all"
+        )
+    share = (0.0 if detector.leaves_out else 0.1) if cfg.holdout is None else cfg.holdout
+    train_ids, held_out = holdout(train_set, share, cfg.seed)
+    load = {"seed": cfg.seed, "cache": cfg.data.cache, "workers": cfg.data.workers}
+    sizes = {"batch_size": cfg.batch_size // world, "device": device}
+    loader = Loader(train_set, **sizes, shuffle=by_gradient, drop_last=by_gradient, indices=train_ids, **load)
     total = cfg.epochs * len(loader) if by_gradient else 1
+
+    # ---------------------------------------------------------------- what a killed run left
+    dtype, scaler = PRECISIONS[cfg.precision], torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     parts = {"model": detector}
     if by_gradient:
         optimizer = build_optimizer(cfg.optim, detector)
@@ -99,7 +103,7 @@ def main(argv: list[str]) -> None:
         checkpoint.restore(state, parts)
     log, window, began = Log(folder, resolved, start), Window(device), time.perf_counter()
     log.say(
-        f"{cfg.run_name}: {cfg.detector.name}, {cfg.backbone.name} ({report}), {len(train_ids)} normals to learn from"
+        f"{cfg.run_name}: {cfg.detector.name}, {cfg.backbone.name} ({weights}), {len(train_ids)} normals to learn from"
     )
     if start == total and log.repeat_results():
         return
@@ -107,9 +111,11 @@ def main(argv: list[str]) -> None:
     # ---------------------------------------------------------------- fit
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if not by_gradient and start < total:
-        bar = tqdm(loader.epoch(0), "features", len(loader), unit="batch", disable=not distributed.is_main())
         with autocast:
-            detector.fit(normalize(images) for images, *_ in bar)
+            if cfg.update:
+                log.say(update_memory(detector, cfg.update, resolved, loader))
+            else:
+                detector.fit(batches_of(loader, "features"), len(train_ids))
     if by_gradient:
         model = torch.compile(detector) if cfg.compile else detector
         model = DistributedDataParallel(model) if world > 1 else model
@@ -147,27 +153,28 @@ def main(argv: list[str]) -> None:
             if save_due and done < total:
                 checkpoint.save(folder / checkpoint.LAST, parts, step=done, config=resolved)
     seconds_fit = time.perf_counter() - began
-    checkpoint.save(folder / checkpoint.LAST, parts, step=total, config=resolved)
+    about = {"config": resolved, "learned": train_ids.tolist()}
+    about["names"] = names_of(train_set, cfg.data.options["root"])  # by the numbers that the detector remembers
+    checkpoint.save(folder / checkpoint.LAST, parts, step=total, **about)
 
-    # ---------------------------------------------------------------- test, once
-    threshold, normal_maps = None, None
-    if len(held_out):
-        with autocast:
-            normal_maps, normal_scores = score_set(detector, normals, "held-out normals")
-        threshold = normal_threshold(normal_scores, false_alarm_rate=cfg.false_alarm_rate)
+    # ---------------------------------------------------------------- thresholds from normals, then the test, once
     began = time.perf_counter()
+    normals = Loader(train_set, **sizes, indices=held_out if len(held_out) else train_ids, **load)
+    normal = None
     with autocast:
-        maps, scores = score_set(detector, tests, "test pictures")
-    speed = {"seconds_fit": seconds_fit, "images_per_second": len(scores) / (time.perf_counter() - began)}
+        if len(held_out) or (detector.leaves_out and len(train_ids) > 1):
+            normal = examine_set(detector, normals, "normal pictures", leave_out=not len(held_out))
+        calibration = calibrate(normal, normals, cfg.false_alarm_rate)
+        checkpoint.save(folder / checkpoint.LAST, parts, step=total, **about, calibration=calibration)
+        seconds_threshold, began = time.perf_counter() - began, time.perf_counter()
+        found = examine_set(detector, Loader(test_set, **sizes, **load), "test pictures")
+    speed = {"seconds_fit": seconds_fit, "seconds_threshold": seconds_threshold}
+    speed["images_per_second"] = len(found.scores) / (time.perf_counter() - began)
     if distributed.is_main():
-        results = anomaly_results(scores, maps, test_set, threshold, seed=cfg.seed)
-        if normal_maps is not None:
-            title = f"{cfg.detector.name}, {cfg.backbone.name}, {cfg.data.options.get('category', cfg.data.name)}"
-            picture = draw_sheet(folder / "heatmaps.png", title, test_set, scores, maps, normal_maps, threshold)
-            log.picture("heatmaps", picture, total)
-        log.scalars(total, {f"test/{k}": v for k, v in results.items() if isinstance(v, float)})
-        about = {"detector": cfg.detector.name, "backbone": cfg.backbone.name, "n_train": len(train_ids)}
-        log.results(about | results | speed | {"version": checkpoint.code_version()})
+        results = {"detector": cfg.detector.name, "backbone": cfg.backbone.name, "n_train": len(train_ids)}
+        results |= detector.facts() | speed
+        results |= report(log, found, test_set, normal, normals, calibration, original=cfg.pixels == "original")
+        log.results(results | {"version": checkpoint.code_version()})
     distributed.barrier()
     distributed.cleanup()
 

@@ -1,74 +1,100 @@
-"""A fitted detector on a test set: scores in data set order, figures in all and for each defect, the picture sheet."""
+"""A fitted detector on a set of pictures: findings in data set order, figures in all and for each defect."""
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from data.augment import normalize
+from evaluation.anomaly_metrics import PIXEL_METRICS, pixel_metrics
 from evaluation.bootstrap import with_intervals
-from evaluation.heatmaps import Row, heat_range, pick, sheet
+from models.anomaly.detector import Batch, Findings
 from training import distributed
 
 
-def score_set(detector: nn.Module, loader, text: str) -> tuple[Tensor | None, Tensor]:
-    """Maps (N, S, S) float32, or None when the method has none, and scores (N,) of a Loader's pictures on the CPU.
+def batches_of(loader, text: str) -> Iterator[Batch]:
+    """An epoch of a Loader as a detector takes it, normalised; `text` labels the progress bar."""
+    geometry, bar = loader.dataset.geometry, {"unit": "batch", "leave": False, "disable": not distributed.is_main()}
+    regions = geometry.regions(loader.dataset.sizes) if geometry.fit == "pad" else None  # (N, 4)
+    for images, *_, indices in tqdm(loader.epoch(0), text, len(loader), **bar):
+        valid = None if regions is None else geometry.valid(regions[indices].to(loader.device))
+        yield Batch(normalize(images), valid, indices.to(loader.device))
 
-    In ascending order of their index in the data set, equal on all ranks; each rank scores its share. `text` labels the
-    progress bar.
+
+def examine_set(detector: nn.Module, loader, text: str, *, leave_out: bool = False) -> Findings:
+    """`Findings` of all pictures of a Loader on the CPU, in ascending order of their index, equal on all processes.
+
+    Each process examines its share. `leave_out`: the pictures are the training pictures, numbered as in `fit`, and
+    each is examined as if it had not been fitted.
     """
-    maps, scores, indices = [], [], []
-    bar = tqdm(loader.epoch(0), text, len(loader), unit="batch", leave=False, disable=not distributed.is_main())
-    for images, *_, index in bar:
-        batch_maps, batch_scores = detector.score(normalize(images))
-        maps.append(batch_maps)
-        scores.append(batch_scores.float())
-        indices.append(index.to(images.device))
-    nothing, size = torch.empty(0, device=loader.device), loader.dataset.size  # a rank may have had no picture
-    order = distributed.gather_rows(torch.cat([nothing.long(), *indices])).argsort()
-    scores = distributed.gather_rows(torch.cat([nothing, *scores]))[order].cpu()  # (N,)
-    without = torch.tensor(float(any(m is None for m in maps)), device=loader.device)
-    if distributed.all_reduce_sum(without) > 0:
-        return None, scores
-    maps = torch.cat([nothing.reshape(0, size, size), *maps])
-    return distributed.gather_rows(maps)[order].cpu(), scores  # (N, S, S)
+    device, size = loader.device, (loader.dataset.geometry.height, loader.dataset.geometry.width)
+    parts, numbers = [], []
+    most = int(distributed.gather_rows(torch.tensor([len(loader)], device=device)).max())
+    for images, valid, indices in batches_of(loader, text):
+        parts.append(detector.examine(images, valid, indices if leave_out else None))
+        numbers.append(indices)
+    while len(parts) < max(most, 1):  # a detector that is spread over processes needs all of them at every batch
+        none = torch.empty(0, dtype=torch.int64, device=device)
+        parts.append(detector.examine(torch.empty(0, 3, *size, device=device), None, none if leave_out else None))
+        numbers.append(none)
+    order = distributed.gather_rows(torch.cat(numbers)).argsort()
+
+    def joined(values: tuple) -> Tensor | None:
+        return None if values[0] is None else distributed.gather_rows(torch.cat(values))[order].cpu()
+
+    return Findings(*(joined(values) for values in zip(*parts)))
 
 
-def anomaly_results(scores: Tensor, maps: Tensor | None, dataset, threshold: float | None, *, seed: int) -> dict:
-    """Figures with intervals over the whole test set, and `per_defect`: each one's image AUROC against all good.
+def region_maps(maps: Tensor, dataset, *, original: bool = False, indices: Tensor | None = None) -> list[Tensor]:
+    """Maps (N, H, W) as one map a picture, without padding: of input pixels, or at the size of the original file.
+
+    `indices` (N,): the pictures' positions in the data set; none: all of it.
+    """
+    geometry = dataset.geometry
+    if not original and geometry.fit != "pad":
+        return list(maps)
+    sizes = dataset.sizes if indices is None else dataset.sizes[indices]
+    if original:
+        return [geometry.to_original(m, tuple(size)) for m, size in zip(maps, sizes.tolist())]
+    return [m[top : top + h, left : left + w] for m, (top, left, h, w) in zip(maps, geometry.regions(sizes).tolist())]
+
+
+def region_masks(dataset, *, original: bool = False) -> list[Tensor]:
+    """The true masks (h, w) bool, cut or sized as `region_maps`."""
+    if original:
+        return [dataset.mask(i, original=True) for i in range(len(dataset))]
+    return region_maps(torch.stack([dataset.mask(i) for i in range(len(dataset))]), dataset)
+
+
+def anomaly_results(
+    scores: Tensor,
+    maps: list[Tensor] | None,
+    masks: list[Tensor] | None,
+    dataset,
+    threshold: float | None,
+    *,
+    seed: int,
+) -> dict:
+    """Figures with intervals over the whole test set, and `per_defect`: each one's against all good pictures.
 
     Pixel figures are None without maps or masks. `observed_false_alarms` and `observed_detections` are the shares of
     good and of defective test pictures above the threshold, which came from normal pictures alone.
     """
-    labels = dataset.labels
-    masks = None if maps is None or not dataset.has_masks else torch.stack([item[1] for item in dataset])
+    labels, defects = dataset.labels, np.array(dataset.defects)
     results = with_intervals(scores, labels, maps, masks, seed=seed)
-    defects = np.array(dataset.defects)
     per_defect = {}
     for name in sorted(set(dataset.defects) - {"good"}):
-        chosen = torch.from_numpy((defects == name) | (defects == "good"))
+        chosen = np.flatnonzero((defects == name) | (defects == "good"))
         figures = with_intervals(scores[chosen], labels[chosen], None, None, seed=seed)
-        per_defect[name] = {k: figures[k] for k in ("image_auroc", "image_auroc_interval")}
-        per_defect[name]["n"] = int((defects == name).sum())
+        if maps is not None and masks is not None:
+            figures |= pixel_metrics([maps[i] for i in chosen], [masks[i] for i in chosen])
+        kept = ("image_auroc", "image_auroc_interval", *PIXEL_METRICS)
+        per_defect[name] = {key: figures[key] for key in kept} | {"n": int((defects == name).sum())}
     results |= {"threshold": threshold, "observed_false_alarms": None, "observed_detections": None}
     for key, group in (("observed_false_alarms", labels == 0), ("observed_detections", labels == 1)):
         if threshold is not None and group.any():
             results[key] = float((scores[group] > threshold).float().mean())
     counts = {"n_test_normal": int((labels == 0).sum()), "n_test_anomalous": int((labels == 1).sum())}
     return results | counts | {"per_defect": per_defect}
-
-
-def draw_sheet(path: Path, title: str, dataset, scores: Tensor, maps: Tensor, normal_maps: Tensor, threshold: float):
-    """Write the sheet of telling test pictures to `path`; the color scale comes from `normal_maps` (M, S, S), maps of
-    normal pictures that the detector was not fitted on. Returns it as a uint8 (3, H, W) tensor for TensorBoard."""
-    low, high = heat_range(normal_maps)
-    rows = []
-    for caption in pick(scores, dataset.labels, dataset.defects, threshold):
-        image, mask, *_ = dataset[caption.index]
-        rows.append(Row(image, maps[caption.index], mask if dataset.has_masks else None, caption))
-    sheet(rows, path, low=low, high=high, title=title)
-    return pil_to_tensor(Image.open(path).convert("RGB"))

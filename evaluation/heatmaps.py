@@ -1,6 +1,7 @@
 """Anomaly maps as pictures: a color ramp, an overlay, the outline of the true defect, and a sheet that shows at a
 glance what a detector finds, misses and wrongly reports. Images are uint8 (3, H, W); Pillow draws."""
 
+import contextlib
 import os
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from evaluation.anomaly_metrics import Array, real_numbers, to_numpy
+from training.errors import UserError
 
 # Matplotlib's "inferno" (Smith and van der Walt 2015, public domain) at 0, 1/8 .. 1: lightness rises evenly, so it also
 # reads in grey and to the color-blind.
@@ -81,24 +83,26 @@ def outline(image: torch.Tensor, mask: torch.Tensor, width: int = 2) -> torch.Te
     return torch.where(grown & ~mask, color, image)
 
 
-def heat_range(maps: Array) -> tuple[float, float]:
-    """(low, high) of one color scale for all pictures, from maps (N, H, W) of normal pictures only.
+def heat_range(maps: Array | list[Array]) -> tuple[float, float]:
+    """(low, high) of one color scale for all pictures, from maps of normal pictures only, (N, H, W) or a list.
 
     low = median pixel, so that half of a normal picture stays bare; high = low + 1.5 (q - low), q the 99.9 % quantile:
     the hottest spots of normal pictures come out at two thirds of the ramp, and only what lies beyond them glows. The
     normals should not be those the detector memorized, whose maps are too cold. Never use test defects here: a scale
     stretched per picture paints an alarm on every good one.
     """
-    low, q = np.quantile(real_numbers(to_numpy(maps), "pixels of normal anomaly maps"), (0.5, 0.999)).tolist()
+    pixels = np.concatenate([to_numpy(m).ravel() for m in maps])
+    low, q = np.quantile(real_numbers(pixels, "pixels of normal anomaly maps"), (0.5, 0.999)).tolist()
     return low, low + 1.5 * (q - low) if q > low else low + 1
 
 
-def pick(scores: Array, labels: Array, defects: list[str], threshold: float, *, each: int = 3) -> list[Caption]:
+def pick(scores: Array, labels: Array, defects: list[str], threshold: float | None, *, each: int = 3) -> list[Caption]:
     """Choose the pictures that tell most about a detector; every picture at most once.
 
     In this order: the `each` defects that scored lowest (misses, if not above the threshold), the `each` good pictures
     that scored highest (false alarms, if above it), then of every defect type the highest and the median picture, and
-    the median good one. `scores` (N,), `labels` (N,) 0/1, `defects` N names, "good" for the normal ones.
+    the median good one. `scores` (N,), `labels` (N,) 0/1, `defects` N names, "good" for the normal ones. Without a
+    threshold nothing is called anything.
     """
     scores, labels = real_numbers(to_numpy(scores), "image scores"), to_numpy(labels).astype(bool)
     rank = np.empty(len(scores), dtype=np.int64)
@@ -114,14 +118,11 @@ def pick(scores: Array, labels: Array, defects: list[str], threshold: float, *, 
         chosen.append((members[(len(members) - 1) // 2], "typical", "typical"))
     captions: dict[int, Caption] = {}
     for i, if_correct, if_wrong in chosen:
-        alarm = bool(scores[i] > threshold)
-        correct = alarm == bool(labels[i])
-        lines = [
-            defects[i],
-            f"called {'anomalous' if alarm else 'normal'}",
-            f"score {scores[i]:.4g} (threshold {threshold:.4g})",
-            f"rank {rank[i]} of {len(scores)}",
-        ]
+        alarm = threshold is not None and bool(scores[i] > threshold)
+        correct = threshold is None or alarm == bool(labels[i])
+        called = [] if threshold is None else [f"called {'anomalous' if alarm else 'normal'}"]
+        limit = "" if threshold is None else f" (threshold {threshold:.4g})"
+        lines = [defects[i], *called, f"score {scores[i]:.4g}{limit}", f"rank {rank[i]} of {len(scores)}"]
         captions.setdefault(int(i), Caption(int(i), if_correct if correct else if_wrong, lines, correct))
     return list(captions.values())
 
@@ -138,7 +139,7 @@ def sheet(rows: list[Row], path: str | os.PathLike, *, low: float, high: float, 
     size = (2 * MARGIN + columns * block, top + lines * (TILE + GAP) + MARGIN - GAP)
     paper = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(paper)
-    draw.text((MARGIN, 18), title, INK, _font(24))
+    draw.text((MARGIN, 18), title, INK, font(24))
     _legend(paper, low, high)
     for number, row in enumerate(rows):
         line, column = divmod(number, columns)
@@ -147,9 +148,21 @@ def sheet(rows: list[Row], path: str | os.PathLike, *, low: float, high: float, 
         paper.paste(picture, (x, y))
         paper.paste(heat, (x + TILE + GAP, y))
         x += 2 * TILE + 2 * GAP + 4
-        draw.text((x, y + 4), row.caption.heading, RIGHT if row.caption.correct else WRONG, _font(19))
-        draw.multiline_text((x, y + 34), "\n".join(row.caption.lines), INK, _font(16), spacing=6)
-    paper.save(path)
+        draw.text((x, y + 4), row.caption.heading, RIGHT if row.caption.correct else WRONG, font(19))
+        draw.multiline_text((x, y + 34), "\n".join(row.caption.lines), INK, font(16), spacing=6)
+    save(paper, path)
+
+
+def save(paper: Image.Image, path: str | os.PathLike) -> None:
+    """Write a picture whole or not at all."""
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        paper.save(temporary, "PNG")
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def _tiles(row: Row, low: float, high: float) -> tuple[Image.Image, Image.Image]:
@@ -169,16 +182,16 @@ def _legend(paper: Image.Image, low: float, high: float) -> None:
     """Two lines under the title: the outline's meaning, and the ramp as it looks over a mid-grey picture."""
     draw, y, length = ImageDraw.Draw(paper), 64, 240
     draw.rectangle((MARGIN, y + 2, MARGIN + 22, y + 18), outline=OUTLINE, width=3)
-    draw.text((MARGIN + 30, y), "true defect", INK, _font(16))
+    draw.text((MARGIN + 30, y), "true defect", INK, font(16))
     x = MARGIN + TILE + GAP
     ramp = torch.linspace(low, high, length).expand(18, -1)  # (18, length)
     paper.paste(_picture(overlay(torch.full((3, 18, length), 128, dtype=torch.uint8), ramp, low, high)), (x, y + 1))
-    draw.text((x + length + 10, y), f"score {low:.3g} (usual) to {high:.3g} and more", SOFT, _font(16))
+    draw.text((x + length + 10, y), f"score {low:.3g} (usual) to {high:.3g} and more", SOFT, font(16))
 
 
 def _picture(image: torch.Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())  # (H, W, 3)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)

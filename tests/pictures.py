@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
+
+from models.anomaly.detector import Batch
 
 TOP = Path(__file__).parent.parent
 
@@ -28,17 +32,20 @@ def write_classes(root: Path, *, classes: int = 3, each: int = 12, size: int = 4
     return root
 
 
-def write_mvtec(root: Path, *, category: str = "part", normal: int = 12, size: int = 48) -> Path:
+def write_mvtec(
+    root: Path, *, category: str = "part", normal: int = 12, size: int = 48, width: int | None = None
+) -> Path:
     """root/part/ in MVTec layout: a texture, and the same with a bright square (`spot`) and its mask."""
     rng = np.random.default_rng(1)
+    shape = (size, width or size)
 
     def texture():
-        return rng.normal(120, 20, (size, size)).clip(0, 255).astype(np.uint8)
+        return rng.normal(120, 20, shape).clip(0, 255).astype(np.uint8)
 
     for folder, count in (("train/good", normal), ("test/good", 4), ("test/spot", 4)):
         (root / category / folder).mkdir(parents=True)
         for i in range(count):
-            picture, mask = texture(), np.zeros((size, size), np.uint8)
+            picture, mask = texture(), np.zeros(shape, np.uint8)
             if folder == "test/spot":
                 y, x = rng.integers(8, size - 20, 2)
                 picture[y : y + 12, x : x + 12] = 250
@@ -48,6 +55,13 @@ def write_mvtec(root: Path, *, category: str = "part", normal: int = 12, size: i
                 Image.fromarray(mask).save(masks / f"{i:03d}_mask.png")
             Image.fromarray(picture).save(root / category / folder / f"{i:03d}.png")
     return root
+
+
+def batches(images: Tensor, size: int, *, first: int = 0, valid: Tensor | None = None) -> list[Batch]:
+    """Pictures as a detector's `fit` takes them, `size` at a time, numbered from `first`."""
+    numbers = torch.arange(first, first + len(images))
+    masks = [None] * len(images) if valid is None else valid.split(size)
+    return [Batch(*parts) for parts in zip(images.split(size), masks, numbers.split(size))]
 
 
 def command(words: list[str], *, processes: int = 1) -> list[str]:

@@ -3,11 +3,12 @@
 from dataclasses import dataclass, field
 
 from models.anomaly.embedding import Embedding
+from models.anomaly.padim import PaDiM
 from models.anomaly.patchcore import PatchCore
 from models.anomaly.rd4ad import RD4AD
 from training.config import choice
 
-DETECTORS = {"embedding": Embedding, "patchcore": PatchCore, "rd4ad": RD4AD}
+DETECTORS = {"embedding": Embedding, "padim": PaDiM, "patchcore": PatchCore, "rd4ad": RD4AD}
 
 
 @dataclass(kw_only=True)

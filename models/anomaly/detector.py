@@ -1,16 +1,39 @@
 """What all detectors share: a frozen backbone, scoring without gradients, fitted state that loads at any size."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
+from models.anomaly.maps import blank
 from training.distributed import all_reduce_sum, gather_rows, world_size
 from training.errors import UserError
+
+
+class Batch(NamedTuple):
+    """Training pictures of this process, as `fit` receives them."""
+
+    images: Tensor  # (B, 3, H, W) normalised
+    valid: Tensor | None  # bool (B, H, W), False in padding; None: no padding
+    indices: Tensor  # (B,) int64 on the images' device: the pictures' numbers in the training set
+
+
+class Findings(NamedTuple):
+    """What a detector says of B pictures. Places are (y, x) in pixels of the input, at the centre of a patch."""
+
+    scores: Tensor  # (B,) how anomalous each picture is
+    maps: Tensor | None = None  # (B, H, W) float32, how anomalous each pixel is; None when the method has none
+    peaks: Tensor | None = None  # (B, 2) float: the most anomalous patch
+    pictures: Tensor | None = None  # (B,) int64: the training picture that comes nearest, where one is remembered
+    places: Tensor | None = None  # (B, 2) float: its patch nearest to the most anomalous one
 
 
 class Detector(nn.Module):
     """An anomaly detector on a frozen backbone; a method subclasses it and writes `measure` and `fit` or `forward`.
 
-    `measure(outputs, size)` returns maps (B, *size), or None, and scores (B,) from what `networks` returned.
+    `fit(batches, n_images)` learns from an iterable of `Batch` of this process, n_images over all processes.
+    `measure(outputs, size, valid, leave_out)` returns `Findings` from what `networks` returned; size is (H, W), `valid`
+    bool (B, H, W) is False in padding (None: none), `leave_out` is as in `examine`.
 
     The given backbone loses its gradients and stays in eval mode, also after `.train()`: neither its weights nor its
     BatchNorm statistics ever move. Fitted state lives in buffers registered empty in the constructor.
@@ -22,6 +45,9 @@ class Detector(nn.Module):
     Raises:
         UserError: `stages` is empty, repeats a stage or names one that does not exist.
     """
+
+    leaves_out = False  # whether `examine` can leave training pictures out
+    positional = False  # whether fitted state belongs to positions, so that pictures of other sizes make no sense
 
     def __init__(self, backbone: nn.Module, stages: tuple[int, ...]):
         super().__init__()
@@ -37,53 +63,69 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> list[Tensor]:
-        """The chosen stages of (B, 3, S, S) normalised images in float32, [(B, C_i, H_i, W_i)], without gradients."""
+        """The chosen stages of (B, 3, H, W) normalised images in float32, [(B, C_i, H_i, W_i)], without gradients."""
         outputs = self.backbone.forward_stages(images)
         return [outputs[stage - 1].float() for stage in self.stages]
 
     @torch.no_grad()
-    def score(self, images: Tensor) -> tuple[Tensor | None, Tensor]:
-        """How anomalous each pixel and each image is; in eval mode and without gradients, whatever mode it is in.
+    def examine(self, images: Tensor, valid: Tensor | None = None, leave_out: Tensor | None = None) -> Findings:
+        """Everything the detector can say, in eval mode and without gradients, whatever mode it is in.
 
-        The networks run in the precision of the caller's autocast, distances and maps always in full precision.
+        The networks run in the precision of the caller's autocast, distances and maps always in full precision. Where
+        state is spread over processes this is a collective: all call it equally often, with B = 0 if need be.
 
         Args:
-            images: (B, 3, S, S) normalised.
-        Returns:
-            maps (B, S, S) float32, or None when the method has none, and scores (B,).
+            images: (B, 3, H, W) normalised. valid: bool (B, H, W), False in padding; maps are 0 there.
+            leave_out: (B,) int64, numbers of training pictures: each result is as if that picture had not been fitted.
         """
+        if leave_out is not None and not self.leaves_out:
+            raise ValueError(f"{type(self).__name__} cannot leave out a picture that it was fitted on")
         was_training = self.training
         self.eval()
         outputs = self.networks(images)
         with torch.autocast(images.device.type, enabled=False):
-            maps, scores = self.measure(outputs, images.shape[-2:])
+            findings = self.measure(outputs, images.shape[-2:], valid, leave_out)
         self.train(was_training)
-        return maps, scores
+        return findings if findings.maps is None else findings._replace(maps=blank(findings.maps, valid))
+
+    def score(
+        self, images: Tensor, valid: Tensor | None = None, leave_out: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor]:
+        """`examine`'s maps (B, H, W) float32, or None when the method has none, and scores (B,)."""
+        findings = self.examine(images, valid, leave_out)
+        return findings.maps, findings.scores
 
     def networks(self, images: Tensor) -> list[Tensor]:
         """What the score is computed from; a method with networks of its own adds their outputs."""
         return self.features(images)
 
+    def facts(self) -> dict[str, int | float]:
+        """What results.json should say about the fitted state."""
+        return {}
+
     def require_fitted(self, state: Tensor) -> None:
         if len(state) == 0:
             raise UserError(f"{type(self).__name__} is not fitted: fit it, or load a checkpoint of a fitted one")
 
-    def gather_images(self, parts: list[Tensor]) -> Tensor:
-        """All processes' images in the order one process would have seen them: [(B, ...)] per batch -> (N, ...).
+    def in_order(self, rows: list[Tensor], indices: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """All processes' pictures by ascending number: [(B, ...)] and [(B,)] per batch -> (N, ...) and (N,).
 
-        Processes hold contiguous shares of every global batch (data/loading.py), so the order is by batch number,
-        then rank, then position. A process may have fewer batches than another, but not none.
+        Raises:
+            UserError: there is no picture, or a process has none.
         """
+        self.require_pictures(len(rows) > 0)
+        numbers, order = gather_rows(torch.cat(indices)).sort()
+        return gather_rows(torch.cat(rows))[order], numbers
+
+    def require_pictures(self, some: bool) -> None:
+        """Raise `UserError` on every process when one of them has no training picture (`some` False)."""
         device = next(self.backbone.parameters()).device
-        if all_reduce_sum(torch.tensor(int(len(parts) > 0), device=device)) < world_size():
-            raise UserError("fewer training pictures than processes: give more pictures or start fewer processes")
-        images = torch.cat(parts)  # (N_r, ...)
-        if world_size() == 1:
-            return images
-        batch_numbers = torch.repeat_interleave(
-            torch.arange(len(parts), device=device), torch.tensor([len(part) for part in parts], device=device)
-        )
-        return gather_rows(images)[gather_rows(batch_numbers).argsort(stable=True)]
+        if all_reduce_sum(torch.tensor(int(some), device=device)) < world_size():
+            raise UserError(
+                "fewer training pictures than processes: give more pictures, a smaller holdout or fewer processes"
+                if world_size() > 1
+                else "there is no training picture to learn from: check data.root and holdout"
+            )
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """Give fitted buffers the shape found in the checkpoint: a fresh detector does not know its bank's size."""

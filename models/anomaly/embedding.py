@@ -7,28 +7,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.anomaly.detector import Detector
+from models.anomaly.bounds import require_finite
+from models.anomaly.detector import Batch, Detector, Findings
+from models.anomaly.gaussian import put_left_out, shrunk_gaussian
+from models.anomaly.maps import grid_valid
 from models.anomaly.nearest import nearest
 from training.errors import UserError
 
 
 class Embedding(Detector):
-    """Distance of globally average-pooled features, with no training.
+    """Distance of globally average-pooled features, or of the backbone's output, with no training.
 
     `knn`: mean Euclidean distance to the k nearest training embeddings (Bergman et al. 2020, "Deep Nearest Neighbor
     Anomaly Detection", k = 2; SPADE takes k = 50 with the same score).
     `mahalanobis`: sqrt((f - mu)^T S^-1 (f - mu)) with one Gaussian and the Ledoit-Wolf shrinkage of its covariance
-    (Rippel et al. 2020, "Modeling the distribution of normal data in pre-trained deep features", eq. 1). They sum the
-    distances of one Gaussian per stage; here several stages are concatenated under one Gaussian.
+    (Rippel et al. 2020, "Modeling the distribution of normal data in pre-trained deep features", eq. 1). With
+    combine=sum it is theirs, one Gaussian per stage.
 
     Args:
         backbone: any; its stages are pooled to one vector.
         distance: `knn` or `mahalanobis`.
         k: neighbours of `knn`; `mahalanobis` does not read it.
-        stages: stages that are pooled and concatenated; 4 alone is the embedding of a ResNet.
-        normalize: scale every embedding to length 1 first (cosine geometry, as self-supervised backbones are trained);
-            it moves results by points, so it is never implicit.
+        stages: stages that are pooled; 4 alone is the embedding of a ResNet.
+        combine: `concat` joins the stages to one vector; `sum` adds up the distances that each stage has by itself.
+        normalize: scale every embedding (with combine=sum each stage's) to length 1 first (cosine geometry, as
+            self-supervised backbones are trained); it moves results by points, so it is never implicit.
+        source: `stages`, or `output`, what the backbone returns: a CNN's pooled vector, a ViT's class token; then
+            `stages` and `combine` are not read.
     """
+
+    leaves_out = True
 
     def __init__(
         self,
@@ -37,54 +45,119 @@ class Embedding(Detector):
         distance: Literal["knn", "mahalanobis"] = "knn",
         k: int = 2,
         stages: tuple[int, ...] = (4,),
+        combine: Literal["concat", "sum"] = "concat",
         normalize: bool = False,
+        source: Literal["stages", "output"] = "stages",
     ):
         super().__init__(backbone, stages)
-        if distance not in ("knn", "mahalanobis"):
-            raise UserError(f"embedding distance={distance}: it is knn or mahalanobis")
+        for name, value, known in (
+            ("distance", distance, ("knn", "mahalanobis")),
+            ("combine", combine, ("concat", "sum")),
+            ("source", source, ("stages", "output")),
+        ):
+            if value not in known:
+                raise UserError(f"embedding {name}={value}: it is {known[0]} or {known[1]}")
         if k < 1:
             raise UserError(f"embedding k={k}: the number of neighbours is at least 1")
-        self.distance, self.k, self.normalize = distance, k, normalize
+        self.distance, self.k, self.combine, self.normalize, self.source = distance, k, combine, normalize, source
+        self.register_buffer("numbers", torch.empty(0, dtype=torch.int64))  # (N,) of the fitted pictures, ascending
         if distance == "knn":
-            self.register_buffer("bank", torch.empty(0, 0))  # (N, D)
+            self.register_buffer("bank", torch.empty(0, 0))  # (N, D), the stages side by side also with combine=sum
         else:
             self.register_buffer("mean", torch.empty(0, dtype=torch.float64))  # (D,)
-            self.register_buffer("cholesky", torch.empty(0, 0, dtype=torch.float64))  # (D, D) lower factor of S
-
-    def embed(self, features: list[Tensor]) -> Tensor:
-        """Stages [(B, C_i, H_i, W_i)] -> embeddings (B, D = sum of C_i)."""
-        pooled = torch.cat([feature.mean((2, 3)) for feature in features], dim=1)  # (B, D)
-        return F.normalize(pooled) if self.normalize else pooled
+            self.register_buffer("cholesky", torch.empty(0, 0, dtype=torch.float64))  # (D, D) lower, a block a stage
+            self.register_buffer("left_out", torch.empty(0, dtype=torch.float64))  # (N,) each from the others' Gaussian
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[Tensor]) -> None:
-        """Learn the normal pictures from normalised (B, 3, S, S) batches of this process; all ranks get all pictures.
+    def networks(self, images: Tensor) -> list[Tensor]:
+        """The chosen stages [(B, C_i, H_i, W_i)], or the backbone's output [(B, D)], in float32."""
+        if self.source == "stages":
+            return self.features(images)
+        output = self.backbone(images).float()
+        if output.dim() != 2:
+            raise UserError(f"embedding source=output: the backbone gives {tuple(output.shape)}, not (B, D)")
+        return [output]
+
+    def embed(self, outputs: list[Tensor], valid: Tensor | None = None) -> list[Tensor]:
+        """What `networks` returned -> embeddings [(B, D)], with combine=sum one of every stage; padding is left out."""
+        if self.source == "stages":
+            parts = [_pool(stage, valid) for stage in outputs]
+        elif valid is None or valid.all():
+            parts = outputs
+        else:
+            raise UserError("embedding source=output pools padding, too: use source=stages, or data.fit=squash or crop")
+        if self.combine == "concat":
+            parts = [torch.cat(parts, dim=1)]
+        return [F.normalize(part) for part in parts] if self.normalize else parts
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[Batch], n_images: int) -> None:  # noqa: ARG002
+        """Learn the normal pictures of all processes; all hold all of them.
 
         Raises:
-            UserError: fewer pictures than k, or a covariance that stays singular (2 pictures, or all alike).
+            UserError: NaN features, fewer pictures than k, or a singular covariance (1 or 2 pictures, or all alike).
         """
-        embeddings = self.gather_images([self.embed(self.features(images)) for images in batches])  # (N, D)
+        rows, indices = [], []
+        for batch in batches:
+            parts = self.embed(self.networks(batch.images), batch.valid)
+            rows.append(torch.cat(parts, dim=1))  # (B, D)
+            indices.append(batch.indices)
+        embeddings, numbers = self.in_order(rows, indices)  # (N, D), (N,)
+        require_finite(embeddings, "embeddings of the training pictures")
         if self.distance == "knn":
             if len(embeddings) < self.k:
                 raise UserError(f"embedding k={self.k}, but there are {len(embeddings)} training pictures: lower k")
-            self.bank = embeddings
+            self.bank, self.numbers = embeddings, numbers
             return
-        samples = embeddings.double()
-        from sklearn.covariance import ledoit_wolf  # here, for it takes seconds to import and only this needs it
-
-        covariance = torch.from_numpy(ledoit_wolf(samples.cpu().numpy())[0])  # (D, D)
-        cholesky, failed = torch.linalg.cholesky_ex(covariance)
-        if failed:  # with 2 pictures the shrinkage is exactly 0, with equal ones the covariance is
+        widths = [part.shape[1] for part in parts]
+        means, factors, left_out, failed = zip(*map(shrunk_gaussian, embeddings.double().split(widths, dim=1)))
+        if any(failed):  # with 2 pictures the shrinkage is exactly 0, with equal ones the covariance is
             raise UserError(
-                f"mahalanobis: the covariance of {len(samples)} training picture(s) is singular; "
+                f"mahalanobis: the covariance of {len(embeddings)} training picture(s) is singular; "
                 "give more, and different, pictures or set distance=knn"
             )
-        self.mean, self.cholesky = samples.mean(0), cholesky.to(samples.device)
+        self.mean, self.cholesky, self.left_out = torch.cat(means), torch.block_diag(*factors), sum(left_out)
+        self.numbers = numbers
 
-    def measure(self, features: list[Tensor], size: tuple[int, int]) -> tuple[None, Tensor]:  # noqa: ARG002
-        embeddings = self.embed(features)
-        self.require_fitted(self.bank if self.distance == "knn" else self.mean)
+    def measure(
+        self,
+        outputs: list[Tensor],
+        size: tuple[int, int],  # noqa: ARG002
+        valid: Tensor | None = None,
+        leave_out: Tensor | None = None,
+    ) -> Findings:
+        """`pictures` is the nearest training picture of `knn`, with combine=sum that of the last stage.
+
+        `leave_out` with `mahalanobis`: the pictures must be those left out: `fit` found their distances, exact but for
+        the shrinkage's amount, which is held (`shrunk_gaussian`).
+        """
+        self.require_fitted(self.numbers)
+        parts = self.embed(outputs, valid)
+        widths = [part.shape[1] for part in parts]
         if self.distance == "knn":
-            return None, nearest(embeddings, self.bank, self.k)[0].mean(1)
-        centred = (embeddings.double() - self.mean).T  # (D, B)
-        return None, torch.linalg.solve_triangular(self.cholesky, centred, upper=False).norm(dim=0).float()
+            if leave_out is not None and len(self.bank) <= self.k:
+                left = len(self.bank) - 1
+                raise UserError(f"embedding k={self.k}: without one training picture there are {left} left: lower k")
+            exclude = None if leave_out is None else (leave_out, self.numbers)
+            banks = self.bank.split(widths, dim=1)
+            found = [nearest(part, bank, self.k, exclude=exclude) for part, bank in zip(parts, banks)]
+            scores = sum(distances.mean(1) for distances, _ in found)  # (B,)
+            return Findings(scores, pictures=self.numbers[found[-1][1][:, 0]])
+        require_finite(torch.cat(parts, dim=1), "embeddings of the pictures")
+        scores, first = torch.zeros(len(parts[0]), dtype=torch.float64, device=parts[0].device), 0
+        for part in parts:
+            span = slice(first, first + part.shape[1])
+            centred = (part.double() - self.mean[span]).T  # (C, B)
+            scores += torch.linalg.solve_triangular(self.cholesky[span, span], centred, upper=False).norm(dim=0)
+            first = span.stop
+        if leave_out is not None:
+            scores = put_left_out(scores, self.left_out, self.numbers, leave_out)
+        return Findings(scores.float())
+
+
+def _pool(stage: Tensor, valid: Tensor | None) -> Tensor:
+    """(B, C, h, w) -> (B, C): the mean over the patches that `valid` (B, H, W) leaves, all of them when it is None."""
+    if valid is None:
+        return stage.mean((2, 3))
+    weights = grid_valid(valid, stage.shape[-2:])[:, None].to(stage.dtype)  # (B, 1, h, w)
+    return (stage * weights).sum((2, 3)) / weights.sum((2, 3))

@@ -1,32 +1,75 @@
-"""Anomaly maps: from a grid of patch scores to a smooth map at the input's resolution."""
+"""Anomaly maps: from a grid of patch scores to a smooth map at the input's resolution, with padding left out."""
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Border = Literal[
+    "repeat", "mirror"
+]  # d c b a | a b c d | d c b a (scipy's "reflect") or d c b | a b c d | c b a (torch's)
+
 
 def upsample(grid: Tensor, size: tuple[int, int], *, align_corners: bool) -> Tensor:
-    """Bilinear, (B, h, w) -> (B, *size). RD4AD aligns the corners, PatchCore does not."""
+    """Bilinear, (B, h, w) -> (B, *size). RD4AD aligns the corners, PatchCore and PaDiM do not."""
     return F.interpolate(grid[:, None], size=tuple(size), mode="bilinear", align_corners=align_corners)[:, 0]
 
 
-def smooth(maps: Tensor, sigma: float = 4.0) -> Tensor:
+def smooth(maps: Tensor, sigma: float = 4.0, *, border: Border = "repeat") -> Tensor:
     """Gaussian blur of (B, H, W) maps, equal to scipy.ndimage.gaussian_filter on each: separable, cut off at 4 sigma,
-    edge pixel repeated at the border (scipy's "reflect": d c b a | a b c d | d c b a), also beyond a small map's width.
+    edge pixel repeated at the border, also beyond a small map's width. `mirror` is anomalib's border.
 
     Each axis is one product with a banded matrix, ten times faster on a CPU than conv2d. It computes in float64, which
     neither autocast nor TF32 touches, and returns the maps' own dtype.
     """
-    rows, columns = (_blur_matrix(n, sigma, maps.device) for n in maps.shape[1:])
+    rows, columns = (_blur_matrix(n, sigma, border, maps.device) for n in maps.shape[1:])
     return (rows @ maps.double() @ columns.T).to(maps.dtype)
 
 
-def _blur_matrix(n: int, sigma: float, device: torch.device) -> Tensor:
+def render(
+    grid: Tensor,
+    size: tuple[int, int],
+    valid: Tensor | None = None,
+    *,
+    nearest: bool = False,
+    border: Border = "repeat",
+) -> Tensor:
+    """Patch scores (B, h, w) -> smooth maps (B, *size): upsampled, sigma 4.
+
+    `valid` bool (B, h, w), False for patches in padding: pixels are means over the valid patches alone, with the
+    weights that upsampling and blur give them (normalised convolution, Knutsson and Westin 1993); 0 out of their reach.
+    """
+
+    def spread(x: Tensor) -> Tensor:
+        if nearest:
+            return smooth(F.interpolate(x[:, None], size=tuple(size), mode="nearest")[:, 0], border=border)
+        return smooth(upsample(x, size, align_corners=False), border=border)
+
+    if valid is None:
+        return spread(grid)
+    weight = spread(valid.to(grid.dtype))
+    return torch.where(weight > 0, spread(grid * valid) / weight, 0)
+
+
+def grid_valid(valid: Tensor, size: tuple[int, int]) -> Tensor:
+    """bool (B, H, W) -> (B, h, w): patches of which at least half is picture; in any case those with most of it."""
+    share = F.adaptive_avg_pool2d(valid[:, None].float(), tuple(size))[:, 0]
+    return share >= share.amax((1, 2), keepdim=True).clamp(max=0.5)
+
+
+def blank(maps: Tensor, valid: Tensor | None) -> Tensor:
+    """Maps (B, H, W) with 0 in padding."""
+    return maps if valid is None else maps.masked_fill(~valid, 0)
+
+
+def _blur_matrix(n: int, sigma: float, border: Border, device: torch.device) -> Tensor:
     """(n, n) float64: row i holds the weights of all n pixels in the blurred pixel i, mirrored ones added up."""
     radius = int(4 * sigma + 0.5)
     offsets = torch.arange(-radius, radius + 1, device=device)
     kernel = torch.exp(-0.5 * (offsets.double() / sigma) ** 2)
-    sources = (torch.arange(n, device=device)[:, None] + offsets) % (2 * n)  # (n, 2 radius + 1), period 2 n
-    sources = torch.where(sources < n, sources, 2 * n - 1 - sources)
+    period = 2 * n if border == "repeat" else max(2 * n - 2, 1)
+    sources = (torch.arange(n, device=device)[:, None] + offsets) % period  # (n, 2 radius + 1)
+    sources = torch.where(sources < n, sources, (2 * n - 1 if border == "repeat" else 2 * n - 2) - sources)
     weights = (kernel / kernel.sum()).expand(n, -1)
     return torch.zeros(n, n, dtype=torch.float64, device=device).scatter_add_(1, sources, weights)

@@ -1,17 +1,23 @@
 """PatchCore (Roth et al. 2022, "Towards total recall in industrial anomaly detection"): a thinned bank of patches."""
 
+import math
+import sys
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models.anomaly.coreset import greedy_coreset
-from models.anomaly.detector import Detector
-from models.anomaly.maps import smooth, upsample
-from models.anomaly.nearest import Prepared, nearest, prepare
-from training.distributed import is_main
+from models.anomaly.bank import Bank
+from models.anomaly.bounds import full_precision
+from models.anomaly.coreset import Coreset, greedy_coreset
+from models.anomaly.detector import Batch, Detector, Findings
+from models.anomaly.maps import grid_valid, render
+from models.anomaly.memory import Workspace
+from models.anomaly.patchcore_modes import MODES
+from models.anomaly.patches import Patches, all_ids, collect
+from training.distributed import gather_rows, is_main, world_size
 from training.errors import UserError
 
 
@@ -19,39 +25,49 @@ class PatchCore(Detector):
     """Distance of every patch of a picture to the nearest patch of a coreset of the normal pictures' patches.
 
     Patches are locally averaged features of several stages at the finest one's resolution; the bank is their greedy
-    k-center coreset (Algorithm 1), chosen under a random projection but kept unprojected. Map: Euclidean distances to
-    the nearest bank patch, bilinearly upsampled, sigma 4. Score: the largest of these distances (eq. 6), weighted (7).
+    k-center coreset (Algorithm 1), chosen under a random projection but kept unprojected. The map is the distances,
+    enlarged and blurred (sigma 4); the score is the largest distance (eq. 6), weighted (eq. 7) unless mode=amazon.
 
-    Deviations from the authors' code, which differs from their paper: distances are Euclidean as in the paper, not
-    squared (faiss); eq. 7 is applied (their code has none, and neighbors=1 gives that); the projection is Gaussian, not
-    uniform, and the greedy search starts at one random patch, as in the paper, not at the mean of ten. Channels are
-    pooled once, after concatenation, where their code pools each stage and then both: no channel is ever replicated.
+    `mode` takes one of the published forms as a whole; patchcore_modes.py lists what differs. Deviations: random
+    numbers are torch's; nothing is projected that would not become narrower; a picked patch is not picked twice (in
+    amazon's code it can be, once all distances are 0); images are normalised and resized by data/, the same for all.
+
+    Under torchrun patches and bank are spread over the processes, with the picks and scores of one process. Patches
+    beyond `memory_limit` lie in a memory-mapped file. `keep` and `add` change the pictures of a fitted bank.
 
     Args:
         backbone: any.
+        mode: `paper`, `amazon` or `anomalib`.
         stages: 2 and 3 are strides 8 and 16 of a ResNet or MobileNetV2 with the ImageNet stem.
         neighborhood: side of the local average (odd), stride 1, zeros around the border counted in the mean as
             avg_pool2d and the authors' unfold do; 1 switches it off.
-        embed_dim: more channels than this are averaged over (adaptive average pooling) to this many.
+        embed_dim: channels of a patch after averaging over channels; none: the mode's.
         coreset: fraction of the patches to keep, in (0, 1]; at least one patch is kept, 1 keeps all in order.
-        projection: width of the projection under which the coreset is chosen; 0, or patches no wider: none.
-        neighbors: b of eq. 7, the bank patches around the nearest one; 1 gives the plain maximum.
+        projection: width of the projection under which the coreset is chosen; 0: no projection; none: the mode's.
+        neighbors: b of eq. 7, the bank patches around the nearest one; 1: the plain maximum; none: the mode's.
+        memory_limit: GiB that the patches may take in RAM; none: half of what is free.
         seed: draws the projection and the coreset's first patch.
     """
+
+    leaves_out = True
 
     def __init__(
         self,
         backbone: nn.Module,
         *,
+        mode: Literal["paper", "amazon", "anomalib"] = "paper",
         stages: tuple[int, ...] = (2, 3),
         neighborhood: int = 3,
-        embed_dim: int = 1024,
+        embed_dim: int | None = None,
         coreset: float = 0.1,
-        projection: int = 128,
-        neighbors: int = 9,
+        projection: int | None = None,
+        neighbors: int | None = None,
+        memory_limit: float | None = None,
         seed: int = 0,
     ):
         super().__init__(backbone, stages)
+        if mode not in MODES:
+            raise UserError(f"patchcore mode={mode}: it is one of {', '.join(MODES)}")
         if neighborhood < 1 or neighborhood % 2 == 0:
             raise UserError(f"patchcore neighborhood={neighborhood}: the side of the local average is odd: 1, 3, 5")
         if not 0 < coreset <= 1:
@@ -61,79 +77,174 @@ class PatchCore(Detector):
             ("projection", projection, 0),
             ("neighbors", neighbors, 1),
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise UserError(f"patchcore {name}={value}: it is at least {least}")
-        self.neighborhood, self.embed_dim = neighborhood, embed_dim
-        self.coreset, self.projection, self.neighbors, self.seed = coreset, projection, neighbors, seed
-        self.register_buffer("bank", torch.empty(0, 0))  # (M, D)
-        self._prepared: tuple[Tensor, Prepared] | None = None
+        self.mode, self.neighborhood, self.coreset = MODES[mode], neighborhood, coreset
+        self.embed_dim = embed_dim or self.mode.embed_dim
+        self.projection, self.neighbors = projection, neighbors or self.mode.neighbors
+        self.memory_limit, self.seed = memory_limit, seed
+        self.bank = Bank()
+        self.register_buffer("directions", torch.empty(0, 0))  # (D, width) of the projection
+        self.register_buffer("cell", torch.empty(0))  # height and width of a patch's cell, input pixels
+        # covering radius under the projection: when fitted, and what it can be at most after `keep`
+        self.register_buffer("radius", torch.empty(0, dtype=torch.float64))
 
     def patches(self, features: list[Tensor]) -> Tensor:
-        """Stages [(B, C_i, H_i, W_i)] -> patch features (B, H, W, D), H x W of the finest stage, D <= embed_dim."""
-        size, k = max(feature.shape[-2:] for feature in features), self.neighborhood
-        pooled = [F.avg_pool2d(feature, k, stride=1, padding=k // 2) for feature in features]
-        aligned = [F.interpolate(feature, size, mode="bilinear", align_corners=False) for feature in pooled]
-        patches = torch.cat(aligned, dim=1).permute(0, 2, 3, 1)  # (B, H, W, sum of C_i)
-        if patches.shape[-1] > self.embed_dim:
-            patches = F.adaptive_avg_pool1d(patches.flatten(1, 2), self.embed_dim).unflatten(1, size)  # (B, H, W, D)
-        return patches
+        """Stages [(B, C_i, H_i, W_i)] -> patch features (B, h, w, D), h x w of the finest stage."""
+        return self.mode.embed(features, self.neighborhood, self.embed_dim)
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[Tensor]) -> None:
-        """Build the bank from normalised (B, 3, S, S) batches of this process.
+    def fit(self, batches: Iterable[Batch], n_images: int) -> None:
+        """Build the bank; processes share the pictures evenly, each in ascending order."""
+        self.directions = self.directions.new_empty(0, 0)
+        patches, work = self._collect(batches, n_images)
+        self.cell = self.cell.new_tensor(patches.cell)
+        points, ids = self._narrow_all(patches.features, work), all_ids(patches.ids, self.cell.device)
+        n_picks = max(1, int(self.coreset * len(ids)))
+        if n_picks == len(ids):
+            chosen = Coreset(ids, 0.0)
+        else:
+            starts = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(self.seed + 1))]
+            starts = starts[: self.mode.starts]
+            if self.mode.starts == 1:
+                begin = {"start": int(starts)}
+            else:
+                begin = {"least": patches.squared_mean_distance(points, starts, self.cell.device)}
+            chosen = self._greedy(points, n_picks, patches.ids, work, **begin)
+        self._hold(patches, chosen.picks)
+        self.radius = self.radius.new_tensor([chosen.radius, chosen.radius])
 
-        Every rank gathers the patches of all processes, in the order one process would have them, and picks the same
-        coreset, so that W processes hold the bank of one. Memory per process: N images x H x W x D x 4 bytes, twice
-        while they are joined, and four times where there are several processes.
+    @torch.no_grad()
+    def add(self, batches: Iterable[Batch], n_images: int) -> None:
+        """Extend the bank by more pictures, whose numbers it does not hold: of their patches, the greedy picks that it
+        takes until none is farther from the bank than the radius it was fitted with (under the projection)."""
+        self.require_fitted(self.cell)
+        patches, work = self._collect(batches, n_images)
+        points = self._narrow_all(patches.features, work)
+        least = self._narrow_bank().nearest(points.to(self.cell.device), 1)[0][:, 0].cpu()
+        radius = float(self.radius[0]) * (1 + 1e-5)  # convolutions of other batch sizes differ in the last bits
+        n_patches = n_images * math.prod(patches.grid)
+        chosen = self._greedy(points, n_patches, patches.ids, work, least=least, radius=radius)
+        self._hold(patches, chosen.picks, beside=True)
+
+    @torch.no_grad()
+    def keep(self, numbers: Tensor) -> None:
+        """Renumber the training pictures, numbers[old] = new, and forget those at -1 with their patches.
+
+        What a forgotten patch covered lies within the fitted radius plus that patch's distance to its nearest
+        remaining one; the largest such sum becomes the bound of the covering radius.
         """
-        patches = self.gather_images([self.patches(self.features(images)) for images in batches])  # (N, H, W, D)
-        patches = patches.flatten(0, 2)  # (N H W, D)
-        n_picks = max(1, int(self.coreset * len(patches)))
-        if n_picks < len(patches):
-            patches = patches[self.select(patches, n_picks)]
-        self.bank = patches
+        dropped = self._narrow(self.bank.keep(numbers))
+        gaps = self._narrow_bank().nearest(dropped, 1)[0].sqrt()  # (n, 1)
+        widest = gather_rows(torch.cat([gaps.flatten(), gaps.new_zeros(1)])).max()
+        self.radius = torch.stack([self.radius[0], self.radius[1] + widest.to(self.radius.device)])
 
-    def select(self, patches: Tensor, n_picks: int) -> Tensor:
-        """Indices (n_picks,) of the coreset of patches (P, D), in pick order; a bar shows if it takes long."""
-        generator = torch.Generator().manual_seed(self.seed)
-        start = int(torch.randint(len(patches), (), generator=generator))
-        if 0 < self.projection < patches.shape[1]:
-            directions = torch.randn(patches.shape[1], self.projection, generator=generator)  # (D, projection)
-            with torch.autocast(patches.device.type, enabled=False):
-                patches = patches @ directions.to(patches) / self.projection**0.5  # (P, projection)
-        with tqdm(total=n_picks, desc="coreset", unit="patch", delay=5, leave=False, disable=not is_main()) as bar:
-            return greedy_coreset(patches, n_picks, start=start, progress=bar.update)
+    def facts(self) -> dict[str, int | float]:
+        fitted, at_most = self.radius.tolist()
+        return {"bank": len(self.bank), "covering_radius": fitted, "covering_radius_at_most": at_most}
 
-    def prepared(self) -> Prepared:
-        """The bank's half of the nearest-neighbour search, made once for each bank."""
-        if self._prepared is None or self._prepared[0] is not self.bank:
-            self._prepared = self.bank, prepare(self.bank)
-        return self._prepared[1]
-
-    def measure(self, features: list[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        self.require_fitted(self.bank)
-        patches = self.patches(features)  # (B, H, W, D)
-        found = nearest(patches.flatten(0, 2), self.bank, prepared=self.prepared())
-        distances, owners = (x[:, 0].view(patches.shape[:3]) for x in found)  # (B, H, W)
-        scores, peaks = distances.flatten(1).max(1)  # (B,)
+    def measure(
+        self,
+        features: list[Tensor],
+        size: tuple[int, int],
+        valid: Tensor | None = None,
+        leave_out: Tensor | None = None,
+    ) -> Findings:
+        self.require_fitted(self.cell)
+        patches = self.patches(features)  # (B, h, w, D)
+        grid = patches.shape[1:3]
+        away = None if leave_out is None else leave_out[:, None].expand(-1, math.prod(grid)).flatten()  # (B h w,)
+        squared, owners = (x.view(patches.shape[:3]) for x in self.bank.nearest(patches.flatten(0, 2), 1, away))
+        distances = squared if self.mode.squared else squared.sqrt()
+        distances, inside = distances.float(), None if valid is None else grid_valid(valid, grid)
+        compared = distances if inside is None else distances.masked_fill(~inside, -torch.inf)
+        scores, peaks = compared.flatten(1).max(1)  # (B,)
         each = torch.arange(len(patches), device=peaks.device)
-        weights = self.reweight(patches.flatten(1, 2)[each, peaks], scores, owners.flatten(1)[each, peaks])
-        return smooth(upsample(distances, size, align_corners=False)), weights * scores
+        nearest = owners.flatten(1)[each, peaks]  # (B,) positions in the bank
+        if self.neighbors > 1 and len(self.bank) > 1:
+            scores = scores * self.reweight(patches.flatten(1, 2)[each, peaks], nearest, leave_out)
+        origins = self.bank.origins[nearest]  # (B, 3)
+        maps = render(distances, size, inside, nearest=self.mode.nearest, border=self.mode.border)
+        cell = patches.new_tensor([size[0] / grid[0], size[1] / grid[1]])
+        spots = torch.stack([peaks // grid[1], peaks % grid[1]], 1)  # (B, 2)
+        return Findings(scores, maps, (spots + 0.5) * cell, origins[:, 0], (origins[:, 1:] + 0.5) * self.cell)
 
-    def reweight(self, patches: Tensor, distances: Tensor, owners: Tensor) -> Tensor:
+    def reweight(self, patches: Tensor, owners: Tensor, leave_out: Tensor | None = None) -> Tensor:
         """The factor of eq. 7: w = 1 - exp |p - m*| / sum over m in N_b(m*) of exp |p - m|, (B,).
 
         A far patch whose nearest bank patch m* is itself far from the rest of the bank counts for more. N_b(m*) holds
-        m* itself. A bank of one patch has no neighbours to weigh by: 1, as with b = 1.
+        m* itself.
 
         Args:
-            patches: p, (B, D), each image's most distant patch.
-            distances: |p - m*|, (B,).
-            owners: index of m* in the bank, (B,).
+            patches: p, (B, D), each image's most distant patch. owners: position of m* in the bank, (B,).
+            leave_out: (B,), training pictures whose entries are no neighbours.
         """
         count = min(self.neighbors, len(self.bank))
-        if count == 1:
-            return torch.ones_like(distances)
-        around = self.bank[nearest(self.bank[owners], self.bank, count, prepared=self.prepared())[1]]  # (B, b, D)
-        to_around = torch.linalg.vector_norm(patches[:, None] - around, dim=2)  # (B, b)
-        return 1 - torch.exp(distances - to_around.logsumexp(1))
+        if leave_out is None:
+            around = self.bank.around(owners, count)  # (B, b)
+        else:
+            around = self.bank.nearest(self.bank.rows(owners), count, leave_out)[1]
+        exists = around < len(self.bank)
+        neighbors = self.bank.rows(around.where(exists, 0))  # (B, b, D)
+        to_neighbors = torch.linalg.vector_norm(patches[:, None] - neighbors, dim=2)  # (B, b)
+        return 1 - to_neighbors.where(exists, -torch.inf).softmax(1)[:, 0]
+
+    def _collect(self, batches: Iterable[Batch], n_images: int) -> tuple[Patches, Workspace]:
+        """The patches of this process's pictures, after a line on stderr about the memory that all will take."""
+        work = Workspace.from_gib(self.memory_limit)
+
+        def plan(grid: tuple[int, int], width: int, n_rows: int) -> None:
+            n_patches = n_images * math.prod(grid)
+            narrow = self.mode.width(n_patches) if self.projection is None else self.projection
+            if self.directions.numel() == 0 and 0 < narrow < width:
+                generator = torch.Generator().manual_seed(self.seed)
+                self.directions = self.mode.project(width, narrow, generator).to(self.radius.device)
+            if is_main():
+                searched = 8 * n_rows * (min(narrow or width, width) + 2)  # points and their copy with norms
+                kept = 4 * width * max(1, int(self.coreset * n_patches))
+                print(
+                    f"patchcore, memory of each process: {n_images} pictures x {grid[0]} x {grid[1]} patches x {width} "
+                    f"channels / {world_size()} processes: {_gib(4 * n_rows * width)} in "
+                    f"{work.place(4 * n_rows * width)} (limit {_gib(work.limit)}), search {_gib(searched)}, bank "
+                    f"{_gib(kept)}",
+                    file=sys.stderr,
+                )
+
+        patches = collect(batches, lambda images: self.patches(self.features(images)), n_images, work, plan)
+        self.require_pictures(patches is not None)
+        return patches, work
+
+    def _hold(self, patches: Patches, picks: Tensor, *, beside: bool = False) -> None:
+        """Make the picked patches the bank, or put them beside what it holds."""
+        held = [part.to(self.cell.device) for part in patches.chosen(picks)]
+        (self.bank.extend if beside else self.bank.hold)(*held)
+
+    def _narrow(self, entries: Tensor) -> Tensor:
+        """(n, D) -> (n, width) under the projection, if there is one."""
+        if self.directions.numel() == 0:
+            return entries
+        with full_precision(entries.device):
+            return entries @ self.directions.to(entries.device)
+
+    def _narrow_all(self, features: Tensor, work: Workspace) -> Tensor:
+        """`_narrow` of all patches (N_r, D), piece by piece: (N_r, width) on the CPU."""
+        if self.directions.numel() == 0:
+            return features
+        narrow = work.empty(len(features), self.directions.shape[1])
+        for some, out in zip(features.split(2**14), narrow.split(2**14)):
+            out.copy_(self._narrow(some.to(self.directions.device)))
+        return narrow
+
+    def _narrow_bank(self) -> Bank:
+        narrow = Bank()
+        narrow.hold(self._narrow(self.bank.entries), self.bank.positions, self.bank.origins)
+        return narrow
+
+    def _greedy(self, points: Tensor, n_picks: int, ids: Tensor, work: Workspace, **begin) -> Coreset:
+        with tqdm(total=n_picks, desc="coreset", unit="patch", delay=5, leave=False, disable=not is_main()) as bar:
+            points = points.to(self.cell.device) if work.place(points.nbytes) == "RAM" else points
+            return greedy_coreset(points, n_picks, ids=ids, progress=bar.update, empty=work.empty, **begin)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"

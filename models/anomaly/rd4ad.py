@@ -1,11 +1,12 @@
 """RD4AD (Deng & Li 2022, "Anomaly detection via reverse distillation from one-class embedding")."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from losses.feature_distance import flattened_cosine
-from models.anomaly.detector import Detector
-from models.anomaly.maps import smooth, upsample
+from models.anomaly.detector import Detector, Findings
+from models.anomaly.maps import blank, smooth, upsample
 from models.anomaly.rd4ad_networks import BasicBlock, Bottleneck, Decoder, OneClassBottleneck
 from training.errors import UserError
 
@@ -55,12 +56,19 @@ class RD4AD(Detector):
         losses = flattened_cosine(*self.networks(images))  # (3,)
         return losses.sum(), {f"loss_stage{stage}": loss for stage, loss in zip(self.stages, losses.detach())}
 
-    def measure(self, outputs: tuple[list[Tensor], list[Tensor]], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def measure(
+        self,
+        outputs: tuple[list[Tensor], list[Tensor]],
+        size: tuple[int, int],
+        valid: Tensor | None = None,
+        leave_out: None = None,  # noqa: ARG002
+    ) -> Findings:
         distances = [
             1 - F.cosine_similarity(teacher, student) for teacher, student in zip(*outputs)
         ]  # 3 x (B, H_i, W_i)
-        maps = smooth(sum(upsample(distance, size, align_corners=True) for distance in distances))  # (B, S, S)
-        return maps, maps.flatten(1).amax(1)
+        maps = smooth(sum(upsample(distance, size, align_corners=True) for distance in distances))  # (B, H, W)
+        scores, peaks = blank(maps, valid).flatten(1).max(1)  # (B,)
+        return Findings(scores, maps, peaks=torch.stack([peaks // size[1], peaks % size[1]], 1) + 0.5)  # (B, 2)
 
 
 def _official_parts(backbone: nn.Module) -> tuple[tuple[int, int, int], type[nn.Module], int, int]:

@@ -4,18 +4,28 @@ import pytest
 import torch
 
 from models.anomaly.coreset import farthest_points, greedy_coreset
+from models.anomaly.memory import Workspace
 from training.errors import UserError
 
 
-def plain_loop(features, n_picks, start=0, dtype=torch.float64):
-    """The definition: distance to the newest pick, minimum, argmax (torch's argmax is the first of equal maxima)."""
-    x = features.to(dtype)
-    picks, least = [start], (x - x[start]).square().sum(1)
-    for _ in range(n_picks - 1):
-        least[picks[-1]] = -torch.inf
-        picks.append(int(least.argmax()))
+def plain_search(features, n_picks, start=None, least=None, radius=0.0, dtype=torch.float64):
+    """The definition: argmax (torch's is the first of equal maxima), distance to the newest pick, minimum."""
+    x, picks = features.to(dtype).contiguous(), []  # strides would change the order of sums
+    least = torch.full((len(x),), torch.inf, dtype=dtype) if least is None else least.clone()
+    while len(picks) < n_picks and (start is not None or radius == 0 or least.max() > radius**2):
+        picks.append(int(least.argmax()) if start is None else start)
+        start = None
         least = torch.minimum(least, (x - x[picks[-1]]).square().sum(1))
-    return torch.tensor(picks)
+        least[picks] = -torch.inf
+    return torch.tensor(picks, dtype=torch.int64), max(float(least.max()), 0.0) ** 0.5
+
+
+def plain_loop(features, n_picks, start=0, dtype=torch.float64):
+    return plain_search(features, n_picks, start, dtype=dtype)[0]
+
+
+def picks_of(features, n_picks, start=0, **options):
+    return greedy_coreset(features, n_picks, start=start, **options).picks
 
 
 def gaussian(n=400, d=24):
@@ -88,16 +98,16 @@ def test_same_picks_in_the_same_order_as_the_plain_loop(case):
     expected = plain_loop(features, 150, start=7)
     assert len(expected.unique()) == 150
     for pool in (1, 7, 64, 5000):
-        assert torch.equal(greedy_coreset(features, 150, start=7, pool=pool), expected), f"pool {pool}"
+        assert torch.equal(picks_of(features, 150, start=7, pool=pool), expected), f"pool {pool}"
     for chunk in (len(features) * 8, 12345, 10**7):
-        assert torch.equal(greedy_coreset(features, 150, start=7, chunk=chunk), expected), f"chunk {chunk}"
+        assert torch.equal(picks_of(features, 150, start=7, chunk=chunk), expected), f"chunk {chunk}"
 
 
 @pytest.mark.parametrize("case", ["gaussian", "duplicates", "clusters", "identical"])
 def test_all_points_can_be_picked(case):
     features = CASES[case]()
     n = len(features)
-    picks = greedy_coreset(features, n, start=n - 1)
+    picks = picks_of(features, n, start=n - 1)
     assert torch.equal(picks, plain_loop(features, n, start=n - 1))
     assert torch.equal(picks.sort().values, torch.arange(n))
 
@@ -109,7 +119,7 @@ def test_near_ties_do_fool_float32():
 
 def test_copies_of_picks_come_last_in_the_order_of_their_index():
     features = torch.tensor([[0.0], [5.0], [0.0], [5.0], [1.0], [5.0]])
-    assert greedy_coreset(features, 6, start=3).tolist() == [3, 0, 4, 1, 2, 5]
+    assert picks_of(features, 6, start=3).tolist() == [3, 0, 4, 1, 2, 5]
 
 
 def test_the_pool_takes_the_lowest_indices_among_ties():
@@ -119,13 +129,13 @@ def test_the_pool_takes_the_lowest_indices_among_ties():
 
 def test_several_pools_with_the_growing_size():
     features = torch.randn(6000, 8)
-    assert torch.equal(greedy_coreset(features, 900, pool=600), plain_loop(features, 900))
+    assert torch.equal(picks_of(features, 900, pool=600), plain_loop(features, 900))
 
 
 def test_smallest_inputs():
-    assert greedy_coreset(torch.randn(1, 3), 1).tolist() == [0]
-    assert greedy_coreset(torch.randn(9, 3), 1, start=4).tolist() == [4]
-    assert greedy_coreset(torch.tensor([[0.0], [0.0]]), 2, start=1).tolist() == [1, 0]
+    assert picks_of(torch.randn(1, 3), 1).tolist() == [0]
+    assert picks_of(torch.randn(9, 3), 1, start=4).tolist() == [4]
+    assert picks_of(torch.tensor([[0.0], [0.0]]), 2, start=1).tolist() == [1, 0]
 
 
 def test_threads_autocast_and_matmul_precision_change_nothing():
@@ -138,7 +148,7 @@ def test_threads_autocast_and_matmul_precision_change_nothing():
         for n in (1, 2):
             torch.set_num_threads(n)
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                assert torch.equal(greedy_coreset(features, 200), expected)
+                assert torch.equal(picks_of(features, 200), expected)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_num_threads(threads)
@@ -150,20 +160,76 @@ def test_threads_autocast_and_matmul_precision_change_nothing():
 @pytest.mark.parametrize("case", CASES)
 def test_cuda_picks_the_same(case):
     features = CASES[case]()
-    assert torch.equal(greedy_coreset(features.cuda(), 150), plain_loop(features, 150))
+    assert torch.equal(picks_of(features.cuda(), 150), plain_loop(features, 150))
 
 
 def test_progress_adds_up():
     for features in (gaussian(), duplicates()):
         steps = []
-        greedy_coreset(features, 150, pool=32, progress=steps.append)
+        picks_of(features, 150, pool=32, progress=steps.append)
         assert sum(steps) == 150 and min(steps) >= 1
 
 
 def test_features_with_gradients():
     features = gaussian()
-    picks = greedy_coreset(features.clone().requires_grad_(), 5)
-    assert torch.equal(picks, greedy_coreset(features, 5)) and picks.dtype == torch.int64
+    picks = picks_of(features.clone().requires_grad_(), 5)
+    assert torch.equal(picks, picks_of(features, 5)) and picks.dtype == torch.int64
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_radius_is_that_of_the_plain_loop(case):
+    features = CASES[case]()
+    for n_picks in (1, 40, 150, 399 if len(features) >= 399 else len(features)):
+        picks, radius = plain_search(features, n_picks, start=3)
+        for pool in (16, 4096):
+            found = greedy_coreset(features, n_picks, start=3, pool=pool)
+            assert torch.equal(found.picks, picks) and found.radius == radius
+
+
+@pytest.mark.parametrize("case", ["gaussian", "clusters", "duplicates", "grid", "identical"])
+def test_from_given_distances_until_a_radius(case):
+    features = CASES[case]()
+    n = len(features)
+    far = (features.double() - features[:1].double() - 1).square().sum(1)
+    for least in (far, torch.full_like(far, 0.5), far.where(torch.arange(n) % 3 > 0, 0)):
+        before = least.clone()
+        for radius in (0.0, 0.3 * float(far.max()) ** 0.5, 0.9 * float(far.max()) ** 0.5, 2 * float(far.max()) ** 0.5):
+            for n_picks in (1, 100, 10 * n if radius else n):
+                expected = plain_search(features, n_picks=min(n_picks, n), least=least, radius=radius)
+                found = greedy_coreset(features, n_picks, least=least, radius=radius, pool=64)
+                assert torch.equal(found.picks, expected[0]) and found.radius == expected[1]
+                assert radius == 0 or found.radius <= radius or len(found.picks) == n_picks
+        assert torch.equal(least, before)
+
+
+def test_a_start_within_a_radius():
+    features = gaussian()
+    picks, radius = plain_search(features, 400, start=5, radius=5.0)
+    assert 1 < len(picks) < 400 and radius <= 5
+    found = greedy_coreset(features, 400, start=5, radius=5.0)
+    assert torch.equal(found.picks, picks) and found.radius == radius
+    assert greedy_coreset(features, 400, start=5, radius=1e3).picks.tolist() == [5]
+
+
+def test_ids_stand_for_indices():
+    features, ids = duplicates(), torch.randperm(5000)[:400].sort().values
+    expected = plain_loop(features, 150, start=17)
+    assert torch.equal(picks_of(features, 150, start=int(ids[17]), ids=ids), ids[expected])
+
+
+def test_the_large_copy_lies_where_it_should():
+    features, made = clusters(), []
+
+    def empty(*shape, dtype):
+        made.append((shape, dtype))
+        return torch.empty(shape, dtype=dtype)
+
+    expected = plain_loop(features, 150)
+    assert torch.equal(picks_of(features, 150, pool=64, empty=empty), expected)
+    assert made == [((400, 28), torch.float32), ((400, 28), torch.float64)]  # so tight that float32 bounds say nothing
+    work = Workspace(0)
+    mapped = work.empty(*features.shape).copy_(features)
+    assert torch.equal(picks_of(mapped, 150, empty=work.empty), expected) and work.used == 0
 
 
 @pytest.mark.parametrize(
@@ -173,6 +239,17 @@ def test_features_with_gradients():
         (torch.randn(5, 2), 6, {}),
         (torch.randn(5, 2), 2, {"start": 5}),
         (torch.randn(5, 2), 2, {"start": -1}),
+        (torch.randn(5, 2), 2, {"start": 0, "ids": torch.arange(1, 6)}),
+        (torch.randn(5, 2), 2, {"start": None}),
+        (torch.randn(5, 2), 2, {"least": torch.ones(5, dtype=torch.float64)}),
+        (torch.randn(5, 2), 2, {"start": None, "least": torch.ones(5)}),
+        (torch.randn(5, 2), 2, {"start": None, "least": torch.ones(4, dtype=torch.float64)}),
+        (torch.randn(5, 2), 2, {"start": None, "least": torch.full((5,), torch.nan, dtype=torch.float64)}),
+        (torch.randn(5, 2), 2, {"ids": torch.arange(4)}),
+        (torch.randn(5, 2), 2, {"ids": torch.zeros(5, dtype=torch.int64)}),
+        (torch.randn(5, 2), 2, {"ids": torch.arange(5.0)}),
+        (torch.randn(5, 2), 2, {"radius": -1.0}),
+        (torch.randn(5, 2), 2, {"radius": torch.nan}),
         (torch.randn(5, 2), 2, {"pool": 0}),
         (torch.randn(5, 2), 2, {"chunk": 0}),
         (torch.randn(5), 2, {}),
@@ -183,7 +260,7 @@ def test_features_with_gradients():
 )
 def test_wrong_arguments_are_named(features, n_picks, options):
     with pytest.raises(ValueError, match=r"greedy_coreset: "):
-        greedy_coreset(features, n_picks, **options)
+        greedy_coreset(features, n_picks, **{"start": 0, **options})
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -191,4 +268,4 @@ def test_bad_features_are_named(value):
     features = gaussian()
     features[3, 2] = features[17, 1] = value
     with pytest.raises(UserError, match=r"features: row 3 of 400 holds NaN or inf"):
-        greedy_coreset(features, 5)
+        picks_of(features, 5)

@@ -3,13 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.covariance import LedoitWolf
+from sklearn.covariance import LedoitWolf, ledoit_wolf
 from torch import Tensor, nn
 
+from models.anomaly.detector import Batch
 from models.anomaly.embedding import Embedding
 from models.resnet import ResNet18
 from tests.processes import run_processes
 from training.errors import UserError
+
+MAHALANOBIS = {"distance": "mahalanobis"}
 
 
 def backbone() -> nn.Module:
@@ -26,6 +29,18 @@ def pictures(count: int, seed: int = 0) -> Tensor:
     )
 
 
+def batches(images: Tensor, size: int = 5, numbers: Tensor | None = None, valid: Tensor | None = None) -> list[Batch]:
+    numbers = torch.arange(len(images)) if numbers is None else numbers
+    regions = [None] * len(images) if valid is None else valid.split(size)
+    return [Batch(*parts) for parts in zip(images.split(size), regions, numbers.split(size))]
+
+
+def fitted(images: Tensor, net: nn.Module | None = None, **options) -> Embedding:
+    detector = Embedding(net or backbone(), **options)
+    detector.fit(batches(images), len(images))
+    return detector
+
+
 def vectors(net: nn.Module, images: Tensor, stages: tuple[int, ...] = (4,)) -> np.ndarray:
     """Embeddings in float64, each picture on its own."""
     with torch.no_grad():
@@ -37,24 +52,52 @@ def vectors(net: nn.Module, images: Tensor, stages: tuple[int, ...] = (4,)) -> n
 def test_knn_is_the_mean_distance_to_the_k_nearest(k, stages):
     net, train, test = backbone(), pictures(12), pictures(5, seed=1)
     detector = Embedding(net, k=k, stages=stages)
-    detector.fit(train.split(5))
-    maps, scores = detector.score(test)
+    numbers = torch.randperm(12) * 2 + 1
+    detector.fit(batches(train, numbers=numbers), 12)
+    found = detector.examine(test)
     distances = np.linalg.norm(vectors(net, test, stages)[:, None] - vectors(net, train, stages)[None], axis=2)
-    assert maps is None and scores.shape == (5,)
-    np.testing.assert_allclose(scores.numpy(), np.sort(distances)[:, :k].mean(1), rtol=1e-5)
+    assert found.maps is None and found.scores.shape == (5,)
+    np.testing.assert_allclose(found.scores.numpy(), np.sort(distances)[:, :k].mean(1), rtol=1e-5)
+    assert found.pictures.tolist() == numbers[distances.argmin(1)].tolist()
 
 
 def test_embedding_of_a_resnet_is_its_pooled_output():
     net, images = backbone(), pictures(2)
-    detector = Embedding(net, k=1)
-    detector.fit([images])
-    assert torch.allclose(detector.bank, net(images), atol=1e-6)
+    for source in ("stages", "output"):
+        assert torch.allclose(fitted(images, net, k=1, source=source).bank, net(images), atol=1e-6)
+
+
+class Tokens(nn.Module):
+    """As a transformer: its output is one token of 8 numbers, or all of them."""
+
+    def __init__(self, tokens: slice | int):
+        super().__init__()
+        self.patches, self.tokens = nn.Conv2d(3, 8, 4, stride=4), tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.patches(x).flatten(2).mT[:, self.tokens]  # (B, 8) or (B, T, 8)
+
+
+@pytest.mark.parametrize("options", [{}, MAHALANOBIS, {"normalize": True, "combine": "sum"}])
+def test_a_class_token_is_compared_as_it_is(options):
+    net, train, test = Tokens(0), pictures(12), pictures(4, seed=1)
+    detector = fitted(train, net, source="output", k=1, **options)
+    a, b = (net(x).detach().double().numpy() for x in (test, train))
+    if "normalize" in options:
+        a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
+    expected = np.linalg.norm(a[:, None] - b, axis=2).min(1)
+    if "distance" in options:
+        expected = np.sqrt(LedoitWolf().fit(b).mahalanobis(a))
+    np.testing.assert_allclose(detector.score(test)[1], expected, rtol=1e-4)
+    with pytest.raises(UserError, match=r"\(5, 16, 8\), not \(B, D\)"):
+        fitted(train, Tokens(slice(None)), source="output")
+    with pytest.raises(UserError, match="source=output pools padding"):
+        detector.score(test, torch.zeros(4, 16, 16, dtype=torch.bool))
 
 
 def test_normalize_compares_directions():
     net, train, test = backbone(), pictures(6), pictures(3, seed=1)
-    detector = Embedding(net, k=1, normalize=True)
-    detector.fit([train])
+    detector = fitted(train, net, k=1, normalize=True)
     a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (vectors(net, test), vectors(net, train)))
     nearest = np.sqrt(2 - 2 * (a @ b.T).max(1))
     np.testing.assert_allclose(detector.score(test)[1].numpy(), nearest, rtol=1e-4)
@@ -63,64 +106,140 @@ def test_normalize_compares_directions():
 @pytest.mark.parametrize("count", [5, 40])  # both below the 512 dimensions
 def test_mahalanobis_equals_scikit_learn(count):
     net, train, test = backbone(), pictures(count), pictures(7, seed=1)
-    detector = Embedding(net, distance="mahalanobis")
-    detector.fit(train.split(8))
+    detector = fitted(train, net, **MAHALANOBIS)
     expected = np.sqrt(LedoitWolf().fit(vectors(net, train)).mahalanobis(vectors(net, test)))
     assert detector.cholesky.dtype == torch.float64
     np.testing.assert_allclose(detector.score(test)[1].numpy(), expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("options", [{"k": 2}, MAHALANOBIS])
+def test_sum_adds_the_distances_of_the_stages(options, normalize):
+    net, train, test = backbone(), pictures(9), pictures(4, seed=1)
+    options = options | {"normalize": normalize}
+    each = [fitted(train, net, stages=(stage,), **options).score(test)[1] for stage in (1, 3, 4)]
+    both = fitted(train, net, stages=(1, 3, 4), combine="sum", **options)
+    torch.testing.assert_close(both.score(test)[1], sum(each), rtol=1e-4, atol=0)
+    number = torch.tensor([3, 8])
+    each = [
+        fitted(train, net, stages=(stage,), **options).score(train[number], leave_out=number)[1] for stage in (1, 3, 4)
+    ]
+    torch.testing.assert_close(both.score(train[number], leave_out=number)[1], sum(each), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_knn_without_a_picture_is_a_refit_without_it(k):
+    net, train = backbone(), pictures(8)
+    train[6] = train[2]  # a copy of the left-out picture is found
+    detector, numbers = Embedding(net, k=k), torch.randperm(8) + 30
+    content = {int(number): 2 if i == 6 else i for i, number in enumerate(numbers)}
+    detector.fit(batches(train, 3, numbers), 8)
+    found = detector.examine(train, leave_out=numbers)
+    for i in range(8):
+        rest = torch.arange(8) != i
+        alone = Embedding(net, k=k)
+        alone.fit(batches(train[rest], numbers=numbers[rest]), 7)
+        expected = alone.examine(train[i][None])
+        torch.testing.assert_close(found.scores[[i]], expected.scores, rtol=1e-4, atol=1e-4)  # the copy: not quite 0
+        assert content[int(found.pictures[i])] == content[int(expected.pictures)]
+    with pytest.raises(UserError, match="k=8: without one training picture there are 7 left"):
+        fitted(train, net, k=8).score(train[:1], leave_out=torch.tensor([0]))
+
+
+@pytest.mark.parametrize("count", [3, 20, 60])
+def test_mahalanobis_without_a_picture_holds_the_shrinkage(count):
+    """Exact by the formula with the shrinkage and its amount held, and near the refit, which chooses them anew."""
+    net, train, number = backbone(), pictures(count), torch.arange(count)
+    x = vectors(net, train, (1,))
+    detector = fitted(train, net, stages=(1,), **MAHALANOBIS)
+    scores = detector.score(train, leave_out=number)[1].numpy()
+    shrinkage = ledoit_wolf(x)[1]
+    amount = shrinkage * np.trace(np.cov(x, rowvar=False, bias=True)) / x.shape[1]
+    held, refit = [], []
+    for i in range(count):
+        rest = np.delete(x, i, 0)
+        covariance = (1 - shrinkage) * np.cov(rest, rowvar=False, bias=True) + amount * np.eye(x.shape[1])
+        away = x[i] - rest.mean(0)
+        held.append(np.sqrt(away @ np.linalg.solve(covariance, away)))
+        refit.append(np.sqrt(LedoitWolf().fit(rest).mahalanobis(x[i][None])[0]))
+    np.testing.assert_allclose(scores, held, rtol=2e-3)
+    if count == 60:
+        np.testing.assert_allclose(scores, refit, rtol=0.1)
+    others = pictures(2, seed=1)
+    assert torch.equal(detector.score(others, leave_out=torch.tensor([-1, count]))[1], detector.score(others)[1])
+
+
+@pytest.mark.parametrize("options", [{"k": 1}, MAHALANOBIS])
+def test_padding_does_not_count(options):
+    """Stages 1 and 2 have strides 1 and 2, so that a region of even size is one of whole patches."""
+    net, images, valid = backbone(), pictures(6), torch.zeros(6, 16, 16, dtype=torch.bool)
+    valid[:, 2:10, 4:] = True
+    detector = Embedding(net, stages=(1, 2), **options)
+    detector.fit(batches(images, valid=valid), 6)
+    stages = [stage.double() for stage in detector.features(images)]
+    x = torch.cat([stages[0][:, :, 2:10, 4:].mean((2, 3)), stages[1][:, :, 1:5, 2:].mean((2, 3))], 1).numpy()
+    if "k" in options:
+        np.testing.assert_allclose(detector.bank, x, rtol=1e-5)
+    else:
+        np.testing.assert_allclose(detector.mean, x.mean(0), rtol=1e-5)
+        np.testing.assert_allclose(
+            detector.score(images, valid)[1], np.sqrt(LedoitWolf().fit(x).mahalanobis(x)), rtol=1e-3
+        )
+
+
 @pytest.mark.parametrize("distance", ["knn", "mahalanobis"])
 def test_scores_do_not_depend_on_the_batch(distance):
-    detector, test = Embedding(backbone(), distance=distance), pictures(7, seed=1)
-    detector.fit(pictures(9).split(4))
+    detector, test = fitted(pictures(9), distance=distance), pictures(7, seed=1)
     whole = detector.score(test)[1]
     parts = torch.cat([detector.score(part)[1] for part in test.split(3)])
     assert torch.allclose(whole, parts, rtol=1e-4)
 
 
-@pytest.mark.parametrize("distance", ["knn", "mahalanobis"])
-def test_fitted_state_loads_into_a_fresh_detector_of_any_size(distance):
-    fitted, test = Embedding(backbone(), distance=distance), pictures(3, seed=1)
-    fitted.fit([pictures(9)])
-    fresh = Embedding(ResNet18(stem="cifar"), distance=distance)  # other random weights: they load too
-    fresh.load_state_dict(fitted.state_dict())
-    assert torch.equal(fresh.score(test)[1], fitted.score(test)[1])
-    smaller = Embedding(backbone(), distance=distance)
-    smaller.fit([pictures(4)])
-    fresh.load_state_dict(smaller.state_dict())
-    assert torch.equal(fresh.score(test)[1], smaller.score(test)[1])
+@pytest.mark.parametrize("options", [{}, MAHALANOBIS, {**MAHALANOBIS, "combine": "sum", "stages": (1, 2)}])
+def test_fitted_state_loads_into_a_fresh_detector_of_any_size(options):
+    test, number = pictures(3, seed=1), torch.tensor([0, 1, 2])
+    fresh = Embedding(ResNet18(stem="cifar"), **options)  # other random weights: they load too
+    for count in (9, 4):
+        state = fitted(pictures(count), **options)
+        fresh.load_state_dict(state.state_dict())
+        assert torch.equal(fresh.score(test)[1], state.score(test)[1])
+        assert torch.equal(fresh.score(test, leave_out=number)[1], state.score(test, leave_out=number)[1])
 
 
 def test_a_state_of_the_other_distance_is_refused():
-    fitted = Embedding(backbone())
-    fitted.fit([pictures(3)])
     with pytest.raises(RuntimeError, match="cholesky"):
-        Embedding(backbone(), distance="mahalanobis").load_state_dict(fitted.state_dict())
+        Embedding(backbone(), **MAHALANOBIS).load_state_dict(fitted(pictures(3)).state_dict())
 
 
 def test_identical_training_pictures():
     train = pictures(1).expand(4, -1, -1, -1)
-    detector = Embedding(backbone())
-    detector.fit([train])
+    detector = fitted(train)
     assert detector.score(train[:1])[1] < 1e-5 < detector.score(pictures(1, seed=1))[1]
     with pytest.raises(UserError, match="singular"):
-        Embedding(backbone(), distance="mahalanobis").fit([train])
+        fitted(train, **MAHALANOBIS)
 
 
 @pytest.mark.filterwarnings("ignore:Only one sample")
 @pytest.mark.parametrize("count", [1, 2])
 def test_too_few_pictures_are_a_user_error(count):
     with pytest.raises(UserError, match="singular"):
-        Embedding(backbone(), distance="mahalanobis").fit([pictures(count)])
+        fitted(pictures(count), **MAHALANOBIS)
     with pytest.raises(UserError, match=f"k=3, but there are {count}"):
-        Embedding(backbone(), k=3).fit([pictures(count)])
+        fitted(pictures(count), k=3)
 
 
 def test_one_training_picture_suffices_for_one_neighbour():
-    detector = Embedding(backbone(), k=1)
-    detector.fit([pictures(1)])
-    assert detector.score(pictures(1))[1] < 1e-5
+    assert fitted(pictures(1), k=1).score(pictures(1))[1] < 1e-5
+
+
+@pytest.mark.parametrize("distance", ["knn", "mahalanobis"])
+def test_features_that_are_not_finite_are_a_user_error(distance):
+    spoilt, detector = pictures(6), fitted(pictures(6), distance=distance)
+    spoilt[5, 1, 2, 3] = float("nan")
+    with pytest.raises(UserError, match="training pictures: row 5 of 6 holds NaN"):
+        fitted(spoilt, distance=distance)
+    with pytest.raises(UserError, match="row 1 of 2 holds NaN"):
+        detector.score(spoilt[4:])
 
 
 @pytest.mark.parametrize("distance", ["knn", "mahalanobis"])
@@ -130,18 +249,12 @@ def test_an_unfitted_detector_says_so(distance):
 
 
 def test_bad_options_are_user_errors():
-    for options in (
-        {"k": 0},
-        {"distance": "cosine"},
-        {"stages": ()},
-        {"stages": (0,)},
-        {"stages": (4, 4)},
-        {"stages": (5,)},
-    ):
+    bad = [{"k": 0}, {"distance": "cosine"}, {"combine": "mean"}, {"source": "input"}]
+    for options in (*bad, *({"stages": stages} for stages in ((), (0,), (4, 4), (5,)))):
         with pytest.raises(UserError, match=next(iter(options))):
             Embedding(backbone(), **options)
-    with pytest.raises(UserError, match="fewer training pictures"):
-        Embedding(backbone()).fit([])
+    with pytest.raises(UserError, match="there is no training picture"):
+        Embedding(backbone()).fit([], 0)
 
 
 def test_the_backbone_stays_frozen_and_in_eval_mode():
@@ -149,34 +262,36 @@ def test_the_backbone_stays_frozen_and_in_eval_mode():
     detector = Embedding(net)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     detector.train()
-    detector.fit([pictures(4)])
+    detector.fit(batches(pictures(4)), 4)
     detector.score(pictures(4))
     assert detector.training and not any(module.training for module in net.modules())
     assert not any(parameter.requires_grad for parameter in net.parameters())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-def shares(images: Tensor, rank: int, world_size: int) -> list[Tensor]:
+def shares(count: int, rank: int, world_size: int) -> list[Batch]:
     """This process's part of each global batch of 4, as data/loading.py deals them; none where nothing is left."""
-    parts = [torch.tensor_split(batch, world_size)[rank] for batch in images.split(4)]
-    return [part for part in parts if len(part) > 0]
+    parts = [torch.tensor_split(torch.arange(count)[i : i + 4], world_size)[rank] for i in range(0, count, 4)]
+    return [Batch(pictures(count)[part], None, part) for part in parts if len(part) > 0]
 
 
-def fit_shares(rank: int, world_size: int) -> dict[int, Tensor]:
-    """The banks of 9 and 11 pictures: the last global batch is 1, none of it rank 1's, or 3, split into 2 and 1."""
+def fit_shares(rank: int, world_size: int) -> dict[int, list[Tensor]]:
+    """The states of 9 and 11 pictures: the last global batch is 1, none of it rank 1's, or 3, split into 2 and 1."""
     with pytest.raises(UserError, match="fewer training pictures"):  # on both ranks
-        Embedding(backbone(), k=1).fit(shares(pictures(1), rank, world_size))
-    banks = {}
+        Embedding(backbone(), k=1).fit(shares(1, rank, world_size), 1)
+    states = {}
     for count in (9, 11):
-        detector = Embedding(backbone(), k=1)
-        detector.fit(shares(pictures(count), rank, world_size))
-        banks[count] = detector.bank
-    return banks
+        detectors = Embedding(backbone(), k=1), Embedding(backbone(), **MAHALANOBIS)
+        for detector in detectors:
+            detector.fit(shares(count, rank, world_size), count)
+        states[count] = [detectors[0].bank, detectors[0].numbers, detectors[1].score(pictures(3, seed=1))[1]]
+    return states
 
 
 def test_two_processes_hold_the_pictures_of_one_in_its_order():
-    for banks in run_processes(fit_shares, 2):
-        for count, bank in banks.items():
-            one = Embedding(backbone(), k=1)
-            one.fit([pictures(count)])
-            assert torch.allclose(bank, one.bank, atol=1e-5)
+    for states in run_processes(fit_shares, 2):
+        for count, (bank, numbers, scores) in states.items():
+            assert torch.allclose(bank, fitted(pictures(count), k=1).bank, atol=1e-5)
+            assert numbers.tolist() == list(range(count))
+            alone = fitted(pictures(count), **MAHALANOBIS).score(pictures(3, seed=1))[1]
+            torch.testing.assert_close(scores, alone, rtol=1e-3, atol=0)

@@ -4,23 +4,24 @@ import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from models.anomaly.nearest import (
-    BLOCK,
-    LowerBounds,
-    block_minima,
-    entries_within,
-    full_precision,
-    nearest,
-    pair_distances,
-    prepare,
-)
+import models.anomaly.nearest
+from models.anomaly.bounds import BLOCK, LowerBounds
+from models.anomaly.nearest import nearest, nearest_squared, prepare
 from training.errors import UserError
 
 
-def full_search(queries, bank, k):
+def full_search(queries, bank, k, exclude=None, rounded=True):
     squared = (queries.double()[:, None] - bank.double()).square().sum(2)  # (Q, M)
-    values, indices = squared.sort(dim=1, stable=True)
-    return values[:, :k].sqrt().float(), indices[:, :k]
+    if exclude is not None:
+        squared[exclude[0][:, None] == exclude[1]] = torch.inf
+    values, indices = (x[:, :k] for x in squared.sort(dim=1, stable=True))
+    return values.sqrt().float() if rounded else values, indices.where(values < torch.inf, -1)
+
+
+def queries_for(bank):
+    """Some entries of the bank, and others beside them."""
+    spread = bank.std(0, correction=0) + 1e-30
+    return torch.cat([bank[::3], bank[:40] + spread * torch.randn(len(bank[:40]), bank.shape[1])])
 
 
 def near_copies():
@@ -39,6 +40,7 @@ BANKS = {
     "tiny": lambda: torch.randn(300, 16) * 1e-25,
     "huge": lambda: torch.randn(300, 16) * 1e30,
     "mixed scales": lambda: torch.randn(300, 16) * 10 ** (12 * torch.rand(300, 1) - 6),
+    "one column": lambda: torch.randn(300, 1),
     "one entry": lambda: torch.randn(1, 16),
     "exactly one block": lambda: torch.randn(BLOCK, 16),
     "not contiguous": lambda: torch.randn(16, 600).T[::2],
@@ -48,8 +50,7 @@ BANKS = {
 @pytest.mark.parametrize("name", BANKS)
 def test_equals_the_full_search(name):
     bank = BANKS[name]()
-    spread = bank.std(0, correction=0) + 1e-30
-    queries = torch.cat([bank[::3], bank[:40] + spread * torch.randn(len(bank[:40]), bank.shape[1])])
+    queries = queries_for(bank)
     for k in sorted({1, min(2, len(bank)), min(9, len(bank)), min(40, len(bank)), len(bank)}):
         for chunk in (None, 1, 5000):
             distances, indices = nearest(queries, bank, k, chunk=chunk)
@@ -99,6 +100,113 @@ def test_no_queries():
     assert distances.shape == indices.shape == (0, 2)
 
 
+@pytest.mark.parametrize("name", BANKS)
+def test_squared_distances_are_those_of_the_differences(name):
+    bank = BANKS[name]().contiguous()
+    queries = queries_for(bank)
+    k = min(5, len(bank))
+    squared, indices = nearest_squared(queries, bank, k)
+    expected = full_search(queries, bank, k, rounded=False)
+    assert squared.dtype == torch.float64
+    assert torch.equal(squared, expected[0]) and torch.equal(indices, expected[1])
+
+
+@pytest.mark.parametrize("name", BANKS)
+def test_the_own_group_does_not_exist(name):
+    bank = BANKS[name]()
+    queries = queries_for(bank)
+    for n_groups in (1, 2, 20):
+        groups = torch.randint(0, n_groups, (len(bank),)), torch.randint(0, n_groups + 1, (len(queries),))
+        exclude = groups[1], groups[0]
+        for k in sorted({1, min(4, len(bank)), len(bank)}):
+            for chunk in (None, 900):
+                expected = full_search(queries, bank, k, exclude)
+                for precision in ("ieee", "bf16"):
+                    distances, indices = nearest(queries, bank, k, chunk=chunk, exclude=exclude, precision=precision)
+                    assert torch.equal(indices, expected[1]) and torch.equal(distances, expected[0])
+        if n_groups == 1:
+            alone = exclude[0] == 0
+            assert (indices[alone] == -1).all() and (distances[alone] == torch.inf).all()
+            assert (indices[~alone] >= 0).all()
+
+
+def truncated(x, bits):
+    """float32 with only this many of its 23 stored bits, as TF32 hardware may read them."""
+    return (x.view(torch.int32) >> (23 - bits) << (23 - bits)).view(torch.float32)
+
+
+OPERANDS = {"tf32": lambda x: truncated(x, 10), "bf16": lambda x: x.bfloat16().float(), "ieee": lambda x: x}
+
+
+class Hardware:
+    """A matrix product whose operands lose bits on the way in: what tensor cores make of rows @ columns.T."""
+
+    def __init__(self, monkeypatch):
+        self.used = []
+        monkeypatch.setattr(torch.Tensor, "__matmul__", self.product(torch.Tensor.__matmul__))
+
+    def product(self, plain):
+        def call(a, b):
+            precision = torch.backends.mkldnn.matmul.fp32_precision
+            self.used.append(precision)
+            rounded = OPERANDS[precision if a.dtype == torch.float32 else "ieee"]
+            return plain(rounded(a), rounded(b))
+
+        return call
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize("name", BANKS)
+def test_low_precision_products_change_nothing(name, precision, monkeypatch):
+    bank = BANKS[name]()
+    queries = queries_for(bank)
+    expected = {k: full_search(queries, bank, k) for k in {1, min(6, len(bank)), len(bank)}}
+    hardware = Hardware(monkeypatch)
+    for k in expected:
+        for chunk in (None, 1, 5000):
+            distances, indices = nearest(queries, bank, k, chunk=chunk, precision=precision)
+            assert torch.equal(indices, expected[k][1]) and torch.equal(distances, expected[k][0])
+    assert precision in hardware.used
+
+
+def test_low_precision_leaves_few_candidates_or_falls_back(monkeypatch):
+    counts, candidates = [], models.anomaly.nearest._candidates
+    monkeypatch.setattr(
+        models.anomaly.nearest,
+        "_candidates",
+        lambda *args: counts.append((args[-1], len((found := candidates(*args))[0]))) or found,
+    )
+    hidden = torch.randn(3000, 6)
+    bank = (hidden @ torch.randn(6, 64) + torch.randn(64)).relu() @ torch.randn(64, 128)
+    queries = bank[:200] + 0.1 * torch.randn(200, 128)
+    for precision, most in (("ieee", 1.1), ("tf32", 2), ("bf16", 8)):
+        counts.clear()
+        nearest(queries, bank, precision=precision)
+        assert [p for p, _ in counts] == [precision] and counts[0][1] <= most * len(queries), precision
+    counts.clear()
+    bank = near_copies()[:, :1] + torch.randn(2000, 1, generator=torch.Generator().manual_seed(0)).repeat(1, 300)[:300]
+    bank = torch.cat([bank[:, :16], torch.full((300, 1), 1e4) * torch.tensor([[-1.0], [1.0]]).repeat(150, 1)], 1)
+    expected = full_search(bank, bank, 2)
+    distances, indices = nearest(bank, bank, 2, precision="bf16")
+    assert [p for p, _ in counts] == ["bf16", "ieee"] and counts[0][1] > 64 * len(bank)
+    assert torch.equal(indices, expected[1]) and torch.equal(distances, expected[0])
+
+
+def test_the_emulated_hardware_is_wrong_without_the_wider_bounds(monkeypatch):
+    bank, queries = torch.randn(3000, 16), torch.randn(500, 16)
+    expected = full_search(queries, bank, 1)[1]
+    monkeypatch.setattr(LowerBounds, "width", lambda _, rows, *__: 0 * rows[:, 0].double())
+    Hardware(monkeypatch)
+    assert not torch.equal(nearest(queries, bank, precision="bf16")[1], expected)
+
+
+def test_float64_is_rounded_to_float32_first():
+    bank, queries = torch.randn(70, 5, dtype=torch.float64), torch.randn(30, 5, dtype=torch.float64)
+    expected = full_search(queries.float(), bank.float(), 3)
+    distances, indices = nearest(queries, bank, 3)
+    assert torch.equal(indices, expected[1]) and torch.equal(distances, expected[0])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda():
     bank, queries = torch.randn(300, 16), torch.randn(90, 16)
@@ -106,6 +214,21 @@ def test_cuda():
     expected = full_search(queries, bank, 4)
     assert torch.equal(indices.cpu(), expected[1])
     torch.testing.assert_close(distances.cpu(), expected[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"chunk": 0},
+        {"precision": "fp8"},
+        {"precision": "tf32", "prepared": prepare(torch.ones(5, 4))},
+        {"exclude": (torch.zeros(3, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))},
+        {"exclude": (torch.zeros(5, dtype=torch.int64), torch.zeros(5, dtype=torch.int64))},
+    ],
+)
+def test_wrong_options_are_named(options):
+    with pytest.raises(ValueError, match=r"nearest: "):
+        nearest(torch.randn(3, 4), torch.randn(5, 4), **options)
 
 
 @pytest.mark.parametrize(
@@ -132,41 +255,3 @@ def test_bad_values_are_named():
         nearest(bank, torch.full((1, 4), torch.inf))
     with pytest.raises(UserError, match="queries: values up to 1e\\+30 are too large"):
         nearest(torch.full((2, 4), 1e30), bank)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", ["gaussian", "offset", "near copies", "clusters", "grid", "mixed scales"])
-def test_bounds_hold_on_both_sides(name, dtype):
-    points = BANKS[name]()
-    bounds = LowerBounds(points, dtype=dtype)
-    rows = bounds.rows(points)
-    columns = bounds.columns(rows)
-    low = (rows @ columns.T).double()
-    assert low.shape[1] % BLOCK == 0
-    low = low[:, : len(points)]
-    true = (points.double()[:, None] - points.double()).square().sum(2)
-    assert (low <= true).all()
-    assert (true <= low + bounds.width(rows, columns)[:, None]).all()
-    norms = (points.double() - bounds.centre).square().sum(1)
-    assert (bounds.width(rows, columns) < 100 * points.shape[1] * torch.finfo(dtype).eps * norms.max() + 1e-30).all()
-
-
-def test_pairs_and_blocks():
-    a, b = torch.randn(9, 3), torch.randn(7, 3)
-    i, j = torch.tensor([8, 0, 0]), torch.tensor([6, 1, 1])
-    assert torch.equal(pair_distances(a, i, b, j), (a[i].double() - b[j].double()).square().sum(1))
-    assert len(pair_distances(a, i[:0], b, j[:0])) == 0
-    bounds = torch.arange(4 * BLOCK).float().view(2, -1)
-    i, j = entries_within(bounds, block_minima(bounds), torch.tensor([1.0, -torch.inf], dtype=torch.float64))
-    assert (i.tolist(), j.tolist()) == ([0, 0], [0, 1])
-
-
-def test_full_precision_is_local():
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")
-        with full_precision(torch.device("cpu")):
-            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -6,8 +6,10 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
+from models.anomaly.detector import Batch
 from models.anomaly.patchcore import PatchCore
 from models.resnet import ResNet18
+from tests.pictures import batches
 from tests.processes import run_processes
 from training.errors import UserError
 
@@ -76,7 +78,7 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 )
 def test_patches_equal_the_plain_loop(options, size):
     model, images = detector(**options), torch.randn(2, 3, *size)
-    expected = plain_patches(stages(model, images), model.neighborhood, model.embed_dim)
+    expected = plain_patches(stages(model, images), model.neighborhood, options.get("embed_dim", 1024))
     patches = model.patches(model.features(images))
     assert patches.dtype == torch.float32 and patches.shape == expected.shape
     np.testing.assert_allclose(patches.numpy(), expected, atol=1e-5)
@@ -92,10 +94,10 @@ def test_stages_may_come_in_any_order():
 def test_score_equals_equations_6_and_7(neighbors):
     model, train, test = detector(coreset=1.0, neighbors=neighbors), textures(3), textures(4, seed=1)
     test[:, :, 10:20, 30:40] += 1
-    model.fit(train.split(2))
+    model.fit(batches(train, 2), 3)
     maps, scores = model.score(test)
     bank = plain_patches(stages(model, train), 3, 1024).reshape(-1, 384)
-    np.testing.assert_allclose(model.bank.numpy(), bank, atol=1e-5)  # coreset=1 keeps everything in order
+    np.testing.assert_allclose(model.bank.entries.numpy(), bank, atol=1e-5)  # coreset=1 keeps everything in order
     for image, patches in enumerate(plain_patches(stages(model, test), 3, 1024)):
         grid = distances(patches.reshape(-1, 384), bank)  # (64 patches, M)
         worst = grid.min(1).argmax()
@@ -110,11 +112,9 @@ def test_score_equals_equations_6_and_7(neighbors):
 
 def test_reweighting_survives_distances_whose_exponential_overflows():
     model = detector()
-    model.bank = 1000 * torch.randn(20, 5)
-    patches = 1000 * torch.randn(3, 5)
-    owners = torch.tensor([4, 0, 4])
-    nearest = (patches - model.bank[owners]).norm(dim=1)
-    weights = model.reweight(patches, nearest, owners)
+    entries = 1000 * torch.randn(20, 5)
+    model.bank.hold(entries, torch.arange(20), torch.zeros(20, 3, dtype=torch.int64))
+    weights = model.reweight(1000 * torch.randn(3, 5), torch.tensor([4, 0, 4]))
     assert weights.isfinite().all() and ((weights >= 0) & (weights <= 1)).all()
 
 
@@ -129,30 +129,37 @@ def farthest_points(points: np.ndarray, count: int, start: int) -> list[int]:
 @pytest.mark.parametrize("projection", [0, 16, 384])
 def test_bank_is_the_greedy_coreset_of_the_unprojected_patches(projection):
     model = detector(coreset=0.2, projection=projection, seed=5)
-    model.fit(textures(4).split(3))
+    model.fit(batches(textures(4), 3), 4)
     patches = plain_patches(stages(model, textures(4)), 3, 1024).reshape(-1, 384)
-    generator = torch.Generator().manual_seed(5)
-    start = int(torch.randint(len(patches), (), generator=generator))
+    start = int(torch.randperm(len(patches), generator=torch.Generator().manual_seed(6))[0])
     seen = patches
     if projection == 16:  # 384 is no narrower than the patches
-        seen = patches @ torch.randn(384, 16, generator=generator).double().numpy() / 4
+        seen = patches @ torch.randn(384, 16, generator=torch.Generator().manual_seed(5)).double().numpy() / 4
     picks = farthest_points(seen, int(0.2 * len(patches)), start)
     assert len(picks) == 51
-    np.testing.assert_allclose(model.bank.numpy(), patches[picks], atol=1e-5)
+    np.testing.assert_allclose(model.bank.entries.numpy(), patches[picks], atol=1e-5)
+    origins = [(pick // 64, pick % 64 // 8, pick % 8) for pick in picks]
+    assert model.bank.origins.tolist() == [list(origin) for origin in origins]
+    left = distances(seen, seen[picks]).min(1).max()
+    assert model.facts() == {
+        "bank": 51,
+        "covering_radius": pytest.approx(left, rel=1e-5),
+        "covering_radius_at_most": pytest.approx(left, rel=1e-5),
+    }
 
 
 def test_the_seed_decides_the_bank():
     banks = []
     for seed in (0, 0, 1):
         model = detector(coreset=0.1, seed=seed)
-        model.fit([textures(2)])
-        banks.append(model.bank)
+        model.fit(batches(textures(2), 2), 2)
+        banks.append(model.bank.entries)
     assert torch.equal(banks[0], banks[1]) and not torch.equal(banks[0], banks[2])
 
 
 def test_scores_do_not_depend_on_the_batch():
     model, test = detector(coreset=0.2), textures(5, seed=1)
-    model.fit(textures(4).split(3))
+    model.fit(batches(textures(4), 3), 4)
     maps, scores = model.score(test)
     alone = [model.score(image[None]) for image in test]
     assert torch.allclose(maps, torch.cat([part[0] for part in alone]), atol=1e-5)
@@ -161,9 +168,9 @@ def test_scores_do_not_depend_on_the_batch():
 
 def test_bank_loads_into_a_fresh_detector():
     fitted, test = detector(coreset=0.3), textures(2, seed=1)
-    fitted.fit([textures(3)])
+    fitted.fit(batches(textures(3), 3), 3)
     fresh = PatchCore(ResNet18(), coreset=0.3)  # other random weights, another size of bank
-    fresh.fit([textures(1)])
+    fresh.fit(batches(textures(1), 1), 1)
     fresh.load_state_dict(fitted.state_dict())
     for a, b in zip(fresh.score(test), fitted.score(test)):
         assert torch.equal(a, b)
@@ -178,7 +185,7 @@ def test_an_unfitted_detector_says_so():
 @pytest.mark.parametrize("coreset", [1e-6, 0.5, 1.0])
 def test_one_picture_or_identical_ones(count, coreset):
     model = detector(coreset=coreset)
-    model.fit([textures(1).expand(count, -1, -1, -1)])
+    model.fit(batches(textures(1).expand(count, -1, -1, -1), 2), count)
     assert len(model.bank) == max(1, int(coreset * 64 * count))
     spoilt = textures(1)
     spoilt[:, :, 30:44, 30:44] += 2
@@ -192,7 +199,7 @@ def test_one_picture_or_identical_ones(count, coreset):
 
 def test_a_defect_raises_the_score_and_the_map_peaks_in_it():
     model = detector(coreset=0.1)
-    model.fit(textures(6, size=128).split(4))
+    model.fit(batches(textures(6, size=128), 4), 6)
     normal = textures(3, seed=1, size=128)
     spoilt = normal.clone()
     spoilt[:, :, 32:64, 72:104] = spoilt[:, :, 32:64, 72:104].flip(2) + 0.5 * torch.randn(3, 3, 32, 32)
@@ -204,12 +211,12 @@ def test_a_defect_raises_the_score_and_the_map_peaks_in_it():
 
 def test_distances_keep_their_precision_under_autocast():
     model, test = detector(coreset=0.2), textures(2, seed=1)
-    model.fit([textures(2)])
+    model.fit(batches(textures(2), 2), 2)
     features = model.features(test)
     expected = model.measure(features, (64, 64))
     with torch.autocast("cpu", torch.bfloat16):
         model.features = lambda _: features
-        for a, b in zip(model.score(test), expected):
+        for a, b in zip(model.examine(test), expected):
             assert torch.equal(a, b)
 
 
@@ -223,16 +230,34 @@ def test_bad_options_are_user_errors(name, value):
         PatchCore(nn.Identity(), **{name: value})
 
 
-def fit_shares(rank: int, world_size: int) -> dict[str, Tensor]:
-    model = detector(coreset=0.2)
-    parts = [torch.tensor_split(batch, world_size)[rank] for batch in textures(7).split(4)]
-    model.fit(parts)
-    return {"bank": model.bank, "scores": model.score(textures(2, seed=1))[1]}
+def share(images: Tensor, rank: int, world_size: int, first: int = 0) -> list[Batch]:
+    """This process's part of every global batch of 4, in the order of data/loading.py."""
+    parts = [part.tensor_split(world_size)[rank] for part in torch.arange(len(images)).split(4)]
+    return [Batch(images[part], None, first + part) for part in parts if len(part)]
 
 
-def test_two_processes_hold_the_bank_of_one():
-    one = detector(coreset=0.2)
-    one.fit([textures(7)])
-    for result in run_processes(fit_shares, 2):
-        assert torch.allclose(result["bank"], one.bank, atol=1e-5)
-        assert torch.allclose(result["scores"], one.score(textures(2, seed=1))[1], atol=1e-5)
+def fit_shares(rank: int, world_size: int, mode: str) -> dict:
+    """Fit, test on unevenly many pictures, save, forget a picture, learn two others."""
+    model = detector(coreset=0.2, mode=mode)
+    model.fit(share(textures(7), rank, world_size), 7)
+    held = len(model.bank.entries)
+    test = textures(3, seed=1).tensor_split(world_size)[rank] if world_size > 1 else textures(3, seed=1)
+    found = model.examine(test)
+    left = model.examine(textures(7)[rank::world_size], None, torch.arange(7)[rank::world_size])
+    state = {name: x.clone() for name, x in model.state_dict().items() if "backbone" not in name}
+    model.keep(torch.tensor([0, -1, 1, 2, 3, 4, 5]))
+    model.add(share(textures(2, seed=2), rank, world_size, first=6), 2)
+    return {"state": state, "held": held, "found": found, "left": left.scores, "facts": model.facts()}
+
+
+@pytest.mark.parametrize("mode", ["paper", "amazon", "anomalib"])
+def test_two_processes_share_the_bank_of_one(mode):
+    one, two = fit_shares(0, 1, mode), run_processes(fit_shares, 2, mode)
+    assert sum(result["held"] for result in two) == one["held"] and all(result["held"] for result in two)
+    for result in two:  # convolutions differ in the last bits between batch sizes
+        for name, value in one["state"].items():
+            torch.testing.assert_close(result["state"][name], value, atol=1e-5, rtol=1e-5)
+        assert result["facts"] == pytest.approx(one["facts"], rel=1e-5)
+    for field, value in one["found"]._asdict().items():
+        torch.testing.assert_close(torch.cat([getattr(result["found"], field) for result in two]), value)
+    torch.testing.assert_close(torch.stack([two[i % 2]["left"][i // 2] for i in range(7)]), one["left"])

@@ -1,0 +1,117 @@
+"""What a run of train_anomaly.py shows of its test: figures, tables, curves, pictures, in its folder and TensorBoard.
+
+test_scores.csv (a line a picture), test_scores.pt (for eval.py task=compare), heatmaps.png (the best, the worst and the
+most mistaken), neighbors.png (what they were compared with), curves.png, scores.png, suspicious.png.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+from evaluation.compare import save_scores
+from evaluation.curves import histogram_picture, roc_pr_picture
+from evaluation.detection import anomaly_results, region_maps, region_masks
+from evaluation.heatmaps import Caption, Row, pick, save, sheet
+from evaluation.neighbors import Pair, neighbor_sheet
+from evaluation.report import csv_table, markdown_table, with_interval
+from evaluation.update import names_of
+from models.anomaly.detector import Findings
+from training.log import Log
+
+
+def report(
+    log: Log, found: Findings, test_set, normal: Findings | None, normals, calibration: dict, *, original: bool
+) -> dict:
+    """Write and log everything on the test pictures; returns what results.json gets of it.
+
+    Args:
+        found: findings of `test_set`. normal: of the pictures of the Loader `normals`, which the thresholds are from.
+        original: pixel figures at the original files' resolution.
+    """
+    threshold, folder, seed = calibration["threshold"], log.folder, log.config["seed"]
+    has_masks = found.maps is not None and test_set.has_masks
+    maps = None if found.maps is None else region_maps(found.maps, test_set, original=original)
+    masks = region_masks(test_set, original=original) if has_masks else None
+    results = anomaly_results(found.scores, maps, masks, test_set, threshold, seed=seed)
+    results |= {key: calibration[key] for key in ("pixel_threshold", "n_normals", "suspicious")}
+    for line in calibration["suspicious"]:
+        log.say(f"suspicious normal, look at it: {line['path']} (score {line['score']:.4g})")
+    write_scores(folder, found, test_set, normals.dataset, threshold)
+    names = names_of(test_set, log.config["data"]["root"])  # the same on every machine
+    save_scores(folder / "test_scores.pt", names, test_set.labels, found.scores, maps, masks)
+
+    table = defect_table(results)
+    log.text("per defect", table)
+    print(table, file=sys.stderr)
+    defects = np.array(test_set.defects)
+    groups = {"training normals": normal.scores} if normal is not None else {}
+    groups |= {name: found.scores[defects == name] for name in sorted(set(defects), key=lambda n: (n != "good", n))}
+    for name, scores in groups.items():
+        log.writer.add_histogram(f"scores/{name}", scores, 0)
+    show(log, "scores", histogram_picture(groups, threshold))
+    if results["image_auroc"] is not None:
+        show(log, "curves", roc_pr_picture(found.scores, test_set.labels, log.config["run_name"], threshold))
+        low, high = found.scores.min(), found.scores.max()
+        log.writer.add_pr_curve(
+            "precision_recall", test_set.labels, (found.scores - low) / (high - low).clamp(min=1e-12)
+        )
+
+    chosen = pick(found.scores, test_set.labels, test_set.defects, threshold)
+    title = f"{log.config['detector']['name']}, {log.config['backbone']['name']}, {log.config['run_name']}"
+    if found.maps is not None and calibration["low"] is not None:
+        rows = [picture_row(found.maps[caption.index], test_set, caption) for caption in chosen]
+        sheet(rows, folder / "heatmaps.png", low=calibration["low"], high=calibration["high"], title=title)
+        show(log, "heatmaps")
+    if found.pictures is not None:
+        pairs = [neighbor_pair(found, test_set, normals.dataset, caption) for caption in chosen]
+        neighbor_sheet(pairs, folder / "neighbors.png", title=f"{title}: what comes nearest")
+        show(log, "neighbors")
+    return results
+
+
+def show(log: Log, name: str, picture: Image.Image | None = None) -> None:
+    """Put <name>.png into the run folder, unless it is there, and into TensorBoard."""
+    path = log.folder / f"{name}.png"
+    if picture is not None:
+        save(picture, path)
+    log.picture(name, pil_to_tensor(Image.open(path).convert("RGB")))
+
+
+def picture_row(heat: torch.Tensor, dataset, caption: Caption) -> Row:
+    image, mask, *_ = dataset[caption.index]
+    return Row(image, heat, mask if dataset.has_masks else None, caption)
+
+
+def neighbor_pair(found: Findings, test_set, train_set, caption: Caption) -> Pair:
+    """The picture of a caption beside the training picture that its most anomalous patch is nearest to."""
+    number = int(found.pictures[caption.index])
+    places = [None if p is None else tuple(p[caption.index].tolist()) for p in (found.peaks, found.places)]
+    lines = [caption.heading, *caption.lines, "nearest:", os.path.basename(train_set.paths[number])]
+    return Pair(test_set[caption.index][0], places[0], train_set[number][0], places[1], lines)
+
+
+def write_scores(folder: Path, found: Findings, test_set, train_set, threshold: float | None) -> None:
+    """test_scores.csv: path, defect, label, score, is_anomalous, nearest_training_picture."""
+    rows = []
+    for i, (path, defect, score) in enumerate(zip(test_set.paths, test_set.defects, found.scores.tolist())):
+        row = {"path": path, "defect": defect, "label": int(test_set.labels[i]), "score": score}
+        row["is_anomalous"] = None if threshold is None else int(score > threshold)
+        row["nearest_training_picture"] = None if found.pictures is None else train_set.paths[int(found.pictures[i])]
+        rows.append(row)
+    temporary = folder / f"test_scores.csv.tmp{os.getpid()}"
+    temporary.write_text(csv_table(rows), encoding="utf-8")
+    os.replace(temporary, folder / "test_scores.csv")
+
+
+def defect_table(results: dict) -> str:
+    """Markdown: each defect against all good pictures, and all of them together with intervals."""
+    header = ["defect", "pictures", "image AUROC", "pixel AUROC", "AU-PRO 0.3", "AU-PRO 0.05", "AU-PRO 0.01"]
+    keys = ("image_auroc", "pixel_auroc", "aupro", "aupro_005", "aupro_001")
+    rows = [[name, str(f["n"]), *(with_interval(f, key) for key in keys)] for name, f in results["per_defect"].items()]
+    rows.append(["all", str(results["n_test_anomalous"]), *(with_interval(results, key) for key in keys)])
+    return markdown_table(header, rows)

@@ -1,0 +1,31 @@
+"""What a detector learns from normal pictures that it was not fitted on: thresholds and the heat maps' color scale."""
+
+from evaluation.detection import region_maps
+from evaluation.heatmaps import heat_range
+from evaluation.threshold import normal_threshold, pixel_threshold, suspicious
+from models.anomaly.detector import Findings
+
+
+def calibrate(normal: Findings | None, loader, false_alarm_rate: float) -> dict:
+    """Plain values for the checkpoint, None where there are no findings or no maps.
+
+    threshold: of image scores; pixel_threshold: of map pixels; low, high: the color scale; suspicious: the pictures
+    whose score is far above the others', [{path, score}], perhaps defects among the normals.
+
+    Args:
+        normal: findings of the pictures of `loader`, in its order, each left out or held out.
+    """
+    values = dict.fromkeys(("threshold", "pixel_threshold", "low", "high"))
+    values |= {"false_alarm_rate": false_alarm_rate, "n_normals": 0, "suspicious": []}
+    if normal is None:
+        return values
+    values |= {
+        "n_normals": len(normal.scores),
+        "threshold": normal_threshold(normal.scores, false_alarm_rate=false_alarm_rate),
+    }
+    values["suspicious"] = suspicious(normal.scores, [loader.dataset.paths[i] for i in loader.indices.tolist()])
+    if normal.maps is not None:
+        maps = region_maps(normal.maps, loader.dataset, indices=loader.indices)
+        values["pixel_threshold"] = pixel_threshold(maps, false_alarm_rate)
+        values["low"], values["high"] = heat_range(maps)
+    return values

@@ -1,0 +1,64 @@
+"""Why a picture was called anomalous: its most anomalous patch beside the training patch that comes nearest to it."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from evaluation.heatmaps import GAP, INK, MARGIN, PAPER, SOFT, TILE, WRONG, font, save
+
+ZOOM = 0.25  # side of the patch that is shown enlarged, of the picture's shorter side; a patch sees about as much
+
+
+@dataclass
+class Pair:
+    """A test picture and the training picture that it was compared with; places are (y, x) in their pixels, None
+    for methods that compare whole pictures."""
+
+    image: Tensor  # uint8 (3, H, W)
+    peak: tuple[float, float] | None
+    neighbor: Tensor  # uint8 (3, H', W')
+    place: tuple[float, float] | None
+    lines: list[str]  # the first is the heading
+
+
+def neighbor_sheet(pairs: list[Pair], path: str | os.PathLike, *, title: str) -> None:
+    """Write a sheet with a row for each pair: the test picture with its most anomalous place marked, that place
+    enlarged, the nearest training patch enlarged, its picture with the place marked, and what is said about it."""
+    heads = ["test picture", "its most anomalous patch", "nearest training patch", "training picture"]
+    top, block = 104, TILE + GAP
+    paper = Image.new("RGB", (2 * MARGIN + 4 * block + 320, top + len(pairs) * block + MARGIN), PAPER)
+    draw = ImageDraw.Draw(paper)
+    draw.text((MARGIN, 18), title, INK, font(24))
+    for column, head in enumerate(heads):
+        draw.text((MARGIN + column * block, 74), head, SOFT, font(16))
+    for row, pair in enumerate(pairs):
+        y = top + row * block
+        tiles = [*_whole_and_part(pair.image, pair.peak), *_whole_and_part(pair.neighbor, pair.place)[::-1]]
+        for column, tile in enumerate(tiles):
+            paper.paste(tile, (MARGIN + column * block, y))
+        x = MARGIN + 4 * block + 4
+        draw.text((x, y + 4), pair.lines[0], INK, font(19))
+        draw.multiline_text((x, y + 34), "\n".join(pair.lines[1:]), INK, font(16), spacing=6)
+    save(paper, path)
+
+
+def _whole_and_part(image: Tensor, place: tuple[float, float] | None) -> tuple[Image.Image, Image.Image]:
+    """The picture (3, H, W) with a square around `place`, and what is in the square, both TILE x TILE."""
+    if place is None:  # whole pictures were compared
+        return _tile(image), _tile(image)
+    height, width = image.shape[1:]
+    side = max(8, round(ZOOM * min(height, width)))
+    top, left = (round(min(max(p - side / 2, 0), n - side)) for p, n in zip(place, (height, width)))
+    whole = _tile(image)
+    corners = [left * TILE / width, top * TILE / height, (left + side) * TILE / width, (top + side) * TILE / height]
+    ImageDraw.Draw(whole).rectangle(corners, outline=WRONG, width=3)
+    return whole, _tile(image[:, top : top + side, left : left + side])
+
+
+def _tile(image: Tensor) -> Image.Image:
+    resized = F.interpolate(image[None].float(), (TILE, TILE), mode="bilinear", antialias=True, align_corners=False)[0]
+    return Image.fromarray(resized.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy())

@@ -1,0 +1,128 @@
+"""Gaussians fitted to few pictures, many at once, and their distances as if one of the pictures had not been fitted.
+
+All is float64. A left-out distance is exact, from one factorisation for all pictures: without picture i, at distance
+delta from the mean of n, the mean is further away by delta / (n - 1), the scatter matrix is S - n / (n - 1) delta
+delta^T, and the inverse follows by Sherman and Morrison (1950).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from training.distributed import all_reduce_sum
+
+
+class Gaussians(NamedTuple):
+    """P Gaussians over d channels. With delta = x - mean, the squared distance of x is
+
+    * |factor delta|^2 in covariance form,
+    * (|delta|^2 - |factor deviations delta|^2) / regularization in low-rank form (computed another way: padim.py).
+    """
+
+    mean: Tensor  # (P, d) float32
+    deviations: Tensor  # (P, n, d) float32, each picture minus the mean; (P, 0, d) in covariance form
+    factor: Tensor  # (P, d, d) or (P, n, n) float64, lower triangular
+    left_out: Tensor  # (n of this process, P) float64: each picture's distance from the Gaussian of the others
+    failed: Tensor  # (P,) not 0 where a matrix was not positive definite
+
+
+def covariance_form(x: Tensor, n: int, regularization: float) -> Gaussians:
+    """Gaussians of x (n of this process, P, d) float32, n pictures over all processes: their sums are reduced.
+
+    factor = L^-1, where L L^T = S / (n - 1) + regularization I; with one picture S / (n - 1) is taken as 0.
+    """
+    mean = all_reduce_sum(x.double().sum(0)) / n  # (P, d)
+    centred = (x - mean).transpose(0, 1)  # (P, n_r, d)
+    scatter = all_reduce_sum(centred.mT @ centred)  # (P, d, d)
+    cholesky, failed = torch.linalg.cholesky_ex(_ridge(scatter / max(n - 1, 1), regularization))
+    if n > 2:
+        others, _ = torch.linalg.cholesky_ex(_ridge(scatter, regularization * (n - 2)))
+        leverage = torch.linalg.solve_triangular(others, centred.mT, upper=False).square().sum(1)  # (P, n_r)
+        left_out = _without_itself(leverage, n)
+    else:
+        left_out = _of_two(centred.square().sum(2), n, regularization)
+    return Gaussians(mean.float(), x.new_empty(x.shape[1], 0, x.shape[2]), _inverse(cholesky), left_out.T, failed)
+
+
+def low_rank_form(x: Tensor, regularization: float) -> Gaussians:
+    """Gaussians of x (n, P, d) float32, all pictures, by n x n matrices (Woodbury 1950): equal, and cheaper if n < d.
+
+    With the deviations X (n, d) of one position and r = regularization, (X^T X / (n - 1) + r I)^-1 is
+    (I - X^T (X X^T + r (n - 1) I)^-1 X) / r; factor = L^-1, where L L^T = X X^T + r (n - 1) I.
+    """
+    n = len(x)
+    centred = x.transpose(0, 1).contiguous().double()  # (P, n, d)
+    mean = centred.mean(1)  # (P, d)
+    centred -= mean[:, None]
+    gram = centred @ centred.mT  # (P, n, n)
+    cholesky, failed = torch.linalg.cholesky_ex(_ridge(gram, regularization * max(n - 1, 1)))
+    if n > 2:
+        ridge = regularization * (n - 2)
+        others, _ = torch.linalg.cholesky_ex(_ridge(gram, ridge))
+        leverage = 1 - ridge * _inverse(others).square().sum(1)  # (P, n)
+        left_out = _without_itself(leverage, n)
+    else:
+        left_out = _of_two(gram.diagonal(dim1=1, dim2=2), n, regularization)
+    return Gaussians(mean.float(), centred.float(), _inverse(cholesky), left_out.T, failed)
+
+
+def shrunk_gaussian(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean, Cholesky factor, left-out distances and a failure flag of one Gaussian with Ledoit and Wolf's covariance.
+
+    C = (1 - s) Sigma + s tr(Sigma) / D I with Sigma = S / n. The left-out distances hold what they chose, s and the
+    amount s tr(Sigma) / D; mean and Sigma are those of the others.
+
+    Args:
+        x: (n, D) float64. Returns (D,), (D, D), (n,), and (), not 0 where C is singular: n < 3, or all pictures alike.
+    """
+    from sklearn.covariance import ledoit_wolf  # here, for it takes seconds to import and only this needs it
+
+    n, mean = len(x), x.mean(0)
+    covariance, shrinkage = ledoit_wolf(x.cpu().numpy())
+    covariance = torch.from_numpy(covariance).to(x.device)
+    cholesky, failed = torch.linalg.cholesky_ex(covariance)
+    if failed or n == 1:
+        return mean, cholesky, x.new_full((n,), torch.inf), torch.ones_like(failed)
+    share, amount = n / (n - 1), shrinkage * covariance.trace() / len(covariance)
+    others = share * covariance
+    others.diagonal().add_((1 - share) * amount)
+    factor, failed = torch.linalg.cholesky_ex(others)
+    leverage = torch.linalg.solve_triangular(factor, (x - mean).T, upper=False).square().sum(0)  # (n,)
+    rest = 1 - (1 - shrinkage) * share / (n - 1) * leverage
+    return mean, cholesky, share * (leverage / rest.clamp(min=torch.finfo(rest.dtype).eps)).sqrt(), failed
+
+
+def _without_itself(leverage: Tensor, n: int) -> Tensor:
+    """Distances from the Gaussian of the n - 1 others; leverage is delta^T (S + r (n - 2) I)^-1 delta, n > 2."""
+    share = n / (n - 1)
+    rest = (1 - share * leverage).clamp(min=torch.finfo(leverage.dtype).eps)  # above 0 but for rounding
+    return ((n - 2) * share**2 * leverage.clamp(min=0) / rest).sqrt()
+
+
+def _of_two(squared: Tensor, n: int, regularization: float) -> Tensor:
+    """The same of 2 pictures, of which one remains, by their squared distance from the mean; of 1 picture: inf."""
+    return 2 * (squared / regularization).sqrt() if n == 2 else torch.full_like(squared, torch.inf)
+
+
+def _ridge(matrices: Tensor, amount: float) -> Tensor:
+    """(P, m, m) + amount I."""
+    matrices = matrices.clone()
+    matrices.diagonal(dim1=1, dim2=2).add_(amount)
+    return matrices
+
+
+def _inverse(lower: Tensor) -> Tensor:
+    """Inverses of lower triangular (P, m, m)."""
+    eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+
+
+def put_left_out(distances: Tensor, table: Tensor, numbers: Tensor, leave_out: Tensor) -> Tensor:
+    """distances (B, ...) with those of fitted pictures replaced by their rows of table (N, ...).
+
+    numbers (N,) ascending are the fitted pictures', leave_out (B,) the pictures'; one that was not fitted stays.
+    """
+    row = torch.searchsorted(numbers, leave_out).clamp(max=len(numbers) - 1)  # (B,)
+    fitted = (numbers[row] == leave_out).view(-1, *[1] * (distances.dim() - 1))  # (B, 1, ...)
+    return torch.where(fitted, table[row].to(distances.dtype), distances)

@@ -1,0 +1,209 @@
+"""PaDiM (Defard et al. 2021, "PaDiM: a patch distribution modeling framework"): a Gaussian at every position."""
+
+import random
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.anomaly.bounds import full_precision, require_finite
+from models.anomaly.detector import Batch, Detector, Findings
+from models.anomaly.gaussian import covariance_form, low_rank_form, put_left_out
+from models.anomaly.maps import render
+from models.anomaly.memory import Workspace
+from training.distributed import gather_rows
+from training.errors import UserError
+
+
+class PaDiM(Detector):
+    """Mahalanobis distance of every position's features from those of the normal pictures at the same position.
+
+    The de-facto reference is xiahaifeng1995/PaDiM-Anomaly-Detection-Localization (the authors published no code), and
+    channels=550 (Wide-ResNet-50-2) or 100 (ResNet-18) is its form, with its very channels: several stages at the finest
+    one's resolution (nearest), covariance with denominator n - 1 plus regularization I, distances bilinearly upsampled,
+    sigma 4; score: the largest pixel. Without `channels` all are used, at no loss: see `form`.
+
+    Different from it: the map is not scaled to 0..1 over the test set, which changes no ranking; with one training
+    picture, where n - 1 = 0, the covariance is regularization I alone.
+
+    Positions only compare when pictures are aligned, so pictures of another size and padding are refused.
+
+    Args:
+        backbone: any.
+        stages: stages that are concatenated, at the resolution of the finest.
+        channels: as many are drawn at random, once for all positions; None: all of them.
+        regularization: what is added to the covariance's diagonal, above 0.
+        form: `covariance` stores d x d numbers a position, `low_rank` n x (d + n) for n training pictures; the
+            distances are the same. `auto`: low_rank when d > n - 1.
+        seed: draws the channels, as Python's random.seed(seed); random.sample(range(all), channels).
+        memory_limit: GiB of RAM for the training features while fitting; beyond it they go to a temporary file. None:
+            half of what is free, or on a GPU its own memory.
+
+    Raises:
+        UserError: bad options, or at `fit` and scoring: NaN features, padding, pictures of another size.
+    """
+
+    leaves_out = True
+    positional = True
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        stages: tuple[int, ...] = (1, 2, 3),
+        channels: int | None = None,
+        regularization: float = 0.01,
+        form: Literal["auto", "covariance", "low_rank"] = "auto",
+        seed: int = 1024,
+        memory_limit: float | None = None,
+    ):
+        super().__init__(backbone, stages)
+        if channels is not None and channels < 1:
+            raise UserError(f"padim channels={channels}: draw at least 1, or leave it out for all of them")
+        if not 0 < regularization < float("inf"):
+            raise UserError(f"padim regularization={regularization}: it must be above 0, as 0.01")
+        if form not in ("auto", "covariance", "low_rank"):
+            raise UserError(f"padim form={form}: it is auto, covariance or low_rank")
+        self.channels, self.regularization, self.form, self.seed = channels, regularization, form, seed
+        self.memory_limit = memory_limit
+        self.register_buffer("drawn", torch.empty(0, dtype=torch.int64))  # (d,) ascending
+        self.register_buffer("numbers", torch.empty(0, dtype=torch.int64))  # (n,) of the fitted pictures, ascending
+        self.register_buffer("mean", torch.empty(0, 0, 0))  # (h, w, d)
+        self.register_buffer("deviations", torch.empty(0, 0, 0))  # (h w, n, d); covariance form: (h w, 0, d)
+        self.register_buffer("factor", torch.empty(0, 0, 0))  # (h w, n, n) or (h w, d, d)
+        self.register_buffer("left_out", torch.empty(0, 0, 0))  # (n, h, w): each from the others' Gaussians
+
+    def draw(self, total: int) -> Tensor:
+        """The channels to use (d,) of `total`, ascending: the distance does not depend on their order."""
+        if self.channels is None:
+            return torch.arange(total)
+        if self.channels > total:
+            raise UserError(f"padim channels={self.channels}, but stages {list(self.stages)} have {total}: lower it")
+        return torch.tensor(sorted(random.Random(self.seed).sample(range(total), self.channels)))
+
+    def embed(self, features: list[Tensor], workspace: Workspace | None = None) -> Tensor:
+        """Stages [(B, C_i, H_i, W_i)] -> (B, h, w, d): the drawn channels at the finest stage's resolution."""
+        size, first, parts = max(feature.shape[-2:] for feature in features), 0, []
+        for feature in features:
+            channels = self.drawn[(self.drawn >= first) & (self.drawn < first + feature.shape[1])] - first
+            first += feature.shape[1]
+            part = feature.permute(0, 2, 3, 1)  # (B, H_i, W_i, C_i)
+            part = part if len(channels) == feature.shape[1] else part[..., channels]
+            if part.shape[1:3] != size:
+                part = F.interpolate(part.permute(0, 3, 1, 2), size, mode="nearest").permute(0, 2, 3, 1)
+            parts.append(part)  # (B, h, w, d_i)
+        shape = len(features[0]), *size, len(self.drawn)
+        rows = workspace.empty(*shape) if workspace else features[0].new_empty(shape)
+        for part, columns in zip(parts, rows.split([part.shape[-1] for part in parts], dim=-1)):
+            columns.copy_(part)
+        return rows
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[Batch], n_images: int) -> None:  # noqa: ARG002
+        """One pass over the pictures, then the statistics, some positions at a time. All processes hold all state.
+
+        Memory: the features of this process's pictures, h w d x 4 bytes each, and the fitted state. Covariance form:
+        sums are reduced over processes; low-rank form: a few positions' pictures at a time are gathered by number.
+        """
+        kept, indices, grid = self.collect(batches)
+        order = gather_rows(indices).argsort()
+        (positions, d), n, device = kept[0].shape[1:], len(order), self.mean.device
+        low_rank = self.form == "low_rank" or (self.form == "auto" and d > n - 1)
+        side, pictures = (n, n) if low_rank else (d, 0)
+        deviations = self.mean.new_empty(positions, pictures, d)
+        factor = self.mean.new_empty(positions, side, side)
+        means, left_out, failed = [], [], []
+        budget = 2**25 if device.type == "cpu" else 2**32  # bytes; a CPU is fastest in reach of its caches
+        step = max(1, budget // (16 * (n * d + 2 * side * side)))
+        for first in range(0, positions, step):
+            x = torch.cat([rows[:, first : first + step] for rows in kept]).to(device)  # (n of this process, step, d)
+            with full_precision(device):
+                if low_rank:
+                    found = low_rank_form(gather_rows(x)[order], self.regularization)
+                else:
+                    found = covariance_form(x, n, self.regularization)
+            deviations[first : first + step], factor[first : first + step] = found.deviations, found.factor
+            means.append(found.mean)
+            left_out.append(found.left_out)
+            failed.append(found.failed)
+        if torch.cat(failed).any():
+            raise UserError(f"padim regularization={self.regularization} is too small for these features: raise it")
+        table = torch.cat(left_out, dim=1).float()  # (n, h w), in covariance form the pictures of this process
+        table = table if low_rank else gather_rows(table)[order]
+        self.mean, self.left_out = torch.cat(means).unflatten(0, grid), table.unflatten(1, grid)
+        self.deviations, self.factor = deviations, factor
+
+    def collect(self, batches: Iterable[Batch]) -> tuple[list[Tensor], Tensor, tuple[int, int]]:
+        """Draw the channels and read the pictures of this process: features [(B, h w, d)], numbers (N,), (h, w)."""
+        device, kept, sums, indices = self.mean.device, [], [], []
+        in_ram = device.type == "cpu" or self.memory_limit is not None
+        workspace = Workspace.from_gib(self.memory_limit) if in_ram else None
+        for batch in batches:
+            features = self.features(batch.images)
+            if not kept:
+                self.drawn = self.draw(sum(feature.shape[1] for feature in features)).to(device)
+            rows = self.embed(features, workspace)  # (B, h, w, d)
+            if not kept:
+                grid = rows.shape[1:3]
+            self.require_aligned(rows, grid, batch.valid)
+            sums.append(_sums(features))
+            indices.append(batch.indices)
+            kept.append(rows.flatten(1, 2))  # (B, h w, d)
+        sums, self.numbers = self.in_order(sums, indices)
+        require_finite(sums, "features of the training pictures")
+        return kept, torch.cat(indices), grid
+
+    def distances(self, rows: Tensor) -> Tensor:
+        """(B, h, w, d) -> Mahalanobis distances (B, h, w), float32.
+
+        The low-rank form takes the training pictures' deviations X (n, d) with the weights a that minimise
+        |delta - X^T a|^2 + ridge |a|^2: the minimum is regularization times the squared distance. A sum of squares
+        does not cancel as |delta|^2 - delta^T X^T a would, and rounding in a counts by its square only.
+        """
+        away = (rows - self.mean).flatten(1, 2).transpose(0, 1)  # (h w, B, d)
+        with full_precision(rows.device):
+            if self.deviations.shape[1]:
+                weights = self.factor.mT @ (self.factor @ (self.deviations @ away.mT))  # (h w, n, B)
+                rest = torch.baddbmm(away, weights.mT, self.deviations, alpha=-1)  # (h w, B, d)
+                ridge = max(self.deviations.shape[1] - 1, 1)  # over regularization
+                squared = rest.square().sum(2) / self.regularization + ridge * weights.square().sum(1)  # (h w, B)
+            else:
+                squared = (self.factor @ away.mT).square().sum(1)  # (h w, B)
+        return squared.sqrt().T.unflatten(1, rows.shape[1:3])  # (B, h, w)
+
+    def measure(
+        self,
+        features: list[Tensor],
+        size: tuple[int, int],
+        valid: Tensor | None = None,
+        leave_out: Tensor | None = None,
+    ) -> Findings:
+        """`leave_out`: the pictures must be those left out: their distances were found by `fit`."""
+        self.require_fitted(self.mean)
+        rows = self.embed(features)  # (B, h, w, d)
+        self.require_aligned(rows, self.mean.shape[:2], valid)
+        require_finite(_sums(features), "features of the pictures")
+        grid = self.distances(rows)
+        if leave_out is not None:
+            if len(self.numbers) == 1:
+                raise UserError("padim: without its one training picture nothing is left to compare with; give more")
+            grid = put_left_out(grid, self.left_out, self.numbers, leave_out)
+        maps = render(grid, size)  # (B, H, W)
+        scores, peaks = maps.flatten(1).max(1)  # (B,)
+        return Findings(scores, maps, peaks=torch.stack([peaks // size[1], peaks % size[1]], 1) + 0.5)  # (B, 2)
+
+    def require_aligned(self, rows: Tensor, grid: tuple[int, int], valid: Tensor | None) -> None:
+        if valid is not None and not valid.all():
+            raise UserError("padim compares position by position, which padding shifts: set data.fit=squash or crop")
+        if tuple(rows.shape[1:3]) != tuple(grid):
+            raise UserError(
+                f"padim compares position by position: it was fitted on {grid[0]} x {grid[1]} positions, and these "
+                f"pictures have {rows.shape[1]} x {rows.shape[2]}: give pictures of the size that it was fitted on"
+            )
+
+
+def _sums(features: list[Tensor]) -> Tensor:
+    """[(B, C_i, H_i, W_i)] -> (B, 1): finite if all numbers are, but where float32 squares would overflow too."""
+    return sum(feature.sum((1, 2, 3)) for feature in features)[:, None]
