@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from evaluation.compare import compare as compare_runs
-from evaluation.compare import compare_table, load_scores
 from torchvision.transforms.functional import pil_to_tensor
 
 from data import DataConfig, build_dataset
 from data.loading import Loader
 from evaluation.classification import classification_report, confusion_matrix, confusion_picture
+from evaluation.compare import compare as compare_runs
+from evaluation.compare import compare_table, load_scores
 from evaluation.features import extract
 from evaluation.knn import KNN_SETTINGS, knn_scores
 from evaluation.linear_probe import linear_probe

@@ -1,10 +1,10 @@
 """Classification figures from scores and labels, and the picture of a confusion matrix."""
 
-import unicodedata
-
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from evaluation.heatmaps import ascii_only
 
 MOST_CONFUSED = 10  # pairs listed in a report
 
@@ -139,9 +139,8 @@ def confusion_picture(matrix: Tensor, classes: list[str]) -> Image.Image:
 
 
 def _drawable(name: str) -> str:
-    """At most 24 ASCII characters: Pillow's own font has no others (ö becomes o, what has no such form becomes ?)."""
-    plain = "".join(char for char in unicodedata.normalize("NFKD", name) if not unicodedata.combining(char))
-    plain = plain.encode("ascii", "replace").decode()
+    """At most 24 characters that Pillow's font has."""
+    plain = ascii_only(name)
     return plain if len(plain) <= 24 else plain[:21] + "..."
 
 

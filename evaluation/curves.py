@@ -4,13 +4,12 @@ Blue is normal or usual, orange is what the threshold calls anomalous (Okabe and
 """
 
 import math
-import unicodedata
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from evaluation.anomaly_metrics import Array, image_metrics, real_numbers, to_numpy
-from evaluation.heatmaps import INK, MARGIN, PAPER, SOFT, font
+from evaluation.heatmaps import INK, MARGIN, PAPER, SOFT, ascii_only, font
 
 BLUE, ORANGE, GRID = (0, 114, 178), (213, 94, 0), (226, 226, 226)
 PANEL, LEFT, TOP, DOT = 400, 44, 134, 7  # pixels: side of a plot, room for its numbers, above it, radius of the dot
@@ -182,8 +181,7 @@ def dashed(draw: ImageDraw.ImageDraw, ends: list[tuple[int, int]], color: tuple[
 
 def fitted(text: str, face: ImageFont.FreeTypeFont, width: int) -> str:
     """`text` in ASCII, as Pillow's own font has no other letters, its middle left out when it is wider than `width`."""
-    text = "".join(char for char in unicodedata.normalize("NFKD", text) if not unicodedata.combining(char))
-    text = shown = text.encode("ascii", "replace").decode()
+    text = shown = ascii_only(text)
     for kept in range(len(text) - 1, 1, -1):
         if face.getlength(shown) <= width:
             break

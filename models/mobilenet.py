@@ -119,11 +119,12 @@ class MobileNetV2(nn.Module):
                 nn.init.normal_(module.weight, std=0.01)
                 nn.init.zeros_(module.bias)
 
-    def forward_stages(self, x: Tensor) -> list[Tensor]:
+    def forward_stages(self, x: Tensor, last: int = 4) -> list[Tensor]:
         """Images (B, 3, H, W) -> the last block's output at each stride s = 4, 8, 16, 32:
-        [(B, stage_channels[i], H / s, W / s)]. Sizes that the stride does not divide are rounded up."""
+        [(B, stage_channels[i], H / s, W / s)]. Sizes that the stride does not divide are rounded up. What comes after
+        stage `last` is not computed."""
         maps = []
-        for i, layer in enumerate(self.features[:-1]):
+        for i, layer in enumerate(self.features[: STAGE_ENDS[last - 1] + 1]):
             x = layer(x)
             if i in STAGE_ENDS:
                 maps.append(x)

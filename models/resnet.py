@@ -135,12 +135,13 @@ class ResNet(nn.Module):
             elif zero_init_residual and isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)
 
-    def forward_stages(self, x: Tensor) -> list[Tensor]:
+    def forward_stages(self, x: Tensor, last: int = 4) -> list[Tensor]:
         """Images (B, 3, H, W) -> the outputs of layer1 to layer4, [(B, stage_channels[i], H / s, W / s)] at strides s =
-        4, 8, 16, 32 (CIFAR stem: 1, 2, 4, 8). Sizes that the stride does not divide are rounded up."""
+        4, 8, 16, 32 (CIFAR stem: 1, 2, 4, 8). Sizes that the stride does not divide are rounded up. What comes after
+        stage `last` is not computed."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # (B, 64, H / 4, W / 4)
         maps = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4)[:last]:
             x = stage(x)
             maps.append(x)
         return maps

@@ -22,7 +22,8 @@ ABOUT_PROGRESS = ("resume",)  # keys that may differ between a checkpoint's conf
 def save(path: str | Path, parts: dict, **about) -> None:
     """Write {name: part.state_dict()} and `about` (step, config, ...) on rank 0, whole or not at all.
 
-    Every rank calls it: a part that is spread over processes is gathered by its state_dict. A temporary file, fsync, then rename: a process killed in between leaves the old checkpoint or the new one.
+    Every rank calls it: a part that is spread over processes is gathered by its state_dict. A temporary file, fsync,
+    then rename: a process killed in between leaves the old checkpoint or the new one.
     """
     state = {name: part.state_dict() for name, part in parts.items()} | about | {"version": code_version()}
     if not distributed.is_main():

@@ -17,5 +17,5 @@ def run(main) -> None:
         print(f"error{rank}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped: the same command goes on from the last checkpoint", file=sys.stderr)
+        print("stopped; where there is a checkpoint, the same command goes on from it", file=sys.stderr)
         sys.exit(130)

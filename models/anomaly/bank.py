@@ -14,7 +14,7 @@ class Bank(nn.Module):
     With several processes every method is a collective; all call it equally often, with empty tensors if need be, and
     get what one process with all entries would get: the same neighbours, ties to the lowest position.
 
-    A bank of more than `block` entries a process is searched block by block, so that it may lie in a memory-mapped file.
+    More than `block` entries a process are searched block by block, so that they may lie in a memory-mapped file.
 
     Buffers: entries (M_r, D) of this process, positions (M_r,) ascending, where these stand in the whole bank,
     origins (M, 3), picture, row and column of every entry of the whole bank.

@@ -39,7 +39,7 @@ class Detector(nn.Module):
     BatchNorm statistics ever move. Fitted state lives in buffers registered empty in the constructor.
 
     Args:
-        backbone: has `forward_stages(images) -> [(B, C_i, H_i, W_i)] * 4`.
+        backbone: has `forward_stages(images, last) -> [(B, C_i, H_i, W_i)] * last`.
         stages: the stages the method reads, 1 (the finest) to 4.
 
     Raises:
@@ -64,7 +64,7 @@ class Detector(nn.Module):
     @torch.no_grad()
     def features(self, images: Tensor) -> list[Tensor]:
         """The chosen stages of (B, 3, H, W) normalised images in float32, [(B, C_i, H_i, W_i)], without gradients."""
-        outputs = self.backbone.forward_stages(images)
+        outputs = self.backbone.forward_stages(images, last=max(self.stages))
         return [outputs[stage - 1].float() for stage in self.stages]
 
     @torch.no_grad()

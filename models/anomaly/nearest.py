@@ -12,7 +12,6 @@ from models.anomaly.bounds import (
     block_minima,
     entries_within,
     extent,
-    full_precision,  # noqa: F401 - until padim.py imports it from bounds
     matmul_precision,
     pair_distances,
     require_finite,

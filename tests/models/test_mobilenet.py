@@ -27,6 +27,7 @@ def test_any_width_is_torchvisions(width):
     images = torch.randn(2, 3, 65, 97)
     with torch.no_grad():
         logits, maps = ours(images), ours.forward_stages(images)
+        assert all(torch.equal(a, b) for a, b in zip(ours.forward_stages(images, last=2), maps[:2], strict=True))
         torch.testing.assert_close(logits, theirs(images), rtol=1e-5, atol=1e-5)
         for i, end in enumerate((3, 6, 13, 17)):
             torch.testing.assert_close(maps[i], theirs.features[: end + 1](images), rtol=1e-5, atol=1e-5)

@@ -44,6 +44,7 @@ def test_torchvision_weights_load_strictly_and_outputs_agree(name):
     images = torch.randn(2, 3, 65, 45)
     with torch.no_grad():
         logits, maps = ours(images), ours.forward_stages(images)
+        assert all(torch.equal(a, b) for a, b in zip(ours.forward_stages(images, last=2), maps[:2], strict=True))
         torch.testing.assert_close(logits, theirs(images), rtol=1e-5, atol=1e-5)
         x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images))))
         for i in range(4):

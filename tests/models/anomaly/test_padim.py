@@ -26,8 +26,8 @@ class Pyramid(nn.Module):
         super().__init__()
         self.mixers = nn.ModuleList(nn.Conv2d(3, channels, 1) for channels in (5, 4, 6, 3))
 
-    def forward_stages(self, x: Tensor) -> list[Tensor]:
-        return [mixer(F.avg_pool2d(x, 4 * 2**i)).tanh() for i, mixer in enumerate(self.mixers)]
+    def forward_stages(self, x: Tensor, last: int = 4) -> list[Tensor]:
+        return [mixer(F.avg_pool2d(x, 4 * 2**i)).tanh() for i, mixer in enumerate(self.mixers[:last])]
 
 
 def detector(backbone: type = Pyramid, **options) -> PaDiM:

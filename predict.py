@@ -1,0 +1,218 @@
+"""Examine pictures with the detector of a run of train_anomaly.py.
+
+    python predict.py runs/patchcore_mvtec pictures/ out=results/
+    python predict.py runs/patchcore_mvtec pictures/large.jpg out=results/ tile=512 overlap=64 threshold=3.5
+
+The run folder is all it needs. Pictures are those in a folder and below, or one file, of any sizes. Writes to `out`:
+
+predictions.csv: a row a picture: path (below the folder), score, is_anomalous (1 if the score is above the threshold,
+    else 0), threshold, nearest_training_picture (of detectors with a memory), and y, x: row and column of the most
+    anomalous pixel of the original. What is not known is empty.
+heatmaps/<path>.png: the original in grey under its anomaly map, regions above the run's pixel threshold outlined.
+
+`tile`: pictures are not fitted into the input but cut into squares at their own resolution; the score is the largest of
+all tiles' scores. The stored thresholds were measured on whole pictures in the input's size, so with tiles they promise
+nothing: give one. A picture that cannot be read is named on stderr and in the JSON on the last line, and skipped.
+"""
+
+import csv
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data import DataConfig, Geometry, build_geometry
+from data.augment import normalize
+from data.images import decode, find_images, picture_size
+from evaluation.prediction import ahead, whole_file, write_heatmap
+from evaluation.tiling import check_tiling, examine_tiles
+from models.anomaly import DETECTORS, DetectorConfig
+from models.anomaly.detector import Detector, Findings
+from models.build import BackboneConfig, build_backbone
+from training import checkpoint, config, distributed, errors
+from training.errors import UserError
+from training.optim import PRECISIONS
+
+COLUMNS = ("path", "score", "is_anomalous", "threshold", "nearest_training_picture", "y", "x")
+USAGE = "usage: python predict.py <run folder> <pictures: folder or file> [out=results threshold=.. tile=512 ...]"
+THREADS = min(16, os.cpu_count() or 1)  # that decode and draw; each holds a picture at full size
+
+
+@dataclass(kw_only=True)
+class Config:
+    run: str  # folder of a finished run
+    pictures: str  # a folder or a file
+    out: str = "results"
+    threshold: float | None = None  # of the score; none: the run's own
+    tile: int = 0  # side of square tiles in pixels; 0: whole pictures, as in training
+    overlap: int = 64  # pixels that neighbouring tiles share
+    batch_size: int = 16  # pictures, or tiles of one picture
+    device: str = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+
+class Picture(NamedTuple):
+    path: str
+    size: tuple[int, int]  # height and width of the original
+    geometry: Geometry  # how it became the image
+    image: Tensor  # uint8 (3, H, W)
+
+
+def main(argv: list[str]) -> None:
+    # ---------------------------------------------------------------- configuration, detector, pictures
+    if len(argv) < 2 or not all("=" in word for word in argv[2:]):
+        raise UserError(USAGE)
+    cfg = config.build(Config, config.read(argv[2:]) | {"run": argv[0], "pictures": argv[1]})
+    config.at_least_one(cfg, "batch_size")
+    device = distributed.setup(cfg.device)
+    if distributed.world_size() > 1:
+        raise UserError("predict.py runs in one process: start it without torchrun, once for each folder")
+    detector, geometry, state = load_run(Path(cfg.run))
+    detector.to(device, memory_format=torch.channels_last).eval()
+    if cfg.tile:
+        check_tiling(detector, cfg.tile, cfg.overlap)
+    threshold = state["calibration"]["threshold"] if cfg.threshold is None else cfg.threshold
+    if threshold is None:
+        say(f"warning: {cfg.run} has no threshold, so nothing is called anomalous or normal: give threshold=")
+    elif cfg.tile and cfg.threshold is None:
+        say("warning: the run's thresholds were measured on whole pictures, not on tiles: give threshold=")
+    out = Path(cfg.out)
+    root, paths = list_pictures(Path(cfg.pictures), out)
+
+    # ---------------------------------------------------------------- read, examine, draw, write: all while going
+    began, skipped, n_rows, n_anomalous = time.perf_counter(), [], 0, 0
+    load = partial(load_picture, geometry=None if cfg.tile else geometry)
+    finish = partial(row_and_heatmap, root=root, out=out, threshold=threshold, state=state)
+    bar = tqdm(total=len(paths), desc="pictures", unit="picture")
+    with whole_file(out / "predictions.csv") as file, bar, ThreadPoolExecutor(THREADS) as pool:
+        table = csv.writer(file)
+        table.writerow(COLUMNS)
+        loaded = ahead(load, paths, pool, THREADS if cfg.tile else THREADS + cfg.batch_size)
+        examined = examine(detector, without_broken(loaded, skipped, bar), device, cfg)
+        for row in ahead(finish, examined, pool, THREADS):
+            table.writerow(row)
+            file.flush()
+            n_rows, n_anomalous = n_rows + 1, n_anomalous + (row[2] == 1)
+            bar.update()
+        if not n_rows:
+            raise UserError(f"none of the {len(paths)} pictures in {cfg.pictures} can be read: check the files")
+
+    # ---------------------------------------------------------------- what was done
+    seconds = time.perf_counter() - began
+    results = {"pictures": n_rows, "anomalous": None if threshold is None else n_anomalous, "skipped": skipped}
+    results |= {"seconds": seconds, "images_per_second": n_rows / seconds, "out": str(out)}
+    print(json.dumps(results), flush=True)
+
+
+def examine(
+    detector: Detector, pictures: Iterator[Picture], device: torch.device, cfg: Config
+) -> Iterator[tuple[Picture, Findings]]:
+    """Each picture and the `Findings` (of 1) in its image, on the CPU; batches have pictures of one input size."""
+    dtype = PRECISIONS[cfg.precision]
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    while group := list(islice(pictures, 1 if cfg.tile else cfg.batch_size)):
+        with torch.inference_mode(), autocast:
+            if cfg.tile:
+                size = {"tile": cfg.tile, "overlap": cfg.overlap, "batch_size": cfg.batch_size}
+                found = examine_tiles(detector, group[0].image, **size, device=device)
+            else:
+                geometry, valid = group[0].geometry, None
+                if geometry.fit == "pad":
+                    sizes = torch.tensor([picture.size for picture in group])
+                    valid = geometry.valid(geometry.regions(sizes).to(device))
+                found = detector.examine(normalize(torch.stack([p.image for p in group]).to(device)), valid)
+                found = Findings(*(None if values is None else values.cpu() for values in found))
+        for i, picture in enumerate(group):
+            yield picture, Findings(*(None if values is None else values[i : i + 1] for values in found))
+
+
+def row_and_heatmap(
+    examined: tuple[Picture, Findings], *, root: Path, out: Path, threshold: float | None, state: dict
+) -> list:
+    """Draw a picture's heat map, if its detector has maps; returns its row of the table."""
+    (path, size, geometry, _), found = examined
+    score, name, (y, x) = float(found.scores), "", ("", "")
+    if not math.isfinite(score):
+        raise UserError(f"the score of {path} is {score}: use precision=fp32; if it is, the run has diverged")
+    if found.maps is not None and state["calibration"]["low"] is not None:
+        target = out / "heatmaps" / f"{os.path.relpath(path, root)}.png"  # of a.jpg and of a.png: two files
+        write_heatmap(path, geometry.to_original(found.maps[0], size), target, state["calibration"])
+    if found.pictures is not None:
+        name = state["names"][int(found.pictures)]
+    if found.peaks is not None:
+        point = geometry.to_original_point(found.peaks, torch.tensor([size]))[0].tolist()
+        y, x = (min(max(int(p), 0), side - 1) for p, side in zip(point, size))  # a patch may stick out
+    alarm = "" if threshold is None else int(score > threshold)
+    limit = "" if threshold is None else threshold
+    return [os.path.relpath(path, root), score, alarm, limit, name, y, x]
+
+
+def load_run(folder: Path) -> tuple[Detector, Geometry, dict]:
+    """The detector of a run folder, how its pictures become inputs, and the checkpoint's other values."""
+    if not (folder / checkpoint.LAST).exists():
+        raise UserError(f"{folder} has no {checkpoint.LAST}: name the folder of a finished run of train_anomaly.py")
+    state = checkpoint.load(folder / checkpoint.LAST)
+    if "detector" not in state["config"]:
+        raise UserError(f"{folder} holds a run without a detector: name a run folder of train_anomaly.py")
+    if "calibration" not in state:
+        raise UserError(f"the run in {folder} has not finished: the command that began it goes on with it")
+    sections = state["config"]
+    backbone = config.build(BackboneConfig, sections["backbone"] | {"weights": None}, "backbone.")  # all in "model"
+    settings = config.build(DetectorConfig, sections["detector"], "detector.")
+    detector = DETECTORS[settings.name](build_backbone(backbone)[0], **settings.options)
+    detector.load_state_dict(state.pop("model"))
+    return detector, build_geometry(config.build(DataConfig, sections["data"], "data.")), state
+
+
+def list_pictures(place: Path, out: Path) -> tuple[Path, list[str]]:
+    """The folder that paths in the table are relative to, and the pictures, without heat maps drawn before."""
+    if place.is_file():
+        return place.parent, [str(place)]
+    drawn = (out / "heatmaps").resolve()
+    paths = [path for path in find_images(place) if drawn not in Path(path).resolve().parents]
+    if not paths:
+        raise UserError(f"there are no pictures in {place}" if place.is_dir() else f"{place} is not there. {USAGE}")
+    return place, paths
+
+
+def load_picture(path: str, geometry: Geometry | None) -> tuple[str, Picture | UserError]:
+    """The picture fitted into the input, or as large as it is if geometry is None; of a broken one the error."""
+    try:
+        size = picture_size(path)
+        geometry = geometry or Geometry(*size)
+        return path, Picture(path, size, geometry, decode(path, geometry))
+    except UserError as error:
+        return path, error
+
+
+def without_broken(
+    loaded: Iterator[tuple[str, Picture | UserError]], skipped: list[str], bar: tqdm
+) -> Iterator[Picture]:
+    """The pictures that could be read; the others are named on stderr and added to `skipped`."""
+    for path, picture in loaded:
+        if isinstance(picture, Picture):
+            yield picture
+        else:
+            skipped.append(path)
+            say(f"skipped: {' '.join(str(picture).split())}")
+            bar.update()
+
+
+def say(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,32 @@
+"""predict.py on the test pictures of a run of train_anomaly.py says what that run said of them."""
+
+import csv
+import json
+import os
+
+import predict
+import train_anomaly
+from tests.pictures import write_mvtec
+
+
+def test_scores_alarms_and_neighbors_are_those_of_the_run(tmp_path, capsys):
+    root = write_mvtec(tmp_path / "set")
+    words = [f"data.root={root}", "data.category=part", "data.size=64", f"runs={tmp_path}", "run_name=run"]
+    train_anomaly.main(["configs/patchcore_demo.yaml", *words, "batch_size=4", "device=cpu"])
+    os.rename(root, tmp_path / "moved")  # the run folder is all that is needed
+    pictures = tmp_path / "moved" / "part" / "test"
+    capsys.readouterr()
+    predict.main([str(tmp_path / "run"), str(pictures), f"out={tmp_path / 'out'}", "batch_size=3", "device=cpu"])
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    tables = []
+    for path in (tmp_path / "run" / "test_scores.csv", tmp_path / "out" / "predictions.csv"):
+        with open(path, newline="") as file:
+            tables.append(list(csv.DictReader(file)))
+    assert len(tables[0]) == len(tables[1]) == results["pictures"] == 8
+    for then, now in zip(*tables):
+        assert then["path"].endswith(now["path"])
+        assert abs(float(then["score"]) - float(now["score"])) < 1e-4
+        assert then["is_anomalous"] == now["is_anomalous"]
+        assert then["nearest_training_picture"].endswith(now["nearest_training_picture"])
+        assert now["nearest_training_picture"].startswith("part/train/good/")
+    assert results["anomalous"] == sum(row["is_anomalous"] == "1" for row in tables[0])
