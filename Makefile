@@ -18,6 +18,9 @@ lint: .venv/developer
 
 bench: .venv/installed
 	$(PY) -m benchmarks.coreset
+	$(PY) -m benchmarks.knn
+	$(PY) -m benchmarks.padim
+	$(PY) -m benchmarks.predict
 	$(PY) -m benchmarks.views
 	$(PY) -m benchmarks.aupro
 

@@ -77,7 +77,9 @@ class CompareConfig:
 
 def main(argv: list[str]) -> None:
     raw = config.read(argv)
-    OTHERS.get(str(raw.get("task")), measure)(raw)
+    task = raw["task"].get("name") if isinstance(raw.get("task"), dict) else raw.get("task")
+    config.pick({**MEASURES, **OTHERS}, task, "task")
+    OTHERS.get(task, measure)(raw)
 
 
 def measure(raw: dict) -> None:
@@ -119,6 +121,7 @@ def compare(raw: dict) -> None:
     """task=compare: paired bootstrap between runs, as a table and in <first run>/eval_compare/."""
     raw.pop("run_name", None)
     cfg = config.build(CompareConfig, raw)
+    distributed.setup("cpu")
     if len(cfg.runs) < 2:
         raise errors.UserError(f"task=compare needs two run folders or more, not {len(cfg.runs)}: runs=runs/a,runs/b")
     result = compare_runs([load_scores(Path(run) / "test_scores.pt") for run in cfg.runs], cfg.runs, seed=cfg.seed)

@@ -8,7 +8,8 @@ The run folder is all it needs. Pictures are those in a folder and below, or one
 predictions.csv: a row a picture: path (below the folder), score, is_anomalous (1 if the score is above the threshold,
     else 0), threshold, nearest_training_picture (of detectors with a memory), and y, x: row and column of the most
     anomalous pixel of the original. What is not known is empty.
-heatmaps/<path>.png: the original in grey under its anomaly map, regions above the run's pixel threshold outlined.
+heatmaps/<path>.png: the original in grey under its anomaly map, regions above the run's pixel threshold outlined. None
+    for detectors without maps, and for runs that had no normal pictures to take the color scale from.
 
 `tile`: pictures are not fitted into the input but cut into squares at their own resolution; the score is the largest of
 all tiles' scores. The stored thresholds were measured on whole pictures in the input's size, so with tiles they promise
@@ -36,13 +37,14 @@ from tqdm import tqdm
 from data import DataConfig, Geometry, build_geometry
 from data.augment import normalize
 from data.images import decode, find_images, picture_size
-from evaluation.prediction import ahead, whole_file, write_heatmap
+from evaluation.prediction import ahead, write_heatmap
 from evaluation.tiling import check_tiling, examine_tiles
 from models.anomaly import DETECTORS, DetectorConfig
 from models.anomaly.detector import Detector, Findings
 from models.build import BackboneConfig, build_backbone
 from training import checkpoint, config, distributed, errors
 from training.errors import UserError
+from training.files import whole_file
 from training.optim import PRECISIONS
 
 COLUMNS = ("path", "score", "is_anomalous", "threshold", "nearest_training_picture", "y", "x")
@@ -60,7 +62,7 @@ class Config:
     overlap: int = 64  # pixels that neighbouring tiles share
     batch_size: int = 16  # pictures, or tiles of one picture
     device: str = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] | None = None  # none: the run's own, which its thresholds are of
 
 
 class Picture(NamedTuple):
@@ -81,6 +83,7 @@ def main(argv: list[str]) -> None:
         raise UserError("predict.py runs in one process: start it without torchrun, once for each folder")
     detector, geometry, state = load_run(Path(cfg.run))
     detector.to(device, memory_format=torch.channels_last).eval()
+    cfg.precision = cfg.precision or state["config"]["precision"]
     if cfg.tile:
         check_tiling(detector, cfg.tile, cfg.overlap)
     threshold = state["calibration"]["threshold"] if cfg.threshold is None else cfg.threshold

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from evaluation.report import csv_table, markdown_table, with_interval
 from training import config, errors
+from training.files import whole_file
 
 SCRIPTS = ["train_ssl", "train_anomaly"]
 
@@ -45,7 +46,10 @@ class Config:
 def main(argv: list[str]) -> None:
     cfg = config.load(Config, argv)
     top = config.run_folder(cfg)
-    commands = plan(cfg)
+    try:
+        commands = plan(cfg)
+    except ValueError as error:  # of shlex
+        raise errors.UserError(f"a command line of the sweep cannot be split into words: {error}") from None
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(SCRIPTS)  # torch is imported once, not once a cell
     began, outcomes = time.perf_counter(), {}
@@ -107,7 +111,10 @@ def place(cfg: Config, name: str) -> list[str]:
 def run(words: list[str], launcher: str, server) -> str | None:
     """Run one command; what it did wrong in one line, or None. Its progress goes to the terminal."""
     if launcher:
-        done = subprocess.run([*shlex.split(launcher), *words], stdout=subprocess.DEVNULL)
+        try:
+            done = subprocess.run([*shlex.split(launcher), *words], stdout=subprocess.DEVNULL)
+        except OSError as error:
+            raise errors.UserError(f"launcher={launcher} cannot be started: {error.strerror}") from None
         return f"exit status {done.returncode}; run it by itself to see why" if done.returncode else None
     receive, send = server.Pipe(duplex=False)
     process = server.Process(target=call_script, args=(words, send))
@@ -157,10 +164,10 @@ def write(cfg: Config, top: Path, outcomes: dict[str, dict]) -> None:
     keys = ["method", "steps", "loss", "knn20_top1", "seconds", "error"]
     shown = [[n] + [short(o.get(key)) for key in keys] for n, o in pretrained.items()]
     table = f"{markdown_table(['pretraining', *keys], shown)}\n{table}" if shown else table
-    (top / "results.md").write_text(
-        f"# {cfg.run_name}\n\nIn brackets: 95 % bootstrap intervals over test pictures.\n\n{table}"
-    )
-    (top / "results.csv").write_text(csv_table([{"run": name} | plain(outcome) for name, outcome in outcomes.items()]))
+    with whole_file(top / "results.md") as file:
+        file.write(f"# {cfg.run_name}\n\nIn brackets: 95 % bootstrap intervals over test pictures.\n\n{table}")
+    with whole_file(top / "results.csv") as file:
+        file.write(csv_table([{"run": name} | plain(outcome) for name, outcome in outcomes.items()]))
     print(table)
     print(
         f"{top}/results.md, {top}/results.csv; pictures: {top}/*/*/*/heatmaps.png; curves: tensorboard --logdir {top}"

@@ -21,9 +21,9 @@ from data import DataConfig, build_dataset
 from data.augment import normalize
 from data.loading import Loader, holdout
 from evaluation.anomaly_report import report
-from evaluation.calibration import calibrate
+from evaluation.calibration import calibrate, promise
 from evaluation.detection import batches_of, examine_set
-from evaluation.update import names_of, update_memory
+from evaluation.update import load_memory, names_of, same_pictures, update_memory
 from models.anomaly import DETECTORS, DetectorConfig
 from models.build import BackboneConfig, build_backbone
 from training import checkpoint, config, distributed, errors
@@ -41,7 +41,7 @@ class Config:
     batch_size: int = 16  # pictures a step, over all processes
     update: str | None = None  # last.pt of a fitted run: only learn what was added to its pictures or taken away
     holdout: float | None = None  # share of the normals kept for the thresholds; none: 0 if it can leave out, else 0.1
-    false_alarm_rate: float = 0.01  # the thresholds' promise
+    false_alarm_rate: float = 0.01  # what the thresholds promise; below 1 / (normals + 1) nothing can
     pixels: Literal["input", "original"] = "input"  # resolution of the pixel figures
     log_every: int = 10  # steps between points of the curves
     save_every: int = 500  # steps between checkpoints
@@ -77,6 +77,7 @@ def main(argv: list[str]) -> None:
         )
     if cfg.update and not hasattr(detector, "add"):
         raise errors.UserError(f"detector {cfg.detector.name} cannot be updated, only fitted anew: remove update")
+    old = load_memory(cfg.update, resolved, detector) if cfg.update else None
 
     # ---------------------------------------------------------------- data
     train_set, test_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "test")
@@ -85,6 +86,8 @@ def main(argv: list[str]) -> None:
             f"data.name={cfg.data.name} has no defects to find; use mvtec (MVTec layout) or one_against_all"
         )
     share = (0.0 if detector.leaves_out else 0.1) if cfg.holdout is None else cfg.holdout
+    if not 0 <= share < 1:
+        raise errors.UserError(f"holdout={share} must be at least 0 and below 1")
     train_ids, held_out = holdout(train_set, share, cfg.seed)
     load = {"seed": cfg.seed, "cache": cfg.data.cache, "workers": cfg.data.workers}
     sizes = {"batch_size": cfg.batch_size // world, "device": device}
@@ -99,9 +102,13 @@ def main(argv: list[str]) -> None:
         parts |= {"optimizer": optimizer, "scaler": scaler}
     state = checkpoint.open_run(folder, resolved, resume=cfg.resume)
     start = state["step"] if state else 0
+    about = {"config": resolved, "learned": train_ids.tolist()}  # pictures by the numbers that a detector remembers
+    about["names"] = names_of(train_set, cfg.data.options["root"])
     if state:
+        same_pictures(state, about, folder)
         checkpoint.restore(state, parts)
     log, window, began = Log(folder, resolved, start), Window(device), time.perf_counter()
+    before = state["seconds_fit"] if state else 0.0  # of the sessions before this one
     log.say(
         f"{cfg.run_name}: {cfg.detector.name}, {cfg.backbone.name} ({weights}), {len(train_ids)} normals to learn from"
     )
@@ -113,7 +120,7 @@ def main(argv: list[str]) -> None:
     if not by_gradient and start < total:
         with autocast:
             if cfg.update:
-                log.say(update_memory(detector, cfg.update, resolved, loader))
+                log.say(update_memory(detector, old, about["names"], loader))
             else:
                 detector.fit(batches_of(loader, "features"), len(train_ids))
     if by_gradient:
@@ -151,11 +158,13 @@ def main(argv: list[str]) -> None:
                 curves = log.scalars(done, curves | {f"stats/{name}": value for name, value in stats.items()})
                 bar.set_postfix_str(f"loss {curves['loss']:.3f}, {curves['speed/images_per_second']:.0f} images/s")
             if save_due and done < total:
-                checkpoint.save(folder / checkpoint.LAST, parts, step=done, config=resolved)
-    seconds_fit = time.perf_counter() - began
-    about = {"config": resolved, "learned": train_ids.tolist()}
-    about["names"] = names_of(train_set, cfg.data.options["root"])  # by the numbers that the detector remembers
-    checkpoint.save(folder / checkpoint.LAST, parts, step=total, **about)
+                about["seconds_fit"] = before + time.perf_counter() - began
+                checkpoint.save(folder / checkpoint.LAST, parts, step=done, **about)
+    if start < total:
+        about["seconds_fit"] = before + time.perf_counter() - began
+        checkpoint.save(folder / checkpoint.LAST, parts, step=total, **about)
+    else:
+        about["seconds_fit"] = before
 
     # ---------------------------------------------------------------- thresholds from normals, then the test, once
     began = time.perf_counter()
@@ -165,10 +174,12 @@ def main(argv: list[str]) -> None:
         if len(held_out) or (detector.leaves_out and len(train_ids) > 1):
             normal = examine_set(detector, normals, "normal pictures", leave_out=not len(held_out))
         calibration = calibrate(normal, normals, cfg.false_alarm_rate)
+        if calibration["promised_false_alarm_rate"] != cfg.false_alarm_rate:
+            log.say(promise(calibration))
         checkpoint.save(folder / checkpoint.LAST, parts, step=total, **about, calibration=calibration)
         seconds_threshold, began = time.perf_counter() - began, time.perf_counter()
         found = examine_set(detector, Loader(test_set, **sizes, **load), "test pictures")
-    speed = {"seconds_fit": seconds_fit, "seconds_threshold": seconds_threshold}
+    speed = {"seconds_fit": about["seconds_fit"], "seconds_threshold": seconds_threshold}
     speed["images_per_second"] = len(found.scores) / (time.perf_counter() - began)
     if distributed.is_main():
         results = {"detector": cfg.detector.name, "backbone": cfg.backbone.name, "n_train": len(train_ids)}

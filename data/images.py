@@ -21,6 +21,7 @@ from data.geometry import Geometry, as_geometry
 from training.distributed import is_main
 from training.errors import UserError
 
+Image.MAX_IMAGE_PIXELS = 2**30  # Pillow refuses twice as many; by default 179 million, fewer than line cameras deliver
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".pbm", ".jp2"}
 OnError = Literal["fail", "skip"]
 

@@ -21,6 +21,7 @@ from evaluation.neighbors import Pair, neighbor_sheet
 from evaluation.report import csv_table, markdown_table, with_interval
 from evaluation.update import names_of
 from models.anomaly.detector import Findings
+from training.files import whole_file
 from training.log import Log
 
 
@@ -38,7 +39,9 @@ def report(
     maps = None if found.maps is None else region_maps(found.maps, test_set, original=original)
     masks = region_masks(test_set, original=original) if has_masks else None
     results = anomaly_results(found.scores, maps, masks, test_set, threshold, seed=seed)
-    results |= {key: calibration[key] for key in ("pixel_threshold", "n_normals", "suspicious")}
+    results |= {
+        key: calibration[key] for key in ("pixel_threshold", "promised_false_alarm_rate", "n_normals", "suspicious")
+    }
     for line in calibration["suspicious"]:
         log.say(f"suspicious normal, look at it: {line['path']} (score {line['score']:.4g})")
     write_scores(folder, found, test_set, normals.dataset, threshold)
@@ -103,9 +106,8 @@ def write_scores(folder: Path, found: Findings, test_set, train_set, threshold: 
         row["is_anomalous"] = None if threshold is None else int(score > threshold)
         row["nearest_training_picture"] = None if found.pictures is None else train_set.paths[int(found.pictures[i])]
         rows.append(row)
-    temporary = folder / f"test_scores.csv.tmp{os.getpid()}"
-    temporary.write_text(csv_table(rows), encoding="utf-8")
-    os.replace(temporary, folder / "test_scores.csv")
+    with whole_file(folder / "test_scores.csv") as file:
+        file.write(csv_table(rows))
 
 
 def defect_table(results: dict) -> str:

@@ -9,16 +9,18 @@ from models.anomaly.detector import Findings
 def calibrate(normal: Findings | None, loader, false_alarm_rate: float) -> dict:
     """Plain values for the checkpoint, None where there are no findings or no maps.
 
-    threshold: of image scores; pixel_threshold: of map pixels; low, high: the color scale; suspicious: the pictures
-    whose score is far above the others', [{path, score}], perhaps defects among the normals.
+    threshold: of image scores; pixel_threshold: of map pixels; promised_false_alarm_rate: what so few pictures can
+    promise; low, high: the color scale; suspicious: the pictures whose score is far above the others', [{path, score}],
+    perhaps defects among the normals.
 
     Args:
         normal: findings of the pictures of `loader`, in its order, each left out or held out.
     """
     values = dict.fromkeys(("threshold", "pixel_threshold", "low", "high"))
-    values |= {"false_alarm_rate": false_alarm_rate, "n_normals": 0, "suspicious": []}
+    values |= {"promised_false_alarm_rate": None, "n_normals": 0, "suspicious": []}
     if normal is None:
         return values
+    values["promised_false_alarm_rate"] = max(false_alarm_rate, 1 / (len(normal.scores) + 1))
     values |= {
         "n_normals": len(normal.scores),
         "threshold": normal_threshold(normal.scores, false_alarm_rate=false_alarm_rate),
@@ -29,3 +31,11 @@ def calibrate(normal: Findings | None, loader, false_alarm_rate: float) -> dict:
         values["pixel_threshold"] = pixel_threshold(maps, false_alarm_rate)
         values["low"], values["high"] = heat_range(maps)
     return values
+
+
+def promise(calibration: dict) -> str:
+    """What to tell the user when the wanted rate cannot be promised."""
+    n, rate = calibration["n_normals"], calibration["promised_false_alarm_rate"]
+    if rate is None:
+        return "no threshold: the detector was fitted on every normal picture; add some, or set holdout=0.1"
+    return f"{n} normals cannot promise false_alarm_rate: the threshold is their largest score, good for {rate:.1%}"

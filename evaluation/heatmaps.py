@@ -1,7 +1,6 @@
 """Anomaly maps as pictures: a color ramp, an overlay, the outline of the true defect, and a sheet that shows at a
 glance what a detector finds, misses and wrongly reports. Images are uint8 (3, H, W); Pillow draws."""
 
-import contextlib
 import os
 import unicodedata
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from evaluation.anomaly_metrics import Array, real_numbers, to_numpy
-from training.errors import UserError
+from training.files import whole_file
 
 # Matplotlib's "inferno" (Smith and van der Walt 2015, public domain) at 0, 1/8 .. 1: lightness rises evenly, so it also
 # reads in grey and to the color-blind.
@@ -156,14 +155,8 @@ def sheet(rows: list[Row], path: str | os.PathLike, *, low: float, high: float, 
 
 def save(paper: Image.Image, path: str | os.PathLike) -> None:
     """Write a picture whole or not at all."""
-    temporary = f"{path}.tmp{os.getpid()}"
-    try:
-        paper.save(temporary, "PNG", compress_level=1)  # twice as fast as the default, and hardly larger
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    with whole_file(path, "wb") as file:
+        paper.save(file, "PNG", compress_level=1)  # twice as fast as the default, and hardly larger
 
 
 def _tiles(row: Row, low: float, high: float) -> tuple[Image.Image, Image.Image]:

@@ -1,12 +1,9 @@
-"""What predict.py does with files: threads that work ahead, full-size pictures, heat maps over them, whole files."""
+"""What predict.py does with files: threads that work ahead, full-size pictures, heat maps over them."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from PIL import Image
@@ -15,7 +12,6 @@ from torch import Tensor
 from data.geometry import Geometry
 from data.images import decode, picture_size
 from evaluation.heatmaps import outline, overlay, save
-from training.errors import UserError
 
 
 def ahead(function: Callable, items: Iterable, pool: Executor, count: int) -> Iterator:
@@ -43,26 +39,4 @@ def write_heatmap(path: str, heat: Tensor, target: Path, calibration: dict) -> N
     drawn = torch.cat(strips, dim=1)  # (3, h, w)
     if calibration["pixel_threshold"] is not None:
         drawn = outline(drawn, heat > calibration["pixel_threshold"])
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make folder {target.parent}: {error.strerror}") from None
     save(Image.fromarray(drawn.permute(1, 2, 0).contiguous().numpy()), target)  # (h, w, 3)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[TextIO]:
-    """A text file that has its name only once all is written. After an error it is gone; after a kill, what had been
-    flushed lies beside it under a temporary name."""
-    temporary = Path(f"{path}.tmp{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            yield file
-        os.replace(temporary, path)
-    except Exception as error:
-        if temporary.is_file() or temporary.is_symlink():
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {path}: {error.strerror}; nothing was written under that name") from None
-        raise

@@ -11,15 +11,16 @@ from training import checkpoint
 from training.config import flatten
 from training.errors import UserError
 
-SECTIONS = ("backbone", "detector", "data")  # must be what the old run had,
-FREE = (
+SECTIONS = ("backbone", "detector", "data", "precision")  # of the config: must be what the old run had,
+FREE = (  # but for where things are, and how much memory they may take
     "backbone.weights",
     "backbone.part",
     "data.root",
     "data.on_error",
     "data.cache",
     "data.workers",
-)  # but for these
+    "detector.memory_limit",
+)
 
 
 def names_of(dataset, root: str) -> list[str]:
@@ -27,16 +28,24 @@ def names_of(dataset, root: str) -> list[str]:
     return [os.path.relpath(path, root) for path in dataset.paths]
 
 
-def update_memory(detector: nn.Module, path: str, resolved: dict, loader: Loader) -> str:
-    """Load the fitted detector of the run at `path` and bring it to the pictures of `loader`; says what changed.
+def same_pictures(state: dict, about: dict, folder: str) -> None:
+    """UserError when a run that goes on was begun with other training pictures: its numbers would mean others now."""
+    if state["names"] != about["names"] or state["learned"] != about["learned"]:
+        changed = sorted({*state["names"]} ^ {*about["names"]})
+        raise UserError(
+            f"the training pictures of {folder} changed since it began ({', '.join(changed[:3]) or 'their order'}): "
+            "choose another run_name (with update= where the detector can), or resume=never to start afresh"
+        )
 
-    Pictures are the same when their names below data.root are. The detector has `keep(numbers)` and `add(batches, n)`.
+
+def load_memory(path: str, resolved: dict, detector: nn.Module) -> dict:
+    """The checkpoint of a fitted run to update, proved to fit this run's config and backbone.
 
     Raises:
-        UserError: the old run's detector, backbone or input differ, or none of its pictures is left.
+        UserError: it is no finished run, or its detector, backbone, input or precision differ.
     """
     old = checkpoint.load(path)
-    if "learned" not in old:
+    if "calibration" not in old:
         raise UserError(f"update={path} is not the last.pt of a finished run of train_anomaly.py")
     sections = [flatten({s: c[s] for s in SECTIONS}) for c in (old["config"], resolved)]
     for key in sorted({*sections[0], *sections[1]} - {*FREE}):
@@ -45,8 +54,21 @@ def update_memory(detector: nn.Module, path: str, resolved: dict, loader: Loader
                 f"update={path} was fitted with {key}={sections[0].get(key)}, this config says "
                 f"{sections[1].get(key)}: make them equal, or fit anew without update"
             )
+    for name, tensor in detector.backbone.state_dict().items():
+        if not torch.equal(tensor.cpu(), old["model"][f"backbone.{name}"]):
+            raise UserError(
+                f"update={path} has other backbone weights ({name} differs): give the same backbone.weights"
+            )
+    return old
+
+
+def update_memory(detector: nn.Module, old: dict, names: list[str], loader: Loader) -> str:
+    """Bring the fitted detector of checkpoint `old` to the pictures of `loader`; says what changed.
+
+    Pictures are the same when their names below data.root are; `names` are those of all of the loader's dataset. The
+    detector has `keep(numbers)` and `add(batches, n)`. Raises UserError when none of its pictures is left.
+    """
     detector.load_state_dict(old["model"])
-    names = names_of(loader.dataset, resolved["data"]["root"])
     number = {names[i]: i for i in loader.indices.tolist()}
     learned = {old["names"][i] for i in old["learned"]}
     detector.keep(torch.tensor([number.get(n, -1) if n in learned else -1 for n in old["names"]], device=loader.device))
@@ -56,4 +78,4 @@ def update_memory(detector: nn.Module, path: str, resolved: dict, loader: Loader
             loader.dataset, loader.batch_size, loader.device, indices=new, cache=loader.cache, workers=loader.workers
         )
         detector.add(batches_of(added, "new pictures"), len(new))
-    return f"update of {path}: {len(new)} pictures added, {len(learned - set(number))} removed, {len(names)} in all"
+    return f"update: {len(new)} pictures added, {len(learned - set(number))} removed, {len(number)} in all"

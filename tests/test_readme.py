@@ -11,6 +11,7 @@ import torchvision
 import yaml
 
 import eval as evaluate
+import predict
 import sweep
 import train_anomaly
 import train_ssl
@@ -23,6 +24,7 @@ SMALL = {
     "train_ssl.py": ["epochs=1", "batch_size=4", "data.size=32", "augment.size=32", "device=cpu", "precision=fp32"],
     "train_anomaly.py": ["data.size=64", "batch_size=4", "device=cpu"],
     "eval.py": ["data.size=32", "device=cpu"],
+    "predict.py": ["device=cpu"],
 }
 FURTHER = {  # what makes a config small beyond that
     "configs/simclr_scavport.yaml": ["sync_bn=false"],
@@ -53,10 +55,11 @@ def place(tmp_path_factory):
 def test_every_command_of_the_readme_runs_at_small_size(place, monkeypatch):
     """In the order of the README, for a later one needs the checkpoint of an earlier one."""
     monkeypatch.chdir(TOP)
-    mains = {"train_ssl.py": train_ssl, "train_anomaly.py": train_anomaly, "eval.py": evaluate}
+    mains = {"train_ssl.py": train_ssl, "train_anomaly.py": train_anomaly, "eval.py": evaluate, "predict.py": predict}
     ran = []
     for line in commands():
-        line = line.replace("/path/to", str(place)).replace("runs/", f"{place}/runs/")
+        for written, here in (("/path/to", place), ("runs/", f"{place}/runs/"), ("out=", f"out={place}/")):
+            line = line.replace(written, str(here))
         launcher, *words = shlex.split(line)
         processes = 1
         if launcher == "torchrun":
@@ -64,13 +67,17 @@ def test_every_command_of_the_readme_runs_at_small_size(place, monkeypatch):
         name, *words = words
         if name == "sweep.py":
             continue  # `make demo` runs it as it stands, tests/scripts/test_eval_and_sweep.py a small one
-        words += SMALL[name] + FURTHER.get(words[0], []) + [f"runs={place}/runs"]
+        if name == "predict.py":
+            words += SMALL[name]
+        elif "task=compare" not in words:
+            words += SMALL[name] + FURTHER.get(words[0], []) + [f"runs={place}/runs"]
         if processes > 1:
             script([name, *words], processes=processes)
         else:
             mains[name].main(words)
         ran.append(name)
-    assert ran.count("train_ssl.py") >= 2 and ran.count("train_anomaly.py") >= 2 and ran.count("eval.py") >= 2
+    assert ran.count("train_ssl.py") >= 2 and ran.count("train_anomaly.py") >= 2 and ran.count("eval.py") >= 3
+    assert "predict.py" in ran
 
 
 SCHEMAS = {"train_ssl.py": train_ssl.Config, "train_anomaly.py": train_anomaly.Config, "eval.py": evaluate.Config,

@@ -1,5 +1,6 @@
 """Mistakes of the user: one line on stderr and exit status 2 instead of a traceback."""
 
+import errno
 import os
 import sys
 
@@ -15,6 +16,11 @@ def run(main) -> None:
     except UserError as error:
         rank = f" [rank {os.environ['RANK']}]" if "RANK" in os.environ else ""
         print(f"error{rank}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        print(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}; make room", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; where there is a checkpoint, the same command goes on from it", file=sys.stderr)

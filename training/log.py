@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from training import distributed
 from training.config import flatten
 from training.errors import UserError
+from training.files import whole_file
 
 
 class Log:
@@ -32,9 +32,8 @@ class Log:
             return
         lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        temporary = self.folder / f"metrics.jsonl.tmp{os.getpid()}"
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, self._metrics)
+        with whole_file(self._metrics) as file:
+            file.writelines(line + "\n" for line in kept)
         self.writer = SummaryWriter(self.folder, purge_step=step + 1)
         self.text("config", "```yaml\n" + yaml.safe_dump(config, sort_keys=False) + "```")
 
@@ -75,15 +74,15 @@ class Log:
         metrics = {f"final/{k}": v for k, v in results.items() if isinstance(v, int | float)}
         self.writer.add_hparams(hparams, metrics, run_name=".")
         self.writer.close()
-        temporary = self.folder / f"results.json.tmp{os.getpid()}"
-        temporary.write_text(json.dumps(results) + "\n")
-        os.replace(temporary, self.folder / "results.json")
+        with whole_file(self.folder / "results.json") as file:
+            file.write(json.dumps(results) + "\n")
         print(json.dumps(results), flush=True)
 
     def repeat_results(self) -> bool:
         """Whether this run had its results written already; prints them again."""
         path = self.folder / "results.json"
         if path.exists() and self.writer:
+            self.say(f"done before: these are the results in {path} (resume=never starts afresh)")
             print(path.read_text().strip(), flush=True)
         return path.exists()
 

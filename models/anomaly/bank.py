@@ -3,9 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+from models.anomaly.bounds import require_finite
 from models.anomaly.nearest import Prepared, nearest_squared, prepare
 from training.distributed import all_reduce_sum, gather_rows, rank, world_size
 from training.errors import UserError
+
+BLOCK = 2**16  # entries searched at a time, at most
 
 
 class Bank(nn.Module):
@@ -14,20 +17,21 @@ class Bank(nn.Module):
     With several processes every method is a collective; all call it equally often, with empty tensors if need be, and
     get what one process with all entries would get: the same neighbours, ties to the lowest position.
 
-    More than `block` entries a process are searched block by block, so that they may lie in a memory-mapped file.
+    Entries are searched in blocks, so that they may lie in a memory-mapped file. What the search needs of a block
+    beside the entries, as much memory again, is made once and kept unless all of it is more than `budget` bytes.
 
     Buffers: entries (M_r, D) of this process, positions (M_r,) ascending, where these stand in the whole bank,
     origins (M, 3), picture, row and column of every entry of the whole bank.
     A checkpoint holds the whole bank, whatever the number of processes that wrote or read it.
     """
 
-    def __init__(self, block: int = 2**18):
+    def __init__(self, budget: int = 2**33):
         super().__init__()
-        self.block = block
+        self.budget = budget
         self.register_buffer("entries", torch.empty(0, 0))
         self.register_buffer("positions", torch.empty(0, dtype=torch.int64))
         self.register_buffer("origins", torch.empty(0, 3, dtype=torch.int64))
-        self._prepared: Prepared | None = None
+        self._prepared: dict[int, Prepared] = {}  # by the block's first entry
         self._around: Tensor | None = None
 
     def __len__(self) -> int:
@@ -36,7 +40,7 @@ class Bank(nn.Module):
     def hold(self, entries: Tensor, positions: Tensor, origins: Tensor) -> None:
         """Take these as the bank's content; see the buffers."""
         self.entries, self.positions, self.origins = entries, positions, origins
-        self._prepared = self._around = None
+        self._prepared, self._around = {}, None
 
     def nearest(self, queries: Tensor, k: int, pictures: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The k nearest entries of queries (Q, D): squared Euclidean distances (Q, k) float64 and positions (Q, k).
@@ -45,30 +49,33 @@ class Bank(nn.Module):
         the distance is inf and the position M.
 
         Raises:
-            UserError: none is left for some query.
+            UserError: a query is not finite, or is of the only picture in the bank and leaves that out.
         """
         everyone = gather_rows(queries)  # (sum of Q, D)
+        require_finite(everyone, "patches")
         away = None if pictures is None else gather_rows(pictures)
-        squared = everyone.new_full((len(everyone), k), torch.inf, dtype=torch.float64)
-        positions = torch.full_like(squared, len(self), dtype=torch.int64)
-        if len(self.entries) <= self.block and len(self.entries) and self._prepared is None:
-            self._prepared = prepare(self.entries)
-        own = self.origins[self.positions, 0]  # (M_r,) picture of each entry here
-        for first in range(0, len(self.entries), self.block):
-            block = self.entries[first : first + self.block].to(everyone.device)
-            exclude = None if away is None else (away, own[first : first + self.block].to(away.device))
-            found, index = nearest_squared(
-                everyone, block, min(k, len(block)), prepared=self._prepared, exclude=exclude
-            )
-            where = self.positions[first : first + self.block].to(everyone.device)[index.clamp(min=0)]
-            squared, positions = closest(squared, positions, found, where.masked_fill(index < 0, len(self)), k)
-        if world_size() > 1:
-            squared, positions = _merge_processes(squared, positions, len(queries), k)
-        if pictures is not None and (positions[:, 0] == len(self)).any():
+        only = self.origins[0, 0] if len(self) and (self.origins[:, 0] == self.origins[0, 0]).all() else None
+        if away is not None and only is not None and (away == only).any():
             raise UserError(
                 f"all {len(self)} patches of the bank come from one picture, so it cannot be left out: keep more "
                 "patches (detector.coreset), or set holdout=0.1 to have the threshold from pictures held out"
             )
+        squared = everyone.new_full((len(everyone), k), torch.inf, dtype=torch.float64)
+        positions = torch.full_like(squared, len(self), dtype=torch.int64)
+        own = self.origins[self.positions, 0]  # (M_r,) picture of each entry here
+        step = min(BLOCK, max(2**10, self.budget // (16 * queries.shape[1])))
+        for first in range(0, len(self.entries), step):
+            some = slice(first, first + step)
+            block = self.entries[some].to(everyone.device)
+            prepared = self._prepared.get(first) or prepare(block)
+            if self.entries.nbytes <= self.budget:
+                self._prepared[first] = prepared
+            exclude = None if away is None else (away, own[some])
+            found, index = nearest_squared(everyone, block, min(k, len(block)), prepared=prepared, exclude=exclude)
+            where = self.positions[some][index.clamp(min=0)]
+            squared, positions = closest(squared, positions, found, where.masked_fill(index < 0, len(self)), k)
+        if world_size() > 1:
+            squared, positions = _merge_processes(squared, positions, len(queries), k)
         return squared, positions
 
     def rows(self, positions: Tensor) -> Tensor:
@@ -121,13 +128,21 @@ class Bank(nn.Module):
             torch.cat([self.origins, origins]),
         )
 
+    def _apply(self, fn, recurse: bool = True) -> "Bank":
+        self._prepared, self._around = {}, None  # lie where the entries lay
+        return super()._apply(fn, recurse)
+
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:  # noqa: ARG002
         order = gather_rows(self.positions).argsort()
         whole = self.entries if world_size() == 1 else gather_rows(self.entries)[order]
         destination[prefix + "entries"], destination[prefix + "origins"] = whole, self.origins
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:  # noqa: ARG002
-        entries, origins = state_dict[prefix + "entries"], state_dict[prefix + "origins"]
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        names = [prefix + "entries", prefix + "origins"]
+        if not all(name in state_dict for name in names):
+            args[2].extend(names)  # missing_keys of nn.Module
+            return
+        entries, origins = (state_dict[name] for name in names)
         mine = torch.arange(rank(), len(entries), world_size())
         device = self.entries.device
         mine_of_it = entries if world_size() == 1 else entries[mine]

@@ -76,16 +76,19 @@ class Detector(nn.Module):
 
         Args:
             images: (B, 3, H, W) normalised. valid: bool (B, H, W), False in padding; maps are 0 there.
-            leave_out: (B,) int64, numbers of training pictures: each result is as if that picture had not been fitted.
+            leave_out: (B,) int64, numbers of training pictures: each result is as if that picture had not been fitted;
+                the method's file says how exactly.
         """
         if leave_out is not None and not self.leaves_out:
             raise ValueError(f"{type(self).__name__} cannot leave out a picture that it was fitted on")
         was_training = self.training
         self.eval()
-        outputs = self.networks(images)
-        with torch.autocast(images.device.type, enabled=False):
-            findings = self.measure(outputs, images.shape[-2:], valid, leave_out)
-        self.train(was_training)
+        try:
+            outputs = self.networks(images)
+            with torch.autocast(images.device.type, enabled=False):
+                findings = self.measure(outputs, images.shape[-2:], valid, leave_out)
+        finally:
+            self.train(was_training)
         return findings if findings.maps is None else findings._replace(maps=blank(findings.maps, valid))
 
     def score(

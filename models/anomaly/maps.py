@@ -53,9 +53,15 @@ def render(
 
 
 def grid_valid(valid: Tensor, size: tuple[int, int]) -> Tensor:
-    """bool (B, H, W) -> (B, h, w): patches of which at least half is picture; in any case those with most of it."""
+    """bool (B, H, W) -> (B, h, w): patches of which at least half is picture, or those with most of it."""
     share = F.adaptive_avg_pool2d(valid[:, None].float(), tuple(size))[:, 0]
-    return share >= share.amax((1, 2), keepdim=True).clamp(max=0.5)
+    return (share >= share.amax((1, 2), keepdim=True).clamp(max=0.5)) & (share > 0)
+
+
+def peak(maps: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The largest pixel of each map (B, H, W) outside padding: its value (B,) and its centre y, x (B, 2)."""
+    values, at = blank(maps, valid).flatten(1).max(1)  # (B,)
+    return values, torch.stack([at // maps.shape[2], at % maps.shape[2]], 1) + 0.5  # (B, 2)
 
 
 def blank(maps: Tensor, valid: Tensor | None) -> Tensor:

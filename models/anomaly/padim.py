@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.anomaly.bounds import full_precision, require_finite
 from models.anomaly.detector import Batch, Detector, Findings
 from models.anomaly.gaussian import covariance_form, low_rank_form, put_left_out
-from models.anomaly.maps import render
+from models.anomaly.maps import peak, render
 from models.anomaly.memory import Workspace
 from training.distributed import gather_rows
 from training.errors import UserError
@@ -36,7 +36,7 @@ class PaDiM(Detector):
         channels: as many are drawn at random, once for all positions; None: all of them.
         regularization: what is added to the covariance's diagonal, above 0.
         form: `covariance` stores d x d numbers a position, `low_rank` n x (d + n) for n training pictures; the
-            distances are the same. `auto`: low_rank when d > n - 1.
+            distances are the same. `auto`: the one that stores less.
         seed: draws the channels, as Python's random.seed(seed); random.sample(range(all), channels).
         memory_limit: GiB of RAM for the training features while fitting; beyond it they go to a temporary file. None:
             half of what is free, or on a GPU its own memory.
@@ -110,7 +110,7 @@ class PaDiM(Detector):
         kept, indices, grid = self.collect(batches)
         order = gather_rows(indices).argsort()
         (positions, d), n, device = kept[0].shape[1:], len(order), self.mean.device
-        low_rank = self.form == "low_rank" or (self.form == "auto" and d > n - 1)
+        low_rank = self.form == "low_rank" or (self.form == "auto" and n * (d + n) < d * d)
         side, pictures = (n, n) if low_rank else (d, 0)
         deviations = self.mean.new_empty(positions, pictures, d)
         factor = self.mean.new_empty(positions, side, side)
@@ -191,8 +191,8 @@ class PaDiM(Detector):
                 raise UserError("padim: without its one training picture nothing is left to compare with; give more")
             grid = put_left_out(grid, self.left_out, self.numbers, leave_out)
         maps = render(grid, size)  # (B, H, W)
-        scores, peaks = maps.flatten(1).max(1)  # (B,)
-        return Findings(scores, maps, peaks=torch.stack([peaks // size[1], peaks % size[1]], 1) + 0.5)  # (B, 2)
+        scores, peaks = peak(maps)
+        return Findings(scores, maps, peaks)
 
     def require_aligned(self, rows: Tensor, grid: tuple[int, int], valid: Tensor | None) -> None:
         if valid is not None and not valid.all():

@@ -1,12 +1,11 @@
 """RD4AD (Deng & Li 2022, "Anomaly detection via reverse distillation from one-class embedding")."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from losses.feature_distance import flattened_cosine
 from models.anomaly.detector import Detector, Findings
-from models.anomaly.maps import blank, smooth, upsample
+from models.anomaly.maps import blank, peak, smooth, upsample
 from models.anomaly.rd4ad_networks import BasicBlock, Bottleneck, Decoder, OneClassBottleneck
 from training.errors import UserError
 
@@ -66,9 +65,13 @@ class RD4AD(Detector):
         distances = [
             1 - F.cosine_similarity(teacher, student) for teacher, student in zip(*outputs)
         ]  # 3 x (B, H_i, W_i)
-        maps = smooth(sum(upsample(distance, size, align_corners=True) for distance in distances))  # (B, H, W)
-        scores, peaks = blank(maps, valid).flatten(1).max(1)  # (B,)
-        return Findings(scores, maps, peaks=torch.stack([peaks // size[1], peaks % size[1]], 1) + 0.5)  # (B, 2)
+        maps = sum(upsample(distance, size, align_corners=True) for distance in distances)  # (B, H, W)
+        if valid is None:
+            maps = smooth(maps)
+        else:  # the blur takes nothing from padding; what convolutions saw there is in the features
+            maps = smooth(blank(maps, valid)) / smooth(valid.to(maps.dtype)).clamp(min=1e-6)
+        scores, peaks = peak(maps, valid)
+        return Findings(scores, maps, peaks)
 
 
 def _official_parts(backbone: nn.Module) -> tuple[tuple[int, int, int], type[nn.Module], int, int]:

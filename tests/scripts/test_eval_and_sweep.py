@@ -8,6 +8,7 @@ import torchvision
 
 import eval as evaluate
 import sweep
+import train_anomaly
 import train_ssl
 from tests.pictures import write_classes, write_mvtec
 from training.errors import UserError
@@ -48,6 +49,28 @@ def test_eval_mistakes(pictures, tmp_path):
         evaluate.main(["task=knn", f"checkpoint={tmp_path}/nothing.pt"])
 
 
+def test_compare_runs_on_the_same_pictures(tmp_path, capsys):
+    write_mvtec(tmp_path / "mvtec")
+    about = [f"data.root={tmp_path}/mvtec", "data.category=part", "data.size=32", f"runs={tmp_path}", "device=cpu"]
+    train_anomaly.main(["configs/embedding_demo.yaml", *about, "run_name=a"])
+    train_anomaly.main(["configs/patchcore_demo.yaml", *about, "run_name=b"])
+    train_anomaly.main(["configs/patchcore_demo.yaml", *about, "run_name=c", "detector.coreset=0.5"])
+    values = {n: json.loads((tmp_path / n / "results.json").read_text()) for n in "abc"}
+    capsys.readouterr()
+    evaluate.main(["task=compare", f"runs={tmp_path}/a,{tmp_path}/b,{tmp_path}/c"])
+    out, err = capsys.readouterr()
+    rows = {(row["figure"], row["a"][-1], row["b"][-1]): row for row in json.loads(out.splitlines()[-1])["differences"]}
+    assert ("pixel_auroc", "b", "c") in rows and ("pixel_auroc", "a", "b") not in rows  # embedding draws no maps
+    for (figure, a, b), row in rows.items():
+        assert row["difference"] == pytest.approx(values[b][figure] - values[a][figure], abs=1e-9)
+        assert row["interval"][0] <= row["interval"][1] and 0 < row["p"] <= 1
+    assert "| image_auroc" in err and (tmp_path / "a" / "eval_compare" / "results.json").exists()
+    with pytest.raises(UserError, match="two run folders or more"):
+        evaluate.main(["task=compare", f"runs={tmp_path}/a"])
+    with pytest.raises(UserError, match=r"test_scores\.pt"):
+        evaluate.main(["task=compare", f"runs={tmp_path}/a,{tmp_path}/nothing"])
+
+
 SWEEP = """
 pretraining:
   random: ""
@@ -57,6 +80,7 @@ detectors: {{embedding: configs/embedding_demo.yaml, patchcore: configs/patchcor
 tasks: {{part: data.root={mvtec} data.category=part}}
 also: data.size=32 batch_size=8 device=cpu
 metrics: [image_auroc, aupro]
+mean: true
 runs: {runs}
 run_name: grid
 """
@@ -84,6 +108,8 @@ def test_sweep(pictures, tmp_path, capfd):
     low, high = cell["image_auroc_interval"]
     assert shown[4] == f"{cell['image_auroc']:.3f} [{low:.3f}, {high:.3f}]"
     assert "cannot read no.pt" in shown[5]
+    mean = next(row for row in rows if row[:3] == ["mean", "patchcore", "image_auroc"])
+    assert mean[4:6] == [f"{cell['image_auroc']:.3f}", "-"]  # of one task, and of a cell that failed
     assert (top / "results.csv").read_text().count("\n") == 1 + 7
     assert err.count("done before") == 0
 

@@ -1,5 +1,6 @@
 """train_anomaly.py with each kind of detector: results, killed and resumed, under torchrun, updates, errors."""
 
+import functools
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import torchvision
 from PIL import Image
 
 import train_anomaly
+from evaluation.compare import load_scores
 from tests.pictures import script, write_mvtec
 from tests.scripts.test_train_ssl import kill_after
 from training.errors import UserError
@@ -78,12 +80,29 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(name, pictures, tmp
         assert first[key] == second[key]
 
 
+def test_a_run_does_not_go_on_with_other_pictures_or_lose_the_run_it_updates(pictures, tmp_path):
+    copy = tmp_path / "pictures"
+    shutil.copytree(pictures, copy)
+    run = words("patchcore", copy, tmp_path)
+    train_anomaly.main(run)
+    with pytest.raises(UserError, match=r"has another backbone|fitted with"):  # before resume=never removes anything
+        train_anomaly.main([*run, f"update={tmp_path}/run/last.pt", "resume=never", "seed=1"])
+    first = (tmp_path / "run" / "last.pt").read_bytes()
+    shutil.copy(copy / "part/train/good/000.png", copy / "part/train/good/0000.png")
+    (tmp_path / "run" / "results.json").unlink()
+    with pytest.raises(UserError, match=r"changed since it began \(part/train/good/0000\.png\)"):
+        train_anomaly.main(run)
+    assert (tmp_path / "run" / "last.pt").read_bytes() == first
+
+
 @pytest.mark.parametrize("name", ["patchcore", "rd4ad"])
 def test_two_processes(name, pictures, tmp_path):
-    results = script(["train_anomaly.py", *words(name, pictures, tmp_path / "two")], processes=2)
+    words_of = functools.partial(words, name, pictures)
+    own = ["holdout=0"] if name == "patchcore" else []  # each process leaves out its own pictures
+    results = script(["train_anomaly.py", *words_of(tmp_path / "two", *own)], processes=2)
     assert set(KEYS) <= set(results)
     if name == "patchcore":  # no batch norm in training: two processes are one
-        one = script(["train_anomaly.py", *words(name, pictures, tmp_path / "one")])
+        one = script(["train_anomaly.py", *words_of(tmp_path / "one", *own)])
         states = [torch.load(tmp_path / x / "run" / "last.pt", weights_only=True) for x in ("one", "two")]
         torch.testing.assert_close(states[0]["model"]["bank.entries"], states[1]["model"]["bank.entries"])
         for key in METRICS:
@@ -128,13 +147,16 @@ def test_an_update_learns_what_is_new_and_forgets_what_is_gone(pictures, tmp_pat
 
 
 def test_original_resolution_and_padding(tmp_path, capsys):
-    pictures, results = write_mvtec(tmp_path, size=96, width=160), []
+    pictures, results, counted = write_mvtec(tmp_path, size=96, width=160), [], []
     for more in (["pixels=original"], ["data.fit=pad"], ["data.fit=crop", "data.resize=80"], ["data.size=48,80"]):
         train_anomaly.main(words("patchcore", pictures, tmp_path, *more, "resume=never"))
         results.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
         assert results[-1]["pixel_auroc"] > 0.8
-    original = Image.open(tmp_path / "run" / "heatmaps.png")
-    assert original.width > 100
+        histograms = load_scores(tmp_path / "run" / "test_scores.pt").histograms
+        counted.append((histograms.negatives + histograms.positives).sum(1).tolist())
+    original, pad, crop, wide = (set(pixels) for pixels in counted)
+    assert original == {96 * 160} and crop == {64 * 64} and wide == {48 * 80}
+    assert pad == {38 * 64}  # 64 x 64, of which the picture takes 38.4 rows
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import models.anomaly.bank as bank_module
 from models.anomaly.bank import Bank, closest
 from models.anomaly.patchcore import PatchCore
 from models.resnet import ResNet18
@@ -42,7 +43,8 @@ def search_shares(rank: int, world_size: int, block: int) -> list:
     entries, origins = whole_bank()
     owner = torch.arange(len(entries)) % 3 % world_size if world_size != 2 else torch.zeros(len(entries))
     mine = (owner == rank).nonzero().flatten()
-    bank = Bank(block)
+    bank_module.BLOCK = block
+    bank = Bank()
     bank.hold(entries[mine], mine, origins)
     queries, away = points(23, 2), torch.arange(23) % 5
     parts = torch.arange(23).tensor_split(max(world_size - 1, 1))
@@ -53,7 +55,8 @@ def search_shares(rank: int, world_size: int, block: int) -> list:
 
 
 @pytest.mark.parametrize(("world_size", "block"), [(1, 1000), (1, 7), (2, 1000), (3, 5)])
-def test_search_equals_the_plain_loop(world_size, block):
+def test_search_equals_the_plain_loop(world_size, block, monkeypatch):
+    monkeypatch.setattr(bank_module, "BLOCK", bank_module.BLOCK)  # put back afterwards
     results = [search_shares(0, 1, block)] if world_size == 1 else run_processes(search_shares, world_size, block)
     queries, away = points(23, 2), torch.arange(23) % 5
     cases = [(k, leave) for k in (1, 3, 40) for leave in (None, away)]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from models.anomaly.maps import smooth, upsample
+from models.anomaly.maps import grid_valid, render, smooth, upsample
 
 
 @pytest.mark.parametrize("shape", [(64, 48), (33, 16), (17, 5), (2, 3), (1, 1), (1, 40)])
@@ -27,7 +27,6 @@ def test_smooth_defaults_to_sigma_4_and_treats_axes_alike():
 def test_smooth_keeps_its_precision_under_autocast():
     maps = torch.rand(1, 30, 30)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(smooth(maps), smooth(maps))
         inside = smooth(maps)
     assert torch.equal(inside, smooth(maps))
 
@@ -63,3 +62,30 @@ def test_upsample_is_bilinear(align_corners, size):
 def test_one_value_becomes_a_flat_map():
     flat = smooth(upsample(torch.tensor([[[2.5]]]), (9, 9), align_corners=True))
     assert torch.allclose(flat, torch.full((1, 9, 9), 2.5))
+
+
+def test_render_averages_over_valid_patches_alone():
+    """Normalised convolution, every weight of upsampling and blur written out: what padding holds has no influence."""
+    grid, valid = torch.rand(2, 5, 6), torch.rand(2, 5, 6) > 0.4
+    size, spread = (20, 24), []
+    for cell in range(30):  # the weight of every patch in every pixel
+        one = np.zeros(30)
+        one[cell] = 1
+        spread.append(gaussian_filter(interpolate(one.reshape(5, 6), size, align_corners=False), 4))
+    weights = np.stack(spread)  # (30, 20, 24)
+    for picture in range(2):
+        w = weights * valid[picture].double().numpy().reshape(30, 1, 1)
+        expected = (w * grid[picture].double().numpy().reshape(30, 1, 1)).sum(0) / w.sum(0)
+        np.testing.assert_allclose(render(grid, size, valid)[picture].numpy(), expected, atol=1e-5)
+    spoilt = torch.where(valid, grid, torch.tensor(1e6))
+    assert torch.equal(render(spoilt, size, valid), render(grid, size, valid))
+    torch.testing.assert_close(render(grid, size, torch.ones_like(valid)), render(grid, size))
+
+
+def test_a_patch_is_valid_when_half_of_it_is():
+    valid = torch.zeros(3, 10, 30, dtype=torch.bool)
+    valid[0, :, :14] = True  # the second column of patches has 4 of its 10
+    valid[1, :, :16] = True  # and here 6
+    valid[2, 0, 21] = True  # nothing has half
+    assert grid_valid(valid, (1, 3)).tolist() == [[[True, False, False]], [[True, True, False]], [[False, False, True]]]
+    assert not grid_valid(torch.zeros(1, 4, 4, dtype=torch.bool), (2, 2)).any()

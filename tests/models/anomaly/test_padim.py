@@ -129,8 +129,8 @@ def test_channels_are_those_of_the_reference():
     assert random.getstate() == state  # the global generator is left alone
 
 
-@pytest.mark.parametrize(("count", "channels", "low_rank"), [(15, None, True), (16, None, False), (8, 6, False)])
-def test_auto_takes_the_smaller_side(count, channels, low_rank):
+@pytest.mark.parametrize(("count", "channels", "low_rank"), [(9, None, True), (10, None, False), (8, 6, False)])
+def test_auto_takes_the_form_that_stores_less(count, channels, low_rank):
     assert (fitted(pictures(count), channels=channels).deviations.shape[1] > 0) == low_rank
 
 
