@@ -97,7 +97,7 @@ def test_the_demo_sweep_names_configs_and_folders_that_exist(tmp_path):
     generate(tmp_path / "demo", scale=0.02, workers=0)
     cfg = config.load(sweep.Config, [str(TOP / "configs" / "sweep_demo.yaml")])
     plan = sweep.plan(cfg)
-    assert len(plan) == 2 + 3 * 3 * len(cfg.tasks)
+    assert len(plan) == 2 + len(cfg.detectors) * len(cfg.pretraining) * len(cfg.tasks)
     for _, (name, *words), _ in plan:
         full = config.load(SCHEMAS[name], words)
         root = Path(full.data.options["root"].replace("datasets/demo", str(tmp_path / "demo")))

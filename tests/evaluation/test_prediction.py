@@ -1,17 +1,14 @@
-"""Work ahead in threads, files that are whole or not there, pictures at full size."""
+"""Work ahead in threads, pictures at full size."""
 
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
 from data.geometry import Geometry
-from evaluation.prediction import ahead, decode_whole, whole_file
-from training.errors import UserError
+from evaluation.prediction import ahead, decode_whole
 
 
 def test_work_is_done_ahead_but_only_so_far():
@@ -44,19 +41,3 @@ def test_a_whole_picture_is_upright_and_not_resampled(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=turned)
     whole = decode_whole(str(tmp_path / "a.png"))
     assert np.array_equal(whole.permute(1, 2, 0).numpy(), np.rot90(pixels, -1))
-
-
-def test_a_file_is_there_when_it_is_whole_and_not_before(tmp_path):
-    path = tmp_path / "new" / "a.csv"
-    with whole_file(path) as file:
-        file.write("old\n")
-        assert not path.exists()
-    for mistake, raised in ((ValueError("x"), ValueError), (OSError(28, "No space left on device"), UserError)):
-        with pytest.raises(raised), whole_file(path) as file:
-            file.write("new\n")
-            raise mistake
-        assert path.read_text() == "old\n" and os.listdir(path.parent) == ["a.csv"]
-    with pytest.raises(KeyboardInterrupt), whole_file(path) as file:
-        file.write("new\n")
-        raise KeyboardInterrupt
-    assert path.read_text() == "old\n" and len(os.listdir(path.parent)) == 2  # the rows so far lie beside it

@@ -39,7 +39,7 @@ def write_run(folder: Path, normals: list[str], name: str, *, scale=True, backbo
         "backbone": config.build(BackboneConfig, {"name": backbone, "weights": None}),
         "detector": config.build(DetectorConfig, {"name": name, **OPTIONS.get(name, {})}),
     }
-    resolved = {key: config.as_dict(part) for key, part in parts.items()}
+    resolved = {key: config.as_dict(part) for key, part in parts.items()} | {"precision": "fp32"}
     resolved["backbone"]["weights"] = "/gone/weights.pth"  # was there when the run was fitted, and is not needed now
     detector = DETECTORS[name](build_backbone(parts["backbone"])[0], **parts["detector"].options)
     geometry = build_geometry(parts["data"])

@@ -58,10 +58,10 @@ def watched(**options) -> list[float]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_bank_of_all_patches_does_not_need_to_fit_into_memory():
-    """320 MiB of patches, all kept: within a limit of 10 MiB they cost less than a third of their size."""
+    """320 MiB of patches, all kept: within a limit of 10 MiB they cost less than that, in RAM twice as much."""
     small, large = watched(coreset=1.0, limit=0.01), watched(coreset=1.0, limit=8)
     assert small[1:] == large[1:] and small[1] == 80 * 32 * 32
-    assert large[0] > 320 and small[0] < 320 / 3 + 64
+    assert large[0] > 640 and small[0] < 300
 
 
 @pytest.mark.parametrize("mode", ["paper", "amazon", "anomalib"])
