@@ -78,14 +78,9 @@ def script_seconds(detector: Detector, sections: dict, n_pictures: int, *words: 
         top = Path(place)
         (top / "run").mkdir()
         (top / "pictures").mkdir()
-        about = {
-            "config": sections | {"precision": "fp32"},
-            "names": [str(i) for i in range(100)],
-            "calibration": scale,
-        }
-        checkpoint.save(
-            top / "run" / checkpoint.LAST, {"model": detector}, step=1, names=names, calibration=scale, **about
-        )
+        about = {"config": sections | {"precision": "fp32"}, "calibration": scale, "step": 1}
+        names = [str(i) for i in range(100)]
+        checkpoint.save(top / "run" / checkpoint.LAST, {"model": detector}, names=names, **about)
         for i in range(n_pictures):
             pixels = drawn(600, 800, 2000 + i).permute(1, 2, 0).contiguous().numpy()  # (600, 800, 3)
             Image.fromarray(pixels).save(top / "pictures" / f"{i}.jpg", quality=92)
