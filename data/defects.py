@@ -15,9 +15,11 @@ from collections.abc import Callable
 from torch import Tensor
 
 from data.cutpaste import CutPaste, Scar, SmoothBlend
+from data.nsa import NSA
 
 DEFECTS: dict[str, Callable[..., Callable[..., tuple[Tensor, Tensor]]]] = {
     "cutpaste": CutPaste,
     "scar": Scar,
     "smooth_blend": SmoothBlend,
+    "nsa": NSA,
 }
