@@ -15,6 +15,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from data.cutpaste import CutPaste, Scar, SmoothBlend
+from data.noise_patches import NoisePatches
 from data.nsa import NSA
 
 DEFECTS: dict[str, Callable[..., Callable[..., tuple[Tensor, Tensor]]]] = {
@@ -22,4 +23,5 @@ DEFECTS: dict[str, Callable[..., Callable[..., tuple[Tensor, Tensor]]]] = {
     "scar": Scar,
     "smooth_blend": SmoothBlend,
     "nsa": NSA,
+    "noise": NoisePatches,
 }
