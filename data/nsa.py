@@ -151,18 +151,25 @@ class NSA:
         change = (made.float() - images.float()).abs().mean(1) * masks  # (B, H, W)
         counted = F.avg_pool2d(_padded((change > 1).float(), 2), 5, stride=1, divisor_override=1)[:, 0]
         changed = counted > 12.5
-        soft = [disk_median(one) for one in (change * changed).split(1)]  # 121 numbers a pixel: one picture at a time
-        soft = torch.cat(soft) if soft else change
+        soft = [disk_median(*one) for one in zip(change * changed, changed)]  # 81 numbers a pixel: one by one
+        soft = torch.stack(soft) if soft else change
         return changed / (1 + torch.exp(-self.steepness * (soft - self.middle)))
 
 
-def disk_median(values: Tensor, radius: int = 5) -> Tensor:
-    """Median over the pixels within `radius`, borders repeated: (B, H, W) -> (B, H, W), as skimage's median(disk)."""
+def disk_median(values: Tensor, where: Tensor, radius: int = 5) -> Tensor:
+    """Median over the pixels within `radius`, borders repeated, as skimage's median(disk): (H, W) -> (H, W).
+
+    A CPU computes it only `where` bool (H, W) is true and leaves 0 elsewhere; other devices need not wait for a count.
+    """
+    size, wide = values.shape, values.shape[1] + 2 * radius
     at = torch.arange(-radius, radius + 1)
-    disk = (at[:, None] ** 2 + at**2 <= radius**2).flatten().nonzero()[:, 0]  # (81,) of 121
-    around = F.unfold(_padded(values, radius), 2 * radius + 1)  # (B, 121, H W)
-    around = around.index_select(1, send(disk, values.device))
-    return around.median(1).values.unflatten(1, values.shape[1:])
+    rows, columns = (at[:, None] ** 2 + at**2 <= radius**2).nonzero().unbind(1)
+    disk = send(rows * wide + columns, values.device)  # (81,): places in a padded picture
+    everything = torch.arange(values.numel(), device=values.device)
+    pixels = everything[where.flatten()] if values.device.type == "cpu" else everything
+    first = pixels // size[1] * wide + pixels % size[1]
+    around = _padded(values[None], radius).flatten()[first[:, None] + disk]  # (pixels, 81)
+    return torch.zeros_like(values).flatten().index_copy_(0, pixels, around.median(1).values).view(size)
 
 
 def _padded(values: Tensor, width: int) -> Tensor:
