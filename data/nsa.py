@@ -125,7 +125,7 @@ class NSA:
             position = (at + 0.5) * (before / after)[:, axis, None].double() - 0.5  # (B, canvas)
             position = position.clamp(min=0).minimum(before[:, axis, None] - 1) + begin[:, axis, None]
             left = position.floor().long()
-            right = (left + 1).minimum((begin + before)[:, axis, None] - 1)
+            right = (left + 1).clamp(max=size - 1)  # beyond the patch its share is 0
             share = position - left
             share = share[:, None, :, None] if axis == 0 else share[:, None, None]
             source = torch.lerp(_take(source, left, axis), _take(source, right, axis), share)
