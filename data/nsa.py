@@ -97,7 +97,7 @@ class NSA:
         A box is its top left corner in the source, its extents there, its extents in the picture, its corner there.
         """
         sides = torch.tensor(size)
-        low, high = ((bound * sides).round() for bound in self.bounds)
+        low, high = ((bound * sides).round().clamp(min=1) for bound in self.bounds)
         gamma = torch.from_numpy(gammaincinv(self.shape, numbers[..., :2].numpy())) * self.scale
         half = ((self.offset + gamma) * sides).maximum(low).minimum(high).floor()
         center = whole(numbers[..., 2:4], low, sides - low - 1)

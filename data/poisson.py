@@ -52,8 +52,9 @@ def mixed_divergence(source: Tensor, target: Tensor) -> Tensor:
         flow = torch.where(ours.abs() > theirs.abs(), ours, theirs)
         length = target.shape[axis]
         result.narrow(axis, 1, length - 2).add_(flow.diff(dim=axis))
-    result[..., [0, -1], :] = 0
-    result[..., [0, -1]] = 0
+    for end in (0, -1):
+        result[..., end, :] = 0
+        result[..., end] = 0
     return result
 
 
@@ -76,5 +77,6 @@ def solve(target: Tensor, divergence: Tensor, extents: Tensor | None = None) -> 
     # u = target + e, and e is 0 on the border
     rest = laplacian(target) - divergence  # of -e
     rows, columns = rows[:, None], columns[:, None]  # (B, 1, N, N), (B, 1, M, M); symmetric
-    spectrum = (rows @ rest @ columns) / (of_rows[:, :, None] + of_columns[:, None])[:, None]  # (B, C, N, M)
-    return target + rows @ spectrum @ columns
+    with torch.autocast(target.device.type, enabled=False):
+        spectrum = (rows @ rest @ columns) / (of_rows[:, :, None] + of_columns[:, None])[:, None]  # (B, C, N, M)
+        return target + rows @ spectrum @ columns

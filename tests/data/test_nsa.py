@@ -96,6 +96,16 @@ def test_boxes_lie_in_the_pictures_and_fill_their_ranges():
     assert often[0] > 0.95 and 0.4 < often[1] < 0.55 and 0.4 < often[2] < 0.55
 
 
+@pytest.mark.parametrize("options", [{"bounds": (0.001, 0.4), "offset": 0.0, "scale": 1e-6}, {"bounds": (0.45, 0.45)}])
+def test_extreme_sizes(options):
+    defect = NSA(**options, gradients="source", resize=(0.1, 9.0))
+    images, ids = pictures(20, 24, 31), torch.arange(20)
+    made, masks = defect(images, ids, 0, seed=0)
+    assert not ((made != images).any(1) & ~masks).any()
+    boxes, _ = defect.boxes(uniform((0, ids), 24).unflatten(1, (3, 8)), (24, 31))
+    assert boxes[:, :, 1:3].min() >= 1
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (3, 20), (23, 31)])
 def test_median_of_a_disk(shape):
     values = torch.randint(0, 40, (2, *shape)).float()
