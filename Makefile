@@ -18,6 +18,7 @@ lint: .venv/developer
 
 bench: .venv/installed
 	$(PY) -m benchmarks.coreset
+	$(PY) -m benchmarks.defects
 	$(PY) -m benchmarks.knn
 	$(PY) -m benchmarks.padim
 	$(PY) -m benchmarks.predict

@@ -3,11 +3,13 @@
     python eval.py task=knn checkpoint=runs/simclr_scavport/last.pt
     python eval.py configs/eval_folder.yaml task=linear data.root=/pictures backbone.weights=weights.pth
     python eval.py task=compare runs=runs/patchcore_imagenet,runs/patchcore_dino
+    python eval.py task=defects data.name=mvtec data.root=/mvtec data.category=tile data.size=256
 
 With `checkpoint`, data and backbone are what the run's config says, unless keys here say otherwise. Writes
 results.json, confusion.png and TensorBoard events to eval_<task>/ in the checkpoint's folder (without one: in
 runs/<run_name>/). `compare` takes folders of train_anomaly.py whose test pictures are the same, draws them again and
-again for all runs together (paired bootstrap), and prints which differences are more than chance.
+again for all runs together (paired bootstrap), and prints which differences are more than chance. `defects` draws a
+sheet of synthetic defects on training pictures: all kinds, or one with its options (`defect=nsa defect.patches=1`).
 """
 
 import time
@@ -17,12 +19,15 @@ from pathlib import Path
 import torch
 from torchvision.transforms.functional import pil_to_tensor
 
-from data import DataConfig, build_dataset
+from data import DataConfig, DefectConfig, build_dataset
+from data.defects import DEFECTS
 from data.loading import Loader
 from evaluation.classification import classification_report, confusion_matrix, confusion_picture
 from evaluation.compare import compare as compare_runs
 from evaluation.compare import compare_table, load_scores
+from evaluation.defect_sheet import defect_sheet
 from evaluation.features import extract
+from evaluation.heatmaps import save
 from evaluation.knn import KNN_SETTINGS, knn_scores
 from evaluation.linear_probe import linear_probe
 from evaluation.report import markdown_table
@@ -73,6 +78,18 @@ class CompareConfig:
     task: str
     runs: list[str]  # folders of train_anomaly.py; the first is what the others are compared with
     seed: int = 0
+
+
+@dataclass(kw_only=True)
+class DefectsConfig:
+    task: str
+    data: DataConfig
+    defect: DefectConfig | None = None  # None: all kinds, as they are by default
+    pictures: int = 6
+    seed: int = 0
+    device: str = "auto"
+    runs: str = "runs"
+    run_name: str = "eval"
 
 
 def main(argv: list[str]) -> None:
@@ -134,7 +151,29 @@ def compare(raw: dict) -> None:
     log.results({"task": "compare"} | result | {"version": checkpoint.code_version()})
 
 
-OTHERS = {"compare": compare}  # tasks that are no measure of one backbone
+def defects(raw: dict) -> None:
+    """task=defects: a sheet of synthetic defects on training pictures, spread evenly over the set."""
+    cfg = config.build(DefectsConfig, raw)
+    config.at_least_one(cfg, "pictures")
+    device = distributed.setup(cfg.device)
+    dataset = build_dataset(cfg.data, "train")
+    ids = torch.linspace(0, len(dataset) - 1, min(cfg.pictures, len(dataset))).round().long()
+    images = torch.stack([dataset[i][0] for i in ids.tolist()]).to(device)
+    chosen = {cfg.defect.name: cfg.defect.options} if cfg.defect else {name: {} for name in DEFECTS}
+    made = {name: DEFECTS[name](**options)(images, ids, 0, seed=cfg.seed) for name, options in chosen.items()}
+
+    folder = config.run_folder(cfg) / "eval_defects"
+    checkpoint.open_run(folder, config.as_dict(cfg))
+    log = Log(folder, config.as_dict(cfg))
+    picture = defect_sheet(images, made, f"Synthetic defects on training pictures, seed {cfg.seed}")
+    save(picture, folder / "defects.png")
+    log.picture("defects", pil_to_tensor(picture))
+    shares = {name: {"masked": float(masks.float().mean())} for name, (_, masks) in made.items()}
+    log.results({"task": "defects", "sheet": str(folder / "defects.png"), "kinds": shares})
+    distributed.cleanup()
+
+
+OTHERS = {"compare": compare, "defects": defects}  # tasks that are no measure of one backbone
 
 
 def from_checkpoint(raw: dict) -> dict:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from data.augment import RECIPES, View
 from data.cifar10 import CIFAR10
+from data.defects import DEFECTS
 from data.folder import ClassFolder
 from data.geometry import Fit, Geometry
 from data.mvtec import MVTec
@@ -32,6 +33,14 @@ class AugmentConfig:
     """`augment.*`: the recipe's name and its keyword-only arguments."""
 
     name: str = field(metadata={"choices": RECIPES})
+    options: dict = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class DefectConfig:
+    """`defect.*`: the name of a kind of synthetic defects and its keyword-only arguments."""
+
+    name: str = field(metadata={"choices": DEFECTS})
     options: dict = field(default_factory=dict)
 
 

@@ -32,12 +32,19 @@ def blend_weights(ops: Tensor, factors: Tensor) -> Tensor:
     return torch.stack([factors, (1 - factors) * (ops == SATURATION), (1 - factors) * (ops == CONTRAST)]).float()
 
 
-def blend_(images: Tensor, weights: Tensor) -> Tensor:
-    """Brightness, contrast or saturation of each picture, in place; weights (3, B) on the pictures' device."""
+def blend_(images: Tensor, weights: Tensor, within: Tensor | None = None) -> Tensor:
+    """Brightness, contrast or saturation of each picture, in place; weights (3, B) on the pictures' device.
+
+    `within` float (B, 1, H, W), 1 or 0: the pixels whose mean gray the contrast turns around; None: all.
+    """
     of_image, of_gray, of_mean = weights[..., None, None, None]  # each (B, 1, 1, 1)
     reference = gray(images)
     # Row means first: one sum over a whole large picture may be split between threads, which changes its last bit.
-    mean = reference.mean(3, keepdim=True).mean(2, keepdim=True)
+    if within is None:
+        mean = reference.mean(3, keepdim=True).mean(2, keepdim=True)
+    else:
+        inside, count = (x.sum(3, keepdim=True).sum(2, keepdim=True) for x in (reference * within, within))
+        mean = inside / count.clamp(min=1)  # (B, 1, 1, 1)
     reference.mul_(of_gray).add_(mean.mul_(of_mean))  # (B, 1, H, W)
     return images.mul_(of_image).add_(reference).clamp_(0, 1)
 
@@ -65,13 +72,13 @@ def adjust_hue_(images: Tensor, turns: Tensor) -> Tensor:
     return dip.mul_(chroma.neg_()[:, None]).add_(value[:, None])
 
 
-def jitter(images: Tensor, chosen: Tensor, factors: Tensor, orders: Tensor) -> Tensor:
+def jitter(images: Tensor, chosen: Tensor, factors: Tensor, orders: Tensor, within: Tensor | None = None) -> Tensor:
     """torchvision's ColorJitter with forced parameters of the chosen pictures (B,), in each one's own order.
 
-    factors (B, 4): brightness, contrast, saturation and turns of hue; orders (B, 4): which of them comes 1st to 4th.
-    Pictures are sorted by the place of hue in their order, those not chosen first. Then at place p the blends before
-    the hue are those of a tail of the batch, and the blends after it those of the head of the chosen: 3 + 3 blends of
-    slices and one turn of the hue.
+    factors (B, 4): brightness, contrast, saturation and turns of hue; orders (B, 4): which of them comes 1st to 4th;
+    `within` as for `blend_`. Pictures are sorted by the place of hue in their order, those not chosen first. Then at
+    place p the blends before the hue are those of a tail of the batch, and the blends after it those of the head of
+    the chosen: 3 + 3 blends of slices and one turn of the hue.
     """
     if not chosen.any():
         return images
@@ -81,14 +88,15 @@ def jitter(images: Tensor, chosen: Tensor, factors: Tensor, orders: Tensor) -> T
     orders, factors = orders[rows], factors[rows]
     weights = send(blend_weights(orders, factors.gather(1, orders)), images.device)  # (3, B, 4)
 
-    batch = images.index_select(0, send(rows, images.device))
+    there = send(rows, images.device)
+    batch, within = images.index_select(0, there), None if within is None else within.index_select(0, there)
     for place in range(3):
         tail = slice(ends[place], None)
-        blend_(batch[tail], weights[:, tail, place])
+        blend_(batch[tail], weights[:, tail, place], None if within is None else within[tail])
     adjust_hue_(batch[first:], factors[first:, HUE])
     for place in range(1, 4):
         head = slice(first, ends[place - 1])
-        blend_(batch[head], weights[:, head, place])
+        blend_(batch[head], weights[:, head, place], None if within is None else within[head])
     return batch.index_select(0, send(rows.argsort(), images.device))
 
 

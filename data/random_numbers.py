@@ -20,6 +20,15 @@ def mix(state: np.ndarray) -> np.ndarray:
     return state ^ (state >> np.uint64(31))
 
 
+def absorb(key: tuple[int | Tensor, ...]) -> np.ndarray:
+    """The state that a key leads to, uint64 (B,) or (1,): `uniform` says how."""
+    state = np.zeros(1, np.uint64)
+    for part in key:
+        part = part.numpy() if isinstance(part, Tensor) else np.array([part], np.int64)
+        state = mix((state ^ part.astype(np.uint64)) + GOLDEN)
+    return state
+
+
 def uniform(key: tuple[int | Tensor, ...], draws: int) -> Tensor:
     """Uniform numbers in [0, 1), multiples of 2^-24: float64 (B, draws), where row b depends only on row b of the key.
 
@@ -27,13 +36,24 @@ def uniform(key: tuple[int | Tensor, ...], draws: int) -> Tensor:
     the other, state <- mix((state ^ part) + GOLDEN), and the draws are the splitmix64 stream that starts at the last
     state: a draw added at the end leaves the earlier ones as they are.
     """
-    state = np.zeros(1, np.uint64)
-    for part in key:
-        part = part.numpy() if isinstance(part, Tensor) else np.array([part], np.int64)
-        state = mix((state ^ part.astype(np.uint64)) + GOLDEN)
+    state = absorb(key)
     counter = np.arange(1, draws + 1, dtype=np.uint64) * GOLDEN
     bits = mix(state[:, None] + counter)  # (B, draws)
     return torch.from_numpy((bits >> np.uint64(40)) * 2.0**-24)
+
+
+def stream(key: tuple[int | Tensor, ...], draws: int, device: torch.device) -> Tensor:
+    """The numbers of `uniform`, made on the device, times 2^24: int64 (B, draws) in [0, 2^24). For many a picture.
+
+    torch has no 64-bit unsigned arithmetic; signed products and sums wrap to the same bits, and a shift to the right
+    is masked, for it repeats the sign.
+    """
+    golden, first, second = (int(c.astype(np.int64)) for c in (GOLDEN, FIRST, SECOND))
+    state = send(torch.from_numpy(absorb(key).astype(np.int64)), device)[:, None]
+    bits = torch.arange(1, draws + 1, device=device) * golden + state  # (B, draws)
+    for shift, factor in ((30, first), (27, second)):
+        bits = bits.bitwise_xor_((bits >> shift).bitwise_and_((1 << 64 - shift) - 1)).mul_(factor)
+    return bits.bitwise_xor_((bits >> 31).bitwise_and_((1 << 33) - 1)) >> 40 & (1 << 24) - 1
 
 
 def send(numbers: Tensor, device: torch.device) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import stats
 
-from data.random_numbers import send, uniform
+from data.random_numbers import send, stream, uniform
 
 MASK = (1 << 64) - 1
 
@@ -33,6 +33,14 @@ def test_equals_plain_integers(key):
     expected = [(step(state + draw * 0x9E3779B97F4A7C15) >> 40) / 2**24 for draw in range(5)]
     assert uniform(key, 5)[0].tolist() == expected
     assert uniform((*key[:3], torch.tensor([9, key[3]])), 5)[1].tolist() == expected
+
+
+@pytest.mark.parametrize("key", [(0, 0), (3, 17, -5), (-1, 2**62, 123456789)])
+def test_the_stream_on_a_device_is_the_same(key):
+    ids = torch.cat([torch.randint(-(2**62), 2**62, (40,)), torch.arange(3)])
+    numbers = stream((*key, ids), 300, torch.device("cpu"))
+    assert torch.equal(numbers.double() / 2**24, uniform((*key, ids), 300))
+    assert stream((0, ids[:0]), 5, torch.device("cpu")).shape == (0, 5)
 
 
 def test_rows_do_not_depend_on_the_batch_nor_on_later_draws():
