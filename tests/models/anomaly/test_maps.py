@@ -5,7 +5,13 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
+from models.anomaly.cdo import CDO
 from models.anomaly.maps import blank, grid_valid, image_score, peak, render, smooth, smooth_inside, upsample
+from models.anomaly.padim import PaDiM
+from models.anomaly.patchcore import PatchCore
+from models.anomaly.rd4ad import RD4AD
+from models.resnet import ResNet18
+from tests.pictures import batches
 
 
 @pytest.mark.parametrize("shape", [(64, 48), (33, 16), (17, 5), (2, 3), (1, 1), (1, 40)])
@@ -140,3 +146,21 @@ def test_smoothing_inside_takes_nothing_from_padding():
     found = smooth_inside(maps.masked_fill(~valid, 1e6), valid)
     np.testing.assert_allclose(blank(found, valid)[0, :, :17].numpy(), expected[:, :17], atol=1e-5)
     assert torch.equal(smooth_inside(maps, None), smooth(maps))
+
+
+@pytest.mark.parametrize(
+    ("build", "own"), [(PatchCore, "patch"), (PaDiM, "max"), (RD4AD, "max"), (CDO, "top1")], ids=lambda x: str(x)
+)
+def test_every_detector_takes_each_image_score_and_defaults_to_its_papers(build, own):
+    images, scores = torch.randn(3, 3, 64, 64), {}
+    for how in ("max", "top1", "mean", own, None):
+        torch.manual_seed(0)
+        model = build(ResNet18(), **({} if how is None else {"image_score": how}))
+        if hasattr(model, "fit"):
+            model.fit(batches(images, 3), 3)
+        found = model.examine(images + 0.1)
+        scores[how] = found.scores
+        if how in ("max", "top1", "mean"):
+            assert torch.equal(found.scores, image_score(found.maps, None, how))
+    assert torch.equal(scores[None], scores[own])
+    assert all(scores["max"] > scores["top1"]) and all(scores["top1"] > scores["mean"])
