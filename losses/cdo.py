@@ -52,7 +52,7 @@ def collaborative_discrepancy(
         The scalar loss, and `normal` and `abnormal`: mean d of this process's positions, 0 where there are none.
     """
     d = discrepancy(expert, apprentice)  # (L, B, H, W)
-    with torch.autocast(d.device.type, enabled=False), torch.no_grad():
+    with torch.autocast(d.device.type, enabled=False):
         nearest = F.interpolate(abnormal[:, None].to(d.dtype), d.shape[-2:], mode="nearest")[:, 0] > 0  # (B, H, W)
         groups = torch.stack([~nearest, nearest]).flatten(1).to(d.dtype)  # (2, B H W)
         held = d.detach().clamp(min=LEAST).flatten(1)  # (L, B H W)

@@ -79,6 +79,11 @@ def test_patches_have_the_official_numbers_and_sizes():
     assert masks.float().sum((1, 2)).mean().item() == pytest.approx(2 * 126, rel=0.1)
     rows, columns = masks.any(2), masks.any(1)
     assert rows.any(0)[[0, -1]].sum() >= 1 and columns.any(0)[2:-2].all()  # up to the border, everywhere
+    heights, widths = rows.sum(1), columns.sum(1)
+    alone = (heights * widths == masks.sum((1, 2))) & (heights > 0) & (heights <= 14) & (widths <= 22)
+    assert alone.sum() > 50  # one whole rectangle: none is cut at the border, which makes odd sides
+    assert set(heights[alone].tolist()) == {4, 6, 8, 10, 12, 14}
+    assert set(widths[alone].tolist()) == {6, 8, 10, 12, 14, 16, 18, 20, 22}
     torch.manual_seed(1)
     first = patch_mask(5, [64, 64], torch.device("cpu"))
     torch.manual_seed(1)

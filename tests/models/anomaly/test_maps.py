@@ -110,7 +110,7 @@ def by_sorting(pixels: list[float], how: str) -> float:
 @pytest.mark.parametrize("levels", [0, 3])
 def test_image_scores_equal_a_sorted_list(how, shape, levels):
     """99, 100 and 300 pixels stand at the edges of 1 %; `levels` values make ties, also where the 1 % ends."""
-    maps = torch.randint(levels, shape).double() if levels else torch.randn(shape, dtype=torch.float64)
+    maps = torch.randint(levels, shape).double() if levels else torch.randn(shape, dtype=torch.float64) - 4
     expected = [by_sorting(each.flatten().tolist(), how) for each in maps]
     np.testing.assert_allclose(image_score(maps, None, how).numpy(), expected, rtol=1e-12, atol=1e-15)
     valid = torch.rand(shape) > 0.4
