@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, maximum_filter, median_filter
 from torch import Tensor, nn
 
-from data.augment import unnormalize
-from models.anomaly.cdo import CDO, patch_mask, with_noise
+from data.augment import normalize, unnormalize
+from models.anomaly.cdo import CDO, background, patch_mask, with_noise
 from models.mobilenet import MobileNetV2
 from models.resnet import ResNet18, WideResNet50
 from training.errors import UserError
@@ -88,6 +88,32 @@ def test_patches_have_the_official_numbers_and_sizes():
     first = patch_mask(5, [64, 64], torch.device("cpu"))
     torch.manual_seed(1)
     assert torch.equal(first, patch_mask(5, [64, 64], torch.device("cpu")))
+
+
+def test_background_is_scipys_median_and_dilation():
+    pixels = torch.randint(256, (3, 1, 60, 50)).expand(3, 3, 60, 50).to(torch.uint8).clone()
+    pixels[:, :, 10:35, 20:40], pixels[:, :, 40:, :10], pixels[1] = 25, 230, 128
+    found = background(normalize(pixels)).numpy()
+    for picture in range(3):
+        gray = pixels[picture].double().mean(0).numpy()
+        most = median_filter(((gray < 30) | (gray > 220)).astype(np.uint8), 7, mode="nearest")
+        assert (found[picture] == (maximum_filter(most, 19, mode="constant") > 0)).all()
+    assert found[0].any() and not found[0].all() and not found[1].any()
+
+
+def test_patches_keep_off_the_background():
+    away = torch.zeros(300, 80, 120, dtype=torch.bool)
+    away[:, :, :60], away[250:] = True, True  # the left half, and everywhere
+    masks = patch_mask(300, [80, 120], torch.device("cpu"), away)
+    assert not masks[250:].any() and masks[:250].any(2).any(0)[3:-3].all()
+    assert not masks[:, :, :49].any() and masks[:, :, 49:].any()  # a centre on 60 reaches 11 to the left
+    empty = (~masks[:250].flatten(1).any(1)).float().mean().item()
+    assert empty == pytest.approx(1 / 5, abs=0.08)
+    model = detector(version="v1", skip_background=True)
+    dark = normalize(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+    assert model(dark)[1]["discrepancy_abnormal"] == 0
+    with pytest.raises(UserError, match="skip_background is of version v1"):
+        detector(version="v2", skip_background=True)
 
 
 @pytest.mark.parametrize("enlarged", [1, 4])
