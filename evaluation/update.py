@@ -12,7 +12,7 @@ from training.config import flatten
 from training.errors import UserError
 
 SECTIONS = ("backbone", "detector", "data", "precision")  # of the config: must be what the old run had,
-FREE = (  # but for where things are, and how much memory they may take
+FREE = (  # but for where things are, how much memory they may take, and what is scored
     "backbone.weights",
     "backbone.part",
     "data.root",
@@ -20,6 +20,7 @@ FREE = (  # but for where things are, and how much memory they may take
     "data.cache",
     "data.workers",
     "detector.memory_limit",
+    "detector.image_score",
 )
 
 

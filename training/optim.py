@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import choice
-from training.schedule import warmup_constant, warmup_cosine, warmup_steps
+from training.schedule import warmup_constant, warmup_cosine, warmup_exponential, warmup_steps
 
 
 class LARS(torch.optim.Optimizer):
@@ -66,7 +66,9 @@ class OptimConfig:
     name: str = choice(OPTIMIZERS)
     lr: float
     lr_scaling: Literal["linear", "none"] = "none"  # linear: lr stands for 256 pictures a step
-    schedule: Literal["cosine", "constant", "steps"] = "cosine"
+    schedule: Literal["cosine", "constant", "steps", "exponential"] = "cosine"
+    steps: tuple[float, ...] = (0.6, 0.8)  # `steps`: a tenth of the rate after each of these fractions of the run
+    decay: float = 0.95  # `exponential`: factor on the rate after every epoch
     warmup_epochs: float = 0.0
     final_lr: float = 0.0  # where the cosine ends
     weight_decay: float = 0.0
@@ -83,7 +85,11 @@ class OptimConfig:
         if self.schedule == "constant":
             return warmup_constant(step, total, start=start, warmup=warmup)
         if self.schedule == "steps":
-            return warmup_steps(step, total, start=start, warmup=warmup)
+            return warmup_steps(step, total, start=start, warmup=warmup, at=self.steps)
+        if self.schedule == "exponential":
+            return warmup_exponential(
+                step, total, start=start, epoch_steps=epoch_steps, factor=self.decay, warmup=warmup
+            )
         return warmup_cosine(step, total, start=start, end=self.final_lr, warmup=warmup)
 
     def weight_decay_at(self, step: int, total: int) -> float:

@@ -30,6 +30,14 @@ def warmup_steps(
     return start * factor ** sum(step >= fraction * total for fraction in at)
 
 
+def warmup_exponential(
+    step: int, total: int, *, start: float, epoch_steps: int, factor: float, warmup: int = 0
+) -> float:
+    """The same warm-up, then `start` times `factor` for each finished epoch (torch's ExponentialLR)."""
+    del total
+    return start * step / max(warmup - 1, 1) if step < warmup else start * factor ** (step // epoch_steps)
+
+
 def linear_then_constant(position: float, *, start: float, end: float, length: int) -> float:
     """linspace(start, end, length)[position], then `end` for ever (DINO's teacher temperature, position = epoch)."""
     if position >= length - 1:

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, field
 
+from models.anomaly.cdo import CDO
 from models.anomaly.embedding import Embedding
 from models.anomaly.padim import PaDiM
 from models.anomaly.patchcore import PatchCore
 from models.anomaly.rd4ad import RD4AD
 from training.config import choice
 
-DETECTORS = {"embedding": Embedding, "padim": PaDiM, "patchcore": PatchCore, "rd4ad": RD4AD}
+DETECTORS = {"cdo": CDO, "embedding": Embedding, "padim": PaDiM, "patchcore": PatchCore, "rd4ad": RD4AD}
 
 
 @dataclass(kw_only=True)

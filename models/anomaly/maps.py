@@ -1,6 +1,6 @@
 """Anomaly maps: from a grid of patch scores to a smooth map at the input's resolution, with padding left out."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,8 @@ from torch import Tensor
 Border = Literal[
     "repeat", "mirror"
 ]  # d c b a | a b c d | d c b a (scipy's "reflect") or d c b | a b c d | c b a (torch's)
+
+ImageScore = Literal["max", "top1", "mean"]  # of a picture, from its map
 
 
 def upsample(grid: Tensor, size: tuple[int, int], *, align_corners: bool) -> Tensor:
@@ -52,16 +54,46 @@ def render(
     return torch.where(weight > 0, spread(grid * valid) / weight, 0)
 
 
+def smooth_inside(maps: Tensor, valid: Tensor | None) -> Tensor:
+    """`smooth`, but padding gives nothing to the pixels of the picture: their means are over valid pixels alone."""
+    if valid is None:
+        return smooth(maps)
+    return smooth(blank(maps, valid)) / smooth(valid.to(maps.dtype)).clamp(min=1e-6)
+
+
 def grid_valid(valid: Tensor, size: tuple[int, int]) -> Tensor:
     """bool (B, H, W) -> (B, h, w): patches of which at least half is picture, or those with most of it."""
     share = F.adaptive_avg_pool2d(valid[:, None].float(), tuple(size))[:, 0]
     return (share >= share.amax((1, 2), keepdim=True).clamp(max=0.5)) & (share > 0)
 
 
-def peak(maps: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The largest pixel of each map (B, H, W) outside padding: its value (B,) and its centre y, x (B, 2)."""
-    values, at = blank(maps, valid).flatten(1).max(1)  # (B,)
-    return values, torch.stack([at // maps.shape[2], at % maps.shape[2]], 1) + 0.5  # (B, 2)
+def peak(maps: Tensor, valid: Tensor | None = None) -> Tensor:
+    """The centre y, x of the largest pixel of each map (B, H, W) outside padding: (B, 2)."""
+    at = blank(maps, valid).flatten(1).argmax(1)  # (B,)
+    return torch.stack([at // maps.shape[2], at % maps.shape[2]], 1) + 0.5  # (B, 2)
+
+
+def image_score(maps: Tensor, valid: Tensor | None, how: ImageScore) -> Tensor:
+    """One number a picture from its map (B, H, W), of its n pixels outside padding: (B,).
+
+    max: the largest pixel. top1: mean of the largest 1 %, n // 100 pixels but at least one (as official CDO's and most
+    others' int(0.01 n)). mean: of all. A picture that is all padding has 0.
+
+    Raises:
+        ValueError: `how` is none of these.
+    """
+    if how not in get_args(ImageScore):
+        raise ValueError(f"image score {how!r}: it is max, top1 or mean")
+    pixels = maps.flatten(1)  # (B, H W)
+    inside = torch.ones_like(pixels, dtype=torch.bool) if valid is None else valid.flatten(1)  # (B, H W)
+    count = inside.sum(1)  # (B,)
+    if how == "mean":
+        return pixels.where(inside, 0).sum(1) / count.clamp(min=1)
+    share = count.new_ones(len(count)) if how == "max" else (count // 100).clamp(min=1)  # (B,) pixels that count
+    most = 1 if how == "max" else max(1, pixels.shape[1] // 100)  # no picture has more: nothing waits for the device
+    largest = pixels.masked_fill(~inside, -torch.inf).topk(most, dim=1).values  # (B, most)
+    counted = torch.arange(most, device=maps.device) < torch.minimum(share, count)[:, None]  # (B, most)
+    return largest.where(counted, 0).sum(1) / share
 
 
 def blank(maps: Tensor, valid: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.anomaly.bounds import full_precision, require_finite
 from models.anomaly.detector import Batch, Detector, Findings
 from models.anomaly.gaussian import covariance_form, low_rank_form, put_left_out
-from models.anomaly.maps import peak, render
+from models.anomaly.maps import ImageScore, image_score, peak, render
 from models.anomaly.memory import Workspace
 from training.distributed import gather_rows
 from training.errors import UserError
@@ -23,7 +23,7 @@ class PaDiM(Detector):
     The de-facto reference is xiahaifeng1995/PaDiM-Anomaly-Detection-Localization (the authors published no code), and
     channels=550 (Wide-ResNet-50-2) or 100 (ResNet-18) is its form, with its very channels: several stages at the finest
     one's resolution (nearest), covariance with denominator n - 1 plus regularization I, distances bilinearly upsampled,
-    sigma 4; score: the largest pixel. Without `channels` all are used, at no loss: see `form`.
+    sigma 4; score: `image_score`. Without `channels` all are used, at no loss: see `form`.
 
     Different from it: the map is not scaled to 0..1 over the test set, which changes no ranking; with one training
     picture, where n - 1 = 0, the covariance is regularization I alone.
@@ -37,6 +37,7 @@ class PaDiM(Detector):
         regularization: what is added to the covariance's diagonal, above 0.
         form: `covariance` stores d x d numbers a position, `low_rank` n x (d + n) for n training pictures; the
             distances are the same. `auto`: the one that stores less.
+        image_score: what of a picture's map is its score; the reference's is `max`.
         seed: draws the channels, as Python's random.seed(seed); random.sample(range(all), channels).
         memory_limit: GiB of RAM for the training features while fitting; beyond it they go to a temporary file. None:
             half of what is free, or on a GPU its own memory.
@@ -56,6 +57,7 @@ class PaDiM(Detector):
         channels: int | None = None,
         regularization: float = 0.01,
         form: Literal["auto", "covariance", "low_rank"] = "auto",
+        image_score: ImageScore = "max",
         seed: int = 1024,
         memory_limit: float | None = None,
     ):
@@ -67,7 +69,7 @@ class PaDiM(Detector):
         if form not in ("auto", "covariance", "low_rank"):
             raise UserError(f"padim form={form}: it is auto, covariance or low_rank")
         self.channels, self.regularization, self.form, self.seed = channels, regularization, form, seed
-        self.memory_limit = memory_limit
+        self.memory_limit, self.image_score = memory_limit, image_score
         self.register_buffer("drawn", torch.empty(0, dtype=torch.int64))  # (d,) ascending
         self.register_buffer("numbers", torch.empty(0, dtype=torch.int64))  # (n,) of the fitted pictures, ascending
         self.register_buffer("mean", torch.empty(0, 0, 0))  # (h, w, d)
@@ -191,8 +193,7 @@ class PaDiM(Detector):
                 raise UserError("padim: without its one training picture nothing is left to compare with; give more")
             grid = put_left_out(grid, self.left_out, self.numbers, leave_out)
         maps = render(grid, size)  # (B, H, W)
-        scores, peaks = peak(maps)
-        return Findings(scores, maps, peaks)
+        return Findings(image_score(maps, None, self.image_score), maps, peak(maps))
 
     def require_aligned(self, rows: Tensor, grid: tuple[int, int], valid: Tensor | None) -> None:
         if valid is not None and not valid.all():

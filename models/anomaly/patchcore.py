@@ -14,7 +14,7 @@ from models.anomaly.bank import Bank
 from models.anomaly.bounds import full_precision
 from models.anomaly.coreset import Coreset, greedy_coreset
 from models.anomaly.detector import Batch, Detector, Findings
-from models.anomaly.maps import grid_valid, render
+from models.anomaly.maps import grid_valid, image_score, render
 from models.anomaly.memory import Workspace
 from models.anomaly.patchcore_modes import MODES
 from models.anomaly.patches import Patches, all_ids, collect, memory_plan
@@ -27,7 +27,8 @@ class PatchCore(Detector):
 
     Patches are locally averaged features of several stages at the finest one's resolution; the bank is their greedy
     k-center coreset (Algorithm 1), chosen under a random projection but kept unprojected. The map is the distances,
-    enlarged and blurred (sigma 4); the score is the largest distance (eq. 6), weighted (eq. 7) unless mode=amazon.
+    enlarged and blurred (sigma 4); the score is the largest distance (eq. 6), weighted (eq. 7) unless mode=amazon, or
+    what `image_score` takes of the map.
 
     `mode` takes one of the published forms as a whole; patchcore_modes.py lists what differs. Deviations: random
     numbers are torch's; nothing is projected that would not become narrower; a picked patch is not picked twice (in
@@ -52,6 +53,7 @@ class PatchCore(Detector):
         coreset: fraction of the patches to keep, in (0, 1]; at least one patch is kept, 1 keeps all in order.
         projection: width of the projection under which the coreset is chosen; 0: no projection; none: the mode's.
         neighbors: b of eq. 7, the bank patches around the nearest one; 1: the plain maximum; none: the mode's.
+        image_score: `patch`, of the most anomalous patch (eqs. 6 and 7), or one of the map.
         memory_limit: GiB that the patches may take in RAM; none: half of what is free.
         seed: draws the projection and the coreset's first patch.
     """
@@ -69,6 +71,7 @@ class PatchCore(Detector):
         coreset: float = 0.1,
         projection: int | None = None,
         neighbors: int | None = None,
+        image_score: Literal["patch", "max", "top1", "mean"] = "patch",
         memory_limit: float | None = None,
         seed: int = 0,
     ):
@@ -89,7 +92,7 @@ class PatchCore(Detector):
         self.mode, self.neighborhood, self.coreset = MODES[mode], neighborhood, coreset
         self.embed_dim = embed_dim or self.mode.embed_dim
         self.projection, self.neighbors = projection, neighbors or self.mode.neighbors
-        self.memory_limit, self.seed = memory_limit, seed
+        self.image_score, self.memory_limit, self.seed = image_score, memory_limit, seed
         self.bank = Bank()
         self.register_buffer("directions", torch.empty(0, 0))  # (D, width) of the projection
         self.register_buffer("cell", torch.empty(0))  # height and width of a patch's cell, input pixels
@@ -176,10 +179,12 @@ class PatchCore(Detector):
         scores, peaks = compared.flatten(1).max(1)  # (B,)
         each = torch.arange(len(patches), device=peaks.device)
         nearest = owners.flatten(1)[each, peaks]  # (B,) positions in the bank
-        if self.neighbors > 1 and len(self.bank) > 1:
+        if self.image_score == "patch" and self.neighbors > 1 and len(self.bank) > 1:
             scores = scores * self.reweight(patches.flatten(1, 2)[each, peaks], nearest, leave_out)
         origins = self.bank.origins[nearest]  # (B, 3)
         maps = render(distances, size, inside, nearest=self.mode.nearest, border=self.mode.border)
+        if self.image_score != "patch":
+            scores = image_score(maps, valid, self.image_score)
         cell = patches.new_tensor([size[0] / grid[0], size[1] / grid[1]])
         spots = torch.stack([peaks // grid[1], peaks % grid[1]], 1)  # (B, 2)
         return Findings(scores, maps, (spots + 0.5) * cell, origins[:, 0], (origins[:, 1:] + 0.5) * self.cell)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from losses.feature_distance import flattened_cosine
 from models.anomaly.detector import Detector, Findings
-from models.anomaly.maps import blank, peak, smooth, upsample
+from models.anomaly.maps import ImageScore, image_score, peak, smooth_inside, upsample
 from models.anomaly.rd4ad_networks import BasicBlock, Bottleneck, Decoder, OneClassBottleneck
 from training.errors import UserError
 
@@ -28,13 +28,15 @@ class RD4AD(Detector):
 
     Args:
         backbone: the teacher, a ResNet-18, 34, 50 or Wide-ResNet-50-2; it is frozen and stays in eval mode.
+        image_score: what of a picture's map is its score; the paper's is `max`.
 
     Raises:
         UserError: another backbone, or, at the first batch, pictures whose side is no multiple of 32 (ImageNet stem).
     """
 
-    def __init__(self, backbone: nn.Module):
+    def __init__(self, backbone: nn.Module, *, image_score: ImageScore = "max"):
         super().__init__(backbone, (1, 2, 3))
+        self.image_score = image_score
         depths, block, width, embedding_depth = _official_parts(backbone)
         self.bn = OneClassBottleneck(block, embedding_depth, width=width)
         self.decoder = Decoder(block, depths, width=width)
@@ -66,12 +68,8 @@ class RD4AD(Detector):
             1 - F.cosine_similarity(teacher, student) for teacher, student in zip(*outputs)
         ]  # 3 x (B, H_i, W_i)
         maps = sum(upsample(distance, size, align_corners=True) for distance in distances)  # (B, H, W)
-        if valid is None:
-            maps = smooth(maps)
-        else:  # the blur takes nothing from padding; what convolutions saw there is in the features
-            maps = smooth(blank(maps, valid)) / smooth(valid.to(maps.dtype)).clamp(min=1e-6)
-        scores, peaks = peak(maps, valid)
-        return Findings(scores, maps, peaks)
+        maps = smooth_inside(maps, valid)  # what convolutions saw of padding is in the features
+        return Findings(image_score(maps, valid, self.image_score), maps, peak(maps, valid))
 
 
 def _official_parts(backbone: nn.Module) -> tuple[tuple[int, int, int], type[nn.Module], int, int]:

@@ -20,7 +20,9 @@ TINY = {
     "patchcore": ["configs/patchcore_demo.yaml"],
     "padim": ["configs/padim_demo.yaml"],
     "rd4ad": ["configs/rd4ad_demo.yaml", "epochs=4", "save_every=3", "log_every=1"],
+    "cdo": ["configs/cdo_demo.yaml", "epochs=4", "save_every=3", "log_every=1"],
 }
+BY_GRADIENT = ("rd4ad", "cdo")
 METRICS = ["image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro", "aupro_005", "aupro_001"]
 METRICS += ["threshold", "pixel_threshold"]
 COUNTS = ["n_train", "n_test_normal", "n_test_anomalous"]
@@ -39,7 +41,8 @@ def words(name, pictures, runs, *more):
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_run_leaves_everything_behind(name, pictures, tmp_path, capsys):
-    train_anomaly.main(words(name, pictures, tmp_path))
+    run = words(name, pictures, tmp_path, *(["epochs=30"] if name == "cdo" else []))  # it starts from random weights
+    train_anomaly.main(run)
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     folder = tmp_path / "run"
     assert results == json.loads((folder / "results.json").read_text())
@@ -57,16 +60,16 @@ def test_a_run_leaves_everything_behind(name, pictures, tmp_path, capsys):
     assert state["names"][0] == "part/train/good/000.png" and len(state["learned"]) == 10
     if name != "embedding":
         assert results["pixel_auroc"] > 0.8  # a bright square in noise is no riddle, even for random weights
-    train_anomaly.main(words(name, pictures, tmp_path))
+    train_anomaly.main(run)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results
 
 
-@pytest.mark.parametrize("name", ["patchcore", "rd4ad"])
+@pytest.mark.parametrize("name", ["patchcore", *BY_GRADIENT])
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(name, pictures, tmp_path):
     first = script(["train_anomaly.py", *words(name, pictures, tmp_path / "a")])
     again = ["train_anomaly.py", *words(name, pictures, tmp_path / "b")]
     folder = tmp_path / "b" / "run"
-    if name == "rd4ad":
+    if name in BY_GRADIENT:
         kill_after(again, folder / "metrics.jsonl", 5)  # the checkpoint is of step 3
         assert torch.load(folder / "last.pt", weights_only=True)["step"] == 3
     else:  # fitted in one pass: what remains after a kill is nothing, or the fitted detector without results
@@ -95,7 +98,7 @@ def test_a_run_does_not_go_on_with_other_pictures_or_lose_the_run_it_updates(pic
     assert (tmp_path / "run" / "last.pt").read_bytes() == first
 
 
-@pytest.mark.parametrize("name", ["patchcore", "rd4ad"])
+@pytest.mark.parametrize("name", ["patchcore", *BY_GRADIENT])
 def test_two_processes(name, pictures, tmp_path):
     words_of = functools.partial(words, name, pictures)
     own = ["holdout=0"] if name == "patchcore" else []  # each process leaves out its own pictures
@@ -114,7 +117,7 @@ def test_without_held_out_normals_each_is_left_out_in_turn(name, pictures, tmp_p
     train_anomaly.main(words(name, pictures, tmp_path, "holdout=0"))
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert results["n_train"] == 12 and results["image_auroc"] is not None
-    if name == "rd4ad":  # its networks cannot forget a picture
+    if name in BY_GRADIENT:  # networks cannot forget a picture
         assert results["threshold"] is None and results["n_normals"] == 0
     else:
         assert results["threshold"] > 0 and results["n_normals"] == 12
@@ -182,7 +185,7 @@ def test_one_training_picture_or_identical_ones(name, count, tmp_path, capsys):
     pictures = write_mvtec(tmp_path, normal=1)
     if count == 2:
         shutil.copy(pictures / "part/train/good/000.png", pictures / "part/train/good/001.png")
-    own = {"embedding": ["detector.k=1"], "rd4ad": ["batch_size=1"]}.get(name, [])
+    own = {"embedding": ["detector.k=1"], "rd4ad": ["batch_size=1"], "cdo": ["batch_size=1"]}.get(name, [])
     run = words(name, pictures, tmp_path, "holdout=0", *own)
     if name == "patchcore" and count == 2:  # the bank never needs a patch of the second copy
         with pytest.raises(UserError, match="come from one picture"):
@@ -191,7 +194,7 @@ def test_one_training_picture_or_identical_ones(name, count, tmp_path, capsys):
     train_anomaly.main(run)
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert results["n_train"] == count and results["image_auroc"] is not None
-    assert (results["threshold"] is None) == (count == 1 or name == "rd4ad")
+    assert (results["threshold"] is None) == (count == 1 or name in BY_GRADIENT)
 
 
 @pytest.mark.parametrize("gone", ["good", "spot"])
@@ -230,7 +233,7 @@ def test_mistakes_are_one_line(pictures, tmp_path):
         return str(caught.value)
 
     assert "did you mean 'coreset'" in error("patchcore", "detector.corset=0.1")
-    assert "one of: embedding, padim, patchcore, rd4ad" in error("patchcore", "detector.name=pdm")
+    assert "one of: cdo, embedding, padim, patchcore, rd4ad" in error("patchcore", "detector.name=pdm")
     assert "nothing" in error("patchcore", "data.category=nothing")
     assert "decoder for resnet18, resnet34" in error("rd4ad", "backbone.name=mobilenet_v2")
     assert "needs an optim section" in error("patchcore", "detector=rd4ad")

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
 from training.optim import OptimConfig
-from training.schedule import linear_then_constant, warmup_constant, warmup_cosine, warmup_steps
+from training.schedule import linear_then_constant, warmup_constant, warmup_cosine, warmup_exponential, warmup_steps
 
 
 def official_cosine(start, end, total, warmup):
@@ -30,6 +31,28 @@ def test_constant_and_steps():
     assert [warmup_constant(i, 9, start=2.0, warmup=3) for i in (0, 1, 2, 8)] == [0.0, 1.0, 2.0, 2.0]
     steps = [warmup_steps(i, 10, start=1.0, at=(0.6, 0.8)) for i in range(10)]
     np.testing.assert_allclose(steps, [1.0] * 6 + [0.1] * 2 + [0.01] * 2)
+
+
+def test_exponential_equals_torchs_and_the_config_names_steps_and_decay():
+    ours = [warmup_exponential(i, 12, start=0.4, epoch_steps=3, factor=0.95) for i in range(12)]
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer, expected = torch.optim.SGD([parameter], lr=0.4), []
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95)
+    for _ in range(4):
+        expected += 3 * [optimizer.param_groups[0]["lr"]]
+        optimizer.step()
+        schedule.step()
+    np.testing.assert_allclose(ours, expected, rtol=1e-12)
+    assert [warmup_exponential(i, 9, start=2.0, epoch_steps=9, factor=0.5, warmup=3) for i in (0, 1, 2, 3)] == [
+        0,
+        1,
+        2,
+        2,
+    ]
+    config = OptimConfig(name="adamw", lr=0.4, schedule="exponential")
+    np.testing.assert_allclose([config.lr_at(i, 12, 3, 16) for i in range(12)], expected, rtol=1e-12)
+    config = OptimConfig(name="adam", lr=1.0, schedule="steps", steps=(0.8,))
+    np.testing.assert_allclose([config.lr_at(i, 10, 1, 16) for i in (0, 7, 8, 9)], [1, 1, 0.1, 0.1])
 
 
 def test_teacher_temperature_is_linspace_then_constant():

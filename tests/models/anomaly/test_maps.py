@@ -5,7 +5,13 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from models.anomaly.maps import grid_valid, render, smooth, upsample
+from models.anomaly.cdo import CDO
+from models.anomaly.maps import blank, grid_valid, image_score, peak, render, smooth, smooth_inside, upsample
+from models.anomaly.padim import PaDiM
+from models.anomaly.patchcore import PatchCore
+from models.anomaly.rd4ad import RD4AD
+from models.resnet import ResNet18
+from tests.pictures import batches
 
 
 @pytest.mark.parametrize("shape", [(64, 48), (33, 16), (17, 5), (2, 3), (1, 1), (1, 40)])
@@ -89,3 +95,72 @@ def test_a_patch_is_valid_when_half_of_it_is():
     valid[2, 0, 21] = True  # nothing has half
     assert grid_valid(valid, (1, 3)).tolist() == [[[True, False, False]], [[True, True, False]], [[False, False, True]]]
     assert not grid_valid(torch.zeros(1, 4, 4, dtype=torch.bool), (2, 2)).any()
+
+
+def by_sorting(pixels: list[float], how: str) -> float:
+    """The image score of one picture's pixels, in float64."""
+    ordered = sorted(pixels, reverse=True)
+    if how == "top1":
+        ordered = ordered[: max(1, len(ordered) // 100)]
+    return ordered[0] if how == "max" else sum(ordered) / len(ordered)
+
+
+@pytest.mark.parametrize("how", ["max", "top1", "mean"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 9, 11), (2, 10, 10), (2, 20, 15), (4, 33, 40)])
+@pytest.mark.parametrize("levels", [0, 3])
+def test_image_scores_equal_a_sorted_list(how, shape, levels):
+    """99, 100 and 300 pixels stand at the edges of 1 %; `levels` values make ties, also where the 1 % ends."""
+    maps = torch.randint(levels, shape).double() if levels else torch.randn(shape, dtype=torch.float64) - 4
+    expected = [by_sorting(each.flatten().tolist(), how) for each in maps]
+    np.testing.assert_allclose(image_score(maps, None, how).numpy(), expected, rtol=1e-12, atol=1e-15)
+    valid = torch.rand(shape) > 0.4
+    valid[:, 0, 0] = True
+    spoilt = maps.where(valid, 1e6)
+    expected = [by_sorting(each[inside].tolist(), how) for each, inside in zip(maps, valid)]
+    np.testing.assert_allclose(image_score(spoilt, valid, how).numpy(), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_image_scores_at_the_ends():
+    maps = torch.rand(2, 12, 13)
+    one = torch.zeros(2, 12, 13, dtype=torch.bool)
+    one[0, 3, 5] = True  # one pixel of picture, and a picture that is padding alone
+    for how in ("max", "top1", "mean"):
+        assert image_score(maps, one, how).tolist() == [maps[0, 3, 5].item(), 0]
+        assert image_score(maps[:0], None, how).shape == (0,)
+        assert torch.equal(image_score(maps, torch.ones_like(one), how), image_score(maps, None, how))
+    with pytest.raises(ValueError, match="max, top1 or mean"):
+        image_score(maps, None, "median")
+
+
+def test_the_peak_is_the_centre_of_the_largest_pixel_outside_padding():
+    maps = torch.zeros(2, 5, 7)
+    maps[0, 4, 6], maps[1, 2, 3], maps[1, 0, 1] = 1, 2, 1
+    assert peak(maps).tolist() == [[4.5, 6.5], [2.5, 3.5]]
+    assert peak(maps, maps < 2).tolist() == [[4.5, 6.5], [0.5, 1.5]]
+
+
+def test_smoothing_inside_takes_nothing_from_padding():
+    maps, valid = torch.rand(1, 20, 30), torch.zeros(1, 20, 30, dtype=torch.bool)
+    valid[:, :, :17] = True
+    expected = gaussian_filter((maps * valid)[0].double().numpy(), 4) / gaussian_filter(valid[0].double().numpy(), 4)
+    found = smooth_inside(maps.masked_fill(~valid, 1e6), valid)
+    np.testing.assert_allclose(blank(found, valid)[0, :, :17].numpy(), expected[:, :17], atol=1e-5)
+    assert torch.equal(smooth_inside(maps, None), smooth(maps))
+
+
+@pytest.mark.parametrize(
+    ("build", "own"), [(PatchCore, "patch"), (PaDiM, "max"), (RD4AD, "max"), (CDO, "top1")], ids=lambda x: str(x)
+)
+def test_every_detector_takes_each_image_score_and_defaults_to_its_papers(build, own):
+    images, scores = torch.randn(3, 3, 64, 64), {}
+    for how in ("max", "top1", "mean", own, None):
+        torch.manual_seed(0)
+        model = build(ResNet18(), **({} if how is None else {"image_score": how}))
+        if hasattr(model, "fit"):
+            model.fit(batches(images, 3), 3)
+        found = model.examine(images + 0.1)
+        scores[how] = found.scores
+        if how in ("max", "top1", "mean"):
+            assert torch.equal(found.scores, image_score(found.maps, None, how))
+    assert torch.equal(scores[None], scores[own])
+    assert all(scores["max"] > scores["top1"]) and all(scores["top1"] > scores["mean"])

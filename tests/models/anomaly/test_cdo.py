@@ -1,0 +1,236 @@
+"""CDO's apprentice, noise patches, maps of both versions and training; the loss has its own test (tests/losses)."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter, maximum_filter, median_filter
+from torch import Tensor, nn
+
+from data.augment import normalize, unnormalize
+from models.anomaly.cdo import CDO, background, patch_mask, with_noise
+from models.mobilenet import MobileNetV2
+from models.resnet import ResNet18, WideResNet50
+from training.errors import UserError
+
+
+def detector(**options) -> CDO:
+    torch.manual_seed(3)
+    return CDO(ResNet18(), **options)
+
+
+def train(model: CDO, images: Tensor, steps: int) -> list[dict[str, float]]:
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3, betas=(0.5, 0.999))
+    model.train()
+    seen = []
+    for _ in range(steps):
+        loss, stats = model(images)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen.append({"loss": loss.item()} | {name: value.item() for name, value in stats.items()})
+    return seen
+
+
+@pytest.mark.parametrize("backbone", [ResNet18, WideResNet50, MobileNetV2])
+def test_the_apprentice_has_the_experts_parameters_drawn_anew(backbone):
+    expert = backbone()
+    for parameter in expert.parameters():
+        nn.init.constant_(parameter, 0.123)
+    model = CDO(expert)
+    names = [[n for n, _ in m.named_parameters()] for m in (model.backbone, model.apprentice)]
+    assert names[0] == names[1]
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (model.backbone, model.apprentice)]
+    assert sizes[0] == sizes[1]
+    assert all((p == 0.123).all() for p in expert.parameters())
+    assert not any((p == 0.123).any() for p in model.apprentice.parameters() if p.requires_grad)
+    fresh = backbone().state_dict()
+    for name, value in model.apprentice.state_dict().items():
+        if value.ndim == 4 and value.numel() > 5000:  # of the constructor's distribution
+            assert value.std().item() == pytest.approx(fresh[name].std().item(), rel=0.1), name
+        elif "running" in name or "bn" in name:
+            assert torch.equal(value, fresh[name]), name
+
+
+@pytest.mark.parametrize("backbone", [ResNet18, MobileNetV2])
+def test_all_that_is_trainable_gets_a_gradient_and_the_expert_never_moves(backbone):
+    torch.manual_seed(0)
+    model = CDO(backbone())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    train(model, torch.randn(2, 3, 64, 64), 2)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in model.named_parameters() if p.grad is not None}  # DDP waits for every one
+    assert trained and all(name.startswith("apprentice.") for name in trained)
+    assert not any(module.training for module in model.backbone.modules()) and model.apprentice.training
+    for name, value in model.state_dict().items():
+        if name.startswith("backbone."):
+            assert torch.equal(value, before[name]), name
+        elif name in trained:
+            assert not torch.equal(value, before[name]), name
+
+
+def test_patches_have_the_official_numbers_and_sizes():
+    masks = patch_mask(400, [80, 120], torch.device("cpu"))
+    assert masks.shape == (400, 80, 120) and masks.dtype == torch.bool
+    empty = (~masks.flatten(1).any(1)).float().mean().item()
+    assert empty == pytest.approx(1 / 5, abs=0.07)  # 0 to 4 patches, equally likely
+    # expected area of one patch: 4 x mean half height (2..7) x mean half width (3..11) = 126; two of them on average,
+    # which overlap a little
+    assert masks.float().sum((1, 2)).mean().item() == pytest.approx(2 * 126, rel=0.1)
+    rows, columns = masks.any(2), masks.any(1)
+    assert rows.any(0)[[0, -1]].sum() >= 1 and columns.any(0)[2:-2].all()  # up to the border, everywhere
+    heights, widths = rows.sum(1), columns.sum(1)
+    alone = (heights * widths == masks.sum((1, 2))) & (heights > 0) & (heights <= 14) & (widths <= 22)
+    assert alone.sum() > 50  # one whole rectangle: none is cut at the border, which makes odd sides
+    assert set(heights[alone].tolist()) == {4, 6, 8, 10, 12, 14}
+    assert set(widths[alone].tolist()) == {6, 8, 10, 12, 14, 16, 18, 20, 22}
+    torch.manual_seed(1)
+    first = patch_mask(5, [64, 64], torch.device("cpu"))
+    torch.manual_seed(1)
+    assert torch.equal(first, patch_mask(5, [64, 64], torch.device("cpu")))
+
+
+def test_background_is_scipys_median_and_dilation():
+    pixels = torch.randint(256, (3, 1, 60, 50)).expand(3, 3, 60, 50).to(torch.uint8).clone()
+    pixels[:, :, 10:35, 20:40], pixels[:, :, 40:, :10], pixels[1] = 25, 230, 128
+    found = background(normalize(pixels)).numpy()
+    for picture in range(3):
+        gray = pixels[picture].double().mean(0).numpy()
+        most = median_filter(((gray < 30) | (gray > 220)).astype(np.uint8), 7, mode="nearest")
+        assert (found[picture] == (maximum_filter(most, 19, mode="constant") > 0)).all()
+    assert found[0].any() and not found[0].all() and not found[1].any()
+
+
+def test_patches_keep_off_the_background():
+    away = torch.zeros(300, 80, 120, dtype=torch.bool)
+    away[:, :, :60], away[250:] = True, True  # the left half, and everywhere
+    masks = patch_mask(300, [80, 120], torch.device("cpu"), away)
+    assert not masks[250:].any() and masks[:250].any(2).any(0)[3:-3].all()
+    assert not masks[:, :, :49].any() and masks[:, :, 49:].any()  # a centre on 60 reaches 11 to the left
+    empty = (~masks[:250].flatten(1).any(1)).float().mean().item()
+    assert empty == pytest.approx(1 / 5, abs=0.08)
+    model = detector(version="v1", skip_background=True)
+    dark = normalize(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+    assert model(dark)[1]["discrepancy_abnormal"] == 0
+    with pytest.raises(UserError, match="skip_background is of version v1"):
+        detector(version="v2", skip_background=True)
+
+
+@pytest.mark.parametrize("enlarged", [1, 4])
+def test_noise_is_on_the_patches_and_nowhere_else(enlarged):
+    images = torch.randn(40, 3, 48, 64)
+    noisy, abnormal = with_noise(images, enlarged)
+    assert noisy.shape == images.shape and abnormal.shape == (40, 48, 64) and 0 < abnormal.float().mean() < 0.3
+    changed = (noisy != images).any(1)
+    assert (changed <= abnormal).all() and changed.sum() > 0.98 * abnormal.sum()
+    inside = unnormalize(noisy).movedim(1, 3)[
+        abnormal & (F.avg_pool2d(abnormal[:, None].float(), 5, 1, 2)[:, 0] == 1)
+    ]  # (n, 3) off the soft edges
+    assert inside.mean().item() == pytest.approx(127 / 255, abs=0.02)
+    if enlarged == 1:
+        values = inside * 255
+        assert (
+            (values - values.round()).abs().max() < 1e-3 and values.round().min() >= 0 and values.round().max() <= 254
+        )
+        assert inside.std().item() == pytest.approx((1 / 12) ** 0.5, abs=0.02)
+    else:
+        assert inside.std().item() < 0.15
+
+
+def by_hand(model: CDO, images: Tensor) -> np.ndarray:
+    with torch.no_grad():
+        outputs = model.eval().networks(images)
+    total, size = 0, images.shape[-2:]
+    for expert, apprentice in zip(*([x.double() for x in side] for side in outputs)):
+        if model.version == "v1":
+            first = outputs[0][0].shape[-2:]
+            expert, apprentice = (
+                F.interpolate(x, first, mode="bilinear", align_corners=True) for x in (expert, apprentice)
+            )
+        cosine = (expert * apprentice).sum(1) / (expert.norm(dim=1) * apprentice.norm(dim=1))
+        level = 2 - 2 * cosine if model.version == "v1" else (1 - cosine) / 3
+        total = (
+            total + F.interpolate(level[:, None], size, mode="bilinear", align_corners=model.version == "v2")[:, 0]
+        )  # (B, H, W)
+    return np.stack([gaussian_filter(each, 4) for each in total.numpy()])
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_maps_and_scores_are_the_versions(version):
+    model, images = detector(version=version), torch.randn(2, 3, 64, 96)
+    maps, scores = model.score(images)
+    expected = by_hand(model, images)
+    np.testing.assert_allclose(maps.numpy(), expected, atol=1e-5)
+    ordered = np.sort(expected.reshape(2, -1), axis=1)
+    top = ordered[:, -1] if version == "v1" else ordered[:, -(64 * 96 // 100) :].mean(1)
+    np.testing.assert_allclose(scores.numpy(), top, atol=1e-5)
+    other = detector(version=version, image_score="mean")
+    np.testing.assert_allclose(other.score(images)[1].numpy(), expected.mean((1, 2)), atol=1e-5)
+
+
+def test_padding_enters_neither_map_nor_score():
+    model, images = detector(), torch.randn(1, 3, 64, 64)
+    valid = torch.zeros(1, 64, 64, dtype=torch.bool)
+    valid[:, :40] = True
+    found = model.examine(images, valid)
+    assert (found.maps[~valid] == 0).all() and (found.maps[valid] > 0).all()
+    assert found.scores.item() == pytest.approx(found.maps[valid].sort().values[-(40 * 64 // 100) :].mean().item())
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_it_learns_one_picture_and_finds_what_does_not_belong(version):
+    model = detector(version=version)
+    picture = torch.sin(torch.arange(64) / 2).expand(1, 3, 64, 64) + 0.1 * torch.randn(1, 3, 64, 64)
+    seen = train(model, picture.expand(4, -1, -1, -1).contiguous(), 60)
+    first, last = seen[0], seen[-1]
+    assert last["discrepancy_normal"] < 0.3 * first["discrepancy_normal"]
+    marked = [s for s in seen[-20:] if s["discrepancy_abnormal"] > 0]
+    ratios = [s["discrepancy_abnormal"] / s["discrepancy_normal"] for s in marked]
+    assert len(ratios) > 10 and np.mean(ratios) > 1.25  # patches are small beside the cells of stage 3
+    spoilt = picture.clone()
+    spoilt[:, :, 24:40, 16:32] = 2 * torch.randn(1, 3, 16, 16)
+    found, normal = model.examine(spoilt), model.examine(picture)
+    assert found.scores.item() > 1.5 * normal.scores.item()
+    y, x = found.peaks[0].tolist()
+    assert 20 <= y <= 44 and 12 <= x <= 36
+
+
+def test_state_dict_round_trip():
+    model, images = detector(), torch.randn(2, 3, 64, 64)
+    train(model, images, 2)
+    fresh = CDO(ResNet18())
+    fresh.load_state_dict(model.state_dict())
+    for a, b in zip(fresh.score(images), model.score(images)):
+        assert torch.equal(a, b)
+
+
+class Tokens(nn.Module):
+    """Stages that are no maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 16, 16)
+
+    def forward_stages(self, x: Tensor, last: int = 4) -> list[Tensor]:
+        return [self.embed(x).flatten(2)] * last  # (B, 8, N)
+
+
+class Scaled(ResNet18):
+    """A backbone with weights that no layer can draw anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+
+def test_mistakes_are_one_line():
+    with pytest.raises(UserError, match=r"3 stages of maps .* \(1, 8, 196\)"):
+        CDO(Tokens())
+    with pytest.raises(UserError, match="cannot draw new weights"):
+        CDO(Scaled())
+    with pytest.raises(UserError, match="v1 or v2"):
+        detector(version="v3")
+    with pytest.raises(UserError, match="gamma=-1"):
+        detector(gamma=-1)
+    with pytest.raises(UserError, match=r"raise data\.size"):
+        detector(version="v1")(torch.randn(2, 3, 32, 32))
