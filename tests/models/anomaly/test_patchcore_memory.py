@@ -58,10 +58,11 @@ def watched(**options) -> list[float]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_bank_of_all_patches_does_not_need_to_fit_into_memory():
-    """320 MiB of patches, all kept: within a limit of 10 MiB they cost less than that, in RAM twice as much."""
+    """320 MiB of patches, all kept: two copies of them in RAM; within a limit of 10 MiB neither, only what a search
+    works in. Both are sampled, and a busy machine misses a part of the peak."""
     small, large = watched(coreset=1.0, limit=0.01), watched(coreset=1.0, limit=8)
     assert small[1:] == large[1:] and small[1] == 80 * 32 * 32
-    assert small[0] < 310 and large[0] > 1.5 * small[0]  # sampled: a busy machine misses a part of the peak
+    assert small[0] < 0.65 * large[0]
 
 
 @pytest.mark.parametrize("mode", ["paper", "amazon", "anomalib"])
