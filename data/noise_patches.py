@@ -11,8 +11,7 @@ from data.random_numbers import send, stream
 
 @dataclass(frozen=True, kw_only=True)
 class NoisePatches:
-    """Rectangles of uniform noise, 0 .. `most` of them, in a picture with sides S: half of each side is uniform from
-    S // 40 to S // 10 - 1 pixels (at least 1), the center uniform in the picture; what sticks out is cut off.
+    """Rectangles of uniform noise (`rectangles`), 0 .. `most` of them.
 
     Every channel of every pixel is uniform in 0 .. 254 (0 is twice as likely, for bytes are 256). The mask is the
     rectangles, empty in one picture of `most` + 1. A pixel of noise may happen to be the one that was there.
@@ -35,19 +34,36 @@ class NoisePatches:
         height, width = images.shape[2:]
         large_enough(self, images, min(height, width) >= 20, "a tenth of a side must be at least 2 pixels")
         counts = whole(numbers[:, :1], 0, self.most)  # (B, 1)
-        sides = torch.tensor([height, width])
-        half, center = numbers[:, 1:].unflatten(1, (2, self.most, 2)).unbind(1)  # each (B, most, 2)
-        half = whole(half, (sides // 40).clamp(min=1), (sides // 10 - 1).clamp(min=1))
-        center = whole(center, 0, sides - 1)
-        ends = torch.stack([center - half, center + half], dim=3).int()  # (B, most, 2 axes, 2 ends)
+        half, place = numbers[:, 1:].unflatten(1, (2, self.most, 2)).unbind(1)  # each (B, most, 2)
+        ends = rectangles(half, place, (height, width))  # (B, most, 2 axes, 2 ends)
         ends[torch.arange(self.most) >= counts] = 0  # those that are not there are empty
-        mask = torch.zeros(len(images), height, width, dtype=torch.bool, device=images.device)
-        y, x = (torch.arange(side, device=images.device) for side in (height, width))
-        for patch in send(ends, images.device).unbind(1):
-            top, bottom, left, right = patch.flatten(1)[..., None].unbind(1)  # each (B, 1)
-            rows, columns = (y >= top) & (y < bottom), (x >= left) & (x < right)  # (B, H), (B, W)
-            mask |= rows[:, :, None] & columns[:, None]
+        mask = covered(send(ends, images.device), (height, width))  # (B, H, W)
         # one number of 24 bits makes a pixel's three bytes
         bits = stream((*key, 0), height * width, images.device).unflatten(1, (height, width))  # (B, H, W)
         noise = torch.stack([((bits >> shift & 255) * 255) >> 8 for shift in (16, 8, 0)], dim=1).to(torch.uint8)
         return torch.where(mask[:, None], noise, images), mask
+
+
+def rectangles(half: Tensor, place: Tensor, size: tuple[int, int]) -> Tensor:
+    """CDO's patches in a picture with sides S, as both official versions draw them: half of each side is uniform from
+    S // 40 to S // 10 - 1 pixels (here at least 1), the center uniform where the patch fits.
+
+    half, place: uniform numbers in [0, 1), (..., 2) for the two axes. Returns first and past-last row and column,
+    int32 (..., 2 axes, 2 ends).
+    """
+    sides = torch.tensor(size, device=half.device)
+    half = whole(half, (sides // 40).clamp(min=1), (sides // 10 - 1).clamp(min=1))
+    first = whole(place, 0, sides - 2 * half - 1)
+    return torch.stack([first, first + 2 * half], dim=-1).int()
+
+
+def covered(ends: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pixels inside any of each picture's n rectangles: ends (B, n, 2 axes, 2 ends) -> bool (B, H, W)."""
+    first, last = ends[..., None].unbind(3)  # each (B, n, 2, 1)
+    y, x = (torch.arange(side, device=ends.device) for side in size)
+    rows = (y >= first[:, :, 0]) & (y < last[:, :, 0])  # (B, n, H)
+    columns = (x >= first[:, :, 1]) & (x < last[:, :, 1])  # (B, n, W)
+    mask = torch.zeros(len(ends), *size, dtype=torch.bool, device=ends.device)
+    for row, column in zip(rows.unbind(1), columns.unbind(1)):
+        mask |= row[:, :, None] & column[:, None]
+    return mask

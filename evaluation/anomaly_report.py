@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+from evaluation.bootstrap import pixel_histograms
 from evaluation.compare import save_scores
 from evaluation.curves import histogram_picture, roc_pr_picture
 from evaluation.detection import anomaly_results, region_maps, region_masks
@@ -38,7 +39,9 @@ def report(
     has_masks = found.maps is not None and test_set.has_masks
     maps = None if found.maps is None else region_maps(found.maps, test_set, original=original)
     masks = region_masks(test_set, original=original) if has_masks else None
-    results = anomaly_results(found.scores, maps, masks, test_set, threshold, seed=seed)
+    shown = has_masks and any(m.any() for m in masks) and not all(m.all() for m in masks)
+    histograms = pixel_histograms(maps, masks) if shown else None
+    results = anomaly_results(found.scores, maps, masks, test_set, threshold, seed=seed, histograms=histograms)
     results |= {
         key: calibration[key] for key in ("pixel_threshold", "promised_false_alarm_rate", "n_normals", "suspicious")
     }
@@ -46,7 +49,7 @@ def report(
         log.say(f"suspicious normal, look at it: {line['path']} (score {line['score']:.4g})")
     write_scores(folder, found, test_set, normals.dataset, threshold)
     names = names_of(test_set, log.config["data"]["root"])  # the same on every machine
-    save_scores(folder / "test_scores.pt", names, test_set.labels, found.scores, maps, masks)
+    save_scores(folder / "test_scores.pt", names, test_set.labels, found.scores, results, histograms)
 
     table = defect_table(results)
     log.text("per defect", table)

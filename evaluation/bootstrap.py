@@ -45,13 +45,19 @@ class Histograms(NamedTuple):
 
 
 def with_intervals(
-    scores: Array, labels: Array, maps: Pictures | None, masks: Pictures | None, *, seed: int = 0
+    scores: Array,
+    labels: Array,
+    maps: Pictures | None,
+    masks: Pictures | None,
+    *,
+    seed: int = 0,
+    histograms: Histograms | None = None,
 ) -> dict[str, float | list[float] | None]:
     """All of `image_metrics` and `pixel_metrics`, each followed by `<key>_interval: [low, high]`.
 
-    `scores` (N,), `labels` (N,), `maps` and `masks` as for `pixel_metrics` or None for either. None where a figure is
-    undefined. `seed` draws the replicates; image and pixel figures share them. About 3 seconds for 250 pictures of
-    256 x 256 on one core.
+    `scores` (N,), `labels` (N,), `maps` and `masks` as for `pixel_metrics` or None for either; `histograms`: their
+    `pixel_histograms`, if they are there already. None where a figure is undefined. `seed` draws the replicates; image
+    and pixel figures share them. About 3 seconds for 250 pictures of 256 x 256 on one core.
     """
     figures, labels = image_metrics(scores, labels), to_numpy(labels).astype(bool)
     intervals = dict.fromkeys(IMAGE_METRICS + PIXEL_METRICS)
@@ -63,7 +69,7 @@ def with_intervals(
     else:
         figures |= pixel_metrics(maps, masks)
         if figures["aupro"] is not None:
-            intervals |= percentiles(pixel_replicates(pixel_histograms(maps, masks), draws))
+            intervals |= percentiles(pixel_replicates(histograms or pixel_histograms(maps, masks), draws))
     return {
         name: value for key in figures for name, value in ((key, figures[key]), (f"{key}_interval", intervals[key]))
     }

@@ -16,9 +16,6 @@ from evaluation.anomaly_metrics import (
     IMAGE_METRICS,
     PIXEL_METRICS,
     Array,
-    Pictures,
-    image_metrics,
-    pixel_metrics,
     real_numbers,
     to_numpy,
 )
@@ -26,7 +23,6 @@ from evaluation.bootstrap import (
     Histograms,
     draw_pictures,
     image_replicates,
-    pixel_histograms,
     pixel_replicates,
 )
 from training import checkpoint
@@ -51,33 +47,29 @@ def save_scores(
     paths: list[str],
     labels: Array,
     scores: Array,
-    maps: Pictures | None,
-    masks: Pictures | None,
+    figures: dict[str, float | None],
+    histograms: Histograms | None,
 ) -> None:
     """Write what `compare` needs of a run: rank 0 writes, whole or not at all.
 
     `paths` N names, best relative to the data set so that runs on two machines agree; `labels` (N,) 0/1, `scores` (N,);
-    `maps` and `masks` as for `pixel_metrics`, or None. Of the maps their histograms are kept, about 24 KB a picture.
-    Raises UserError on NaN and when the file cannot be written.
+    `figures` has those of `image_metrics` and `pixel_metrics`, perhaps more; `histograms` from `pixel_histograms`, or
+    None without maps, take about 24 KB a picture. Raises UserError on NaN and when the file cannot be written.
     """
     labels, scores = to_numpy(labels).astype(bool), real_numbers(to_numpy(scores), "image scores")
-    figures, histograms = image_metrics(scores, labels) | dict.fromkeys(PIXEL_METRICS), None
     if len(paths) != len(scores):
         raise ValueError(f"{len(paths)} paths for {len(scores)} scores")
-    if maps is not None and masks is not None:
-        if len(maps) != len(scores):
-            raise ValueError(f"{len(maps)} maps for {len(scores)} scores")
-        figures |= pixel_metrics(maps, masks)
-    if figures["aupro"] is not None:
-        found = pixel_histograms(maps, masks)
-        histograms = [torch.from_numpy(np.ascontiguousarray(h, dtype)) for h, dtype in zip(found, TYPES)]
+    if histograms is not None:
+        if len(histograms.negatives) != len(scores):
+            raise ValueError(f"histograms of {len(histograms.negatives)} pictures for {len(scores)} scores")
+        histograms = [torch.from_numpy(np.ascontiguousarray(h, dtype)) for h, dtype in zip(histograms, TYPES)]
     checkpoint.save(
         path,
         {},
         paths=[str(name) for name in paths],
         labels=torch.from_numpy(labels),
         scores=torch.from_numpy(scores.copy()),
-        figures=figures,
+        figures={key: figures[key] for key in IMAGE_METRICS + PIXEL_METRICS},
         histograms=histograms,
     )
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from data.augment import normalize
 from evaluation.anomaly_metrics import PIXEL_METRICS, pixel_metrics
-from evaluation.bootstrap import with_intervals
+from evaluation.bootstrap import Histograms, with_intervals
 from models.anomaly.detector import Batch, Findings
 from training import distributed
 
@@ -76,14 +76,16 @@ def anomaly_results(
     threshold: float | None,
     *,
     seed: int,
+    histograms: Histograms | None = None,
 ) -> dict:
     """Figures with intervals over the whole test set, and `per_defect`: each one's against all good pictures.
 
-    Pixel figures are None without maps or masks. `observed_false_alarms` and `observed_detections` are the shares of
-    good and of defective test pictures above the threshold, which came from normal pictures alone.
+    Pixel figures are None without maps or masks; `histograms` are their `pixel_histograms`. `observed_false_alarms` and
+    `observed_detections` are the shares of good and of defective test pictures above the threshold, which came from
+    normal pictures alone.
     """
     labels, defects = dataset.labels, np.array(dataset.defects)
-    results = with_intervals(scores, labels, maps, masks, seed=seed)
+    results = with_intervals(scores, labels, maps, masks, seed=seed, histograms=histograms)
     per_defect = {}
     for name in sorted(set(dataset.defects) - {"good"}):
         chosen = np.flatnonzero((defects == name) | (defects == "good"))

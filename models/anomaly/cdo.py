@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.augment import normalize, unnormalize
+from data.noise_patches import covered, rectangles
 from losses.cdo import collaborative_discrepancy, discrepancy
 from models.anomaly.detector import Detector, Findings
 from models.anomaly.maps import ImageScore, image_score, peak, smooth_inside, upsample
@@ -163,25 +164,18 @@ def background(images: Tensor) -> Tensor:
 
 
 def patch_mask(count: int, size: list[int], device: torch.device, away: Tensor | None = None) -> Tensor:
-    """0 to 4 rectangles a picture: half sides from side // 40 to side // 10 - 1, centres where they fit: (B, h, w).
+    """0 to 4 of the rectangles of data/noise_patches.py a picture: bool (B, h, w).
 
     `away`: bool (B, h, w), where no centre may lie: of 200 rectangles the first that obeys is taken, or none.
     """
     shown = torch.arange(4, device=device) < torch.randint(5, (count, 1), device=device)  # (B, 4)
-    halves, starts = [], []
-    for side in size:
-        half = torch.randint(side // 40, side // 10, (count, 4, 1 if away is None else 200), device=device)
-        halves.append(half)
-        starts.append(torch.randint(2**31, half.shape, device=device) % (side - 2 * half))  # (B, 4, tries)
+    tries = 1 if away is None else 200
+    numbers = torch.rand(2, count, 4, tries, 2, dtype=torch.float64, device=device)
+    ends = rectangles(*numbers, size)  # (B, 4, tries, 2 axes, 2 ends)
     if away is not None:
-        y, x = (start + half for start, half in zip(starts, halves))  # (B, 4, tries)
+        y, x = (ends.sum(4) // 2).long().unbind(3)  # (B, 4, tries)
         free = ~away.flatten(1).gather(1, (y * size[1] + x).flatten(1)).view_as(y)  # (B, 4, tries)
-        first = free.to(torch.uint8).argmax(2, keepdim=True)  # (B, 4, 1)
         shown = shown & free.any(2)
-        halves, starts = ([x.gather(2, first) for x in both] for both in (halves, starts))  # (B, 4, 1)
-    spans = []
-    for side, half, start in zip(size, halves, starts):
-        at = torch.arange(side, device=device)
-        spans.append((at >= start) & (at < start + 2 * half))  # (B, 4, side)
-    rows, columns = spans
-    return ((rows & shown[..., None])[..., None] & columns[:, :, None]).any(1)  # (B, 4, h, w) -> (B, h, w)
+        first = free.to(torch.uint8).argmax(2)[..., None, None, None].expand(-1, -1, 1, 2, 2)
+        ends = ends.gather(2, first)  # (B, 4, 1, 2, 2)
+    return covered(ends[:, :, 0] * shown[..., None, None], size)

@@ -23,8 +23,8 @@ def test_rectangles_and_noise(height, width):
             for k, side in enumerate((height, width)):
                 low, high = max(1, side // 40), max(1, side // 10 - 1)
                 half = low + math.floor(u[1 + 2 * patch + k] * (high - low + 1))
-                center = math.floor(u[9 + 2 * patch + k] * side)
-                spans.append(slice(max(center - half, 0), center + half))
+                first = math.floor(u[9 + 2 * patch + k] * (side - 2 * half))  # official: where the whole patch fits
+                spans.append(slice(first, first + 2 * half))
             where[spans[0], spans[1]] = True
         assert torch.equal(masks[i], where)
         assert torch.equal(made[i][:, ~where], images[i][:, ~where])

@@ -9,13 +9,14 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from evaluation import bootstrap
 from evaluation.anomaly_metrics import IMAGE_METRICS, PIXEL_METRICS, image_metrics, pixel_metrics
-from evaluation.bootstrap import draw_pictures
+from evaluation.bootstrap import draw_pictures, pixel_histograms
 from evaluation.compare import compare, compare_table, judge, load_scores, save_scores
 from evaluation.report import markdown_table
 from training.errors import UserError
 
 PATHS = [f"test/{i:03}.png" for i in range(30)]
 LABELS = np.arange(30) % 3 == 0
+NOTHING = dict.fromkeys(IMAGE_METRICS + PIXEL_METRICS)
 
 
 def run_of(folder, name: str, *, gain: float = 1.0, seed: int = 0, paths=PATHS, labels=LABELS, pixels: bool = True):
@@ -25,8 +26,9 @@ def run_of(folder, name: str, *, gain: float = 1.0, seed: int = 0, paths=PATHS, 
     masks = np.zeros((len(labels), 12, 10), dtype=bool)
     masks[labels, 3:6, 2:7] = True
     maps = (rng.normal(size=masks.shape) + gain * masks).astype(np.float32)
-    given = (maps, masks) if pixels else (None, None)
-    save_scores(folder / name, paths, torch.from_numpy(labels), torch.from_numpy(scores), *given)
+    figures = image_metrics(scores, labels) | (pixel_metrics(maps, masks) if pixels else dict.fromkeys(PIXEL_METRICS))
+    histograms = pixel_histograms(maps, masks) if pixels and figures["aupro"] is not None else None
+    save_scores(folder / name, paths, torch.from_numpy(labels), torch.from_numpy(scores), figures, histograms)
     return load_scores(folder / name), scores, maps, masks
 
 
@@ -137,8 +139,8 @@ def test_files_that_hold_no_scores(tmp_path):
     with pytest.raises(UserError, match=r"last.pt holds no test scores"):
         load_scores(tmp_path / "last.pt")
     with pytest.raises(UserError, match="not a number"):
-        save_scores(tmp_path / "nan.pt", ["a", "b"], [0, 1], [0.0, float("nan")], None, None)
+        save_scores(tmp_path / "nan.pt", ["a", "b"], [0, 1], [0.0, float("nan")], NOTHING, None)
     with pytest.raises(UserError, match="cannot write"):
-        save_scores(tmp_path / "no" / "folder.pt", ["a", "b"], [0, 1], [0.0, 1.0], None, None)
+        save_scores(tmp_path / "no" / "folder.pt", ["a", "b"], [0, 1], [0.0, 1.0], NOTHING, None)
     with pytest.raises(ValueError, match="1 paths for 2"):
-        save_scores(tmp_path / "few.pt", ["a"], [0, 1], [0.0, 1.0], None, None)
+        save_scores(tmp_path / "few.pt", ["a"], [0, 1], [0.0, 1.0], NOTHING, None)

@@ -4,9 +4,12 @@ import csv
 import json
 import os
 
+import pytest
+
 import predict
 import train_anomaly
 from tests.pictures import write_mvtec
+from training.errors import UserError
 
 
 def test_scores_alarms_and_neighbors_are_those_of_the_run(tmp_path, capsys):
@@ -30,3 +33,13 @@ def test_scores_alarms_and_neighbors_are_those_of_the_run(tmp_path, capsys):
         assert then["nearest_training_picture"].endswith(now["nearest_training_picture"])
         assert now["nearest_training_picture"].startswith("part/train/good/")
     assert results["anomalous"] == sum(row["is_anomalous"] == "1" for row in tables[0])
+
+
+def test_a_detector_of_positions_refuses_pictures_that_would_be_padded(tmp_path):
+    root = write_mvtec(tmp_path / "set")
+    words = [f"data.root={root}", "data.category=part", "data.size=64", "data.fit=pad", f"runs={tmp_path}"]
+    train_anomaly.main(["configs/padim_demo.yaml", *words, "run_name=run", "batch_size=4", "device=cpu"])
+    write_mvtec(tmp_path / "wide", width=80, normal=1)
+    with pytest.raises(UserError, match="position by position, which padding shifts"):
+        predict.main([str(tmp_path / "run"), str(tmp_path / "wide"), f"out={tmp_path / 'out'}", "device=cpu"])
+    assert not (tmp_path / "out" / "predictions.csv").exists()
