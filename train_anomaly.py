@@ -18,13 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import DataConfig, build_dataset
-from data.augment import normalize
 from data.loading import Loader, holdout
 from evaluation.anomaly_report import report
 from evaluation.calibration import calibrate, promise
 from evaluation.detection import batches_of, examine_set
 from evaluation.update import load_memory, names_of, same_pictures, update_memory
-from models.anomaly import DETECTORS, DetectorConfig
+from models.anomaly import DetectorConfig, build_detector
+from models.anomaly.detector import TrainingBatch
 from models.build import BackboneConfig, build_backbone
 from training import checkpoint, config, distributed, errors
 from training.log import Log, Window
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     cfg = config.load(Config, argv)
     device, world = distributed.setup(cfg.device), distributed.world_size()
     resolved, folder = config.as_dict(cfg), config.run_folder(cfg)
-    config.at_least_one(cfg, "epochs", "batch_size", "log_every", "save_every")
+    config.at_least_one(cfg, "batch_size", "log_every", "save_every")
     if cfg.batch_size % world:
         raise errors.UserError(f"batch_size={cfg.batch_size} is no multiple of {world} processes")
     if not 0 < cfg.false_alarm_rate < 1:
@@ -68,19 +68,22 @@ def main(argv: list[str]) -> None:
     # ---------------------------------------------------------------- networks
     torch.manual_seed(cfg.seed)
     backbone, weights = build_backbone(cfg.backbone)
-    detector = DETECTORS[cfg.detector.name](backbone, **cfg.detector.options)
+    detector, trained = build_detector(cfg.detector, backbone)
     detector.to(device, memory_format=torch.channels_last)
-    by_gradient = not hasattr(detector, "fit")
+    by_gradient, fits = detector.by_gradient, hasattr(detector, "fit")  # one of them, or first one and then the other
     if by_gradient and cfg.optim is None:
         raise errors.UserError(
             f"detector {cfg.detector.name} is trained by gradients: the config needs an optim section"
         )
+    if cfg.epochs < (1 if cfg.detector.weights is None else 0):
+        raise errors.UserError(f"epochs={cfg.epochs}: at least 1, or 0 to test detector.weights as they are")
     if cfg.update and not hasattr(detector, "add"):
         raise errors.UserError(f"detector {cfg.detector.name} cannot be updated, only fitted anew: remove update")
     old = load_memory(cfg.update, resolved, detector) if cfg.update else None
 
     # ---------------------------------------------------------------- data
     train_set, test_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "test")
+    lessons = train_set if detector.learns_from == "train" else build_dataset(cfg.data, detector.learns_from)
     if not hasattr(test_set, "defects"):
         raise errors.UserError(
             f"data.name={cfg.data.name} has no defects to find; use mvtec (MVTec layout) or one_against_all"
@@ -91,8 +94,12 @@ def main(argv: list[str]) -> None:
     train_ids, held_out = holdout(train_set, share, cfg.seed)
     load = {"seed": cfg.seed, "cache": cfg.data.cache, "workers": cfg.data.workers}
     sizes = {"batch_size": cfg.batch_size // world, "device": device}
-    loader = Loader(train_set, **sizes, shuffle=by_gradient, drop_last=by_gradient, indices=train_ids, **load)
-    total = cfg.epochs * len(loader) if by_gradient else 1
+    learned = Loader(train_set, **sizes, indices=train_ids, **load)
+    if by_gradient:
+        loader = Loader(
+            lessons, **sizes, shuffle=True, drop_last=True, indices=train_ids if lessons is train_set else None, **load
+        )
+    total = cfg.epochs and cfg.epochs * len(loader) if by_gradient else 1
 
     # ---------------------------------------------------------------- what a killed run left
     dtype, scaler = PRECISIONS[cfg.precision], torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
@@ -101,7 +108,7 @@ def main(argv: list[str]) -> None:
         optimizer = build_optimizer(cfg.optim, detector)
         parts |= {"optimizer": optimizer, "scaler": scaler}
     state = checkpoint.open_run(folder, resolved, resume=cfg.resume)
-    start = state["step"] if state else 0
+    start, finished = (state["step"], state["step"] == total) if state else (0, False)
     about = {"config": resolved, "learned": train_ids.tolist()}  # pictures by the numbers that a detector remembers
     about["names"] = names_of(train_set, cfg.data.options["root"])
     if state:
@@ -110,22 +117,17 @@ def main(argv: list[str]) -> None:
     log, window, began = Log(folder, resolved, start), Window(device), time.perf_counter()
     before = state["seconds_fit"] if state else 0.0  # of the sessions before this one
     log.say(
-        f"{cfg.run_name}: {cfg.detector.name}, {cfg.backbone.name} ({weights}), {len(train_ids)} normals to learn from"
+        f"{cfg.run_name}: {cfg.detector.name}{trained}, {cfg.backbone.name} ({weights}), "
+        f"{len(train_ids)} normals to learn from"
     )
-    if start == total and log.repeat_results():
+    if finished and log.repeat_results():
         return
 
-    # ---------------------------------------------------------------- fit
+    # ---------------------------------------------------------------- train
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    if not by_gradient and start < total:
-        with autocast:
-            if cfg.update:
-                log.say(update_memory(detector, old, about["names"], loader))
-            else:
-                detector.fit(batches_of(loader, "features"), len(train_ids))
     if by_gradient:
         model = torch.compile(detector) if cfg.compile else detector
-        model = DistributedDataParallel(model) if world > 1 else model
+        model = DistributedDataParallel(model, find_unused_parameters=detector.partial) if world > 1 else model
         batches = None
         bar = tqdm(
             range(start, total), cfg.run_name, total, initial=start, unit="step", disable=not distributed.is_main()
@@ -138,16 +140,17 @@ def main(argv: list[str]) -> None:
             torch.manual_seed(cfg.seed + 1_000_003 * step + distributed.rank())  # a resumed run draws the same numbers
             lr = cfg.optim.lr_at(step, total, len(loader), cfg.batch_size)
             set_rates(optimizer, lr, cfg.optim.weight_decay_at(step, total))
-            images, *_ = window.next(batches)
-            with autocast:
-                loss, stats = model(normalize(images))
-            scaler.scale(loss).backward()
-            window.add(loss, cfg.batch_size)
-            scaler.unscale_(optimizer)
-            grad_norm = clip_gradients(detector.parameters(), cfg.optim.clip, cfg.optim.clip_mode)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            images, labels, ids = window.next(batches)
+            for inputs in detector.steps(TrainingBatch(images, labels, ids, epoch, cfg.seed)):  # most make one step
+                with autocast:
+                    loss, stats = model(*inputs)
+                scaler.scale(loss).backward()
+                window.add(loss)
+                scaler.unscale_(optimizer)
+                grad_norm = clip_gradients(detector.parameters(), cfg.optim.clip, cfg.optim.clip_mode)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
 
             done = step + 1
             log_due, save_due = (done % every == 0 or done == total for every in (cfg.log_every, cfg.save_every))
@@ -160,11 +163,17 @@ def main(argv: list[str]) -> None:
             if save_due and done < total:
                 about["seconds_fit"] = before + time.perf_counter() - began
                 checkpoint.save(folder / checkpoint.LAST, parts, step=done, **about)
-    if start < total:
-        about["seconds_fit"] = before + time.perf_counter() - began
+
+    # ---------------------------------------------------------------- fit
+    if fits and not finished:
+        with autocast:
+            if cfg.update:
+                log.say(update_memory(detector, old, about["names"], learned))
+            else:
+                detector.fit(batches_of(learned, "features"), len(train_ids))
+    about["seconds_fit"] = before if finished else before + time.perf_counter() - began
+    if not finished:
         checkpoint.save(folder / checkpoint.LAST, parts, step=total, **about)
-    else:
-        about["seconds_fit"] = before
 
     # ---------------------------------------------------------------- thresholds from normals, then the test, once
     began = time.perf_counter()

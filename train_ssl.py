@@ -139,7 +139,7 @@ def main(argv: list[str]) -> None:
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     loss, stats = model(views, labels)
                 scaler.scale(loss / cfg.accumulate).backward()
-            window.add(loss, micro_batch * world)
+            window.add(loss)
 
         scaler.unscale_(optimizer)
         grad_norm = clip_gradients(method.parameters(), cfg.optim.clip, cfg.optim.clip_mode)

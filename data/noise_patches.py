@@ -3,27 +3,35 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.pasting import draw, large_enough, require, whole
-from data.random_numbers import send, stream
+from data.random_numbers import send, stream, uniform
+
+TRIES = 200  # rectangles that are drawn to find one off the background
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoisePatches:
-    """Rectangles of uniform noise (`rectangles`), 0 .. `most` of them.
+    """Rectangles of uniform noise (`rectangles`), 0 .. `most` of them, on a picture `enlarged` times as high and wide.
 
-    Every channel of every pixel is uniform in 0 .. 254 (0 is twice as likely, for bytes are 256). The mask is the
-    rectangles, empty in one picture of `most` + 1. A pixel of noise may happen to be the one that was there.
+    Every channel of every pixel is uniform in 0 .. 254 (0 is twice as likely, for bytes are 256). The enlarged picture
+    is shrunk again (bilinear, antialiased), so that at 4 the noise is weaker and its edges soft. The mask is the
+    rectangles and what the shrinking mixes with them, empty in one picture of `most` + 1. A pixel of noise may happen
+    to be the one that was there.
 
-    Deviation: no test whether a center lies on the background (the first version's, for some categories).
+    The authors' first version is `enlarged=1`, for some categories with `skip_background`: no centre lies where the
+    picture is dark or bright (`background`). The second draws on 1024 x 1024 pixels and is `enlarged=4` for 256.
     """
 
     most: int = 4
+    enlarged: int = 1
+    skip_background: bool = False
     kind = 5
 
     def __post_init__(self):
-        require(self, {"most must be at least 1": self.most >= 1})
+        require(self, {"most must be at least 1": self.most >= 1, "enlarged must be at least 1": self.enlarged >= 1})
 
     @torch.no_grad()
     def __call__(
@@ -31,17 +39,41 @@ class NoisePatches:
     ) -> tuple[Tensor, Tensor]:
         key = seed, epoch, view, sample_ids, self.kind
         numbers = draw(images, key, 1 + 4 * self.most)
-        height, width = images.shape[2:]
-        large_enough(self, images, min(height, width) >= 20, "a tenth of a side must be at least 2 pixels")
+        height, width = size = tuple(self.enlarged * side for side in images.shape[2:])
+        large_enough(self, images, min(size) >= 20, "a tenth of a side must be at least 2 pixels")
         counts = whole(numbers[:, :1], 0, self.most)  # (B, 1)
+        shown = torch.arange(self.most) < counts  # (B, most)
         half, place = numbers[:, 1:].unflatten(1, (2, self.most, 2)).unbind(1)  # each (B, most, 2)
-        ends = rectangles(half, place, (height, width))  # (B, most, 2 axes, 2 ends)
-        ends[torch.arange(self.most) >= counts] = 0  # those that are not there are empty
-        mask = covered(send(ends, images.device), (height, width))  # (B, H, W)
+        if self.skip_background:
+            ends, free = self.off_background(images, key, size)
+            shown = shown & free
+        else:
+            ends = rectangles(half, place, size)  # (B, most, 2 axes, 2 ends)
+        ends = ends * shown[..., None, None]  # those that are not there are empty
+        mask = covered(send(ends, images.device), size)  # (B, h, w)
         # one number of 24 bits makes a pixel's three bytes
-        bits = stream((*key, 0), height * width, images.device).unflatten(1, (height, width))  # (B, H, W)
+        bits = stream((*key, 0), height * width, images.device).unflatten(1, size)  # (B, h, w)
         noise = torch.stack([((bits >> shift & 255) * 255) >> 8 for shift in (16, 8, 0)], dim=1).to(torch.uint8)
-        return torch.where(mask[:, None], noise, images), mask
+        if self.enlarged == 1:
+            return torch.where(mask[:, None], noise, images), mask
+        made, changed = images.clone(), torch.empty(images[:, 0].shape, dtype=torch.bool, device=images.device)
+        for i in range(len(images)):  # one by one, for an enlarged picture takes much memory
+            planes = torch.cat([noise[i] * mask[i], mask[i, None]]).float()[None]  # (1, 4, h, w)
+            *color, share = F.interpolate(planes, images.shape[2:], mode="bilinear", antialias=True)[0]  # each (H, W)
+            made[i] = (images[i] * (1 - share) + torch.stack(color)).round_().to(torch.uint8)
+            changed[i] = share > 0
+        return made, changed
+
+    def off_background(self, images: Tensor, key: tuple, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Of TRIES rectangles for each patch the first whose centre is not on the background: ends (B, most, 2, 2) as
+        of `rectangles`, and whether there is one, bool (B, most)."""
+        numbers = uniform((*key, 1), 4 * self.most * TRIES)
+        ends = rectangles(*numbers.unflatten(1, (2, self.most, TRIES, 2)).unbind(1), size)  # (B, most, TRIES, 2, 2)
+        y, x = (ends.sum(4) // (2 * self.enlarged)).long().unbind(3)  # (B, most, TRIES) in the picture
+        away = background(images).cpu()
+        free = ~away.flatten(1).gather(1, (y * images.shape[3] + x).flatten(1)).view_as(y)
+        first = free.to(torch.uint8).argmax(2)[..., None, None, None].expand(-1, -1, 1, 2, 2)
+        return ends.gather(2, first)[:, :, 0], free.any(2)
 
 
 def rectangles(half: Tensor, place: Tensor, size: tuple[int, int]) -> Tensor:
@@ -67,3 +99,12 @@ def covered(ends: Tensor, size: tuple[int, int]) -> Tensor:
     for row, column in zip(rows.unbind(1), columns.unbind(1)):
         mask |= row[:, :, None] & column[:, None]
     return mask
+
+
+def background(images: Tensor) -> Tensor:
+    """Where a picture is dark (gray below 30) or bright (above 220), as official v1: specks taken out by the median of
+    7 x 7, the rest grown by 9 pixels; uint8 (B, 3, H, W) -> bool (B, H, W)."""
+    summed = images.float().sum(1, keepdim=True)  # (B, 1, H, W), three times gray
+    found = ((summed < 3 * 30) | (summed > 3 * 220)).float()
+    share = F.avg_pool2d(F.pad(found, (3, 3, 3, 3), mode="replicate"), 7, stride=1)  # above 1/2 where the median is 1
+    return F.max_pool2d((share > 0.5).float(), 19, stride=1, padding=9)[:, 0] > 0  # (B, H, W)

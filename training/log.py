@@ -99,19 +99,20 @@ class Window:
 
     def _restart(self) -> None:
         self.loss.zero_()
-        self.steps = self.pictures = 0
+        self.losses = self.pictures = 0
         self.waited, self.started = 0.0, time.perf_counter()
 
     def next(self, batches: Iterator):
-        """next(batches), timed."""
+        """next(batches), timed and counted; the pictures are as many as the batch's last entry has rows."""
         asked = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - asked
+        self.pictures += len(batch[-1]) * distributed.world_size()
         return batch
 
-    def add(self, loss: Tensor, pictures: int) -> None:
+    def add(self, loss: Tensor) -> None:
         self.loss += loss.detach()
-        self.steps, self.pictures = self.steps + 1, self.pictures + pictures
+        self.losses += 1
 
     def check(self, where: str) -> None:
         """Stop on a loss that is not finite; `where` says step, learning rate and what to go back to."""
@@ -124,7 +125,7 @@ class Window:
         """Means over this window and all ranks; starts the next window. Every rank must call it."""
         seconds = time.perf_counter() - self.started
         values = {
-            "loss": float(distributed.all_reduce_mean(self.loss)) / max(self.steps, 1),
+            "loss": float(distributed.all_reduce_mean(self.loss)) / max(self.losses, 1),
             "speed/images_per_second": self.pictures / seconds,
             "speed/data_wait_share": self.waited / seconds,
         }

@@ -2,19 +2,43 @@
 
 from dataclasses import dataclass, field
 
+from torch import nn
+
 from models.anomaly.cdo import CDO
+from models.anomaly.detector import Detector
 from models.anomaly.embedding import Embedding
 from models.anomaly.padim import PaDiM
 from models.anomaly.patchcore import PatchCore
 from models.anomaly.rd4ad import RD4AD
+from training import checkpoint
 from training.config import choice
+from training.errors import UserError
 
 DETECTORS = {"cdo": CDO, "embedding": Embedding, "padim": PaDiM, "patchcore": PatchCore, "rd4ad": RD4AD}
 
 
 @dataclass(kw_only=True)
 class DetectorConfig:
-    """`detector.*`: the detector's name and its keyword-only arguments."""
+    """`detector.*`: these keys, and the keyword-only arguments of the chosen detector."""
 
     name: str = choice(DETECTORS)
+    weights: str | None = None  # what a run of the same detector has trained (its last.pt), or an official checkpoint
     options: dict = field(default_factory=dict)
+
+
+def build_detector(config: DetectorConfig, backbone: nn.Module) -> tuple[Detector, str]:
+    """The detector with its trained weights loaded, and where they come from, in words.
+
+    Raises:
+        UserError: the file cannot be read, is of another detector or does not fit.
+    """
+    detector = DETECTORS[config.name](backbone, **config.options)
+    if config.weights is None:
+        return detector, ""
+    state = checkpoint.read(config.weights)
+    if isinstance(state, dict) and {"config", "model"} <= state.keys():
+        if (name := state["config"].get("detector", {}).get("name")) != config.name:
+            raise UserError(f"detector.weights={config.weights} is a run of {name or 'no detector'}, not {config.name}")
+        state = state["model"]
+    detector.load_trained(state, config.weights)
+    return detector, f" from {config.weights}"

@@ -1,5 +1,6 @@
 """CDO (Cao et al. 2023, "Collaborative discrepancy optimization for reliable image anomaly localization")."""
 
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Literal, NamedTuple
 
@@ -7,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.augment import normalize, unnormalize
-from data.noise_patches import covered, rectangles
+from data.augment import normalize
+from data.noise_patches import NoisePatches
 from losses.cdo import collaborative_discrepancy, discrepancy
-from models.anomaly.detector import Detector, Findings
+from models.anomaly.detector import Detector, Findings, TrainingBatch
 from models.anomaly.maps import ImageScore, image_score, peak, smooth_inside, upsample
 from training.errors import UserError
 
@@ -53,6 +54,8 @@ class CDO(Detector):
             the first batch, pictures too small for a patch.
     """
 
+    by_gradient = True
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -69,7 +72,8 @@ class CDO(Detector):
             raise UserError("cdo skip_background is of version v1: set version=v1 or skip_background=false")
         if not 0 <= gamma <= 5:
             raise UserError(f"cdo gamma={gamma}: from 0 (all positions weigh the same) to 5; the paper's is 2")
-        self.version, self.skip_background, self.gamma = version, skip_background, gamma
+        self.version, self.gamma = version, gamma
+        self.noise = NoisePatches(enlarged=VERSIONS[version].enlarged, skip_background=skip_background)
         self.image_score = image_score or VERSIONS[version].image_score
         self.apprentice = beginner(backbone, last=3)
 
@@ -77,9 +81,13 @@ class CDO(Detector):
         """Stages 1-3 of the expert and the apprentice, twice [(B, C_i, H_i, W_i)] in float32."""
         return self.features(images), [f.float() for f in self.apprentice.forward_stages(images, last=3)]
 
-    def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss on normalised (B, 3, H, W) normal pictures, on which it puts noise; stats: mean discrepancies."""
-        images, abnormal = with_noise(images, VERSIONS[self.version].enlarged, self.skip_background)
+    def steps(self, batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pictures with patches of noise on them, normalised, and where: (B, 3, H, W) and bool (B, H, W)."""
+        noisy, abnormal = self.noise(batch.images, batch.ids, batch.epoch, seed=batch.seed)
+        yield normalize(noisy), abnormal
+
+    def forward(self, images: Tensor, abnormal: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss on what `steps` gives; stats: mean discrepancies."""
         loss, means = collaborative_discrepancy(*self.networks(images), abnormal, self.gamma)
         return loss, {f"discrepancy_{name}": mean for name, mean in means.items()}
 
@@ -129,53 +137,3 @@ def beginner(backbone: nn.Module, last: int) -> nn.Module:
         elif list(layer.parameters(recurse=False)):
             raise UserError(f"cdo cannot draw new weights for '{name}' of this backbone: set backbone.name to a CNN")
     return copy.train()
-
-
-def with_noise(images: Tensor, enlarged: int, skip_background: bool = False) -> tuple[Tensor, Tensor]:
-    """Pictures with patches of uniform colour noise on them, and where: (B, 3, H, W) and bool (B, H, W).
-
-    Intensities are 0 to 254, independent at every pixel and channel of a picture `enlarged` times as high and wide,
-    which is then shrunk (bilinear, antialiased): at 4, as in v2, the noise becomes weaker and its edges soft. Random
-    numbers come from torch's generator of the images' device.
-    """
-    size = [enlarged * side for side in images.shape[-2:]]
-    if min(size) < 40:
-        raise UserError(
-            f"cdo draws patches of a fortieth of the side and more, none on {tuple(images.shape[-2:])}: raise data.size"
-        )
-    away = background(images) if skip_background else None
-    patches = patch_mask(len(images), size, images.device, away)[:, None]  # (B, 1, h, w)
-    noise = torch.randint(255, (len(images), 3, *size), dtype=torch.uint8, device=images.device)
-    noise, share = normalize(noise) * patches, patches.to(images.dtype)
-    if enlarged > 1:
-        noise, share = (
-            F.interpolate(x, images.shape[-2:], mode="bilinear", antialias=True) for x in (noise, share)
-        )  # (B, 3, H, W) and (B, 1, H, W)
-    return images * (1 - share) + noise, share[:, 0] > 0
-
-
-def background(images: Tensor) -> Tensor:
-    """Where a normalised picture is dark (gray below 30 of 255) or bright (above 220), as official v1: specks taken out
-    by the median of 7 x 7, the rest grown by 9 pixels; (B, 3, H, W) -> bool (B, H, W)."""
-    summed = (255 * unnormalize(images)).sum(1, keepdim=True).round()  # (B, 1, H, W) whole numbers, three times gray
-    found = ((summed < 3 * 30) | (summed > 3 * 220)).to(images.dtype)
-    share = F.avg_pool2d(F.pad(found, (3, 3, 3, 3), mode="replicate"), 7, stride=1)  # above 1/2 where the median is 1
-    return F.max_pool2d((share > 0.5).to(images.dtype), 19, stride=1, padding=9)[:, 0] > 0  # (B, H, W)
-
-
-def patch_mask(count: int, size: list[int], device: torch.device, away: Tensor | None = None) -> Tensor:
-    """0 to 4 of the rectangles of data/noise_patches.py a picture: bool (B, h, w).
-
-    `away`: bool (B, h, w), where no centre may lie: of 200 rectangles the first that obeys is taken, or none.
-    """
-    shown = torch.arange(4, device=device) < torch.randint(5, (count, 1), device=device)  # (B, 4)
-    tries = 1 if away is None else 200
-    numbers = torch.rand(2, count, 4, tries, 2, dtype=torch.float64, device=device)
-    ends = rectangles(*numbers, size)  # (B, 4, tries, 2 axes, 2 ends)
-    if away is not None:
-        y, x = (ends.sum(4) // 2).long().unbind(3)  # (B, 4, tries)
-        free = ~away.flatten(1).gather(1, (y * size[1] + x).flatten(1)).view_as(y)  # (B, 4, tries)
-        shown = shown & free.any(2)
-        first = free.to(torch.uint8).argmax(2)[..., None, None, None].expand(-1, -1, 1, 2, 2)
-        ends = ends.gather(2, first)  # (B, 4, 1, 2, 2)
-    return covered(ends[:, :, 0] * shown[..., None, None], size)

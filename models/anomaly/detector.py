@@ -1,10 +1,12 @@
 """What all detectors share: a frozen backbone, scoring without gradients, fitted state that loads at any size."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from data.augment import normalize
 from models.anomaly.maps import blank
 from training.distributed import all_reduce_sum, gather_rows, world_size
 from training.errors import UserError
@@ -18,6 +20,16 @@ class Batch(NamedTuple):
     indices: Tensor  # (B,) int64 on the images' device: the pictures' numbers in the training set
 
 
+class TrainingBatch(NamedTuple):
+    """Training pictures of this process, as a method that is trained by gradients gets them."""
+
+    images: Tensor  # (B, 3, H, W) uint8
+    labels: Tensor  # (B,) int64 on the images' device
+    ids: Tensor  # (B,) int64 on the CPU: the pictures' numbers in the training set
+    epoch: int
+    seed: int  # of the run; with epoch and ids it is the key of whatever is drawn for a picture
+
+
 class Findings(NamedTuple):
     """What a detector says of B pictures. Places are (y, x) in pixels of the input, at the centre of a patch."""
 
@@ -29,14 +41,17 @@ class Findings(NamedTuple):
 
 
 class Detector(nn.Module):
-    """An anomaly detector on a frozen backbone; a method subclasses it and writes `measure` and `fit` or `forward`.
+    """An anomaly detector on a backbone; a method subclasses it and writes `measure` and `fit`, `forward` or both.
 
     `fit(batches, n_images)` learns from an iterable of `Batch` of this process, n_images over all processes.
+    `forward(*arguments) -> (loss, stats)` is the loss of one optimizer step, on what `steps` makes of a batch; such a
+    method sets `by_gradient`. One that has both is trained first, then fitted.
     `measure(outputs, size, valid, leave_out)` returns `Findings` from what `networks` returned; size is (H, W), `valid`
     bool (B, H, W) is False in padding (None: none), `leave_out` is as in `examine`.
 
     The given backbone loses its gradients and stays in eval mode, also after `.train()`: neither its weights nor its
-    BatchNorm statistics ever move. Fitted state lives in buffers registered empty in the constructor.
+    BatchNorm statistics ever move, unless the method sets `frozen` to False. Fitted state lives in buffers registered
+    empty in the constructor.
 
     Args:
         backbone: has `forward_stages(images, last) -> [(B, C_i, H_i, W_i)] * last`.
@@ -46,6 +61,10 @@ class Detector(nn.Module):
         UserError: `stages` is empty, repeats a stage or names one that does not exist.
     """
 
+    by_gradient = False  # whether an optimizer trains it
+    learns_from = "train"  # split of the data set that it is trained on; `fit` always gets "train", the normal pictures
+    partial = False  # whether a step leaves some parameters without gradient
+    frozen = True  # whether the backbone stays as it is
     leaves_out = False  # whether `examine` can leave training pictures out
     positional = False  # whether fitted state belongs to positions, so that pictures of other sizes make no sense
 
@@ -53,13 +72,18 @@ class Detector(nn.Module):
         super().__init__()
         if not stages or len(set(stages)) < len(stages) or not set(stages) <= {1, 2, 3, 4}:
             raise UserError(f"stages={list(stages)}: name different stages from 1 (the finest) to 4 (the coarsest)")
-        self.backbone = backbone.requires_grad_(False).eval()
+        self.backbone = backbone.requires_grad_(False).eval() if self.frozen else backbone
         self.stages = tuple(stages)
 
     def train(self, mode: bool = True) -> "Detector":
         super().train(mode)
-        self.backbone.eval()
+        if self.frozen:
+            self.backbone.eval()
         return self
+
+    def steps(self, batch: TrainingBatch) -> Iterator[tuple]:
+        """The arguments of `forward` that the loop makes optimizer steps of, one after the other: most have one."""
+        yield (normalize(batch.images),)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> list[Tensor]:
@@ -101,6 +125,23 @@ class Detector(nn.Module):
     def networks(self, images: Tensor) -> list[Tensor]:
         """What the score is computed from; a method with networks of its own adds their outputs."""
         return self.features(images)
+
+    def load_trained(self, state: dict, path: str) -> None:
+        """Load the state_dict of a run of this detector from `path`, backbone and all.
+
+        Raises:
+            UserError: it does not fit, or the detector is none that is trained.
+        """
+        if not self.by_gradient:
+            raise UserError(f"detector.weights={path}: {type(self).__name__} has nothing to train, remove the key")
+        try:
+            self.load_state_dict(state)
+        except (RuntimeError, AttributeError, TypeError) as error:  # the last two of what is no state_dict
+            faults = str(error).splitlines()[1:3] or [str(error)]
+            raise UserError(
+                f"detector.weights={path} does not fit {type(self).__name__} with this backbone and these options: "
+                f"{'; '.join(fault.strip() for fault in faults)}"
+            ) from None
 
     def facts(self) -> dict[str, int | float]:
         """What results.json should say about the fitted state."""

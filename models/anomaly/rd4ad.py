@@ -22,8 +22,8 @@ class RD4AD(Detector):
     """A decoder learns to rebuild a frozen teacher's features from a narrow embedding of them; what it fails at is odd.
 
     Networks, initialisation, loss and score of the official code. `bn` and `decoder` carry its parameter names, so that
-    `detector.bn.load_state_dict(checkpoint["bn"])` reads an official checkpoint. Different from it: the teacher is
-    detached, which changes no number (the official one computes gradients that it never applies).
+    `detector.weights=<an official checkpoint> epochs=0` tests one. Different from it: the teacher is detached, which
+    changes no number (the official one computes gradients that it never applies).
     The official recipe: 256 x 256 pictures, batch 16, Adam with learning rate 5e-3 and betas (0.5, 0.999), 200 epochs.
 
     Args:
@@ -34,12 +34,21 @@ class RD4AD(Detector):
         UserError: another backbone, or, at the first batch, pictures whose side is no multiple of 32 (ImageNet stem).
     """
 
+    by_gradient = True
+
     def __init__(self, backbone: nn.Module, *, image_score: ImageScore = "max"):
         super().__init__(backbone, (1, 2, 3))
         self.image_score = image_score
         depths, block, width, embedding_depth = _official_parts(backbone)
         self.bn = OneClassBottleneck(block, embedding_depth, width=width)
         self.decoder = Decoder(block, depths, width=width)
+
+    def load_trained(self, state: dict, path: str) -> None:
+        """Also an official checkpoint, {"bn": ..., "decoder": ...}: the teacher is then the given backbone."""
+        if {"bn", "decoder"} <= state.keys():
+            parts = {"backbone": self.backbone.state_dict(), "bn": state["bn"], "decoder": state["decoder"]}
+            state = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+        super().load_trained(state, path)
 
     def networks(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Stages 1-3 of the teacher and the student's version of them, twice [(B, C_i, H_i, W_i)] in float32."""

@@ -45,13 +45,14 @@ def test_what_a_killed_process_left_after_its_checkpoint_is_dropped(tmp_path):
 def test_window():
     window = Window(torch.device("cpu"))
     for value in (1.0, 2.0, 6.0):
-        assert window.next(iter([value])) == value
-        window.add(torch.tensor(value), 8)
+        batch = torch.zeros(8, 3), torch.arange(8)
+        assert window.next(iter([batch])) is batch
+        window.add(torch.tensor(value))
     values = window.read()
     assert values["loss"] == 3.0 and values["speed/images_per_second"] > 0 and values["speed/data_wait_share"] >= 0
-    window.add(torch.tensor(5.0), 8)
+    window.add(torch.tensor(5.0))
     window.check("here")
     assert window.read()["loss"] == 5.0
-    window.add(torch.tensor(math.inf), 8)
+    window.add(torch.tensor(math.inf))
     with pytest.raises(UserError, match="the loss is inf by step 3"):
         window.check("by step 3")

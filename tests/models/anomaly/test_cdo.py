@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import gaussian_filter, maximum_filter, median_filter
+from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from data.augment import normalize, unnormalize
-from models.anomaly.cdo import CDO, background, patch_mask, with_noise
+from data.augment import normalize
+from data.noise_patches import NoisePatches
+from models.anomaly.cdo import CDO
+from models.anomaly.detector import TrainingBatch
 from models.mobilenet import MobileNetV2
 from models.resnet import ResNet18, WideResNet50
 from training.errors import UserError
@@ -20,11 +22,13 @@ def detector(**options) -> CDO:
 
 
 def train(model: CDO, images: Tensor, steps: int) -> list[dict[str, float]]:
+    """Steps on pictures uint8 (B, 3, H, W), each an epoch."""
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3, betas=(0.5, 0.999))
     model.train()
     seen = []
-    for _ in range(steps):
-        loss, stats = model(images)
+    for epoch in range(steps):
+        [inputs] = model.steps(TrainingBatch(images, None, torch.arange(len(images)), epoch, 0))
+        loss, stats = model(*inputs)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -57,7 +61,7 @@ def test_all_that_is_trainable_gets_a_gradient_and_the_expert_never_moves(backbo
     torch.manual_seed(0)
     model = CDO(backbone())
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    train(model, torch.randn(2, 3, 64, 64), 2)
+    train(model, torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8), 2)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {name for name, p in model.named_parameters() if p.grad is not None}  # DDP waits for every one
     assert trained and all(name.startswith("apprentice.") for name in trained)
@@ -69,72 +73,23 @@ def test_all_that_is_trainable_gets_a_gradient_and_the_expert_never_moves(backbo
             assert not torch.equal(value, before[name]), name
 
 
-def test_patches_have_the_official_numbers_and_sizes():
-    masks = patch_mask(400, [80, 120], torch.device("cpu"))
-    assert masks.shape == (400, 80, 120) and masks.dtype == torch.bool
-    empty = (~masks.flatten(1).any(1)).float().mean().item()
-    assert empty == pytest.approx(1 / 5, abs=0.07)  # 0 to 4 patches, equally likely
-    # expected area of one patch: 4 x mean half height (2..7) x mean half width (3..11) = 126; two of them on average,
-    # which overlap a little
-    assert masks.float().sum((1, 2)).mean().item() == pytest.approx(2 * 126, rel=0.1)
-    rows, columns = masks.any(2), masks.any(1)
-    assert rows.any(0)[[0, -1]].sum() >= 1 and columns.any(0)[2:-2].all()  # up to the border, everywhere
-    heights, widths = rows.sum(1), columns.sum(1)
-    alone = (heights * widths == masks.sum((1, 2))) & (heights > 0) & (heights <= 14) & (widths <= 22)
-    assert alone.sum() > 50  # one whole rectangle: none is cut at the border, which makes odd sides
-    assert set(heights[alone].tolist()) == {4, 6, 8, 10, 12, 14}
-    assert set(widths[alone].tolist()) == {6, 8, 10, 12, 14, 16, 18, 20, 22}
-    torch.manual_seed(1)
-    first = patch_mask(5, [64, 64], torch.device("cpu"))
-    torch.manual_seed(1)
-    assert torch.equal(first, patch_mask(5, [64, 64], torch.device("cpu")))
-
-
-def test_background_is_scipys_median_and_dilation():
-    pixels = torch.randint(256, (3, 1, 60, 50)).expand(3, 3, 60, 50).to(torch.uint8).clone()
-    pixels[:, :, 10:35, 20:40], pixels[:, :, 40:, :10], pixels[1] = 25, 230, 128
-    found = background(normalize(pixels)).numpy()
-    for picture in range(3):
-        gray = pixels[picture].double().mean(0).numpy()
-        most = median_filter(((gray < 30) | (gray > 220)).astype(np.uint8), 7, mode="nearest")
-        assert (found[picture] == (maximum_filter(most, 19, mode="constant") > 0)).all()
-    assert found[0].any() and not found[0].all() and not found[1].any()
+@pytest.mark.parametrize(("version", "enlarged"), [("v1", 1), ("v2", 4)])
+def test_a_step_gets_the_versions_noise_of_every_picture(version, enlarged):
+    images, ids = torch.randint(256, (6, 3, 48, 64), dtype=torch.uint8), torch.arange(10, 16)
+    [(noisy, abnormal)] = detector(version=version).steps(TrainingBatch(images, None, ids, 3, 5))
+    made, masks = NoisePatches(enlarged=enlarged)(images, ids, 3, seed=5)
+    assert torch.equal(noisy, normalize(made)) and torch.equal(abnormal, masks) and masks.any()
+    alone = [*detector(version=version).steps(TrainingBatch(images[4:], None, ids[4:], 3, 5))]
+    assert torch.equal(alone[0][0], noisy[4:])  # whatever batch or process a picture is in
 
 
 def test_patches_keep_off_the_background():
-    away = torch.zeros(300, 80, 120, dtype=torch.bool)
-    away[:, :, :60], away[250:] = True, True  # the left half, and everywhere
-    masks = patch_mask(300, [80, 120], torch.device("cpu"), away)
-    assert not masks[250:].any() and masks[:250].any(2).any(0)[3:-3].all()
-    assert not masks[:, :, :49].any() and masks[:, :, 49:].any()  # a centre on 60 reaches 11 to the left
-    empty = (~masks[:250].flatten(1).any(1)).float().mean().item()
-    assert empty == pytest.approx(1 / 5, abs=0.08)
     model = detector(version="v1", skip_background=True)
-    dark = normalize(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
-    assert model(dark)[1]["discrepancy_abnormal"] == 0
+    dark = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    [(_, abnormal)] = model.steps(TrainingBatch(dark, None, torch.arange(2), 0, 0))
+    assert not abnormal.any()
     with pytest.raises(UserError, match="skip_background is of version v1"):
         detector(version="v2", skip_background=True)
-
-
-@pytest.mark.parametrize("enlarged", [1, 4])
-def test_noise_is_on_the_patches_and_nowhere_else(enlarged):
-    images = torch.randn(40, 3, 48, 64)
-    noisy, abnormal = with_noise(images, enlarged)
-    assert noisy.shape == images.shape and abnormal.shape == (40, 48, 64) and 0 < abnormal.float().mean() < 0.3
-    changed = (noisy != images).any(1)
-    assert (changed <= abnormal).all() and changed.sum() > 0.98 * abnormal.sum()
-    inside = unnormalize(noisy).movedim(1, 3)[
-        abnormal & (F.avg_pool2d(abnormal[:, None].float(), 5, 1, 2)[:, 0] == 1)
-    ]  # (n, 3) off the soft edges
-    assert inside.mean().item() == pytest.approx(127 / 255, abs=0.02)
-    if enlarged == 1:
-        values = inside * 255
-        assert (
-            (values - values.round()).abs().max() < 1e-3 and values.round().min() >= 0 and values.round().max() <= 254
-        )
-        assert inside.std().item() == pytest.approx((1 / 12) ** 0.5, abs=0.02)
-    else:
-        assert inside.std().item() < 0.15
 
 
 def by_hand(model: CDO, images: Tensor) -> np.ndarray:
@@ -180,8 +135,10 @@ def test_padding_enters_neither_map_nor_score():
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_it_learns_one_picture_and_finds_what_does_not_belong(version):
     model = detector(version=version)
-    picture = torch.sin(torch.arange(64) / 2).expand(1, 3, 64, 64) + 0.1 * torch.randn(1, 3, 64, 64)
+    picture = 128 + 50 * torch.sin(torch.arange(64) / 2).expand(1, 3, 64, 64) + 5 * torch.randn(1, 3, 64, 64)
+    picture = picture.to(torch.uint8)
     seen = train(model, picture.expand(4, -1, -1, -1).contiguous(), 60)
+    picture = normalize(picture)
     first, last = seen[0], seen[-1]
     assert last["discrepancy_normal"] < 0.3 * first["discrepancy_normal"]
     marked = [s for s in seen[-20:] if s["discrepancy_abnormal"] > 0]
@@ -196,8 +153,9 @@ def test_it_learns_one_picture_and_finds_what_does_not_belong(version):
 
 
 def test_state_dict_round_trip():
-    model, images = detector(), torch.randn(2, 3, 64, 64)
+    model, images = detector(), torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
     train(model, images, 2)
+    images = normalize(images)
     fresh = CDO(ResNet18())
     fresh.load_state_dict(model.state_dict())
     for a, b in zip(fresh.score(images), model.score(images)):
@@ -232,5 +190,5 @@ def test_mistakes_are_one_line():
         detector(version="v3")
     with pytest.raises(UserError, match="gamma=-1"):
         detector(gamma=-1)
-    with pytest.raises(UserError, match=r"raise data\.size"):
-        detector(version="v1")(torch.randn(2, 3, 32, 32))
+    with pytest.raises(UserError, match=r"use a larger data\.size"):
+        train(detector(version="v1"), torch.zeros(2, 3, 16, 16, dtype=torch.uint8), 1)
