@@ -17,6 +17,11 @@ def run(main) -> None:
         rank = f" [rank {os.environ['RANK']}]" if "RANK" in os.environ else ""
         print(f"error{rank}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel"):
+            raise
+        print("error: batch norm cannot train on one value a channel: raise batch_size or data.size", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
