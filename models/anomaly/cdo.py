@@ -4,15 +4,17 @@ from collections.abc import Iterator
 from copy import deepcopy
 from typing import Literal, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.augment import normalize
 from data.noise_patches import NoisePatches
 from losses.cdo import collaborative_discrepancy, discrepancy
+from models import BACKBONES
 from models.anomaly.detector import Detector, Findings, TrainingBatch
 from models.anomaly.maps import ImageScore, image_score, peak, smooth_inside, upsample
+from models.stages import stage_shapes, train_stages
+from training.config import pick
 from training.errors import UserError
 
 
@@ -47,10 +49,13 @@ class CDO(Detector):
         skip_background: with v1 only, patches keep off what is dark or bright, as for MVTec's bottle, hazelnut, metal
             nut, pill, screw, toothbrush and zipper in the official code.
         gamma: how much hard positions count, 0 (all alike) to 5; 2 in both codes.
+        apprentice: a backbone of other depth whose stages 1-3 have the expert's shapes, as resnet18 for resnet34; none:
+            the expert's own architecture, as officially.
         image_score: what of a picture's map is its score; none: `max` for v1, `top1` for v2.
 
     Raises:
-        UserError: bad options, a backbone without three stages of maps, or with weights that cannot be drawn anew; at
+        UserError: bad options, a backbone without three stages of maps or unlike the apprentice, or with weights that
+            cannot be drawn anew; at
             the first batch, pictures too small for a patch.
     """
 
@@ -63,6 +68,7 @@ class CDO(Detector):
         version: Literal["v1", "v2"] = "v2",
         skip_background: bool = False,
         gamma: float = 2.0,
+        apprentice: str | None = None,
         image_score: ImageScore | None = None,
     ):
         super().__init__(backbone, (1, 2, 3))
@@ -75,7 +81,17 @@ class CDO(Detector):
         self.version, self.gamma = version, gamma
         self.noise = NoisePatches(enlarged=VERSIONS[version].enlarged, skip_background=skip_background)
         self.image_score = image_score or VERSIONS[version].image_score
-        self.apprentice = beginner(backbone, last=3)
+        other = backbone if apprentice is None else pick(BACKBONES, apprentice, "detector.apprentice")()
+        shapes = [stage_shapes(network, 3) for network in (backbone, other)]
+        if any(len(shape) != 3 for shape in shapes[0]):
+            raise UserError(
+                f"cdo compares 3 stages of maps, this backbone gives {shapes[0]}: set backbone.name to a CNN"
+            )
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"detector.apprentice={apprentice} has stages {shapes[1]}, the expert {shapes[0]}: they must be equal"
+            )
+        self.apprentice = beginner(other, last=3)
 
     def networks(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Stages 1-3 of the expert and the apprentice, twice [(B, C_i, H_i, W_i)] in float32."""
@@ -110,23 +126,13 @@ class CDO(Detector):
 def beginner(backbone: nn.Module, last: int) -> nn.Module:
     """A copy of the backbone with new random weights, of which those that stages 1 to `last` depend on are trainable.
 
-    Convolutions start as our and torchvision's CNNs, other layers by their `reset_parameters`. The rest stays without
-    gradient, for DistributedDataParallel waits for every trainable parameter.
+    Convolutions start as our and torchvision's CNNs, other layers by their `reset_parameters`.
 
     Raises:
-        UserError: the stages are no maps, or a layer has weights and no `reset_parameters`.
+        UserError: a layer has weights and no `reset_parameters`.
     """
-    copy = deepcopy(backbone).requires_grad_(True)
-    parameters = list(copy.parameters())
-    maps = copy.forward_stages(parameters[0].new_zeros(1, 3, 224, 224), last=last)
-    shapes = [tuple(feature.shape) for feature in maps]
-    if len(shapes) != last or any(len(shape) != 4 for shape in shapes):
-        raise UserError(
-            f"cdo compares {last} stages of maps (B, C, H, W), this backbone gives {shapes}: set backbone.name to a CNN"
-        )
-    gradients = torch.autograd.grad(sum(feature.sum() for feature in maps), parameters, allow_unused=True)
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.requires_grad_(gradient is not None)
+    copy = deepcopy(backbone)
+    train_stages(copy, last)
     for name, layer in copy.named_modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

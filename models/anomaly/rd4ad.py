@@ -6,16 +6,8 @@ from torch import Tensor, nn
 from losses.feature_distance import flattened_cosine
 from models.anomaly.detector import Detector, Findings
 from models.anomaly.maps import ImageScore, image_score, peak, smooth_inside, upsample
-from models.anomaly.rd4ad_networks import BasicBlock, Bottleneck, Decoder, OneClassBottleneck
+from models.anomaly.rd4ad_networks import build_student
 from training.errors import UserError
-
-# the teacher's blocks in layers 1-3, its block, base width, and the depth of the official one-class embedding
-TEACHERS = {
-    "resnet18": ((2, 2, 2), BasicBlock, 64, 2),
-    "resnet34": ((3, 4, 6), BasicBlock, 64, 3),
-    "resnet50": ((3, 4, 6), Bottleneck, 64, 3),
-    "wide_resnet50_2": ((3, 4, 6), Bottleneck, 128, 3),
-}
 
 
 class RD4AD(Detector):
@@ -27,21 +19,22 @@ class RD4AD(Detector):
     The official recipe: 256 x 256 pictures, batch 16, Adam with learning rate 5e-3 and betas (0.5, 0.999), 200 epochs.
 
     Args:
-        backbone: the teacher, a ResNet-18, 34, 50 or Wide-ResNet-50-2; it is frozen and stays in eval mode.
+        backbone: the teacher, a CNN whose stages 1-3 halve each other; it is frozen and stays in eval mode.
+        student: `auto`, the teacher's own kind as officially (a ResNet-18 for what is no ResNet), or the name of a
+            ResNet whose blocks and depths it gets; its channels are always the teacher's.
         image_score: what of a picture's map is its score; the paper's is `max`.
 
     Raises:
-        UserError: another backbone, or, at the first batch, pictures whose side is no multiple of 32 (ImageNet stem).
+        UserError: a backbone or a student that does not do, or, at the first batch, pictures whose side is no multiple
+            of 32 (ImageNet stem).
     """
 
     by_gradient = True
 
-    def __init__(self, backbone: nn.Module, *, image_score: ImageScore = "max"):
+    def __init__(self, backbone: nn.Module, *, student: str = "auto", image_score: ImageScore = "max"):
         super().__init__(backbone, (1, 2, 3))
         self.image_score = image_score
-        depths, block, width, embedding_depth = _official_parts(backbone)
-        self.bn = OneClassBottleneck(block, embedding_depth, width=width)
-        self.decoder = Decoder(block, depths, width=width)
+        self.bn, self.decoder = build_student(backbone, student)
 
     def load_trained(self, state: dict, path: str) -> None:
         """Also an official checkpoint, {"bn": ..., "decoder": ...}: the teacher is then the given backbone."""
@@ -79,14 +72,3 @@ class RD4AD(Detector):
         maps = sum(upsample(distance, size, align_corners=True) for distance in distances)  # (B, H, W)
         maps = smooth_inside(maps, valid)  # what convolutions saw of padding is in the features
         return Findings(image_score(maps, valid, self.image_score), maps, peak(maps, valid))
-
-
-def _official_parts(backbone: nn.Module) -> tuple[tuple[int, int, int], type[nn.Module], int, int]:
-    """The row of TEACHERS with the backbone's depths, block and width."""
-    if hasattr(backbone, "layer3"):
-        depths = tuple(len(getattr(backbone, f"layer{n}")) for n in (1, 2, 3))
-        found = (depths, backbone.stage_channels[0], backbone.layer1[0].conv2.out_channels)
-        for row in TEACHERS.values():
-            if found == (row[0], 64 * row[1].expansion, row[2]):
-                return row
-    raise UserError(f"rd4ad has a decoder for {', '.join(TEACHERS)} only: set backbone.name to one of them")

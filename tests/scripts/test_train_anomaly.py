@@ -235,6 +235,7 @@ def test_mistakes_are_one_line(pictures, tmp_path):
     assert "did you mean 'coreset'" in error("patchcore", "detector.corset=0.1")
     assert "one of: cdo, embedding, padim, patchcore, rd4ad" in error("patchcore", "detector.name=pdm")
     assert "nothing" in error("patchcore", "data.category=nothing")
-    assert "decoder for resnet18, resnet34" in error("rd4ad", "backbone.name=mobilenet_v2")
+    assert "student=vgg: it is auto, resnet18" in error("rd4ad", "detector.student=vgg")
+    assert "epochs=0: at least 1" in error("rd4ad", "epochs=0")
     assert "needs an optim section" in error("patchcore", "detector=rd4ad")
     assert "cannot read nowhere.pt" in error("patchcore", "backbone.weights=nowhere.pt")

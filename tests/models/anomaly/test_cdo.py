@@ -12,7 +12,7 @@ from data.noise_patches import NoisePatches
 from models.anomaly.cdo import CDO
 from models.anomaly.detector import TrainingBatch
 from models.mobilenet import MobileNetV2
-from models.resnet import ResNet18, WideResNet50
+from models.resnet import ResNet18, ResNet34, WideResNet50
 from training.errors import UserError
 
 
@@ -181,8 +181,19 @@ class Scaled(ResNet18):
         self.scale = nn.Parameter(torch.ones(1))
 
 
+def test_the_apprentice_may_be_another_network_of_the_experts_shapes():
+    model = CDO(ResNet34(), apprentice="resnet18")
+    assert len(model.backbone.layer3) == 6 and len(model.apprentice.layer3) == 2
+    train(model, torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8), 1)
+    assert not any(p.requires_grad for p in model.backbone.parameters())
+    with pytest.raises(UserError, match=r"apprentice=resnet50 has stages \[\(256, 16, 16\)"):
+        CDO(ResNet34(), apprentice="resnet50")
+    with pytest.raises(UserError, match=r"detector\.apprentice='resnet' is unknown"):
+        CDO(ResNet34(), apprentice="resnet")
+
+
 def test_mistakes_are_one_line():
-    with pytest.raises(UserError, match=r"3 stages of maps .* \(1, 8, 196\)"):
+    with pytest.raises(UserError, match=r"stages of maps, this backbone gives \[\(8, 16\)"):
         CDO(Tokens())
     with pytest.raises(UserError, match="cannot draw new weights"):
         CDO(Scaled())

@@ -80,10 +80,50 @@ def test_initialisation_is_the_official_one():
     assert all((m.weight == 1).all() and (m.bias == 0).all() for m in norms)
 
 
-@pytest.mark.parametrize("backbone", [MobileNetV2, ResNet101])
-def test_other_backbones_are_refused_with_the_possible_ones(backbone):
-    with pytest.raises(UserError, match="resnet18, resnet34, resnet50, wide_resnet50_2"):
-        RD4AD(backbone())
+@pytest.mark.parametrize(
+    ("teacher", "student", "kind"),
+    [(ResNet34, "resnet18", ResNet18), (ResNet18, "resnet34", ResNet34), (WideResNet50, "resnet50", ResNet50)],
+)
+def test_a_student_of_another_depth_has_its_own_blocks(teacher, student, kind):
+    with torch.device("meta"):
+        ours, expected = RD4AD(teacher(), student=student), RD4AD(kind())
+    for mine, theirs in ((ours.bn, expected.bn), (ours.decoder, expected.decoder)):
+        shapes = [{name: value.shape for name, value in part.state_dict().items()} for part in (mine, theirs)]
+        assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [(MobileNetV2, "auto"), (MobileNetV2, "resnet50"), (ResNet18, "resnet50"), (ResNet101, "auto")],
+)
+def test_any_teacher_whose_stages_halve_has_a_student(teacher, student):
+    torch.manual_seed(0)
+    model = RD4AD(teacher(), student=student).train()
+    losses = train(model, textures(2), 3)
+    assert losses[-1] < losses[0]
+    teacher_maps, student_maps = model.networks(torch.randn(2, 3, 64, 96))
+    assert [t.shape for t in teacher_maps] == [s.shape for s in student_maps]
+
+
+class Stages(nn.Module):
+    """A backbone of stages of the given shapes, on 64 x 64 pixels."""
+
+    def __init__(self, *shapes: tuple[int, ...]):
+        super().__init__()
+        self.shapes, self.weight = shapes, nn.Parameter(torch.ones(1))
+
+    def forward_stages(self, x: Tensor, last: int = 4) -> list[Tensor]:
+        return [x.new_zeros(len(x), *shape) for shape in self.shapes[:last]]
+
+
+@pytest.mark.parametrize(
+    "shapes", [((8, 4, 4),) * 3, ((8, 16),) * 3, ((8, 16, 16), (8, 8, 8), (8, 4, 5)), ((8, 8, 8), (8, 4, 4), (16, 3))]
+)
+def test_stages_that_do_not_halve_are_refused(shapes):
+    with pytest.raises(UserError, match="halve each other; of 64 x 64 pixels this one makes"):
+        RD4AD(Stages(*shapes))
+    with pytest.raises(UserError, match="student=vit: it is auto, resnet18, resnet34, resnet50, wide_resnet50_2"):
+        RD4AD(ResNet18(), student="vit")
 
 
 def test_a_size_that_cannot_be_halved_is_refused():

@@ -1,0 +1,54 @@
+"""Reverse distillation as pretraining, after RD4AD (Deng & Li 2022): the teacher learns, too."""
+
+import torch
+from torch import Tensor, nn
+
+from losses.feature_distance import flattened_cosine
+from models.anomaly.rd4ad_networks import build_student
+from models.ssl.method import Encoder, SSLMethod, spread
+from models.stages import train_stages
+
+
+class TeacherStudent(Encoder):
+    """The teacher and, as its head, the student that rebuilds the teacher's stages 1-3 from a narrow embedding."""
+
+    def __init__(self, teacher: nn.Module, student: str):
+        bn, decoder = build_student(teacher, student)
+        super().__init__(teacher, nn.ModuleDict({"bn": bn, "decoder": decoder}))
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """(B, 3, H, W) -> stages 1-3 of both, twice [(B, C_i, H_i, W_i)] in float32."""
+        stages = self.backbone.forward_stages(x, last=3)
+        rebuilt = self.head["decoder"](self.head["bn"](stages))
+        return [stage.float() for stage in stages], [stage.float() for stage in rebuilt]
+
+
+class RevD(SSLMethod):
+    """A backbone and a student that rebuilds its features are trained together, by RD4AD's loss, without labels.
+
+    The backbone is then kept, to be RD4AD's frozen teacher of a fresh student, or for any other detector. Gradients of
+    the loss reach both, the backbone at a lower learning rate and a lower one still in its early layers: set
+    `optim.layer_decay` (0.1: a tenth at stage 3, a hundredth at stage 2, ...). Stage 4 is not used and stays as it is.
+
+    This is not in the paper, where the teacher is fixed. A backbone whose features are all alike would be rebuilt
+    best: `teacher_spread` falls to 0 then (see `spread`); lower `optim.layer_decay` or stop earlier. Views are pictures
+    of their own: one is enough (augment=none).
+
+    Args:
+        backbone: the teacher, a CNN whose stages 1-3 halve each other.
+        student: as for RD4AD.
+
+    Raises:
+        UserError: a backbone or a student that does not do.
+    """
+
+    def __init__(self, backbone: nn.Module, *, student: str = "auto"):
+        super().__init__()
+        self.online = TeacherStudent(backbone, student)
+        train_stages(backbone.eval(), last=3)
+
+    def forward(self, views: list[Tensor], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
+        teacher, student = self.online(torch.cat(views))  # stages of (V B, 3, H, W)
+        losses = flattened_cosine(teacher, student)  # (3,)
+        stats = {f"loss_stage{number}": loss for number, loss in enumerate(losses.detach(), 1)}
+        return losses.sum(), stats | {"teacher_spread": spread(teacher[-1].mean((2, 3)))}
