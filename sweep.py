@@ -11,11 +11,13 @@ cell that fails stands in the table with its error, the rest goes on.
 
 import contextlib
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -36,6 +38,7 @@ class Config:
     detectors: dict[str, str]
     tasks: dict[str, str]
     also: str = ""  # further overrides for every command
+    seeds: list[int] = ()  # run every cell, pretraining included, with each of these; the table has mean and deviation
     metrics: list[str] = ("image_auroc",)
     mean: bool = False  # add rows with the mean over the tasks, for one class after the other as the normal one
     launcher: str = ""  # for example torchrun --nproc_per_node=4; empty: one process for each cell
@@ -80,22 +83,27 @@ def main(argv: list[str]) -> None:
 def plan(cfg: Config) -> list[tuple[str, list[str], str | None]]:
     """(run folder below the sweep's, command, the pretraining run that must be there first) of every cell, in order."""
     also, commands, weights = shlex.split(cfg.also), [], {}
-    for pretraining, text in cfg.pretraining.items():
+    for (pretraining, text), (end, seed) in itertools.product(cfg.pretraining.items(), repeats(cfg)):
         words = shlex.split(text)
         if words and words[0].endswith((".yaml", ".yml")):
-            name = f"pretraining/{pretraining}"
-            commands.append((name, ["train_ssl.py", *words, *also, *place(cfg, name)], None))
+            name = f"pretraining/{pretraining}{end}"
+            commands.append((name, ["train_ssl.py", *words, *also, *seed, *place(cfg, name)], None))
             words, needs = [f"backbone.weights={Path(cfg.runs) / cfg.run_name / name / 'last.pt'}"], name
         else:
             needs = None
-        weights[pretraining] = words, needs
-    for task, its_words in cfg.tasks.items():
-        for detector, text in cfg.detectors.items():
-            for pretraining, (backbone, needs) in weights.items():
-                name = f"{task}/{detector}/{pretraining}"
-                words = [*shlex.split(text), *shlex.split(its_words), *backbone, *also, *place(cfg, name)]
-                commands.append((name, ["train_anomaly.py", *words], needs))
+        weights[pretraining, end] = words, needs
+    for (task, its_words), (detector, text) in itertools.product(cfg.tasks.items(), cfg.detectors.items()):
+        for pretraining, (end, seed) in itertools.product(cfg.pretraining, repeats(cfg)):
+            backbone, needs = weights[pretraining, end]
+            name = f"{task}/{detector}/{pretraining}{end}"
+            words = [*shlex.split(text), *shlex.split(its_words), *backbone, *also, *seed, *place(cfg, name)]
+            commands.append((name, ["train_anomaly.py", *words], needs))
     return commands
+
+
+def repeats(cfg: Config) -> list[tuple[str, list[str]]]:
+    """(end of the run folder's name, words of the command line) of each seed; one of nothing without seeds."""
+    return [(f"/seed{seed}", [f"seed={seed}"]) for seed in cfg.seeds] or [("", [])]
 
 
 def describe(words: list[str]) -> str:
@@ -150,22 +158,32 @@ def say(number: int, commands: list, began: float, text: str) -> None:
 
 def write(cfg: Config, top: Path, outcomes: dict[str, dict]) -> None:
     """results.md and results.csv; the tables also on the terminal, results.json's line last."""
-    rows = []
-    for task in cfg.tasks:
-        for detector in cfg.detectors:
-            for metric in cfg.metrics:
-                cells = [outcomes[f"{task}/{detector}/{p}"] for p in cfg.pretraining]
-                shown = [c["error"] if "error" in c else with_interval(c, metric) for c in cells]
-                if any(text != "-" for text in shown):
-                    rows.append([task, detector, metric, *shown])
+    rows, ends = [], [end for end, _ in repeats(cfg)]
+
+    def cell(metric: str, *place: str) -> str:
+        """The figure of one cell: with its interval, or mean and deviation over the seeds."""
+        found = [outcomes["/".join(place) + end] for end in ends]
+        if errors := [outcome["error"] for outcome in found if "error" in outcome]:
+            return errors[0]
+        return spread([outcome.get(metric) for outcome in found]) if cfg.seeds else with_interval(found[0], metric)
+
+    for task, detector, metric in itertools.product(cfg.tasks, cfg.detectors, cfg.metrics):
+        shown = [cell(metric, task, detector, p) for p in cfg.pretraining]
+        if any(text != "-" for text in shown):
+            rows.append([task, detector, metric, *shown])
     rows += mean_rows(cfg, outcomes) if cfg.mean else []
     table = markdown_table(["task", "detector", "figure", *cfg.pretraining], rows)
-    pretrained = {n: outcomes[f"pretraining/{n}"] for n in cfg.pretraining if f"pretraining/{n}" in outcomes}
+    pretrained = [name for name in outcomes if name.startswith("pretraining/")]
     keys = ["method", "steps", "loss", "knn20_top1", "seconds", "error"]
-    shown = [[n] + [short(o.get(key)) for key in keys] for n, o in pretrained.items()]
+    shown = [[n.removeprefix("pretraining/")] + [short(outcomes[n].get(key)) for key in keys] for n in pretrained]
     table = f"{markdown_table(['pretraining', *keys], shown)}\n{table}" if shown else table
+    brackets = (
+        f"Mean and standard deviation over {len(ends)} seeds"
+        if cfg.seeds
+        else ("In brackets: 95 % bootstrap intervals over test pictures")
+    )
     with whole_file(top / "results.md") as file:
-        file.write(f"# {cfg.run_name}\n\nIn brackets: 95 % bootstrap intervals over test pictures.\n\n{table}")
+        file.write(f"# {cfg.run_name}\n\n{brackets}.\n\n{table}")
     with whole_file(top / "results.csv") as file:
         file.write(csv_table([{"run": name} | plain(outcome) for name, outcome in outcomes.items()]))
     print(table)
@@ -179,15 +197,31 @@ def write(cfg: Config, top: Path, outcomes: dict[str, dict]) -> None:
 
 
 def mean_rows(cfg: Config, outcomes: dict[str, dict]) -> list[list[str]]:
-    """The mean over the tasks of each figure; a dash where a cell failed or has none."""
+    """Mean over the tasks of each figure, with its deviation over the seeds, or without seeds over the tasks; a dash
+    where a cell failed or has none."""
     rows = []
-    for detector in cfg.detectors:
-        for metric in cfg.metrics:
-            values = [[outcomes[f"{t}/{detector}/{p}"].get(metric) for t in cfg.tasks] for p in cfg.pretraining]
-            shown = ["-" if None in each else f"{sum(each) / len(each):.3f}" for each in values]
-            if any(text != "-" for text in shown):
-                rows.append(["mean", detector, metric, *shown])
+    for detector, metric in itertools.product(cfg.detectors, cfg.metrics):
+        shown = []
+        for pretraining in cfg.pretraining:
+            values = [  # a list of the tasks for each seed
+                [outcomes[f"{task}/{detector}/{pretraining}{end}"].get(metric) for task in cfg.tasks]
+                for end, _ in repeats(cfg)
+            ]
+            if any(None in each for each in values):
+                shown.append("-")
+            else:
+                shown.append(spread([statistics.fmean(each) for each in values] if cfg.seeds else values[0]))
+        if any(text != "-" for text in shown):
+            rows.append(["mean", detector, metric, *shown])
     return rows
+
+
+def spread(values: list[float | None]) -> str:
+    """`0.943 ± 0.012`, mean and standard deviation (of the population that these are drawn from), or the one value."""
+    if None in values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{deviation}"
 
 
 def short(value) -> str:

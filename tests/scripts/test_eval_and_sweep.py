@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+import yaml
 
 import eval as evaluate
 import sweep
@@ -117,3 +119,33 @@ def test_sweep(pictures, tmp_path, capfd):
 
     path.write_text(path.read_text().replace("epochs=1", "epochs=2"))
     assert run().err.count("done before") == 2  # what stands on the changed pretraining runs again
+
+
+def test_sweep_over_seeds(pictures, tmp_path, capfd):
+    write_mvtec(tmp_path / "mvtec")
+    text = SWEEP.format(classes=pictures, mvtec=tmp_path / "mvtec", runs=tmp_path / "runs")
+    text = text.replace("{part:", "{again: data.root=" + f"{tmp_path}/mvtec data.category=part holdout=0.3, part:")
+    text = text.replace("embedding: configs/embedding_demo.yaml, ", "")
+    path = tmp_path / "grid.yaml"
+    path.write_text("\n".join(line for line in text.splitlines() if "broken" not in line) + "\nseeds: [3, 4]\n")
+    sweep.main([str(path)])
+    top = tmp_path / "runs" / "grid"
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in (top / "results.md").read_text().splitlines()]
+    values = {}
+    for task in ("again", "part"):
+        for seed in (3, 4):
+            folder = top / task / "patchcore" / "simclr" / f"seed{seed}"
+            config = yaml.safe_load((folder / "config.yaml").read_text())
+            assert config["seed"] == seed
+            assert config["backbone"]["weights"] == str(top / "pretraining" / "simclr" / f"seed{seed}" / "last.pt")
+            values[task, seed] = json.loads((folder / "results.json").read_text())["aupro"]
+        mean, low, high = np.mean(x := [values[task, 3], values[task, 4]]), *x
+        shown = next(row for row in rows if row[:3] == [task, "patchcore", "aupro"])
+        assert shown[4] == f"{mean:.3f} ± {abs(high - low) / 2**0.5:.3f}"
+    means = [(values["again", seed] + values["part", seed]) / 2 for seed in (3, 4)]
+    shown = next(row for row in rows if row[:3] == ["mean", "patchcore", "aupro"])
+    assert shown[4] == f"{np.mean(means):.3f} ± {abs(means[1] - means[0]) / 2**0.5:.3f}"
+    assert "over 2 seeds" in (top / "results.md").read_text()
+    assert json.loads(capfd.readouterr().out.splitlines()[-1]) == {
+        "cells": 2 + 8, "failed": [], "table": str(top / "results.md")
+    }  # fmt: skip
