@@ -17,10 +17,9 @@ class TeacherStudent(Encoder):
         super().__init__(teacher, nn.ModuleDict({"bn": bn, "decoder": decoder}))
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """(B, 3, H, W) -> stages 1-3 of both, twice [(B, C_i, H_i, W_i)] in float32."""
+        """(B, 3, H, W) -> stages 1-3 of both, twice [(B, C_i, H_i, W_i)]."""
         stages = self.backbone.forward_stages(x, last=3)
-        rebuilt = self.head["decoder"](self.head["bn"](stages))
-        return [stage.float() for stage in stages], [stage.float() for stage in rebuilt]
+        return stages, self.head["decoder"](self.head["bn"](stages))
 
 
 class RevD(SSLMethod):

@@ -15,6 +15,7 @@ from training.errors import UserError
 
 TINY = {
     "simclr": ["configs/simclr_demo.yaml", "augment.size=24", "method.out=8"],
+    "revd": ["configs/revd_neu.yaml", "augment.size=32"],
     "dino": ["configs/dino_demo.yaml", "augment.size=24", "augment.local_size=16", "method.prototypes=16"],
 }
 

@@ -1,4 +1,4 @@
-"""Every pretraining method: a step, its gradients on two processes, DINO's frozen layer and its schedule."""
+"""Every pretraining method: a step, its gradients on two processes, DINO's frozen layer, RevD's rates."""
 
 import inspect
 
@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from models.resnet import ResNet18
 from models.ssl import SSL_METHODS
 from models.ssl.dino import multi_crop
 from tests.processes import run_processes
 from training.errors import UserError
+from training.optim import parameter_groups
 
-SMALL = {"dino": {"prototypes": 16, "hidden": 12, "bottleneck": 6}, "simclr": {"out": 8}}
+SMALL = {"dino": {"prototypes": 16, "hidden": 12, "bottleneck": 6}, "revd": {}, "simclr": {"out": 8}}
 
 
 class Backbone(nn.Module):
@@ -27,19 +29,40 @@ class Backbone(nn.Module):
         return self.conv1(x).square().mean(dim=(2, 3))
 
 
+class Staged(nn.Module):
+    """A stand-in with three stages that halve each other, and a fourth that is not used."""
+
+    num_features = 8
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.conv2, self.conv3, self.conv4 = (nn.Conv2d(c, 8, 3, stride=2, padding=1) for c in (4, 8, 8))
+
+    def forward_stages(self, x, last=4):
+        maps = []
+        for conv in (self.conv1, self.conv2, self.conv3, self.conv4)[:last]:
+            x = conv(x).tanh()
+            maps.append(x)
+        return maps
+
+
+BACKBONES = {"revd": Staged}
+
+
 def build(name):
     torch.manual_seed(2)
-    method = SSL_METHODS[name](Backbone(), **SMALL[name]).double()
-    for module in method.modules():  # SimCLR's head has a batch norm
+    method = SSL_METHODS[name](BACKBONES.get(name, Backbone)(), **SMALL[name]).double()
+    for module in method.modules():  # heads have batch norm
         for child, norm in list(module.named_children()):
-            if isinstance(norm, nn.BatchNorm1d):
+            if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
                 setattr(module, child, nn.Identity())
     return method
 
 
 def views(name):
     torch.manual_seed(4)
-    sizes = [8, 8, 5, 5, 5] if name == "dino" else [8, 8]
+    sizes = {"dino": [8, 8, 5, 5, 5], "revd": [16]}.get(name, [8, 8])
     return [torch.randn(8, 3, size, size, dtype=torch.float64) for size in sizes]
 
 
@@ -135,3 +158,35 @@ def test_multi_crop_keeps_the_order_and_groups_by_size():
 def test_simclr_refuses_another_number_of_views():
     with pytest.raises(UserError, match="2 views, and the augment recipe makes 3"):
         build("simclr")([torch.zeros(2, 3, 8, 8).double()] * 3, torch.zeros(2))
+
+
+def test_revd_loss_is_that_of_both_and_reaches_both():
+    """A plain loop: 1 - cosine of the flattened stages, mean over pictures, summed over stages, nothing detached."""
+    method, [images] = build("revd"), views("revd")
+    teacher, student = method.online(images)
+    expected = 0
+    for t, s in zip(teacher, student):
+        for a, b in zip(t.flatten(1), s.flatten(1)):
+            expected = expected + (1 - (a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()) / len(images)
+    loss, stats = method([images], torch.zeros(8))
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+    weights = [method.online.backbone.conv1.weight, method.online.head["decoder"].layer3[0].conv1.weight]
+    for ours, theirs in zip(torch.autograd.grad(loss, weights), torch.autograd.grad(expected, weights)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+        assert ours.abs().max() > 0
+    assert {"loss_stage1", "loss_stage2", "loss_stage3", "teacher_spread"} == stats.keys()
+    assert not method.online.backbone.conv4.weight.requires_grad  # no step moves what the student does not see
+    two, _ = method([images[:4], images[4:]], torch.zeros(4))
+    torch.testing.assert_close(two, loss)
+
+
+def test_revd_trains_the_teacher_more_slowly_and_its_early_stages_more_slowly_still():
+    method = SSL_METHODS["revd"](ResNet18())
+    groups = parameter_groups(method, layer_decay=0.1)
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    rates = {name: scale[id(p)] for name, p in method.named_parameters() if p.requires_grad}
+    assert rates["online.head.decoder.layer1.0.conv1.weight"] == rates["online.head.bn.conv1.weight"] == 1
+    for stage, rate in ((3, 0.1), (2, 0.01), (1, 0.001)):
+        assert rates[f"online.backbone.layer{stage}.0.conv1.weight"] == pytest.approx(rate)
+    assert rates["online.backbone.conv1.weight"] == pytest.approx(1e-4)
+    assert not any("layer4" in name for name in rates if "backbone" in name)
