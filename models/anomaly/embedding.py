@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from models.anomaly.bounds import require_finite
 from models.anomaly.detector import Batch, Detector, Findings
 from models.anomaly.gaussian import put_left_out, shrunk_gaussian
-from models.anomaly.maps import grid_valid
+from models.anomaly.maps import pool
 from models.anomaly.nearest import nearest
 from training.errors import UserError
 
@@ -81,7 +81,7 @@ class Embedding(Detector):
     def embed(self, outputs: list[Tensor], valid: Tensor | None = None) -> list[Tensor]:
         """What `networks` returned -> embeddings [(B, D)], with combine=sum one of every stage; padding is left out."""
         if self.source == "stages":
-            parts = [_pool(stage, valid) for stage in outputs]
+            parts = [pool(stage, valid) for stage in outputs]
         elif valid is None or valid.all():
             parts = outputs
         else:
@@ -153,11 +153,3 @@ class Embedding(Detector):
         if leave_out is not None:
             scores = put_left_out(scores, self.left_out, self.numbers, leave_out)
         return Findings(scores.float())
-
-
-def _pool(stage: Tensor, valid: Tensor | None) -> Tensor:
-    """(B, C, h, w) -> (B, C): the mean over the patches that `valid` (B, H, W) leaves, all of them when it is None."""
-    if valid is None:
-        return stage.mean((2, 3))
-    weights = grid_valid(valid, stage.shape[-2:])[:, None].to(stage.dtype)  # (B, 1, h, w)
-    return (stage * weights).sum((2, 3)) / weights.sum((2, 3))

@@ -67,6 +67,14 @@ def grid_valid(valid: Tensor, size: tuple[int, int]) -> Tensor:
     return (share >= share.amax((1, 2), keepdim=True).clamp(max=0.5)) & (share > 0)
 
 
+def pool(stage: Tensor, valid: Tensor | None) -> Tensor:
+    """(B, C, h, w) -> (B, C): the mean over the patches that `valid` (B, H, W) leaves, all of them when it is None."""
+    if valid is None:
+        return stage.mean((2, 3))
+    weights = grid_valid(valid, stage.shape[-2:])[:, None].to(stage.dtype)  # (B, 1, h, w)
+    return (stage * weights).sum((2, 3)) / weights.sum((2, 3))
+
+
 def peak(maps: Tensor, valid: Tensor | None = None) -> Tensor:
     """The centre y, x of the largest pixel of each map (B, H, W) outside padding: (B, 2)."""
     at = blank(maps, valid).flatten(1).argmax(1)  # (B,)
