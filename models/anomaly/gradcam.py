@@ -1,0 +1,21 @@
+"""Grad-CAM (Selvaraju et al. 2017, "Visual explanations from deep networks via gradient-based localization")."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def grad_cam(activations: Tensor, targets: Tensor) -> Tensor:
+    """Where the activations raise each picture's target (equations 1 and 2): (B, h, w), 0 where they lower it.
+
+        alpha_c = mean over h, w of d target / d A_c,  map = ReLU(sum over c of alpha_c A_c)
+
+    One backward pass serves all pictures: nothing of a target may depend on another picture's activations, so the
+    network has to be in eval mode.
+
+    Args:
+        activations: A, (B, C, h, w), part of the graph that leads to the targets. targets: (B,).
+    """
+    [gradients] = torch.autograd.grad(targets.sum(), activations)
+    weights = gradients.mean((2, 3))  # alpha, (B, C)
+    return F.relu((weights[:, :, None, None] * activations.detach()).sum(1))  # (B, h, w)
