@@ -17,6 +17,14 @@ def projection_head(in_features: int, hidden: int, out_features: int) -> nn.Sequ
     )
 
 
+def normed_mlp(in_features: int, widths: list[int]) -> nn.Sequential:
+    """pytorch-cutpaste's head (model.py), BatchNorm and ReLU after every layer: (B, in_features) -> (B, widths[-1])."""
+    layers = []
+    for width_in, width_out in zip([in_features, *widths], widths):
+        layers += [nn.Linear(width_in, width_out), nn.BatchNorm1d(width_out), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
 class WeightNormLinear(nn.Module):
     """Linear without bias whose row k is weight_g[k] * weight_v[k] / |weight_v[k]| (arXiv 1602.07868, equation 2):
     (B, F) -> (B, K).

@@ -21,8 +21,9 @@ TINY = {
     "padim": ["configs/padim_demo.yaml"],
     "rd4ad": ["configs/rd4ad_demo.yaml", "epochs=4", "save_every=3", "log_every=1"],
     "cdo": ["configs/cdo_demo.yaml", "epochs=4", "save_every=3", "log_every=1"],
+    "cutpaste": ["configs/cutpaste_demo.yaml", "epochs=4", "save_every=3", "log_every=1"],
 }
-BY_GRADIENT = ("rd4ad", "cdo")
+BY_GRADIENT = ("rd4ad", "cdo", "cutpaste")
 METRICS = ["image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro", "aupro_005", "aupro_001"]
 METRICS += ["threshold", "pixel_threshold"]
 COUNTS = ["n_train", "n_test_normal", "n_test_anomalous"]
@@ -58,7 +59,7 @@ def test_a_run_leaves_everything_behind(name, pictures, tmp_path, capsys):
     state = torch.load(folder / "last.pt", weights_only=True)
     assert state["calibration"]["threshold"] == results["threshold"]
     assert state["names"][0] == "part/train/good/000.png" and len(state["learned"]) == 10
-    if name != "embedding":
+    if name not in ("embedding", "cutpaste"):  # the one has no map, the other's has 2 x 2 patches
         assert results["pixel_auroc"] > 0.8  # a bright square in noise is no riddle, even for random weights
     train_anomaly.main(run)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results
@@ -185,7 +186,8 @@ def test_one_training_picture_or_identical_ones(name, count, tmp_path, capsys):
     pictures = write_mvtec(tmp_path, normal=1)
     if count == 2:
         shutil.copy(pictures / "part/train/good/000.png", pictures / "part/train/good/001.png")
-    own = {"embedding": ["detector.k=1"], "rd4ad": ["batch_size=1"], "cdo": ["batch_size=1"]}.get(name, [])
+    own = {"embedding": ["detector.k=1"], "cutpaste": ["batch_size=1", "detector.density=kde"]}
+    own = own.get(name, ["batch_size=1"] if name in BY_GRADIENT else [])
     run = words(name, pictures, tmp_path, "holdout=0", *own)
     if name == "patchcore" and count == 2:  # the bank never needs a patch of the second copy
         with pytest.raises(UserError, match="come from one picture"):
@@ -233,7 +235,7 @@ def test_mistakes_are_one_line(pictures, tmp_path):
         return str(caught.value)
 
     assert "did you mean 'coreset'" in error("patchcore", "detector.corset=0.1")
-    assert "one of: cdo, embedding, padim, patchcore, rd4ad" in error("patchcore", "detector.name=pdm")
+    assert "one of: cdo, cutpaste, embedding, padim, patchcore, rd4ad" in error("patchcore", "detector.name=pdm")
     assert "nothing" in error("patchcore", "data.category=nothing")
     assert "student=vgg: it is auto, resnet18" in error("rd4ad", "detector.student=vgg")
     assert "epochs=0: at least 1" in error("rd4ad", "epochs=0")

@@ -11,7 +11,11 @@ from models.resnet import ResNet18
 from tests.processes import run_processes
 from training.errors import UserError
 
-OPTIONS: dict[str, dict] = {"cdo": {}, "rd4ad": {}}  # of every such detector: what makes it small, or nothing
+OPTIONS: dict[str, dict] = {  # of every such detector: what makes it small, or nothing
+    "cdo": {},
+    "cutpaste": {},
+    "rd4ad": {},
+}
 SIZE = {"rd4ad": 64}  # of its pictures, where 32 x 32 is not enough
 RATE = {}  # of Adam, where one picture is learnt by heart at another one than 1e-3
 NAMES = [name for name, detector in DETECTORS.items() if detector.by_gradient]
