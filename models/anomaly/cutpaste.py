@@ -17,8 +17,8 @@ from models.anomaly.detector import Batch, Detector, Findings, TrainingBatch
 from models.anomaly.gaussian import shrunk_gaussian
 from models.anomaly.gradcam import grad_cam
 from models.anomaly.maps import grid_valid, image_score, peak, pool, render
-from models.anomaly.trainable import train_stages
 from models.heads import normed_mlp
+from models.stages import stage_shapes, train_stages
 from training.distributed import all_reduce_mean
 from training.errors import UserError
 
@@ -86,10 +86,11 @@ class CutPaste(Detector):
             raise UserError(f"cutpaste head_layers={head_layers}: the number of hidden layers is at least 0")
         self.variant, self.density, self.image_score = variant, density, image_score
         self.defects = [DEFECTS[name]() for name in VARIANTS[variant]]
-        shape = train_stages(backbone, last=4)[-1]
-        if len(shape) != 4:
-            raise UserError(f"cutpaste pools maps (B, C, H, W), the backbone's are {shape}: set backbone.name to a CNN")
-        self.head = normed_mlp(shape[1], [512] * head_layers + [128])
+        shape = stage_shapes(backbone, 4)[-1]
+        if len(shape) != 3:
+            raise UserError(f"cutpaste pools a map (C, H, W), this backbone gives {shape}: set backbone.name to a CNN")
+        train_stages(backbone.eval(), last=4)
+        self.head = normed_mlp(shape[0], [512] * head_layers + [128])
         self.out = nn.Linear(128, 3 if variant == "3way" else 2)
         if density == "gaussian":
             self.register_buffer("mean", torch.empty(0, dtype=torch.float64))  # (D,)
