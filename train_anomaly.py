@@ -164,6 +164,8 @@ def main(argv: list[str]) -> None:
                 about["seconds_fit"] = before + time.perf_counter() - began
                 checkpoint.save(folder / checkpoint.LAST, parts, step=done, **about)
 
+        distributed.share_buffers(detector)
+
     # ---------------------------------------------------------------- fit
     if fits and not finished:
         with autocast:

@@ -166,6 +166,7 @@ def main(argv: list[str]) -> None:
             curves = log.scalars(done, curves | {f"stats/{name}": value for name, value in stats.items()})
             bar.set_postfix_str(f"loss {curves['loss']:.3f}, {curves['speed/images_per_second']:.0f} images/s")
         if eval_due and measurable:
+            distributed.share_buffers(method)
             figures = log.scalars(done, knn_figures(method.backbone, bank, queries))
             if cfg.save.best and figures["knn20_top1"] > best:
                 best = figures["knn20_top1"]

@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.errors import UserError
 
@@ -112,3 +112,12 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 def all_reduce_mean(x: Tensor) -> Tensor:
     """Mean of x over ranks, without gradient."""
     return all_reduce_sum(x) / world_size()
+
+
+@torch.no_grad()
+def share_buffers(model: nn.Module) -> None:
+    """Give every process rank 0's buffers. DistributedDataParallel does so before each forward, so after the last one
+    every process has running BatchNorm statistics of its own."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)

@@ -19,7 +19,6 @@ from models.anomaly.gradcam import grad_cam
 from models.anomaly.maps import grid_valid, image_score, peak, pool, render
 from models.heads import normed_mlp
 from models.stages import stage_shapes, train_stages
-from training.distributed import all_reduce_mean
 from training.errors import UserError
 
 # the defects of each variant; those of `union` are one class, of which a picture gets either
@@ -134,8 +133,6 @@ class CutPaste(Detector):
     def fit(self, batches: Iterable[Batch], n_images: int) -> None:  # noqa: ARG002
         """Learn the embeddings of the normal pictures of all processes, in eval mode, in which it stays."""
         self.eval()
-        for statistics in self.backbone.buffers():  # batch norm's: the last step left every process its own
-            statistics.copy_(all_reduce_mean(statistics))
         rows, indices = [], []
         for batch in batches:
             rows.append(pool(*self.networks(batch.images), batch.valid))

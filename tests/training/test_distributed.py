@@ -1,6 +1,7 @@
 """Gather and reduce: two processes with different numbers of different rows, gradients included."""
 
 import torch
+from torch import nn
 
 from tests.processes import run_processes
 from training import distributed
@@ -11,7 +12,11 @@ def together(rank, world_size):  # noqa: ARG001
     gathered = distributed.gather(x)
     # every rank weighs the rows differently, so a backward that does not sum over ranks shows
     (gathered * (1 + rank)).sum().backward()
+    norm = nn.BatchNorm1d(2)
+    norm(10 * rank + torch.randn(5, 2))
+    distributed.share_buffers(norm)
     return {
+        "buffers": dict(norm.named_buffers()),
         "gathered": gathered.detach(),
         "grad": x.grad,
         "rows": distributed.gather_rows(torch.full((rank * 2, 3), rank)),
@@ -30,6 +35,9 @@ def test_two_processes():
         assert torch.equal(result["rows"], torch.full((2, 3), 1))
         assert (result["sum"], result["mean"]) == (3.0, 1.5)
         assert result["who"] == (rank, 2, rank == 0)
+        assert result["buffers"]["num_batches_tracked"] == 1
+        assert torch.equal(result["buffers"]["running_mean"], results[0]["buffers"]["running_mean"])
+    assert results[0]["buffers"]["running_mean"].abs().max() < 0.5  # rank 0's, not the mean of both
 
 
 def test_one_process_is_the_identity():
