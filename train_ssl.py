@@ -20,11 +20,14 @@ from tqdm import tqdm
 
 from data import AugmentConfig, DataConfig, build_dataset, build_geometry, build_views
 from data.augment import Augment, unnormalize
+from data.defects import DEFECTS
 from data.geometry import as_geometry
 from data.loading import Loader, holdout
+from data.spd import SpotTheDifference
 from evaluation.knn import knn_figures
 from models.build import BackboneConfig, build_backbone
 from models.ssl import SSL_METHODS, MethodConfig
+from models.ssl.spd import SPD
 from training import checkpoint, config, distributed, errors
 from training.ema import ema_update
 from training.log import Log, Window
@@ -36,6 +39,15 @@ from training.schedule import warmup_cosine
 class EMAConfig:
     start: float = 0.996  # momentum of the first step; half a cosine takes it to `end`
     end: float = 1.0
+
+
+@dataclass(kw_only=True)
+class SPDConfig:
+    """`spd.*`: these keys, and the keyword-only arguments of the chosen defect."""
+
+    name: str = config.choice(DEFECTS)  # the difference to spot: smooth_blend in the paper
+    weight: float = 0.1  # of the term beside the method's loss
+    options: dict = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -51,6 +63,7 @@ class Config:
     backbone: BackboneConfig
     method: MethodConfig
     augment: AugmentConfig
+    spd: SPDConfig | None = None  # SPot-the-Difference beside the method's loss
     optim: OptimConfig
     ema: EMAConfig = field(default_factory=EMAConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
@@ -92,6 +105,8 @@ def main(argv: list[str]) -> None:
     loader = Loader(train_set, micro_batch, device, shuffle=True, drop_last=True, indices=train_ids, **load)
     bank, queries = (Loader(train_set, 256, device, indices=ids, **load) for ids in (train_ids, held_out))
     augment = Augment(build_views(cfg.augment), cfg.seed, train_set.sizes)
+    if cfg.spd is not None:
+        augment = SpotTheDifference(augment, DEFECTS[cfg.spd.name](**cfg.spd.options))
 
     # ---------------------------------------------------------------- networks, optimizer, what a killed run left
     torch.manual_seed(cfg.seed)
@@ -99,7 +114,8 @@ def main(argv: list[str]) -> None:
     method = SSL_METHODS[cfg.method.name](backbone, **cfg.method.options)
     method = nn.SyncBatchNorm.convert_sync_batchnorm(method) if cfg.sync_bn else method
     method.to(device, memory_format=torch.channels_last)
-    model = torch.compile(method) if cfg.compile else method
+    model = method if cfg.spd is None else SPD(method, cfg.spd.weight)
+    model = torch.compile(model) if cfg.compile else model
     model = DistributedDataParallel(model) if world > 1 else model
     optimizer = build_optimizer(cfg.optim, method)
     dtype, scaler = PRECISIONS[cfg.precision], torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")

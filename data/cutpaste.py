@@ -54,7 +54,9 @@ class SmoothBlend:
     rectangle's two edges, s = `softness` times its shorter side and Phi the Gaussian's cumulative distribution: 2 % at
     the edge, 0 beyond. The mask is the rectangle, so a superset of what changes.
 
-    The authors' code has no SmoothBlend, and area and softness are not the paper's but ours.
+    The authors' code has no SmoothBlend. The paper (by others' notes of it) jitters a patch, puts it somewhere on black
+    and blends by its mask after a Gaussian blur, which reaches beyond the patch and darkens there; ours ends at the
+    edge. Area and softness are ours, too.
     """
 
     area: tuple[float, float] = (0.005, 0.05)

@@ -107,7 +107,8 @@ def parameter_groups(model: nn.Module, *, layer_decay: float = 1.0) -> list[dict
     """Trainable parameters by (weight decay or not, layer-wise learning-rate scale).
 
     Decayed: more than one dimension and not a bias (official DINO's rule). A group's `lr_scale` is layer_decay^(L+1-l)
-    with l = 0 for the stem, 1..L for the stages and L+1 for heads (official DINOv2's rule).
+    with l = 0 for the stem, 1..L for the stages and L+1 for heads (official DINOv2's rule). Only a module named
+    `backbone` has a stem and stages; RD4AD's decoder, with its own layers 1 to 3, is a head.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     depths = {name: _depth(name) for name, _ in named}
@@ -122,10 +123,12 @@ def parameter_groups(model: nn.Module, *, layer_decay: float = 1.0) -> list[dict
 
 
 def _depth(name: str) -> int | None:
-    """Position of a backbone parameter by its published name; None for heads and everything outside a backbone."""
-    if stage := re.search(r"(?:^|\.)(?:layer|features\.|blocks\.|stages\.)(\d+)\.", name):
-        return int(stage[1]) + (".features." in f".{name}" or ".blocks." in f".{name}" or ".stages." in f".{name}")
-    return 0 if "backbone." in name else None
+    """Position of a backbone's parameter by its published name; None for everything outside a module `backbone`."""
+    inside = re.search(r"(?:^|\.)backbone\.(.+)", name)
+    if not inside:
+        return None
+    stage = re.search(r"(?:^|\.)(layer|features\.|blocks\.|stages\.)(\d+)\.", inside[1])
+    return int(stage[2]) + (stage[1] != "layer") if stage else 0  # ResNet's stages count from 1
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:

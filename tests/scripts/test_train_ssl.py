@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import train_ssl
+from models import BACKBONES
+from models.weights import load_weights
 from tests.pictures import TOP, command, script, write_classes
 from training.errors import UserError
 
@@ -18,6 +20,7 @@ TINY = {
     "revd": ["configs/revd_neu.yaml", "augment.size=32"],
     "dino": ["configs/dino_demo.yaml", "augment.size=24", "augment.local_size=16", "method.prototypes=16"],
 }
+TINY["simclr with spd"] = [*TINY["simclr"], "spd=smooth_blend"]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,7 @@ def test_a_run_leaves_everything_behind(name, pictures, tmp_path, capsys):
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics if "loss" in m] == list(range(1, 13))
     state = torch.load(folder / "last.pt", weights_only=True)
-    assert state["step"] == 12 and state["config"]["method"]["name"] == name
+    assert state["step"] == 12 and state["config"]["method"]["name"] == name.split()[0]
     # a second call finds the run done and only says its results again
     train_ssl.main(words(name, pictures, tmp_path, "save.best=true", "save.keep_last=2", "accumulate=2"))
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results
@@ -90,6 +93,21 @@ def test_two_processes(name, pictures, tmp_path):
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 5  # one writer only
 
 
+def test_spd_leaves_no_trace_in_a_checkpoint_and_weight_0_none_in_the_weights(pictures, tmp_path):
+    for run, more in {"plain": [], "zero": ["spd=smooth_blend", "spd.weight=0"]}.items():
+        train_ssl.main(words("simclr", pictures, tmp_path, "epochs=1", f"run_name={run}", *more))
+    plain, zero = (torch.load(tmp_path / run / "last.pt", weights_only=True)["model"] for run in ("plain", "zero"))
+    assert plain.keys() == zero.keys()
+    for key in plain:
+        tracked = "running" in key or "tracked" in key  # statistics of the further views, too
+        assert torch.equal(plain[key], zero[key]) != tracked, key
+    assert losses(tmp_path / "plain") == losses(tmp_path / "zero")
+    points = [json.loads(line) for line in (tmp_path / "zero" / "metrics.jsonl").read_text().splitlines()]
+    assert all(-2 <= point["stats/spd"] <= 2 for point in points if "loss" in point)
+    report = load_weights(BACKBONES["resnet18"](stem="cifar"), tmp_path / "zero" / "last.pt")
+    assert "from part online" in report
+
+
 def test_mistakes_are_one_line(pictures, tmp_path):
     def error(*more):
         with pytest.raises(UserError) as caught:
@@ -100,6 +118,10 @@ def test_mistakes_are_one_line(pictures, tmp_path):
     assert "nowhere" in error("data.root=nowhere")
     assert "batch_size=7 is no multiple" in error("batch_size=7", "accumulate=2")
     assert "batch" in error("batch_size=512")
+    assert "spd.name='smoth_blend' is unknown, did you mean 'smooth_blend'" in error("spd=smoth_blend")
+    assert "missing key 'spd.name'; one of: cutpaste" in error("spd.weight=0.1")
+    assert "spd.weight=-1.0 must not be negative" in error("spd=smooth_blend", "spd.weight=-1")
+    assert "unknown key 'spd.soft', did you mean 'softness'" in error("spd=smooth_blend", "spd.soft=1")
     for geometry in (["data.size=32,40"], ["data.fit=pad"], ["data.fit=crop", "data.resize=40"]):
         assert "whole pictures in squares" in error(*geometry)
     assert torch.cuda.is_available() or "no CUDA device" in error("device=cuda")

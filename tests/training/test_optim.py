@@ -5,7 +5,15 @@ import torch
 from torch import nn
 
 from training.ema import ema_update
-from training.optim import LARS, OptimConfig, build_optimizer, clip_gradients, parameter_groups, set_rates
+from training.optim import (
+    LARS,
+    OptimConfig,
+    _depth,
+    build_optimizer,
+    clip_gradients,
+    parameter_groups,
+    set_rates,
+)
 
 
 def lars_by_hand(p, grads, lrs, wd, momentum=0.9, eta=1e-3):
@@ -58,6 +66,43 @@ def test_groups_decay_matrices_only_and_scale_by_depth():
     assert found["online.backbone.layer1.1.weight"] == (False, 0.5**4)
     assert found["online.backbone.conv1.weight"] == (True, 0.5**5)
     assert len(parameter_groups(model)) == 2
+
+
+@pytest.mark.parametrize("name", ["decoder", "student.decoder", "head.features", "apprentice"])
+def test_stages_outside_a_backbone_belong_to_the_head(name):
+    """RD4AD's decoder and CDO's apprentice have layers 1 to 3 as well."""
+    model, part = Tiny(), nn.Module()
+    for stage in ("layer1", "layer3", "blocks", "0"):
+        setattr(part, stage, nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    *parents, last = name.split(".")
+    place = model
+    for parent in parents:
+        setattr(place, parent, nn.Module())
+        place = getattr(place, parent)
+    setattr(place, last, part)
+    names = {id(p): n for n, p in model.named_parameters()}
+    found = {names[id(p)]: g["lr_scale"] for g in parameter_groups(model, layer_decay=0.5) for p in g["params"]}
+    outside = {n: scale for n, scale in found.items() if "backbone" not in n}
+    assert len(outside) == 4 * 4 + 2 and set(outside.values()) == {1.0}, outside
+    assert found["online.backbone.layer4.0.weight"] == 0.5 and found["online.backbone.conv1.weight"] == 0.5**5
+
+
+def test_depths_of_published_names():
+    """Whatever holds the backbone; a stage counts from 1, the stem is 0, and only whole words are a backbone."""
+    depths = {
+        "backbone.conv1.weight": 0,
+        "backbone.layer4.1.conv2.weight": 4,
+        "target.backbone.features.0.0.weight": 1,
+        "online.backbone.features.18.1.bias": 19,
+        "online.backbone.blocks.11.mlp.fc1.weight": 12,
+        "online.backbone.patch_embed.proj.weight": 0,
+        "backbone.stages.3.blocks.2.gamma": 4,
+        "layer1.0.conv1.weight": None,
+        "decoder.layer1.0.conv1.weight": None,
+        "head.decoder.layer1.0.conv1.weight": None,
+        "backbones.layer1.0.weight": None,
+    }
+    assert {name: _depth(name) for name in depths} == depths
 
 
 def test_rates_reach_the_groups():

@@ -1,0 +1,35 @@
+"""SPD, the loss of SPot-the-Difference."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def spd(anchor: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    """A local defect must move an embedding further than a slight change of the whole picture does.
+
+        loss = mean over pictures of  cos(a, n) - cos(a, p),    between -2 and 2
+
+    with a the picture's embedding, p the one after a weak global augmentation, n the one after that and a local defect.
+    It is 0 while the defect leaves no trace, -1 if it turns the embedding by a right angle and nothing else does.
+
+    Zou et al. 2022, "SPot-the-Difference self-supervised pre-training for anomaly detection and segmentation" (arXiv
+    2207.14315), section 3, without margin or temperature; it stands beside the contrastive loss with weight 0.1. The
+    authors published no code of it: the formula and the weight are checked against others' notes of the paper only.
+    Gradients flow into all three, whether or not they do in the paper. Computed in at least float32 with autocast off.
+
+    Args:
+        anchor, positive, negative: (B, D) embeddings, normalised here; one of zeros has cosine 0 with everything.
+
+    Returns:
+        The scalar loss, a mean over this process's pictures (equal batches on all ranks make DDP's average the global
+        one), and the mean of cos(a, n).
+    """
+    if anchor.ndim != 2 or not anchor.shape == positive.shape == negative.shape:
+        shapes = ", ".join(str(tuple(z.shape)) for z in (anchor, positive, negative))
+        raise ValueError(f"spd needs three (B, D) tensors of one shape, not {shapes}")
+    with torch.autocast(anchor.device.type, enabled=False):
+        dtype = torch.promote_types(anchor.dtype, torch.float32)
+        anchor, positive, negative = (z.to(dtype) for z in (anchor, positive, negative))
+        similarity = F.cosine_similarity(anchor, negative).mean()
+        return similarity - F.cosine_similarity(anchor, positive).mean(), similarity

@@ -1,0 +1,34 @@
+"""SPot-the-Difference (Zou et al., ECCV 2022): SPD beside the loss of any pretraining method."""
+
+import torch
+from torch import Tensor, nn
+
+from losses.spd import spd
+from models.ssl.method import SSLMethod
+from training.errors import UserError
+
+
+class SPD(nn.Module):
+    """method(views, labels) + weight * spd of the projections of three further views: anchor, positive, negative.
+
+    The projection is what `method.online` makes of a view: SimCLR's embedding; for DINO the K logits, whose cosine is
+    about that of the bottleneck before them (with 4096 random prototypes in 256 dimensions 0.008 off on average). An
+    EMA target takes no part.
+
+    The three views pass in one forward of their own: the method's batch norm sees the method's views alone, and
+    positives and negatives are normalised together, so that nothing but the defect tells them apart. Running statistics
+    take the three like any batch. No parameters, no buffers: the loop goes on with `method`, and checkpoints do not
+    know of it.
+    """
+
+    def __init__(self, method: SSLMethod, weight: float):
+        super().__init__()
+        if weight < 0:
+            raise UserError(f"spd.weight={weight} must not be negative: defects would be made alike")
+        self.method, self.weight = method, weight
+
+    def forward(self, views: list[Tensor], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, stats = self.method(views[:-3], labels)
+        projections = self.method.online(torch.cat(views[-3:]))  # (3B, D)
+        term, similarity = spd(*projections.chunk(3))
+        return loss + self.weight * term, stats | {"spd": term.detach(), "defect_cosine": similarity.detach()}
