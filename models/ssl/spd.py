@@ -30,5 +30,10 @@ class SPD(nn.Module):
     def forward(self, views: list[Tensor], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss, stats = self.method(views[:-3], labels)
         projections = self.method.online(torch.cat(views[-3:]))  # (3B, D)
+        if not isinstance(projections, Tensor):
+            name = type(self.method).__name__
+            raise UserError(
+                f"spd compares projections, and {name} makes none: remove spd, or take a contrastive method"
+            )
         term, similarity = spd(*projections.chunk(3))
         return loss + self.weight * term, stats | {"spd": term.detach(), "defect_cosine": similarity.detach()}

@@ -12,6 +12,8 @@ from tests.models.ssl.test_methods import SMALL, build, views
 from tests.processes import run_processes
 from training.errors import UserError
 
+CONTRASTIVE = [name for name in SSL_METHODS if name != "revd"]  # what `online` gives of a view is a projection
+
 
 def pictures(name, count=8):
     """The method's views, then anchors, positives and negatives: two slight changes, and a strong one in a corner."""
@@ -29,7 +31,7 @@ def step(model, images):
     return loss.detach(), stats, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", SSL_METHODS)
+@pytest.mark.parametrize("name", CONTRASTIVE)
 def test_the_loss_is_the_methods_and_the_weighted_term(name):
     alone, _, without = step(build(name), views(name))
     method = build(name)
@@ -50,7 +52,7 @@ def test_the_loss_is_the_methods_and_the_weighted_term(name):
         torch.testing.assert_close(grad, without[key.removeprefix("method.")] + 0.3 * term[key], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", SSL_METHODS)
+@pytest.mark.parametrize("name", CONTRASTIVE)
 def test_weight_0_is_the_method_alone_bit_for_bit(name):
     loss, _, grads = step(build(name), views(name))
     with_term, _, others = step(SPD(build(name), 0.0), pictures(name))
@@ -68,7 +70,7 @@ def gradients(rank, world_size, name):
     return loss, stats["spd"], {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", SSL_METHODS)
+@pytest.mark.parametrize("name", CONTRASTIVE)
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_on_different_shards_have_the_gradients_of_one(name, world_size):
     loss, term, expected = gradients(0, 1, name)
@@ -101,7 +103,7 @@ def normed(name):
     return SSL_METHODS[name](Normed(), **SMALL[name]).double()
 
 
-@pytest.mark.parametrize("name", SSL_METHODS)
+@pytest.mark.parametrize("name", CONTRASTIVE)
 def test_batch_norm_sees_the_methods_views_alone_and_the_three_together(name):
     method, alone = normed(name), normed(name)
     expected, _ = alone(views(name), torch.zeros(8))
@@ -118,7 +120,7 @@ def test_batch_norm_sees_the_methods_views_alone_and_the_three_together(name):
         assert len(method.target.backbone.batches) == len(alone.target.backbone.batches)
 
 
-@pytest.mark.parametrize("name", SSL_METHODS)
+@pytest.mark.parametrize("name", CONTRASTIVE)
 def test_the_term_alone_learns_to_spot_the_difference(name):
     method, three = build(name), torch.cat(pictures(name)[-3:])
     for linear in method.online.modules():
@@ -168,3 +170,8 @@ def test_a_method_is_not_changed():
 def test_a_negative_weight_is_refused():
     with pytest.raises(UserError, match=r"spd\.weight=-0\.1 must not be negative"):
         SPD(build("simclr"), -0.1)
+
+
+def test_a_method_without_projections_is_refused():
+    with pytest.raises(UserError, match="RevD makes none: remove spd"):
+        SPD(build("revd"), 0.1)([*views("revd"), *3 * [torch.zeros(2, 3, 16, 16).double()]], torch.zeros(8))
