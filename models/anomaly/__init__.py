@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from models.anomaly.cdo import CDO
+from models.anomaly.cflow import CFlow
 from models.anomaly.detector import Detector
 from models.anomaly.embedding import Embedding
 from models.anomaly.padim import PaDiM
@@ -14,7 +15,14 @@ from training import checkpoint
 from training.config import choice
 from training.errors import UserError
 
-DETECTORS = {"cdo": CDO, "embedding": Embedding, "padim": PaDiM, "patchcore": PatchCore, "rd4ad": RD4AD}
+DETECTORS = {
+    "cdo": CDO,
+    "cflow": CFlow,
+    "embedding": Embedding,
+    "padim": PaDiM,
+    "patchcore": PatchCore,
+    "rd4ad": RD4AD,
+}
 
 
 @dataclass(kw_only=True)
