@@ -85,6 +85,15 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(name, pictures, tmp
         assert first[key] == second[key]
 
 
+def test_a_score_of_the_whole_test_set_is_fitted_on_it(pictures, tmp_path, capsys):
+    states = []
+    for split in ("train", "test"):
+        train_anomaly.main([*words("cflow", pictures, tmp_path / split), f"detector.normalize={split}"])
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["normalized_on"] == split
+        states.append(torch.load(tmp_path / split / "run" / "last.pt", weights_only=True)["model"])
+    assert [key for key in states[0] if not torch.equal(states[0][key], states[1][key])] == ["likeliest"]
+
+
 def test_a_run_does_not_go_on_with_other_pictures_or_lose_the_run_it_updates(pictures, tmp_path):
     copy = tmp_path / "pictures"
     shutil.copytree(pictures, copy)
