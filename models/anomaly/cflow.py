@@ -42,7 +42,8 @@ class CFlow(Detector):
     **Training.** Officially every stage's vectors of a batch, shuffled, make fibers of 256, and each fiber an optimizer
     step of its flow. Here a fiber has equally many positions of every picture of the batch, each picture's in a random
     order of its own, so that processes train as one: a stratified draw instead of a uniform one. What is left over
-    is dropped, as officially. Padding is trained on like the picture; no map shows it.
+    is dropped, as officially. Padding is trained on like the picture; no map shows it. Places count from the top left
+    corner, so whole pictures of the trained size alone make sense.
 
     **Different from the official code**, beside that: a flow rests while others train; with torch before 2.0 Adam's
     momentum went on moving it, as zeroed gradients are gradients. The learning rate follows its curve batch by batch:
@@ -57,8 +58,8 @@ class CFlow(Detector):
         blocks: couplings of a flow.
         fiber: vectors of an optimizer step, at most: rounded down to equally many of every picture, at least one.
         rotation: training pictures are turned by up to so many degrees, black where nothing is left.
-        reflect: the backbone's convolutions continue a map by its mirror image, not by zeros, as the official encoders
-            do, whatever weights they have; needs maps of at least 2 x 2.
+        reflect: the backbone's convolutions continue a map by its mirror image, not by zeros, as the official ResNets
+            do though ImageNet's weights learnt with zeros; needs maps of at least 2 x 2.
         normalize: `train` or `test`, above. image_score: what of a picture's map is its score; the paper's is `max`.
 
     Raises:

@@ -11,7 +11,7 @@ from data.augment import normalize
 from models.anomaly.cflow import CFlow, rows_of, turn
 from models.anomaly.cflow_flows import encode_places
 from models.anomaly.detector import TrainingBatch
-from models.resnet import ResNet18
+from models.resnet import ResNet18, WideResNet50
 from tests.pictures import batches
 from tests.processes import run_processes
 from training.errors import UserError
@@ -87,6 +87,14 @@ def shares(rank: int, world_size: int) -> list[Tensor]:
     images = pictures(4)
     mine = batch(images[2 * rank : 2 * rank + 2], first=2 * rank) if world_size > 1 else batch(images)
     return [vectors for vectors, *_ in detector().steps(mine)]
+
+
+def test_the_papers_network_is_as_large_as_the_official_one():
+    with torch.device("meta"):
+        model = CFlow(WideResNet50())
+    assert [flow.module_list[0].w_perm.shape[0] for flow in model.flows] == [512, 1024, 2048]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == 81_647_616 == 5_523_456 + 17_074_176 + 59_049_984  # by hand in test_cflow_flows.py
 
 
 def test_two_processes_share_a_fiber():
