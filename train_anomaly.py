@@ -141,9 +141,12 @@ def main(argv: list[str]) -> None:
             lr = cfg.optim.lr_at(step, total, len(loader), cfg.batch_size)
             set_rates(optimizer, lr, cfg.optim.weight_decay_at(step, total))
             images, labels, ids = window.next(batches)
-            for inputs in detector.steps(TrainingBatch(images, labels, ids, epoch, cfg.seed)):  # most make one step
+            with autocast:
+                work, stats = detector.steps(TrainingBatch(images, labels, ids, epoch, cfg.seed)), {}
+            for inputs in work:  # most detectors make one step of a batch
                 with autocast:
-                    loss, stats = model(*inputs)
+                    loss, seen = model(*inputs)
+                stats |= seen
                 scaler.scale(loss).backward()
                 window.add(loss)
                 scaler.unscale_(optimizer)
@@ -172,7 +175,8 @@ def main(argv: list[str]) -> None:
             if cfg.update:
                 log.say(update_memory(detector, old, about["names"], learned))
             else:
-                detector.fit(batches_of(learned, "features"), len(train_ids))
+                source = learned if detector.fitted_on == "train" else Loader(test_set, **sizes, **load)
+                detector.fit(batches_of(source, "features"), len(source.indices))
     about["seconds_fit"] = before if finished else before + time.perf_counter() - began
     if not finished:
         checkpoint.save(folder / checkpoint.LAST, parts, step=total, **about)

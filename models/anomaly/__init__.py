@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from models.anomaly.cdo import CDO
+from models.anomaly.cflow import CFlow
 from models.anomaly.cutpaste import CutPaste
 from models.anomaly.detector import Detector
 from models.anomaly.embedding import Embedding
@@ -18,6 +19,7 @@ from training.errors import UserError
 DETECTORS = {
     "cdo": CDO,
     "cutpaste": CutPaste,
+    "cflow": CFlow,
     "embedding": Embedding,
     "padim": PaDiM,
     "patchcore": PatchCore,

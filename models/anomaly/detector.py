@@ -62,7 +62,8 @@ class Detector(nn.Module):
     """
 
     by_gradient = False  # whether an optimizer trains it
-    learns_from = "train"  # split of the data set that it is trained on; `fit` always gets "train", the normal pictures
+    learns_from = "train"  # split of the data set that it is trained on
+    fitted_on = "train"  # split that `fit` gets: the normal pictures, or "test", if a score depends on all of them
     partial = False  # whether a step leaves some parameters without gradient
     frozen = True  # whether the backbone stays as it is
     leaves_out = False  # whether `examine` can leave training pictures out
@@ -82,7 +83,11 @@ class Detector(nn.Module):
         return self
 
     def steps(self, batch: TrainingBatch) -> Iterator[tuple]:
-        """The arguments of `forward` that the loop makes optimizer steps of, one after the other: most have one."""
+        """The arguments of `forward` that the loop makes optimizer steps of, one after the other: most have one.
+
+        It is called within the loop's autocast, but a generator's body runs outside: what networks have to do first
+        belongs before `return self.a_generator(...)`.
+        """
         yield (normalize(batch.images),)
 
     @torch.no_grad()
@@ -143,7 +148,7 @@ class Detector(nn.Module):
                 f"{'; '.join(fault.strip() for fault in faults)}"
             ) from None
 
-    def facts(self) -> dict[str, int | float]:
+    def facts(self) -> dict[str, int | float | str]:
         """What results.json should say about the fitted state."""
         return {}
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 import train_anomaly
 from evaluation.compare import load_scores
+from models.anomaly import DETECTORS
 from tests.pictures import script, write_mvtec
 from tests.scripts.test_train_ssl import kill_after
 from training.errors import UserError
@@ -22,8 +23,10 @@ TINY = {
     "rd4ad": ["configs/rd4ad_demo.yaml", "epochs=4", "save_every=3", "log_every=1"],
     "cdo": ["configs/cdo_demo.yaml", "epochs=4", "save_every=3", "log_every=1"],
     "cutpaste": ["configs/cutpaste_demo.yaml", "epochs=4", "save_every=3", "log_every=1"],
+    "cflow": ["configs/cflow_demo.yaml", "epochs=4", "save_every=3", "log_every=1", "detector.stages=2,3"]
+    + ["detector.blocks=2", "detector.fiber=16"],
 }
-BY_GRADIENT = ("rd4ad", "cdo", "cutpaste")
+BY_GRADIENT = tuple(name for name in TINY if DETECTORS[name].by_gradient)
 METRICS = ["image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro", "aupro_005", "aupro_001"]
 METRICS += ["threshold", "pixel_threshold"]
 COUNTS = ["n_train", "n_test_normal", "n_test_anomalous"]
@@ -82,6 +85,15 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(name, pictures, tmp
         assert torch.equal(value, resumed["model"][key]), key
     for key in METRICS + COUNTS:
         assert first[key] == second[key]
+
+
+def test_a_score_of_the_whole_test_set_is_fitted_on_it(pictures, tmp_path, capsys):
+    states = []
+    for split in ("train", "test"):
+        train_anomaly.main([*words("cflow", pictures, tmp_path / split), f"detector.normalize={split}"])
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["normalized_on"] == split
+        states.append(torch.load(tmp_path / split / "run" / "last.pt", weights_only=True)["model"])
+    assert [key for key in states[0] if not torch.equal(states[0][key], states[1][key])] == ["likeliest"]
 
 
 def test_a_run_does_not_go_on_with_other_pictures_or_lose_the_run_it_updates(pictures, tmp_path):
@@ -235,7 +247,7 @@ def test_mistakes_are_one_line(pictures, tmp_path):
         return str(caught.value)
 
     assert "did you mean 'coreset'" in error("patchcore", "detector.corset=0.1")
-    assert "one of: cdo, cutpaste, embedding, padim, patchcore, rd4ad" in error("patchcore", "detector.name=pdm")
+    assert f"one of: {', '.join(DETECTORS)}" in error("patchcore", "detector.name=pdm")
     assert "nothing" in error("patchcore", "data.category=nothing")
     assert "student=vgg: it is auto, resnet18" in error("rd4ad", "detector.student=vgg")
     assert "epochs=0: at least 1" in error("rd4ad", "epochs=0")

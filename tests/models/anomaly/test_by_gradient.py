@@ -14,6 +14,7 @@ from training.errors import UserError
 OPTIONS: dict[str, dict] = {  # of every such detector: what makes it small, or nothing
     "cdo": {},
     "cutpaste": {},
+    "cflow": {"stages": (2, 3), "blocks": 2, "fiber": 4},
     "rd4ad": {},
 }
 SIZE = {"rd4ad": 64}  # of its pictures, where 32 x 32 is not enough
@@ -46,7 +47,12 @@ def doubled(inputs: tuple) -> list:
 def trained(rank: int, world_size: int, name: str) -> dict[str, Tensor]:
     """Parameters after an epoch of plain SGD in float64, without batch norm: it sees one process's part only."""
     detector = build(name).double().train()
-    detector.features = lambda images: [f.detach() for f in detector.backbone.forward_stages(images, 3)]  # float64
+
+    def features(images: Tensor) -> list[Tensor]:  # in float64
+        maps = detector.backbone.forward_stages(images.double(), max(detector.stages))
+        return [maps[stage - 1].detach() for stage in detector.stages]
+
+    detector.features = features
     for module in list(detector.modules()):
         for child, norm in list(module.named_children()):
             if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):

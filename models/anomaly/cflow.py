@@ -1,0 +1,219 @@
+"""CFlow-AD (Gudovskiy et al. 2022, "CFLOW-AD: real-time unsupervised anomaly detection with localization via
+conditional normalizing flows")."""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from data.augment import normalize
+from data.pasting import between, draw, moved
+from data.random_numbers import stream
+from losses.flow_likelihood import flow_likelihood, log_density
+from models.anomaly.bounds import require_finite
+from models.anomaly.cflow_flows import ConditionalFlow, encode_places
+from models.anomaly.detector import Batch, Detector, Findings, TrainingBatch
+from models.anomaly.maps import ImageScore, grid_valid, image_score, peak, upsample
+from training.distributed import gather_rows, world_size
+from training.errors import UserError
+
+PLACES = 128  # numbers that describe a place, the official condition_vec
+KIND = 6  # of random numbers, beside those of data/defects.py
+ROWS = 2**14  # vectors that are scored at a time
+
+
+class CFlow(Detector):
+    """A normalizing flow per stage learns how likely a feature vector is at its place in a normal picture.
+
+    **Score.** With log p the log-likelihood of a position of stage l, C its channels and m_l a constant of the stage:
+
+        likelihood_l = exp(min(log p / C - m_l, 0)),    map = number of stages - sum_l enlarge(likelihood_l)
+
+    bilinear with aligned corners, without a blur: 0 (as normal as can be) to the number of stages. `normalize` says
+    what m_l is. `train`: the largest log p / C of the normal training pictures, found after training, so that a
+    picture's score depends on no other test picture. `test`: the largest of the whole test set, as in the official
+    code, which subtracts the sum from its maximum and not from the number of stages: one constant for all pixels, so
+    all figures are the official ones, but no picture can be scored before all are there. From `train` to `test` each
+    stage's likelihood changes by one factor, exp(m_l of train - m_l of test), beside positions that are likelier than
+    any in training: those count as the likeliest. Heat maps and thresholds of `test` know the test set too.
+
+    **Training.** Officially every stage's vectors of a batch, shuffled, make fibers of 256, and each fiber an optimizer
+    step of its flow. Here a fiber has equally many positions of every picture of the batch, each picture's in a random
+    order of its own, so that processes train as one: a stratified draw instead of a uniform one. What is left over
+    is dropped, as officially. Padding is trained on like the picture; no map shows it. Places count from the top left
+    corner, so whole pictures of the trained size alone make sense.
+
+    **Different from the official code**, beside that: a flow rests while others train; with torch before 2.0 Adam's
+    momentum went on moving it, as zeroed gradients are gradients. The learning rate follows its curve batch by batch:
+    officially it is constant for 8 of 200 epochs at a time, warms up from a tenth of it and not from 0, and goes on
+    from there along a cosine that began with the warm-up. The last epoch is reported, not each metric's best on the
+    test set. Official recipe: Wide-ResNet-50-2 with `reflect`, batch 32, Adam with learning rate 2e-4, 25 x 8 epochs,
+    squashed pictures of 512 pixels, but 256 for cable, capsule, hazelnut, metal nut, pill and 128 for transistor.
+
+    Args:
+        backbone: the encoder, any whose stages are maps; it is frozen and stays in eval mode.
+        stages: each has a flow; the last three officially.
+        blocks: couplings of a flow.
+        fiber: vectors of an optimizer step, at most: rounded down to equally many of every picture, at least one.
+        rotation: training pictures are turned by up to so many degrees, black where nothing is left.
+        reflect: the backbone's convolutions continue a map by its mirror image, not by zeros, as the official ResNets
+            do though ImageNet's weights learnt with zeros; needs maps of at least 2 x 2.
+        normalize: `train` or `test`, above. image_score: what of a picture's map is its score; the paper's is `max`.
+
+    Raises:
+        UserError: bad options; a stage that is no map or has one channel; at the first batch, a stage with too few
+            positions for a fiber, or maps too small for `reflect`.
+    """
+
+    by_gradient = True
+    partial = True
+    positional = True
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        stages: tuple[int, ...] = (2, 3, 4),
+        blocks: int = 8,
+        fiber: int = 256,
+        rotation: float = 5.0,
+        reflect: bool = False,
+        normalize: Literal["train", "test"] = "train",
+        image_score: ImageScore = "max",
+    ):
+        super().__init__(backbone, stages)
+        if blocks < 1 or fiber < 1 or not 0 <= rotation <= 180:
+            raise UserError(
+                f"cflow blocks={blocks} fiber={fiber} rotation={rotation}: at least 1, 1 and 0 to 180 degrees"
+            )
+        if normalize not in ("train", "test"):
+            raise UserError(f"cflow normalize={normalize}: it is train or test")
+        self.fiber, self.rotation, self.image_score, self.fitted_on = fiber, rotation, image_score, normalize
+        for layer in backbone.modules() if reflect else ():
+            if isinstance(layer, nn.Conv2d) and layer.padding != (0, 0):
+                layer.padding_mode = "reflect"
+        shapes = [tuple(f.shape) for f in self.features(next(backbone.parameters()).new_zeros(1, 3, 224, 224))]
+        if any(len(shape) != 4 or shape[1] < 2 for shape in shapes):
+            raise UserError(
+                f"cflow needs stages that are maps (B, C, H, W) of 2 channels or more, but stages {list(stages)} of "
+                f"this backbone give {shapes}: set detector.stages or backbone.name"
+            )
+        self.flows = nn.ModuleList(ConditionalFlow(shape[1], PLACES, blocks) for shape in shapes)
+        self.register_buffer("likeliest", torch.empty(0))  # m_l, (L,)
+
+    def load_trained(self, state: dict, path: str) -> None:
+        """Also an official checkpoint, {"encoder_state_dict": ..., "decoder_state_dict": [...]}."""
+        if isinstance(state, dict) and {"encoder_state_dict", "decoder_state_dict"} <= state.keys():
+            parts = {"backbone": state["encoder_state_dict"]}
+            parts |= {f"flows.{i}": flow for i, flow in enumerate(state["decoder_state_dict"])}
+            state = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+            state = {name: value for name, value in state.items() if not name.endswith("w_perm_inv")}
+            state["likeliest"] = self.likeliest
+        super().load_trained(state, path)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        try:
+            return super().features(images)
+        except RuntimeError as error:
+            if "adding size should be less" not in str(error):
+                raise
+            raise UserError(
+                f"cflow reflect=true cannot mirror maps as small as pictures of {tuple(images.shape[-2:])} make: "
+                "set a larger data.size, or reflect=false"
+            ) from None
+
+    def steps(self, batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Fiber by fiber, stage by stage: vectors (n, C), their places (n, P), the number of their flow.
+
+        The encoder sees the batch once, before this returns.
+        """
+        images = turn(batch.images, batch.ids, batch.epoch, seed=batch.seed, degrees=self.rotation)
+        features = self.features(normalize(images))
+        pictures = len(images) * world_size()
+        share = max(1, self.fiber // pictures)  # positions of each picture in a fiber
+        for stage, feature in zip(self.stages, features):
+            height, width = feature.shape[-2:]
+            if height * width < share:
+                raise UserError(
+                    f"cflow fiber={self.fiber}: {share} positions of each of {pictures} pictures, but stage {stage} "
+                    f"has {height} x {width}: set a larger batch_size or data.size, or detector.fiber to at most "
+                    f"{height * width * pictures}"
+                )
+        return self.fibers(features, batch, share)
+
+    def fibers(self, features: list[Tensor], batch: TrainingBatch, share: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+        for number, (stage, feature) in enumerate(zip(self.stages, features)):
+            key = batch.seed, batch.epoch, 0, batch.ids, KIND, stage
+            vectors, places = rows_of(feature)  # (B, H W, C), (H W, P)
+            order = stream(key, len(places), feature.device).argsort(dim=1, stable=True)  # (B, H W)
+            for chosen in order.split(share, dim=1)[: len(places) // share]:  # (B, share)
+                taken = vectors.gather(1, chosen[..., None].expand(-1, -1, vectors.shape[2]))  # (B, share, C)
+                yield taken.flatten(0, 1), places[chosen].flatten(0, 1), number
+
+    def forward(self, vectors: Tensor, places: Tensor, number: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a flow on what `steps` gives; stats: the stage's mean log p / C."""
+        density = log_density(*self.flows[number](vectors, places))  # (n,)
+        return flow_likelihood(density), {f"log_density_stage{self.stages[number]}": density.detach().mean()}
+
+    def networks(self, images: Tensor) -> list[Tensor]:
+        """log p / C of every position of the stages, [(B, H_l, W_l)] in float32."""
+        grids = []
+        for flow, feature in zip(self.flows, self.features(images)):
+            vectors, places = rows_of(feature)  # (B, H W, C), (H W, P)
+            pairs = zip(vectors.flatten(0, 1).split(ROWS), places.repeat(len(images), 1).split(ROWS))
+            found = torch.cat([log_density(*flow(*pair)) for pair in pairs])  # (B H W,)
+            grids.append(found.view(len(images), *feature.shape[-2:]))  # (B, H, W)
+        return grids
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[Batch], n_images: int) -> None:  # noqa: ARG002
+        """Find m_l, in the pictures that `fitted_on` names.
+
+        Raises:
+            UserError: a process has no picture; features that are not finite.
+        """
+        found = []
+        for batch in batches:
+            grids = self.networks(batch.images)
+            if batch.valid is not None:
+                insides = [grid_valid(batch.valid, grid.shape[1:]) for grid in grids]
+                grids = [grid[inside] for grid, inside in zip(grids, insides)]
+            found.append(torch.stack([grid.amax() for grid in grids]))  # (L,)
+        self.require_pictures(len(found) > 0)
+        found = gather_rows(torch.stack(found))  # (batches, L)
+        require_finite(found, "log-likelihoods of the pictures, batch by batch")
+        self.likeliest = found.amax(0)
+
+    def measure(
+        self,
+        grids: list[Tensor],
+        size: tuple[int, int],
+        valid: Tensor | None = None,
+        leave_out: None = None,  # noqa: ARG002
+    ) -> Findings:
+        self.require_fitted(self.likeliest)
+        likelihoods = [(grid - most).clamp(max=0).exp() for grid, most in zip(grids, self.likeliest)]
+        maps = len(grids) - sum(upsample(each, size, align_corners=True) for each in likelihoods)  # (B, H, W)
+        return Findings(image_score(maps, valid, self.image_score), maps, peak(maps, valid))
+
+    def facts(self) -> dict[str, str]:
+        return {"normalized_on": self.fitted_on}
+
+
+def rows_of(feature: Tensor) -> tuple[Tensor, Tensor]:
+    """A map (B, C, H, W) as vectors (B, H W, C), and their places (H W, P)."""
+    places = encode_places(feature.shape[-2:], PLACES, feature.device).flatten(0, 1)  # (H W, P)
+    return feature.flatten(2).mT, places.to(feature.dtype)
+
+
+def turn(images: Tensor, ids: Tensor, epoch: int, *, seed: int, degrees: float) -> Tensor:
+    """Each picture (B, 3, H, W) uint8 turned about its middle by a uniform angle in [-degrees, degrees], to the nearest
+    pixel and black where there is none: torchvision's RandomRotation(degrees)."""
+    if degrees == 0:
+        return images
+    angles = between(draw(images, (seed, epoch, 0, ids, KIND), 1)[:, 0], (-degrees, degrees)) * math.pi / 180  # (B,)
+    size = torch.tensor(images.shape[2:]).expand(len(images), -1)  # (B, 2)
+    pixels, inside = moved(images, torch.zeros_like(size), size, size / 2, angles)
+    return pixels * inside[:, None]
