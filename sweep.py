@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -179,15 +180,21 @@ def write(cfg: Config, top: Path, outcomes: dict[str, dict]) -> None:
 
 
 def mean_rows(cfg: Config, outcomes: dict[str, dict]) -> list[list[str]]:
-    """The mean over the tasks of each figure; a dash where a cell failed or has none."""
+    """The mean over the tasks of each figure, with its deviation; a dash where a cell failed or has none."""
     rows = []
     for detector in cfg.detectors:
         for metric in cfg.metrics:
             values = [[outcomes[f"{t}/{detector}/{p}"].get(metric) for t in cfg.tasks] for p in cfg.pretraining]
-            shown = ["-" if None in each else f"{sum(each) / len(each):.3f}" for each in values]
+            shown = ["-" if None in each else mean_and_deviation(each) for each in values]
             if any(text != "-" for text in shown):
                 rows.append(["mean", detector, metric, *shown])
     return rows
+
+
+def mean_and_deviation(values: list[float]) -> str:
+    """Mean ± standard deviation of the sample (n - 1); of one value the value."""
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{deviation}"
 
 
 def short(value) -> str:

@@ -10,11 +10,19 @@ from models.anomaly.embedding import Embedding
 from models.anomaly.padim import PaDiM
 from models.anomaly.patchcore import PatchCore
 from models.anomaly.rd4ad import RD4AD
+from models.anomaly.regad import RegAD
 from training import checkpoint
 from training.config import choice
 from training.errors import UserError
 
-DETECTORS = {"cdo": CDO, "embedding": Embedding, "padim": PaDiM, "patchcore": PatchCore, "rd4ad": RD4AD}
+DETECTORS = {
+    "cdo": CDO,
+    "embedding": Embedding,
+    "padim": PaDiM,
+    "patchcore": PatchCore,
+    "rd4ad": RD4AD,
+    "regad": RegAD,
+}
 
 
 @dataclass(kw_only=True)

@@ -4,14 +4,13 @@ from collections.abc import Iterator
 from copy import deepcopy
 from typing import Literal, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.augment import normalize
 from data.noise_patches import NoisePatches
 from losses.cdo import collaborative_discrepancy, discrepancy
-from models.anomaly.detector import Detector, Findings, TrainingBatch
+from models.anomaly.detector import Detector, Findings, TrainingBatch, train_stages
 from models.anomaly.maps import ImageScore, image_score, peak, smooth_inside, upsample
 from training.errors import UserError
 
@@ -110,23 +109,17 @@ class CDO(Detector):
 def beginner(backbone: nn.Module, last: int) -> nn.Module:
     """A copy of the backbone with new random weights, of which those that stages 1 to `last` depend on are trainable.
 
-    Convolutions start as our and torchvision's CNNs, other layers by their `reset_parameters`. The rest stays without
-    gradient, for DistributedDataParallel waits for every trainable parameter.
+    Convolutions start as our and torchvision's CNNs, other layers by their `reset_parameters`.
 
     Raises:
         UserError: the stages are no maps, or a layer has weights and no `reset_parameters`.
     """
-    copy = deepcopy(backbone).requires_grad_(True)
-    parameters = list(copy.parameters())
-    maps = copy.forward_stages(parameters[0].new_zeros(1, 3, 224, 224), last=last)
-    shapes = [tuple(feature.shape) for feature in maps]
+    copy = deepcopy(backbone)
+    shapes = [tuple(feature.shape) for feature in train_stages(copy, last)]
     if len(shapes) != last or any(len(shape) != 4 for shape in shapes):
         raise UserError(
             f"cdo compares {last} stages of maps (B, C, H, W), this backbone gives {shapes}: set backbone.name to a CNN"
         )
-    gradients = torch.autograd.grad(sum(feature.sum() for feature in maps), parameters, allow_unused=True)
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.requires_grad_(gradient is not None)
     for name, layer in copy.named_modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

@@ -63,6 +63,7 @@ class Detector(nn.Module):
 
     by_gradient = False  # whether an optimizer trains it
     learns_from = "train"  # split of the data set that it is trained on; `fit` always gets "train", the normal pictures
+    by_label = False  # whether all pictures of a batch that it is trained on have one label
     partial = False  # whether a step leaves some parameters without gradient
     frozen = True  # whether the backbone stays as it is
     leaves_out = False  # whether `examine` can leave training pictures out
@@ -177,3 +178,15 @@ class Detector(nn.Module):
             if prefix + name in state_dict:
                 self._buffers[name] = buffer.new_empty(state_dict[prefix + name].shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def train_stages(backbone: nn.Module, last: int) -> list[Tensor]:
+    """Make trainable what stages 1 to `last` depend on and nothing else: DistributedDataParallel waits for the gradient
+    of every trainable parameter. Returns the stages of one black picture of 224 x 224 pixels; leaves it in eval mode.
+    """
+    parameters = list(backbone.eval().requires_grad_(True).parameters())
+    maps = backbone.forward_stages(parameters[0].new_zeros(1, 3, 224, 224), last=last)
+    gradients = torch.autograd.grad(sum(feature.sum() for feature in maps), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.requires_grad_(gradient is not None)
+    return [feature.detach() for feature in maps]

@@ -196,13 +196,18 @@ class PaDiM(Detector):
         return Findings(image_score(maps, None, self.image_score), maps, peak(maps))
 
     def require_aligned(self, rows: Tensor, grid: tuple[int, int], valid: Tensor | None) -> None:
-        if valid is not None and not valid.all():
-            raise UserError("padim compares position by position, which padding shifts: set data.fit=squash or crop")
+        self.refuse_padding(valid)
         if tuple(rows.shape[1:3]) != tuple(grid):
+            name, (height, width) = type(self).__name__, rows.shape[1:3]
             raise UserError(
-                f"padim compares position by position: it was fitted on {grid[0]} x {grid[1]} positions, and these "
-                f"pictures have {rows.shape[1]} x {rows.shape[2]}: give pictures of the size that it was fitted on"
+                f"{name} compares position by position: it was fitted on {grid[0]} x {grid[1]} positions, and these "
+                f"pictures have {height} x {width}: give pictures of the size that it was fitted on"
             )
+
+    def refuse_padding(self, valid: Tensor | None) -> None:
+        if valid is not None and not valid.all():
+            name = type(self).__name__
+            raise UserError(f"{name} compares position by position, which padding shifts: set data.fit=squash or crop")
 
 
 def _sums(features: list[Tensor]) -> Tensor:

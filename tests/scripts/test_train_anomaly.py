@@ -21,8 +21,10 @@ TINY = {
     "padim": ["configs/padim_demo.yaml"],
     "rd4ad": ["configs/rd4ad_demo.yaml", "epochs=4", "save_every=3", "log_every=1"],
     "cdo": ["configs/cdo_demo.yaml", "epochs=4", "save_every=3", "log_every=1"],
+    "regad": ["configs/regad_demo.yaml", "epochs=3", "save_every=3", "log_every=1", "data.others=null"],
 }
-BY_GRADIENT = ("rd4ad", "cdo")
+BY_GRADIENT = ("rd4ad", "cdo", "regad")
+FEW_SHOT = ("regad",)  # learn from other categories; here all pictures of theirs are supports
 METRICS = ["image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro", "aupro_005", "aupro_001"]
 METRICS += ["threshold", "pixel_threshold"]
 COUNTS = ["n_train", "n_test_normal", "n_test_anomalous"]
@@ -36,6 +38,10 @@ def pictures(tmp_path_factory):
 
 def words(name, pictures, runs, *more):
     about = [f"data.root={pictures}", "data.category=part", "data.size=64", f"runs={runs}", "run_name=run"]
+    if name in FEW_SHOT:
+        about.append(f"data.shots={len(list((pictures / 'part/train/good').glob('*.png')))}")
+        if not (pictures / "other").exists():
+            write_mvtec(pictures, category="other")
     return TINY[name] + about + ["batch_size=4", "holdout=0.2", "device=cpu", *more]
 
 
