@@ -60,7 +60,7 @@ class FewShot(MVTec):
                 raise UserError(
                     f"data.shots={shots}, but {root}/{category}/train/good has {len(self)} pictures: lower it"
                 )
-            self._keep(np.random.RandomState(draw).permutation(len(self))[:shots].tolist())
+            self._keep(sorted(np.random.RandomState(draw).permutation(len(self))[:shots].tolist()))
 
     def _learn_from(self, root: Path, target: Path, size: int | Geometry, on_error: OnError) -> None:
         """Become the training pictures of all categories below `root` but `target`."""
