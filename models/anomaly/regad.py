@@ -28,7 +28,7 @@ class RegAD(PaDiM):
     transformer behind each of the stages 1 to 3 turns and scales its maps for the next one; all is trained, the
     backbone too. Loss: a query picture's last maps and the mean of those of K others of its category, encoded, predict
     each other. `fit`: Gaussians at every position over 22 views of each support picture, whose maps of every stage are
-    warped back by the inverses of all thetas so far; all channels, covariance plus 0.01 I, sigma 4. The map of cosines
+    warped back by the inverses of all thetas so far; all channels, sigma 4. The map of cosines
     between query and supports, which the official test computes, enters no score there; here it is not computed.
     Pictures are in [0, 1]: what the caller normalised is undone, since the official code leaves that step out.
 
@@ -43,19 +43,28 @@ class RegAD(PaDiM):
     Args:
         backbone: any whose `forward_stages` lets something happen `after` each stage, as our CNNs; it is trained.
         supports: K, for each query in training; officially equal to `data.shots`.
+        regularization: what is added to the covariances' diagonal, above 0.
         image_score: what of a picture's map is its score; the paper's is `max`.
 
     Raises:
         UserError: bad options, another backbone, at a training batch of one picture, or as PaDiM.
     """
 
+    name = "regad"
     by_gradient = True
     learns_from, by_label = "others", True
     frozen = False
     leaves_out = False
 
-    def __init__(self, backbone: nn.Module, *, supports: int = 2, image_score: ImageScore = "max"):
-        super().__init__(backbone, image_score=image_score)
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        supports: int = 2,
+        regularization: float = 0.01,
+        image_score: ImageScore = "max",
+    ):
+        super().__init__(backbone, regularization=regularization, image_score=image_score)
         if supports < 1:
             raise UserError(f"regad supports={supports}: at least 1; officially data.shots")
         if "after" not in inspect.signature(backbone.forward_stages).parameters:

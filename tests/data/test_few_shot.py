@@ -1,5 +1,6 @@
 """Support sets that never change, the other categories to learn from, and what a user may have got wrong."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def test_support_sets_never_change(root):
     assert drawn == [[4, 6, 10, 11], [2, 3, 4, 10], [4, 5, 7, 9]]
     sets = [set(numbers(FewShot("train", 8, root=root, category="bolt", shots=shots))) for shots in (1, 2, 4, 8, 12)]
     assert [len(each) for each in sets] == [1, 2, 4, 8, 12]
-    assert all(small < large for small, large in zip(sets, sets[1:]))
+    assert all(small < large for small, large in itertools.pairwise(sets))
 
 
 def test_support_and_test_pictures_are_mvtecs(root):

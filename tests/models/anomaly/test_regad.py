@@ -304,6 +304,8 @@ class Closed(ResNet18):
 def test_mistakes_are_one_line():
     with pytest.raises(UserError, match=r"which Closed does not allow: set backbone\.name"):
         RegAD(Closed())
+    with pytest.raises(UserError, match="regad regularization=0: it must be above 0"):
+        RegAD(ResNet18(), regularization=0)
     with pytest.raises(UserError, match="supports=0"):
         RegAD(ResNet18(), supports=0)
     model, images = detector(MobileNetV2), normalize(pictures(2))
@@ -311,7 +313,7 @@ def test_mistakes_are_one_line():
         model.score(images)
     valid = torch.ones(2, 32, 32, dtype=torch.bool)
     valid[:, :4] = False
-    with pytest.raises(UserError, match="RegAD compares position by position, which padding shifts"):
+    with pytest.raises(UserError, match="regad compares position by position, which padding shifts"):
         model.fit(batches(images, 2, valid=valid), 2)
     with pytest.raises(UserError, match="no training picture"):
         model.fit([], 0)
