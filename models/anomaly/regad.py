@@ -26,16 +26,16 @@ class RegAD(PaDiM):
 
     Networks, initialisation, loss and score of the official code (github.com/MediaBrain-SJTU/RegAD). A spatial
     transformer behind each of the stages 1 to 3 turns and scales its maps for the next one; all is trained, the
-    backbone too. Loss: a query picture's last maps and the mean of those of K others of its category, encoded, predict
-    each other. `fit`: Gaussians at every position over 22 views of each support picture, whose maps of every stage are
-    warped back by the inverses of all thetas so far; all channels, sigma 4. The map of cosines
-    between query and supports, which the official test computes, enters no score there; here it is not computed.
-    Pictures are in [0, 1]: what the caller normalised is undone, since the official code leaves that step out.
+    backbone too. Loss: the last maps of a query picture and the mean of those of K others of its category, encoded,
+    predict each other. `fit`: Gaussians at every position over 22 views of each support picture, whose maps of every
+    stage are warped back by the inverses of all thetas so far; all channels, sigma 4. The map of cosines between query
+    and supports, which the official test computes, enters no score there; here it is not computed. Pictures are in
+    [0, 1]: what the caller normalised is undone, since the official code leaves that step out.
 
     Different from it: the supports of a query are drawn from the other pictures of its batch (all processes), there
     from all of its category; both with repetition, so each single one is as likely, but two are alike more often.
-    The official learning rate falls once an epoch, the last one at 0, the config's at every step; the last epoch is
-    reported, there the one with the best test AUROC. Support draws are `data.few_shot`'s.
+    The official learning rate falls once an epoch, to 0 in the last, here at every step. The last epoch is reported,
+    there the one with the best test AUROC. Official support sets are files of pictures, here `data.few_shot` draws.
 
     The official recipe: 224 x 224 pictures, ImageNet's ResNet-18, batches of at most 32 pictures of one category, SGD
     with learning rate 1e-4 and momentum 0.9, cosine to 0, 50 epochs over the 14 other categories.
@@ -43,7 +43,7 @@ class RegAD(PaDiM):
     Args:
         backbone: any whose `forward_stages` lets something happen `after` each stage, as our CNNs; it is trained.
         supports: K, for each query in training; officially equal to `data.shots`.
-        regularization: what is added to the covariances' diagonal, above 0.
+        regularization: what is added to the covariances' diagonal, above 0; officially 0.01.
         image_score: what of a picture's map is its score; the paper's is `max`.
 
     Raises:

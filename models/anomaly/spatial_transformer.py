@@ -65,6 +65,8 @@ def warp(x: Tensor, theta: Tensor) -> Tensor:
 
     Under autocast even affine_grid would multiply in half precision, which knows 128 places between 0.5 and 1.
     """
+    if len(x) == 0:  # a process may have nothing left to score, and affine_grid refuses that
+        return x.to(theta.dtype)
     with torch.autocast(x.device.type, enabled=False):
         grid = F.affine_grid(theta.expand(len(x), 2, 3), list(x.shape), align_corners=False)  # (B, H, W, 2)
         return F.grid_sample(x.to(theta.dtype), grid, padding_mode="reflection", align_corners=False)

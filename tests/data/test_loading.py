@@ -136,47 +136,6 @@ def test_drop_last():
             use()
 
 
-class Labelled(Numbers):
-    """Labels in no order, as often as `counts` says."""
-
-    def __init__(self, counts):
-        super().__init__(sum(counts))
-        labels = torch.tensor([label for label, count in enumerate(counts) for _ in range(count)])
-        self.labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
-
-
-def test_batches_of_one_label():
-    """All of a label's items in chunks, the last one smaller, shuffled within labels and among chunks."""
-    dataset = Labelled([10, 3, 1, 8])
-    loader = Loader(dataset, 4, "cpu", shuffle=True, by_label=True)
-    seen, epochs = set(), []
-    for epoch in range(30):
-        batches = order(loader, epoch)
-        labels = [{int(dataset.labels[i]) for i in batch} for batch in batches]
-        assert all(len(label) == 1 for label in labels) and sorted(flat(batches)) == list(range(22))
-        sizes = sorted((label.pop(), len(batch)) for label, batch in zip(labels, batches))
-        assert sizes == [(0, 2), (0, 4), (0, 4), (1, 3), (2, 1), (3, 4), (3, 4)] and len(batches) == len(loader) == 7
-        seen.add(tuple(int(dataset.labels[batch[0]]) for batch in batches))
-        epochs.append({tuple(sorted(batch)) for batch in batches})
-    assert len(seen) > 20 and len({frozenset(e) for e in epochs}) == 30  # other orders and other company
-    assert order(loader, 5) == order(Loader(dataset, 4, "cpu", shuffle=True, by_label=True), 5)
-    assert order(loader, 5, 3) == order(loader, 5)[3:]
-    still = order(Loader(dataset, 4, "cpu", by_label=True))
-    assert [int(dataset.labels[batch[0]]) for batch in still] == [0, 0, 0, 1, 2, 3, 3]
-    assert all(batch == sorted(batch) for batch in still)
-
-
-def test_drop_last_by_label_leaves_out_what_has_no_company():
-    dataset, options = Labelled([9, 3, 1, 8]), {"shuffle": True, "drop_last": True, "by_label": True}
-    loader = Loader(dataset, 4, "cpu", **options)
-    assert len(loader) == 5 and all(sorted(map(len, order(loader, e))) == [3, 4, 4, 4, 4] for e in range(5))
-    some = Loader(dataset, 4, "cpu", indices=(dataset.labels == 1).nonzero()[:, 0], **options)
-    assert [len(batch) for batch in order(some, 2)] == [3]
-    for lonely in (Loader(Labelled([1, 1]), 4, "cpu", **options), Loader(Labelled([3]), 1, "cpu", **options)):
-        with pytest.raises(UserError, match="no batch of one class has 2 pictures: raise batch_size"):
-            len(lonely)
-
-
 def test_wrong_options():
     with pytest.raises(UserError, match="batch_size=0"):
         Loader(Numbers(3), 0, "cpu")
@@ -261,10 +220,6 @@ SETTINGS = [  # items, batch of all processes together, shuffle, drop_last
 ]
 
 
-SHUFFLED_BY_LABEL = {"shuffle": True, "seed": 5, "drop_last": True, "by_label": True}
-BY_LABEL = [(10, 3, 1, 7), 6]  # counts of the labels, batch of all processes together: the last ones have 4, 3, 1, 1
-
-
 def batches_of_rank(rank, world_size):  # noqa: ARG001 (both are in the process group)
     found = []
     for n, together, shuffle, drop_last in SETTINGS:
@@ -275,18 +230,12 @@ def batches_of_rank(rank, world_size):  # noqa: ARG001 (both are in the process 
         rows, indices = gather_rows(rows), gather_rows(indices)
         restored = rows[indices.argsort()].tolist()
         found.append(([batch[-1].tolist() for batch in batches], len(loader), order(loader, 1, 1), restored))
-    counts, together = BY_LABEL
-    return found, order(Loader(Labelled(counts), together // world_size, "cpu", **SHUFFLED_BY_LABEL), 1)
+    return found
 
 
 def test_two_processes_see_one_process_batches():
     ranks = run_processes(batches_of_rank, 2)
-    counts, together = BY_LABEL
-    one = order(Loader(Labelled(counts), together, "cpu", **SHUFFLED_BY_LABEL), 1)
-    halves = [rank[1] for rank in ranks]
-    assert sorted(map(len, one)) == [3, 4, 6, 6] and [a + b for a, b in zip(*halves, strict=True)] == one
-    assert all(0 <= len(a) - len(b) <= 1 and b for a, b in zip(*halves))  # every process has one, at every step
-    for setting, first, second in zip(SETTINGS, *(rank[0] for rank in ranks)):
+    for setting, first, second in zip(SETTINGS, *ranks):
         n, together, shuffle, drop_last = setting
         one = order(Loader(Numbers(n), together, "cpu", shuffle=shuffle, seed=5, drop_last=drop_last), 1)
         for k, expected in enumerate(one):
@@ -310,7 +259,6 @@ def test_three_ranks_share_the_rest_evenly(monkeypatch, n):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     with pytest.raises(UserError, match=r"2 x 3 processes = 6: set batch_size to at most 1"):
         len(Loader(Numbers(5), 2, "cpu", drop_last=True))
-    assert len(Loader(Labelled([5, 2]), 1, "cpu", drop_last=True, by_label=True)) == 1  # rests of 2 serve no 3 ranks
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 0.5, 0.99])
