@@ -40,7 +40,7 @@ class Config:
     epochs: int = 1
     batch_size: int = 16  # pictures a step, over all processes
     update: str | None = None  # last.pt of a fitted run: only learn what was added to its pictures or taken away
-    holdout: float | None = None  # share of the normals kept for the thresholds; none: 0 if it can leave out, else 0.1
+    holdout: float | None = None  # share of normals kept for thresholds; none: 0.1, 0 if few or each can be left out
     false_alarm_rate: float = 0.01  # what the thresholds promise; below 1 / (normals + 1) nothing can
     pixels: Literal["input", "original"] = "input"  # resolution of the pixel figures
     log_every: int = 10  # steps between points of the curves
@@ -83,12 +83,15 @@ def main(argv: list[str]) -> None:
 
     # ---------------------------------------------------------------- data
     train_set, test_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "test")
-    lessons = train_set if detector.learns_from == "train" else build_dataset(cfg.data, detector.learns_from)
+    elsewhere = cfg.epochs and detector.learns_from != "train"
+    lessons = build_dataset(cfg.data, detector.learns_from) if elsewhere else train_set
     if not hasattr(test_set, "defects"):
         raise errors.UserError(
             f"data.name={cfg.data.name} has no defects to find; use mvtec (MVTec layout) or one_against_all"
         )
-    share = (0.0 if detector.leaves_out else 0.1) if cfg.holdout is None else cfg.holdout
+    share = cfg.holdout
+    if share is None:
+        share = 0.0 if detector.leaves_out or getattr(train_set, "few", False) else 0.1
     if not 0 <= share < 1:
         raise errors.UserError(f"holdout={share} must be at least 0 and below 1")
     train_ids, held_out = holdout(train_set, share, cfg.seed)
@@ -96,9 +99,9 @@ def main(argv: list[str]) -> None:
     sizes = {"batch_size": cfg.batch_size // world, "device": device}
     learned = Loader(train_set, **sizes, indices=train_ids, **load)
     if by_gradient:
-        loader = Loader(
-            lessons, **sizes, shuffle=True, drop_last=True, indices=train_ids if lessons is train_set else None, **load
-        )
+        own = train_ids if lessons is train_set else None
+        order = {"shuffle": True, "drop_last": True, "by_label": detector.by_label}
+        loader = Loader(lessons, **sizes, **order, indices=own, **load)
     total = cfg.epochs and cfg.epochs * len(loader) if by_gradient else 1
 
     # ---------------------------------------------------------------- what a killed run left

@@ -1,18 +1,25 @@
 """Datasets and augmentation recipes by the name that the configuration gives them."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 from data.augment import RECIPES, View
 from data.cifar10 import CIFAR10
 from data.defects import DEFECTS
+from data.few_shot import FewShot
 from data.folder import ClassFolder
 from data.geometry import Fit, Geometry
 from data.mvtec import MVTec
 from data.one_against_all import OneAgainstAll
 from training.errors import UserError
 
-DATASETS = {"folder": ClassFolder, "cifar10": CIFAR10, "mvtec": MVTec, "one_against_all": OneAgainstAll}
+DATASETS = {
+    "folder": ClassFolder,
+    "cifar10": CIFAR10,
+    "mvtec": MVTec,
+    "few_shot": FewShot,
+    "one_against_all": OneAgainstAll,
+}
 
 
 @dataclass(kw_only=True)
@@ -53,7 +60,14 @@ def build_geometry(config: DataConfig) -> Geometry:
 
 
 def build_dataset(config: DataConfig, split: str):
-    """The training or test set of a `data` section."""
+    """The `train` or `test` set of a `data` section, or another `split` that its constructor knows.
+
+    Raises:
+        UserError: it does not know the split, or what the data set has to say.
+    """
+    having = [name for name, kind in DATASETS.items() if split in get_args(get_type_hints(kind.__init__)["split"])]
+    if config.name not in having:
+        raise UserError(f"data.name={config.name} has no split '{split}', which this needs: use {' or '.join(having)}")
     return DATASETS[config.name](split, build_geometry(config), **config.options)
 
 

@@ -52,6 +52,10 @@ class Loader:
     **Order.** With `shuffle` the permutation of (seed, epoch), else as they stand. Items k*G to (k+1)*G of it, G = B*W,
     are global batch k, and rank r has its r-th contiguous part: W processes with B/W see one process's batches of B.
 
+    **By label.** With `by_label` a batch is of one label: the order is cut into batches label by label, and with
+    `shuffle` the batches come in an order drawn anew each epoch. Each label's last batch may be smaller; with
+    `drop_last` only those are left out that have fewer than 2 items, or fewer than W.
+
     **The end.** With `drop_last` an incomplete global batch is left out. Without, ranks share it as evenly as possible,
     the first ones having one item more, and a rank with nothing to do has one batch less, never an empty one. So every
     item is seen exactly once over all ranks, but collectives belong after the loop, not into it. To restore the order:
@@ -69,7 +73,7 @@ class Loader:
         indices: take only these items of the dataset, for example one side of `holdout`.
 
     Raises:
-        UserError: with `drop_last` and less than one global batch; a cache that cannot fit; a broken picture.
+        UserError: with `drop_last` and no batch left; a cache that cannot fit; a broken picture.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class Loader:
         shuffle: bool = False,
         seed: int = 0,
         drop_last: bool = False,
+        by_label: bool = False,
         indices: Tensor | None = None,
         cache: Cache = "auto",
         workers: int = 0,
@@ -90,17 +95,17 @@ class Loader:
         if cache not in ("auto", "device", "ram", "none"):
             raise UserError(f"data.cache={cache!r} is not known: choose auto, device, ram or none")
         self.dataset, self.batch_size, self.device = dataset, batch_size, torch.device(device)
-        self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
+        self.shuffle, self.seed, self.drop_last, self.by_label = shuffle, seed, drop_last, by_label
         self.indices = torch.arange(len(dataset)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
         self.cache, self.workers = cache, workers
 
     def __len__(self) -> int:
         """Batches in an epoch of this process."""
-        return len(self._share(self.indices))
+        return len(self._batches(None))
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """The batches of this process in the given epoch, from number `first_batch` on."""
-        batches = self._share(self._order(epoch))[first_batch:]
+        batches = self._batches(epoch)[first_batch:]
         if not batches:
             return
         store = _store(self.dataset, self.device, self.cache)
@@ -111,26 +116,36 @@ class Loader:
         for indices in batches:
             yield (*store.take(indices, self.device), indices)
 
-    def _order(self, epoch: int) -> Tensor:
-        """The epoch's order of all items, equal on all ranks: int64 (N,)."""
-        if not self.shuffle:
-            return self.indices
-        # torch's CPU generator uses 32 bits of its seed, so (seed, epoch) is hashed into 32
-        mixed = int(np.random.SeedSequence(self.seed, spawn_key=(epoch,)).generate_state(1)[0])
-        return self.indices[torch.randperm(len(self.indices), generator=torch.Generator().manual_seed(mixed))]
-
-    def _share(self, order: Tensor) -> list[Tensor]:
-        """This rank's part of each global batch of `order`."""
-        together = self.batch_size * world_size()  # G
+    def _batches(self, epoch: int | None) -> list[Tensor]:
+        """This rank's part of each global batch of the epoch: positions in the dataset. None: without shuffling."""
+        order, together, shuffle = self.indices, self.batch_size * world_size(), self.shuffle and epoch is not None
+        if shuffle:
+            # torch's CPU generator uses 32 bits of its seed, so (seed, epoch) is hashed into 32
+            mixed = int(np.random.SeedSequence(self.seed, spawn_key=(epoch,)).generate_state(1)[0])
+            generator = torch.Generator().manual_seed(mixed)
+            order = order[torch.randperm(len(order), generator=generator)]
+        if self.by_label:
+            labels = self.dataset.labels[order]
+            batches = [batch for label in labels.unique() for batch in order[labels == label].split(together)]
+            if shuffle:
+                batches = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+        else:
+            batches = order.split(together)
         if self.drop_last:
-            if len(order) < together:
-                raise UserError(
-                    f"{len(order)} pictures make no full batch of batch_size {self.batch_size} x {world_size()} "
-                    f"processes = {together}: set batch_size to at most {len(order) // world_size()}, or add pictures"
-                )
-            order = order[: len(order) // together * together]
-        parts = [batch.tensor_split(world_size())[rank()] for batch in order.split(together)]
+            least = max(2, world_size()) if self.by_label else together
+            batches = [batch for batch in batches if len(batch) >= least]
+            if not batches:
+                raise UserError(self._too_few(least))
+        parts = [batch.tensor_split(world_size())[rank()] for batch in batches]
         return [part for part in parts if len(part)]
+
+    def _too_few(self, least: int) -> str:
+        if self.by_label:
+            return f"no batch of one class has {least} pictures: raise batch_size, or add pictures to the classes"
+        return (
+            f"{len(self.indices)} pictures make no full batch of batch_size {self.batch_size} x {world_size()} "
+            f"processes = {least}: set batch_size to at most {len(self.indices) // world_size()}, or add pictures"
+        )
 
     def _decode(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         """Batches decoded now, by the workers (by this process when there are none)."""

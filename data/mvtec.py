@@ -80,9 +80,9 @@ class MVTec:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int] | tuple[Tensor, Tensor, int, int]:
         image, label = decode(self.paths[index], self.geometry), int(self.labels[index])
-        if self.split == "train":
-            return image, label, index
-        return image, self.mask(index), label, index
+        if self.split == "test":
+            return image, self.mask(index), label, index
+        return image, label, index
 
     def mask(self, index: int, *, original: bool = False) -> Tensor:
         """The true mask of a test picture: bool (H, W), or `original` (h, w) as it is stored; empty for a good one."""

@@ -4,6 +4,7 @@ Parameter names, initialisation and outputs are torchvision's, so its weights lo
 input's size.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch.nn.functional as F
@@ -119,14 +120,17 @@ class MobileNetV2(nn.Module):
                 nn.init.normal_(module.weight, std=0.01)
                 nn.init.zeros_(module.bias)
 
-    def forward_stages(self, x: Tensor, last: int = 4) -> list[Tensor]:
+    def forward_stages(
+        self, x: Tensor, last: int = 4, after: Callable[[int, Tensor], Tensor] | None = None
+    ) -> list[Tensor]:
         """Images (B, 3, H, W) -> the last block's output at each stride s = 4, 8, 16, 32:
         [(B, stage_channels[i], H / s, W / s)]. Sizes that the stride does not divide are rounded up. What comes after
-        stage `last` is not computed."""
+        stage `last` is not computed. `after(n, x)` is what stage n's output becomes, also for the next stage."""
         maps = []
         for i, layer in enumerate(self.features[: STAGE_ENDS[last - 1] + 1]):
             x = layer(x)
             if i in STAGE_ENDS:
+                x = x if after is None else after(len(maps) + 1, x)
                 maps.append(x)
         return maps
 

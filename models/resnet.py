@@ -4,6 +4,7 @@ Parameter names, initialisation and outputs are torchvision's, so its weights lo
 the paper, a bottleneck strides on its 3x3 convolution ("v1.5"). Shapes: B batch, C channels, H x W the input's size.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor, nn
@@ -135,14 +136,17 @@ class ResNet(nn.Module):
             elif zero_init_residual and isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)
 
-    def forward_stages(self, x: Tensor, last: int = 4) -> list[Tensor]:
+    def forward_stages(
+        self, x: Tensor, last: int = 4, after: Callable[[int, Tensor], Tensor] | None = None
+    ) -> list[Tensor]:
         """Images (B, 3, H, W) -> the outputs of layer1 to layer4, [(B, stage_channels[i], H / s, W / s)] at strides s =
         4, 8, 16, 32 (CIFAR stem: 1, 2, 4, 8). Sizes that the stride does not divide are rounded up. What comes after
-        stage `last` is not computed."""
+        stage `last` is not computed. `after(n, x)` is what stage n's output becomes, also for the next stage."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # (B, 64, H / 4, W / 4)
         maps = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4)[:last]:
+        for number, stage in enumerate((self.layer1, self.layer2, self.layer3, self.layer4)[:last], 1):
             x = stage(x)
+            x = x if after is None else after(number, x)
             maps.append(x)
         return maps
 

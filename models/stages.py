@@ -1,26 +1,35 @@
 """What methods that use a backbone's first stages ask of it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
-@torch.no_grad()
 def stage_shapes(backbone: nn.Module, last: int, size: int = 64) -> list[tuple[int, ...]]:
     """Shapes of stages 1 to `last` of one picture of size x size pixels, without the batch: [(C_i, H_i, W_i)] of a CNN.
     Nothing of the backbone changes."""
-    modes = [module.training for module in backbone.modules()]
-    image = next(backbone.parameters()).new_zeros(1, 3, size, size)
-    shapes = [tuple(feature.shape[1:]) for feature in backbone.eval().forward_stages(image, last=last)]
-    for module, mode in zip(backbone.modules(), modes):
-        module.training = mode
-    return shapes
+    with torch.no_grad(), _stages(backbone, last, size) as maps:
+        return [tuple(feature.shape[1:]) for feature in maps]
 
 
 def train_stages(backbone: nn.Module, last: int) -> None:
-    """Leave trainable what stages 1 to `last` depend on and nothing else: DistributedDataParallel waits for every
-    trainable parameter. Call it before the backbone is in train mode, or its BatchNorm statistics move."""
+    """Leave trainable what stages 1 to `last` depend on and nothing else, for DistributedDataParallel waits for every
+    trainable parameter. No statistics move."""
     parameters = list(backbone.requires_grad_(True).parameters())
-    maps = backbone.forward_stages(parameters[0].new_zeros(1, 3, 64, 64), last=last)
-    gradients = torch.autograd.grad(sum(feature.sum() for feature in maps), parameters, allow_unused=True)
+    with torch.enable_grad(), _stages(backbone, last, 64) as maps:
+        gradients = torch.autograd.grad(sum(feature.sum() for feature in maps), parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients):
         parameter.requires_grad_(gradient is not None)
+
+
+@contextmanager
+def _stages(backbone: nn.Module, last: int, size: int) -> Iterator[list[Tensor]]:
+    """The stages of a black picture, in eval mode; then every module's mode is what it was."""
+    modes = [(module, module.training) for module in backbone.modules()]
+    try:
+        yield backbone.eval().forward_stages(next(backbone.parameters()).new_zeros(1, 3, size, size), last=last)
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -12,6 +12,7 @@ from models.anomaly.embedding import Embedding
 from models.anomaly.padim import PaDiM
 from models.anomaly.patchcore import PatchCore
 from models.anomaly.rd4ad import RD4AD
+from models.anomaly.regad import RegAD
 from training import checkpoint
 from training.config import choice
 from training.errors import UserError
@@ -24,6 +25,7 @@ DETECTORS = {
     "padim": PaDiM,
     "patchcore": PatchCore,
     "rd4ad": RD4AD,
+    "regad": RegAD,
 }
 
 

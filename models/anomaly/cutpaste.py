@@ -88,7 +88,7 @@ class CutPaste(Detector):
         shape = stage_shapes(backbone, 4)[-1]
         if len(shape) != 3:
             raise UserError(f"cutpaste pools a map (C, H, W), this backbone gives {shape}: set backbone.name to a CNN")
-        train_stages(backbone.eval(), last=4)
+        train_stages(backbone, last=4)
         self.head = normed_mlp(shape[0], [512] * head_layers + [128])
         self.out = nn.Linear(128, 3 if variant == "3way" else 2)
         if density == "gaussian":

@@ -64,6 +64,7 @@ class Detector(nn.Module):
     by_gradient = False  # whether an optimizer trains it
     learns_from = "train"  # split of the data set that it is trained on
     fitted_on = "train"  # split that `fit` gets: the normal pictures, or "test", if a score depends on all of them
+    by_label = False  # whether all pictures of a batch that it is trained on have one label
     partial = False  # whether a step leaves some parameters without gradient
     frozen = True  # whether the backbone stays as it is
     leaves_out = False  # whether `examine` can leave training pictures out

@@ -46,6 +46,7 @@ class PaDiM(Detector):
         UserError: bad options, or at `fit` and scoring: NaN features, padding, pictures of another size.
     """
 
+    name = "padim"  # in messages; another method may be PaDiM on features of its own
     leaves_out = True
     positional = True
 
@@ -65,7 +66,7 @@ class PaDiM(Detector):
         if channels is not None and channels < 1:
             raise UserError(f"padim channels={channels}: draw at least 1, or leave it out for all of them")
         if not 0 < regularization < float("inf"):
-            raise UserError(f"padim regularization={regularization}: it must be above 0, as 0.01")
+            raise UserError(f"{self.name} regularization={regularization}: it must be above 0, as 0.01")
         if form not in ("auto", "covariance", "low_rank"):
             raise UserError(f"padim form={form}: it is auto, covariance or low_rank")
         self.channels, self.regularization, self.form, self.seed = channels, regularization, form, seed
@@ -131,7 +132,9 @@ class PaDiM(Detector):
             left_out.append(found.left_out)
             failed.append(found.failed)
         if torch.cat(failed).any():
-            raise UserError(f"padim regularization={self.regularization} is too small for these features: raise it")
+            raise UserError(
+                f"{self.name} regularization={self.regularization} is too small for these features: raise it"
+            )
         table = torch.cat(left_out, dim=1).float()  # (n, h w), in covariance form the pictures of this process
         table = table if low_rank else gather_rows(table)[order]
         self.mean, self.left_out = torch.cat(means).unflatten(0, grid), table.unflatten(1, grid)
@@ -196,12 +199,17 @@ class PaDiM(Detector):
         return Findings(image_score(maps, None, self.image_score), maps, peak(maps))
 
     def require_aligned(self, rows: Tensor, grid: tuple[int, int], valid: Tensor | None) -> None:
-        if valid is not None and not valid.all():
-            raise UserError("padim compares position by position, which padding shifts: set data.fit=squash or crop")
+        self.refuse_padding(valid)
         if tuple(rows.shape[1:3]) != tuple(grid):
             raise UserError(
-                f"padim compares position by position: it was fitted on {grid[0]} x {grid[1]} positions, and these "
-                f"pictures have {rows.shape[1]} x {rows.shape[2]}: give pictures of the size that it was fitted on"
+                f"{self.name} compares position by position: it was fitted on {grid[0]} x {grid[1]} positions, and "
+                f"these pictures have {rows.shape[1]} x {rows.shape[2]}: give pictures of the size it was fitted on"
+            )
+
+    def refuse_padding(self, valid: Tensor | None) -> None:
+        if valid is not None and not valid.all():
+            raise UserError(
+                f"{self.name} compares position by position, which padding shifts: set data.fit=squash or crop"
             )
 
 

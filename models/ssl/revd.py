@@ -44,7 +44,7 @@ class RevD(SSLMethod):
     def __init__(self, backbone: nn.Module, *, student: str = "auto"):
         super().__init__()
         self.online = TeacherStudent(backbone, student)
-        train_stages(backbone.eval(), last=3)
+        train_stages(backbone, last=3)
 
     def forward(self, views: list[Tensor], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
         teacher, student = self.online(torch.cat(views))  # stages of (V B, 3, H, W)

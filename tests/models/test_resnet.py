@@ -128,6 +128,21 @@ def test_stages_are_not_overwritten_by_what_follows(name):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_what_is_done_after_a_stage_reaches_the_next_one(name):
+    backbone, images, seen = BACKBONES[name]().eval(), torch.randn(1, 3, 64, 64), []
+
+    def after(stage, x):
+        seen.append((stage, x.shape[1]))
+        return x * 2 if stage == 2 else x
+
+    with torch.no_grad():
+        plain, changed = backbone.forward_stages(images), backbone.forward_stages(images, last=3, after=after)
+    assert seen == list(zip((1, 2, 3), backbone.stage_channels))
+    assert torch.equal(changed[0], plain[0]) and torch.equal(changed[1], 2 * plain[1])
+    assert not torch.allclose(changed[2], plain[2])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 def test_channels_last_bf16_and_float64_agree(name):
     backbone = BACKBONES[name]().eval()
     images = torch.randn(2, 3, 64, 48)

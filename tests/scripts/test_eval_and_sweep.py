@@ -73,6 +73,18 @@ def test_compare_runs_on_the_same_pictures(tmp_path, capsys):
         evaluate.main(["task=compare", f"runs={tmp_path}/a,{tmp_path}/nothing"])
 
 
+def test_means_over_tasks_have_a_deviation():
+    tasks = {f"draw{i}": "" for i in range(3)}
+    grid = {"pretraining": {"a": "", "b": ""}, "detectors": {"d": ""}, "tasks": tasks}
+    cfg = sweep.Config(**grid, metrics=["f", "g"], run_name="x")
+    values = [0.90, 0.96, 0.99]
+    outcomes = {f"draw{i}/d/a": {"f": value, "g": None} for i, value in enumerate(values)}
+    outcomes |= {f"draw{i}/d/b": {"f": 0.5} if i else {"error": "failed"} for i in range(3)}
+    assert sweep.mean_rows(cfg, outcomes) == [["mean", "d", "f", f"0.950 ± {np.std(values, ddof=1):.3f}", "-"]]
+    cfg.tasks = {"draw1": ""}
+    assert sweep.mean_rows(cfg, outcomes) == [["mean", "d", "f", "0.960", "0.500"]]
+
+
 SWEEP = """
 pretraining:
   random: ""

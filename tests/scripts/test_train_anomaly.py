@@ -25,8 +25,10 @@ TINY = {
     "cutpaste": ["configs/cutpaste_demo.yaml", "epochs=4", "save_every=3", "log_every=1"],
     "cflow": ["configs/cflow_demo.yaml", "epochs=4", "save_every=3", "log_every=1", "detector.stages=2,3"]
     + ["detector.blocks=2", "detector.fiber=16"],
+    "regad": ["configs/regad_demo.yaml", "backbone=resnet18", "epochs=3", "save_every=3", "log_every=1"],
 }
 BY_GRADIENT = tuple(name for name in TINY if DETECTORS[name].by_gradient)
+FEW_SHOT = ("regad",)  # they learn from other categories and get 5 of the normal pictures, or all that there are
 METRICS = ["image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro", "aupro_005", "aupro_001"]
 METRICS += ["threshold", "pixel_threshold"]
 COUNTS = ["n_train", "n_test_normal", "n_test_anomalous"]
@@ -40,6 +42,11 @@ def pictures(tmp_path_factory):
 
 def words(name, pictures, runs, *more):
     about = [f"data.root={pictures}", "data.category=part", "data.size=64", f"runs={runs}", "run_name=run"]
+    if name in FEW_SHOT:
+        count = len(list((pictures / "part" / "train" / "good").glob("*.png")))
+        about += [f"data.shots={min(count, 5)}", "data.draw=1", "data.others=null"]
+        if not (pictures / "other").exists():
+            write_mvtec(pictures, category="other")
     return TINY[name] + about + ["batch_size=4", "holdout=0.2", "device=cpu", *more]
 
 
@@ -51,7 +58,8 @@ def test_a_run_leaves_everything_behind(name, pictures, tmp_path, capsys):
     folder = tmp_path / "run"
     assert results == json.loads((folder / "results.json").read_text())
     assert set(KEYS) <= set(results)
-    assert (results["n_train"], results["n_test_normal"], results["n_test_anomalous"]) == (10, 4, 4)
+    learned = 4 if name in FEW_SHOT else 10
+    assert (results["n_train"], results["n_test_normal"], results["n_test_anomalous"]) == (learned, 4, 4)
     low, high = results["image_auroc_interval"]
     assert low <= results["image_auroc"] <= high
     assert results["per_defect"]["spot"]["n"] == 4
@@ -61,7 +69,8 @@ def test_a_run_leaves_everything_behind(name, pictures, tmp_path, capsys):
     assert all((folder / file).exists() for file in ("scores.png", "curves.png", "test_scores.csv", "test_scores.pt"))
     state = torch.load(folder / "last.pt", weights_only=True)
     assert state["calibration"]["threshold"] == results["threshold"]
-    assert state["names"][0] == "part/train/good/000.png" and len(state["learned"]) == 10
+    assert state["names"][-1] == f"part/train/good/{10 if name in FEW_SHOT else 11:03d}.png"
+    assert len(state["learned"]) == learned
     if name not in ("embedding", "cutpaste"):  # the one has no map, the other's has 2 x 2 patches
         assert results["pixel_auroc"] > 0.8  # a bright square in noise is no riddle, even for random weights
     train_anomaly.main(run)
@@ -129,11 +138,38 @@ def test_two_processes(name, pictures, tmp_path):
 def test_without_held_out_normals_each_is_left_out_in_turn(name, pictures, tmp_path, capsys):
     train_anomaly.main(words(name, pictures, tmp_path, "holdout=0"))
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert results["n_train"] == 12 and results["image_auroc"] is not None
+    normals = 5 if name in FEW_SHOT else 12
+    assert results["n_train"] == normals and results["image_auroc"] is not None
     if name in BY_GRADIENT:  # networks cannot forget a picture
         assert results["threshold"] is None and results["n_normals"] == 0
     else:
-        assert results["threshold"] > 0 and results["n_normals"] == 12
+        assert results["threshold"] > 0 and results["n_normals"] == normals
+
+
+def test_few_shots_learn_elsewhere_once_and_keep_every_support(pictures, tmp_path, capsys):
+    """Another draw needs neither training nor other categories; nothing is held out unless it is said."""
+
+    def results(name, *more):
+        own = ["data.name=few_shot", "data.shots=3", "holdout=null", *more]
+        train_anomaly.main([*words(name, pictures, tmp_path), *own])
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    first = results("regad", "epochs=1")
+    assert (first["n_train"], first["threshold"]) == (3, None)
+    trained = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
+    shutil.copytree(pictures / "part", tmp_path / "alone" / "part")
+    weights = [f"detector.weights={tmp_path}/run/last.pt", "epochs=0", f"data.root={tmp_path}/alone"]
+    same, other = (results("regad", *weights, f"data.draw={draw}", f"run_name={draw}") for draw in (1, 2))
+    for key in METRICS:
+        assert same[key] == first[key]
+    assert other["n_train"] == 3 and other["pixel_auroc"] != first["pixel_auroc"]
+    again = torch.load(tmp_path / "2" / "last.pt", weights_only=True)
+    assert len(set(again["names"])) == 3 and not torch.equal(again["model"]["mean"], trained["mean"])
+    assert all(torch.equal(again["model"][n], v) for n, v in trained.items() if n.startswith(("backbone", "trans")))
+    assert results("cdo", "epochs=1", "batch_size=2", "run_name=cdo")["n_train"] == 3
+    assert results("regad", *weights, "holdout=0.3", "run_name=held")["n_normals"] == 1
+    baseline = results("embedding", "run_name=embedding")
+    assert (baseline["n_train"], baseline["n_normals"]) == (3, 3)
 
 
 def test_an_update_learns_what_is_new_and_forgets_what_is_gone(pictures, tmp_path, capsys):
@@ -252,4 +288,7 @@ def test_mistakes_are_one_line(pictures, tmp_path):
     assert "student=vgg: it is auto, resnet18" in error("rd4ad", "detector.student=vgg")
     assert "epochs=0: at least 1" in error("rd4ad", "epochs=0")
     assert "needs an optim section" in error("patchcore", "detector=rd4ad")
+    sgd = ["optim.name=sgd", "optim.lr=0.1"]
+    assert "data.name=mvtec has no split 'others'" in error("patchcore", "detector=regad", *sgd)
+    assert "data.shots=13, but" in error("regad", "data.shots=13")
     assert "cannot read nowhere.pt" in error("patchcore", "backbone.weights=nowhere.pt")

@@ -16,9 +16,11 @@ OPTIONS: dict[str, dict] = {  # of every such detector: what makes it small, or 
     "cutpaste": {},
     "cflow": {"stages": (2, 3), "blocks": 2, "fiber": 4},
     "rd4ad": {},
+    "regad": {},
 }
 SIZE = {"rd4ad": 64}  # of its pictures, where 32 x 32 is not enough
 RATE = {}  # of Adam, where one picture is learnt by heart at another one than 1e-3
+IN_COMPANY = {"regad"}  # those that compare the pictures of a batch, so that one alone is a mistake
 NAMES = [name for name, detector in DETECTORS.items() if detector.by_gradient]
 
 
@@ -89,6 +91,10 @@ def test_one_picture_is_learnt_by_heart(name, count):
     detector, picture = build(name).train(), pictures(name, 1).expand(count, -1, -1, -1).contiguous()
     optimizer = torch.optim.Adam([p for p in detector.parameters() if p.requires_grad], lr=RATE.get(name, 1e-3))
     labels, losses = torch.zeros(count, dtype=torch.int64), []
+    if count == 1 and name in IN_COMPANY:
+        with pytest.raises(UserError, match="batch_size to at least 2"):
+            next(detector.steps(TrainingBatch(picture, labels, torch.arange(count), 0, 0)))
+        return
     for epoch in range(15):
         for inputs in detector.steps(TrainingBatch(picture, labels, torch.arange(count), epoch, 0)):
             loss, _ = detector(*inputs)

@@ -1,0 +1,189 @@
+"""RegAD (Huang et al. 2022, "Registration based few-shot anomaly detection")."""
+
+import inspect
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from data.augment import MEAN, STD, standardize_, unnormalize
+from data.random_numbers import send, uniform
+from losses.registration import symmetric_negative_cosine
+from models.anomaly.detector import Batch, TrainingBatch
+from models.anomaly.maps import ImageScore
+from models.anomaly.padim import PaDiM
+from models.anomaly.spatial_transformer import N_VIEWS, SpatialTransformer, inverse, support_views, warp
+from models.resnet import conv1x1
+from models.stages import stage_shapes, train_stages
+from training.distributed import gather_rows, rank, world_size
+from training.errors import UserError
+
+SIDES = (14, 7, 4)  # of what the transformers' linear layers see behind stages 1 to 3
+
+
+class RegAD(PaDiM):
+    """Learns on other categories to align pictures of one category, then is PaDiM on the aligned features of few.
+
+    Networks, initialisation, loss and score of the official code (github.com/MediaBrain-SJTU/RegAD). A spatial
+    transformer behind each of the stages 1 to 3 turns and scales its maps for the next one; all is trained, the
+    backbone too. Loss: the last maps of a query picture and the mean of those of K others of its category, encoded,
+    predict each other. `fit`: Gaussians at every position over 22 views of each support picture, whose maps of every
+    stage are warped back by the inverses of all thetas so far; all channels, sigma 4. The map of cosines between query
+    and supports, which the official test computes, enters no score there; here it is not computed. Pictures are in
+    [0, 1]: what the caller normalised is undone, since the official code leaves that step out.
+
+    Different from it: the supports of a query are drawn from the other pictures of its batch (all processes), there
+    from all of its category; both with repetition, so each single one is as likely, but two are alike more often.
+    The official learning rate falls once an epoch, to 0 in the last, here at every step. The last epoch is reported,
+    there the one with the best test AUROC. Official support sets are files of pictures, here `data.few_shot` draws.
+
+    The official recipe: 224 x 224 pictures, ImageNet's ResNet-18, batches of at most 32 pictures of one category, SGD
+    with learning rate 1e-4 and momentum 0.9, cosine to 0, 50 epochs over the 14 other categories.
+
+    Args:
+        backbone: any whose `forward_stages` lets something happen `after` each stage, as our CNNs; it is trained.
+        supports: K, for each query in training; officially equal to `data.shots`.
+        regularization: what is added to the covariances' diagonal, above 0; officially 0.01.
+        image_score: what of a picture's map is its score; the paper's is `max`.
+
+    Raises:
+        UserError: bad options, another backbone, at a training batch of one picture, or as PaDiM.
+    """
+
+    name = "regad"
+    by_gradient = True
+    learns_from, by_label = "others", True
+    frozen = False
+    leaves_out = False
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        supports: int = 2,
+        regularization: float = 0.01,
+        image_score: ImageScore = "max",
+    ):
+        super().__init__(backbone, regularization=regularization, image_score=image_score)
+        if supports < 1:
+            raise UserError(f"regad supports={supports}: at least 1; officially data.shots")
+        if "after" not in inspect.signature(backbone.forward_stages).parameters:
+            raise UserError(
+                f"regad warps maps between the stages, which {type(backbone).__name__} does not allow: set "
+                "backbone.name to a ResNet or mobilenet_v2"
+            )
+        self.supports = supports
+        channels = [shape[0] for shape in stage_shapes(backbone, last=3)]
+        train_stages(backbone, last=3)
+        self.transformers = nn.ModuleList(SpatialTransformer(c, side) for c, side in zip(channels, SIDES))
+        self.encoder, self.predictor = Encoder(channels[-1]), Predictor(channels[-1])
+
+    def register(self, pixels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """(B, 3, H, W) in [0, 1] -> transformed stages 1 to 3 [(B, C_i, H_i, W_i)] and their thetas [(B, 2, 3)]."""
+        thetas = []
+
+        def transform(stage: int, x: Tensor) -> Tensor:
+            x, theta = self.transformers[stage - 1](x)
+            thetas.append(theta)
+            return x
+
+        return self.backbone.forward_stages(pixels, last=3, after=transform), thetas
+
+    def steps(self, batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Queries (B, 3, H, W) and the supports of each (B, K, 3, H, W), pixels in [0, 1]."""
+        counts = gather_rows(torch.tensor([len(batch.images)], device=batch.images.device))  # (W,)
+        pictures = gather_rows(batch.images)  # (G, 3, H, W)
+        if len(pictures) < 2:
+            raise UserError("regad compares pictures of a batch with each other: set batch_size to at least 2")
+        own = counts[: rank()].sum() + torch.arange(len(batch.images), device=counts.device)  # (B,) of these pictures
+        numbers = send(uniform((batch.seed, batch.epoch, batch.ids), self.supports), counts.device)
+        drawn = (numbers * (len(pictures) - 1)).long()  # (B, K), the number among the others
+        drawn += drawn >= own[:, None]
+        yield batch.images.float() / 255, pictures[drawn].float() / 255
+
+    def forward(self, queries: Tensor, supports: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss on what `steps` gives; stats: how far apart encoded queries point, 0 when collapsed, at most 1."""
+        query = self.register(queries)[0][-1]  # (B, C, h, w)
+        support = self.register(supports.flatten(0, 1))[0][-1]  # (B K, C, h, w)
+        support = support.unflatten(0, supports.shape[:2]).mean(1)  # (B, C, h, w)
+        z1, z2 = self.encoder(query), self.encoder(support)
+        loss = symmetric_negative_cosine(self.predictor(z1), z1, self.predictor(z2), z2)
+        directions = nn.functional.normalize(z1.detach().float())
+        return loss, {"spread": directions.var((0, 2, 3), unbiased=False).sum()}
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) normalised -> stages 1 to 3 as they lie in the picture [(B, C_i, H_i, W_i)], float32."""
+        maps, thetas = self.register(unnormalize(images))
+        for stage in range(3):
+            maps[stage] = maps[stage].float()
+            for theta in reversed(thetas[: stage + 1]):
+                maps[stage] = warp(maps[stage], inverse(theta))
+        return maps
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[Batch], n_images: int) -> None:  # noqa: ARG002
+        """Gaussians over the 22 views of each support picture, in eval mode. Every process takes some of the views."""
+        batches, device = list(batches), self.mean.device
+        for batch in batches:
+            self.refuse_padding(batch.valid)
+        sizes = torch.tensor([b.images.shape[-2:] for b in batches], dtype=torch.int64, device=device).view(-1, 2)
+        sizes = gather_rows(sizes)
+        self.require_pictures(len(sizes) > 0)
+        height, width = sizes[0].tolist()
+        none = torch.empty(0, 3, height, width, device=device)  # there may be fewer supports than processes
+        images = gather_rows(torch.cat([none, *(b.images for b in batches)]))  # (K, 3, H, W)
+        order = gather_rows(torch.cat([none[:, 0, 0, 0].long(), *(b.indices for b in batches)])).argsort()
+        pixels, numbers = unnormalize(images[order]), torch.arange(len(order), device=device)
+        views = islice(enumerate(support_views(pixels)), rank(), None, world_size())
+        was_training = self.training
+        self.eval()
+        try:
+            super().fit(
+                (Batch(standardize_(view.clone(), MEAN, STD), None, len(order) * i + numbers) for i, view in views),
+                N_VIEWS * len(order),
+            )
+        finally:
+            self.train(was_training)
+
+    def load_trained(self, state: dict, path: str) -> None:
+        """Also an official checkpoint, {"STN": ..., "ENC": ..., "PRED": ...}: stage 4 is then the given backbone's."""
+        if isinstance(state, dict) and {"STN", "ENC", "PRED"} <= state.keys():
+            kept = {n: v for n, v in self.state_dict().items() if n.startswith(("backbone.layer4.", "backbone.fc."))}
+            kept |= dict(self.named_buffers(recurse=False))  # nothing is fitted there
+            for part, prefix in (("STN", "backbone."), ("ENC", "encoder."), ("PRED", "predictor.")):
+                for name, value in state[part].items():
+                    if name.startswith("stn"):
+                        kept[f"transformers.{int(name[3]) - 1}{name[4:]}"] = value
+                    elif not name.startswith("bn3."):  # which the official encoder has and does not use
+                        kept[prefix + name] = value
+            state = kept
+        super().load_trained(state, path)
+
+
+class Encoder(nn.Module):
+    """Three 1x1 convolutions: (B, C, H, W) -> the same; official models/siamese.py."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1, self.bn1 = conv1x1(channels, channels), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = conv1x1(channels, channels), nn.BatchNorm2d(channels)
+        self.conv3 = conv1x1(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv1(x)).relu()
+        x = self.bn2(self.conv2(x)).relu()
+        return self.conv3(x)
+
+
+class Predictor(nn.Module):
+    """Two 1x1 convolutions: (B, C, H, W) -> the same; official models/siamese.py."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1, self.bn1 = conv1x1(channels, channels), nn.BatchNorm2d(channels)
+        self.conv2 = conv1x1(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.bn1(self.conv1(x)).relu())
