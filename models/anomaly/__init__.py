@@ -7,6 +7,7 @@ from torch import nn
 from models.anomaly.cdo import CDO
 from models.anomaly.detector import Detector
 from models.anomaly.embedding import Embedding
+from models.anomaly.nsa import NSA
 from models.anomaly.padim import PaDiM
 from models.anomaly.patchcore import PatchCore
 from models.anomaly.rd4ad import RD4AD
@@ -14,7 +15,14 @@ from training import checkpoint
 from training.config import choice
 from training.errors import UserError
 
-DETECTORS = {"cdo": CDO, "embedding": Embedding, "padim": PaDiM, "patchcore": PatchCore, "rd4ad": RD4AD}
+DETECTORS = {
+    "cdo": CDO,
+    "embedding": Embedding,
+    "nsa": NSA,
+    "padim": PaDiM,
+    "patchcore": PatchCore,
+    "rd4ad": RD4AD,
+}
 
 
 @dataclass(kw_only=True)

@@ -21,8 +21,9 @@ TINY = {
     "padim": ["configs/padim_demo.yaml"],
     "rd4ad": ["configs/rd4ad_demo.yaml", "epochs=4", "save_every=3", "log_every=1"],
     "cdo": ["configs/cdo_demo.yaml", "epochs=4", "save_every=3", "log_every=1"],
+    "nsa": ["configs/nsa_demo.yaml", "epochs=4", "save_every=3", "log_every=1"],
 }
-BY_GRADIENT = ("rd4ad", "cdo")
+BY_GRADIENT = ("rd4ad", "cdo", "nsa")
 METRICS = ["image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro", "aupro_005", "aupro_001"]
 METRICS += ["threshold", "pixel_threshold"]
 COUNTS = ["n_train", "n_test_normal", "n_test_anomalous"]
@@ -58,7 +59,7 @@ def test_a_run_leaves_everything_behind(name, pictures, tmp_path, capsys):
     state = torch.load(folder / "last.pt", weights_only=True)
     assert state["calibration"]["threshold"] == results["threshold"]
     assert state["names"][0] == "part/train/good/000.png" and len(state["learned"]) == 10
-    if name != "embedding":
+    if name not in ("embedding", "nsa"):  # no patch that NSA makes of noise is like a square of one gray
         assert results["pixel_auroc"] > 0.8  # a bright square in noise is no riddle, even for random weights
     train_anomaly.main(run)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results
@@ -185,7 +186,12 @@ def test_one_training_picture_or_identical_ones(name, count, tmp_path, capsys):
     pictures = write_mvtec(tmp_path, normal=1)
     if count == 2:
         shutil.copy(pictures / "part/train/good/000.png", pictures / "part/train/good/001.png")
-    own = {"embedding": ["detector.k=1"], "rd4ad": ["batch_size=1"], "cdo": ["batch_size=1"]}.get(name, [])
+    own = {
+        "embedding": ["detector.k=1"],
+        "rd4ad": ["batch_size=1"],
+        "cdo": ["batch_size=1"],
+        "nsa": ["batch_size=1"],
+    }.get(name, [])
     run = words(name, pictures, tmp_path, "holdout=0", *own)
     if name == "patchcore" and count == 2:  # the bank never needs a patch of the second copy
         with pytest.raises(UserError, match="come from one picture"):
@@ -233,7 +239,7 @@ def test_mistakes_are_one_line(pictures, tmp_path):
         return str(caught.value)
 
     assert "did you mean 'coreset'" in error("patchcore", "detector.corset=0.1")
-    assert "one of: cdo, embedding, padim, patchcore, rd4ad" in error("patchcore", "detector.name=pdm")
+    assert "one of: cdo, embedding, nsa, padim, patchcore, rd4ad" in error("patchcore", "detector.name=pdm")
     assert "nothing" in error("patchcore", "data.category=nothing")
     assert "decoder for resnet18, resnet34" in error("rd4ad", "backbone.name=mobilenet_v2")
     assert "needs an optim section" in error("patchcore", "detector=rd4ad")

@@ -11,8 +11,12 @@ from models.resnet import ResNet18
 from tests.processes import run_processes
 from training.errors import UserError
 
-OPTIONS: dict[str, dict] = {"cdo": {}, "rd4ad": {}}  # of every such detector: what makes it small, or nothing
-SIZE = {"rd4ad": 64}  # of its pictures, where 32 x 32 is not enough
+OPTIONS: dict[str, dict] = {
+    "cdo": {},
+    "nsa": {},
+    "rd4ad": {},
+}  # of every such detector, to make it small
+SIZE = {"nsa": 64, "rd4ad": 64}  # of its pictures, where 32 x 32 is not enough
 RATE = {}  # of Adam, where one picture is learnt by heart at another one than 1e-3
 NAMES = [name for name, detector in DETECTORS.items() if detector.by_gradient]
 
