@@ -89,7 +89,7 @@ class NSA(Detector):
             min_object=min_object,
         )
         self.shift, self.turn, self.flip, self.image_score = shift, turn, flip, image_score
-        self.decoder = LocalizationDecoder(channels_of_last_stage(backbone))
+        self.decoder = LocalizationDecoder(prepare_encoder(backbone))
 
     def load_trained(self, state: dict, path: str) -> None:
         """Also an official checkpoint: the ResNet's parameters and the decoder's side by side."""
@@ -134,9 +134,10 @@ class NSA(Detector):
         logits = self.networks(images)
         with torch.autocast(images.device.type, enabled=False):
             loss = F.binary_cross_entropy_with_logits(logits, labels)
-        probability, defect = logits.detach().sigmoid(), labels > 0
-        means = {name: (probability * at).sum() / at.sum().clamp(min=1) for name, at in _named(defect)}
-        return loss, means
+        probability, stats = logits.detach().sigmoid(), {}
+        for name, pixels in (("normal", labels == 0), ("defect", labels > 0)):
+            stats[f"probability_{name}"] = (probability * pixels).sum() / pixels.sum().clamp(min=1)
+        return loss, stats
 
     def measure(
         self,
@@ -149,13 +150,9 @@ class NSA(Detector):
         return Findings(image_score(maps, valid, self.image_score), maps, peak(maps, valid))
 
 
-def _named(defect: Tensor) -> tuple[tuple[str, Tensor], ...]:
-    return ("probability_normal", ~defect), ("probability_defect", defect)
-
-
-def channels_of_last_stage(backbone: nn.Module) -> int:
-    """Channels of stage 4, of which the backbone's parameters that it does not depend on lose their gradient, for
-    DistributedDataParallel waits for every trainable one.
+def prepare_encoder(backbone: nn.Module) -> int:
+    """The channels of stage 4. All that it depends on becomes trainable, and the rest is left without gradient, for
+    DistributedDataParallel waits for every trainable parameter.
 
     Raises:
         UserError: it is no map at 1/32 of the input.

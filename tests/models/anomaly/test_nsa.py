@@ -131,6 +131,10 @@ def test_a_step_blends_patches_of_the_picture_before():
     expected, masks = defects(images, ids, 2, seed=0, sources=sources)
     assert torch.equal(made, normalize(expected)) and masks.any()
     assert torch.equal(labels, defects.labels(images, expected, masks)) and labels.max() > 0.5
+    model, few = detector(shift=3), batch(images)
+    moved, others = model.varied(images, few, 0), model.varied(images.roll(1, 0), few, 1)  # each by its own numbers
+    expected, _ = Defects()(moved, few.ids, 0, seed=0, sources=others)
+    assert torch.equal(next(model.steps(few))[0], normalize(expected))
     [(alone, _)] = detector().steps(batch(images[:1]))
     assert torch.equal(alone, normalize(Defects()(images[:1], torch.arange(1), 0, seed=0)[0]))  # its own source
 
