@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.medians import majority
 from data.pasting import draw, large_enough, require, whole
 from data.random_numbers import send, stream, uniform
 
@@ -104,7 +105,6 @@ def covered(ends: Tensor, size: tuple[int, int]) -> Tensor:
 def background(images: Tensor) -> Tensor:
     """Where a picture is dark (gray below 30) or bright (above 220), as official v1: specks taken out by the median of
     7 x 7, the rest grown by 9 pixels; uint8 (B, 3, H, W) -> bool (B, H, W)."""
-    summed = images.float().sum(1, keepdim=True)  # (B, 1, H, W), three times gray
-    found = ((summed < 3 * 30) | (summed > 3 * 220)).float()
-    share = F.avg_pool2d(F.pad(found, (3, 3, 3, 3), mode="replicate"), 7, stride=1)  # above 1/2 where the median is 1
-    return F.max_pool2d((share > 0.5).float(), 19, stride=1, padding=9)[:, 0] > 0  # (B, H, W)
+    summed = images.float().sum(1)  # (B, H, W), three times gray
+    found = majority((summed < 3 * 30) | (summed > 3 * 220), 7)
+    return F.max_pool2d(found.float()[:, None], 19, stride=1, padding=9)[:, 0] > 0  # (B, H, W)

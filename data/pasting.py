@@ -89,6 +89,32 @@ def moved(
     return images.flatten(2).gather(2, index).unflatten(2, (height, width)), inside
 
 
+def resized(images: Tensor, boxes: Tensor, canvas: list[int]) -> Tensor:
+    """Each one's box, cut out and resized, in the top left corner of a canvas: (B, C, H, W) -> (B, C, *canvas).
+
+    As cv2.resize: bilinear, between centers of pixels, without antialias. Beyond the box its border is repeated.
+    """
+    begin, before, after = boxes[:, :3].unbind(1)  # each (B, 2)
+    for axis in (0, 1):
+        position = torch.arange(canvas[axis], device=images.device) + 0.5
+        position = position * (before.double() / after)[:, axis, None] - 0.5  # (B, canvas)
+        position = position.clamp(min=0).minimum(before[:, axis, None] - 1) + begin[:, axis, None]
+        left = position.floor().long()
+        right = (left + 1).clamp(max=images.shape[2 + axis] - 1)  # beyond the box its share is 0
+        share = position - left
+        share = share[:, None, :, None] if axis == 0 else share[:, None, None]
+        images = torch.lerp(take(images, left, axis), take(images, right, axis), share)
+    return images
+
+
+def take(images: Tensor, index: Tensor, axis: int) -> Tensor:
+    """Rows (axis 0) or columns (1) of images (B, C, H, W), each picture's own: index (B, K) -> K in place of H or W."""
+    shape = list(images.shape)
+    shape[2 + axis] = index.shape[1]
+    index = index[:, None, :, None] if axis == 0 else index[:, None, None]
+    return images.gather(2 + axis, index.expand(shape))
+
+
 def jittered(patches: Tensor, inside: Tensor, strength: float, numbers: Tensor) -> Tensor:
     """torchvision's ColorJitter(strength x 4) of the part of each picture that is `inside` (B, H, W), as if it had been
     cut out: uint8 (B, 3, H, W) -> float32 in [0, 255]. numbers (B, 8): four factors, then the order of the four.

@@ -9,6 +9,7 @@ from models.anomaly.cflow import CFlow
 from models.anomaly.cutpaste import CutPaste
 from models.anomaly.detector import Detector
 from models.anomaly.embedding import Embedding
+from models.anomaly.nsa import NSA
 from models.anomaly.padim import PaDiM
 from models.anomaly.patchcore import PatchCore
 from models.anomaly.rd4ad import RD4AD
@@ -19,9 +20,10 @@ from training.errors import UserError
 
 DETECTORS = {
     "cdo": CDO,
-    "cutpaste": CutPaste,
     "cflow": CFlow,
+    "cutpaste": CutPaste,
     "embedding": Embedding,
+    "nsa": NSA,
     "padim": PaDiM,
     "patchcore": PatchCore,
     "rd4ad": RD4AD,

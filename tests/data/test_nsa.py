@@ -8,7 +8,8 @@ import torch
 from scipy.ndimage import median_filter
 from scipy.special import gammaincinv, ndtri
 
-from data.nsa import NSA, disk_median
+from data.medians import disk_median
+from data.nsa import NSA
 from data.poisson import laplacian, mixed_divergence
 from data.random_numbers import uniform
 from tests.data.test_cutpaste import pictures
@@ -85,7 +86,7 @@ def test_without_sources_a_picture_is_its_own():
 
 def test_boxes_lie_in_the_pictures_and_fill_their_ranges():
     numbers = uniform((0, torch.arange(3000)), 24).unflatten(1, (3, 8))
-    boxes, placed = NSA().boxes(numbers, (100, 200))
+    boxes, placed = NSA().boxes(numbers, numbers[:, :, None, [2, 3, 5, 6]], (100, 200))
     begin, before, after, place = boxes.unbind(2)
     sides = torch.tensor([100, 200])
     assert (begin >= 0).all() and (before >= 1).all() and (begin + before <= sides).all()
@@ -102,7 +103,8 @@ def test_extreme_sizes(options):
     images, ids = pictures(20, 24, 31), torch.arange(20)
     made, masks = defect(images, ids, 0, seed=0)
     assert not ((made != images).any(1) & ~masks).any()
-    boxes, _ = defect.boxes(uniform((0, ids), 24).unflatten(1, (3, 8)), (24, 31))
+    numbers = uniform((0, ids), 24).unflatten(1, (3, 8))
+    boxes, _ = defect.boxes(numbers, numbers[:, :, None, [2, 3, 5, 6]], (24, 31))
     assert boxes[:, :, 1:3].min() >= 1
 
 

@@ -15,10 +15,11 @@ OPTIONS: dict[str, dict] = {  # of every such detector: what makes it small, or 
     "cdo": {},
     "cutpaste": {},
     "cflow": {"stages": (2, 3), "blocks": 2, "fiber": 4},
+    "nsa": {},
     "rd4ad": {},
     "regad": {},
 }
-SIZE = {"rd4ad": 64}  # of its pictures, where 32 x 32 is not enough
+SIZE = {"nsa": 64, "rd4ad": 64}  # of its pictures, where 32 x 32 is not enough
 RATE = {}  # of Adam, where one picture is learnt by heart at another one than 1e-3
 IN_COMPANY = {"regad"}  # those that compare the pictures of a batch, so that one alone is a mistake
 NAMES = [name for name, detector in DETECTORS.items() if detector.by_gradient]

@@ -1,0 +1,158 @@
+"""NSA (Schlüter et al. 2022, "Natural synthetic anomalies for self-supervised anomaly detection and localization")."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.augment import normalize
+from data.nsa import NSA as Defects
+from data.pasting import moved, whole
+from data.random_numbers import send, uniform
+from models.anomaly.detector import Detector, Findings, TrainingBatch
+from models.anomaly.maps import ImageScore, image_score, peak
+from models.anomaly.nsa_network import ENLARGED, LocalizationDecoder
+from models.stages import stage_shapes, train_stages
+from training.distributed import gather, rank
+from training.errors import UserError
+
+ENCODER = ("conv1.", "bn1.", "layer")  # how names of the ResNet's parameters begin in an official checkpoint
+
+
+class NSA(Detector):
+    """Backbone and decoder are trained together to find patches that Poisson blending put there from another picture.
+
+    Network, labels, loss and score of the official code (github.com/hmsch/natural-synthetic-anomalies). The parameters
+    carry its names, so that `detector.weights=<an official checkpoint> epochs=0` tests one. The loss is the mean binary
+    cross-entropy over pixels with the soft labels of `data/nsa.py`; the map is the probability of each pixel, and its
+    mean the picture's score. As there the patches come from the picture before, here of the batch of all processes (of
+    the first one the last, and a batch of one is its own source).
+
+    The official training (Shift-Intensity for objects, Shift-Intensity-M for textures): from random weights, Adam, 1e-3
+    by a cosine to 1e-6, batch 64, 320 epochs (hazelnut, metal nut, screw 560). Objects are seen 224 x 224 of 256 x 256
+    (data.size=224 data.fit=crop data.resize=256) with `shift=3`, textures 256 x 256 with `shift=4 flip=true`.
+
+    Different from them: a shifted or turned picture repeats its edge pixels, where theirs is cut from a slightly larger
+    one (textures at 264, so 3 % larger than in the test); the strip that the crop leaves out does not count in the
+    pixel figures, where they give it 0; the cosine falls at every step, not epoch; the last incomplete batch is left
+    out; what `data/nsa.py` lists.
+
+    Args:
+        backbone: the encoder, any whose stage 4 is a map at 1/32 of the input; it is trained from what it has. Weights
+            that stage 4 does not depend on stay without gradient.
+        gradients, patches, bounds, widths, resize, steepness, middle, background, min_object: of the patches and their
+            labels, see `data/nsa.py`; the authors' for each category are in configs/nsa_mvtec.yaml.
+        shift: pixels that pictures and sources move at most, up or down and left or right.
+        turn: degrees that they turn at most, either way; 5 for bottle, hazelnut, metal nut and screw.
+        flip: turn half of them upside down.
+        image_score: what of a picture's map is its score; the paper's is `mean`.
+
+    Raises:
+        UserError: bad options, another backbone; at the first batch, pictures too small for a patch, or with a side
+            that is no multiple of 32.
+    """
+
+    by_gradient = True
+    frozen = False
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        gradients: Literal["source", "mixed"] = Defects.gradients,
+        patches: int = Defects.patches,
+        bounds: tuple[float, float] = Defects.bounds,
+        widths: tuple[float, float] | None = Defects.widths,
+        resize: tuple[float, float] = Defects.resize,
+        steepness: float = Defects.steepness,
+        middle: float = Defects.middle,
+        background: tuple[float, float] | None = Defects.background,
+        min_object: float = Defects.min_object,
+        shift: int = 0,
+        turn: float = 0.0,
+        flip: bool = False,
+        image_score: ImageScore = "mean",
+    ):
+        super().__init__(backbone, (4,))
+        if shift < 0 or turn < 0:
+            raise UserError(f"nsa shift={shift} and turn={turn} say how far at most, either way: 0 or more")
+        self.defects = Defects(
+            gradients=gradients,
+            patches=patches,
+            bounds=bounds,
+            widths=widths,
+            resize=resize,
+            steepness=steepness,
+            middle=middle,
+            background=background,
+            min_object=min_object,
+        )
+        self.shift, self.turn, self.flip, self.image_score = shift, turn, flip, image_score
+        last = stage_shapes(backbone, 4, size=64)[-1]
+        if last[1:] != (64 // ENLARGED, 64 // ENLARGED):
+            raise UserError(
+                f"nsa enlarges the backbone's last stage {ENLARGED} times, but of 64 x 64 pixels it makes {last}, "
+                "not (C, 2, 2): set backbone.name to a CNN, without backbone.stem=cifar"
+            )
+        train_stages(backbone, last=4)
+        self.decoder = LocalizationDecoder(last[0])
+
+    def load_trained(self, state: dict, path: str) -> None:
+        """Also an official checkpoint: the ResNet's parameters and the decoder's side by side."""
+        if "convtranspose1.weight" in state:
+            state = {("backbone." if n.startswith(ENCODER) else "decoder.") + n: value for n, value in state.items()}
+        super().load_trained(state, path)
+
+    def steps(self, batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pictures with patches blended in, normalised, and soft labels: (B, 3, H, W) and (B, H, W) in [0, 1)."""
+        before = gather(batch.images[-1:])[rank() - 1][None]  # the last picture of the process before this one
+        sources = self.varied(torch.cat([before, batch.images[:-1]]), batch, 1)
+        images = self.varied(batch.images, batch, 0)
+        made, masks = self.defects(images, batch.ids, batch.epoch, seed=batch.seed, sources=sources)
+        yield normalize(made), self.defects.labels(images, made, masks)
+
+    def varied(self, images: Tensor, batch: TrainingBatch, view: int) -> Tensor:
+        """uint8 (B, 3, H, W), each turned, shifted and flipped by chance: nearest pixels, edges repeated."""
+        if not (self.shift or self.turn or self.flip):
+            return images
+        numbers = uniform((batch.seed, batch.epoch, view, batch.ids, self.defects.kind, 2), 4)
+        size = torch.tensor(images.shape[2:]).expand(len(images), 2)
+        center = size / 2 + whole(numbers[:, :2], -self.shift, self.shift)
+        angles = torch.deg2rad(self.turn * (2 * numbers[:, 2] - 1))
+        images, _ = moved(images, torch.zeros_like(size), size, center, angles)
+        upside_down = send((numbers[:, 3] < 0.5) & self.flip, images.device)
+        return torch.where(upside_down[:, None, None, None], images.flip(2), images)
+
+    def networks(self, images: Tensor) -> Tensor:
+        """Logits (B, H, W) in at least float32."""
+        last = self.backbone.forward_stages(images)[-1]
+        if tuple(last.shape[2:]) != tuple(side / ENLARGED for side in images.shape[2:]):
+            raise UserError(
+                f"nsa's decoder enlarges {ENLARGED} times, but the backbone makes {tuple(last.shape[2:])} of "
+                f"{tuple(images.shape[2:])}: set data.size to multiples of {ENLARGED}"
+            )
+        logits = self.decoder(last)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss on what `steps` gives; stats: the mean probability of pixels that are defects and of those that are not,
+        0 where there are none."""
+        logits = self.networks(images)
+        with torch.autocast(images.device.type, enabled=False):
+            loss = F.binary_cross_entropy_with_logits(logits, labels)
+        probability, stats = logits.detach().sigmoid(), {}
+        for name, pixels in (("normal", labels == 0), ("defect", labels > 0)):
+            stats[f"probability_{name}"] = (probability * pixels).sum() / pixels.sum().clamp(min=1)
+        return loss, stats
+
+    def measure(
+        self,
+        outputs: Tensor,
+        size: tuple[int, int],  # noqa: ARG002
+        valid: Tensor | None = None,
+        leave_out: None = None,  # noqa: ARG002
+    ) -> Findings:
+        maps = outputs.sigmoid()  # (B, H, W); what convolutions saw of padding is in them
+        return Findings(image_score(maps, valid, self.image_score), maps, peak(maps, valid))
