@@ -121,6 +121,7 @@ def test_mistakes_are_one_line(pictures, tmp_path):
     assert "spd.name='smoth_blend' is unknown, did you mean 'smooth_blend'" in error("spd=smoth_blend")
     assert "missing key 'spd.name'; one of: cutpaste" in error("spd.weight=0.1")
     assert "spd.weight=-1.0 must not be negative" in error("spd=smooth_blend", "spd.weight=-1")
+    assert "pictures of 24 x 24 pixels are too small for Scar" in error("spd=scar")
     assert "unknown key 'spd.soft', did you mean 'softness'" in error("spd=smooth_blend", "spd.soft=1")
     for geometry in (["data.size=32,40"], ["data.fit=pad"], ["data.fit=crop", "data.resize=40"]):
         assert "whole pictures in squares" in error(*geometry)
