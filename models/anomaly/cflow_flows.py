@@ -68,12 +68,13 @@ def random_rotation(n: int) -> Tensor:
     """(n, n) float32, uniformly distributed over the rotations SO(n), orthonormal to 1e-6.
 
     Q of the QR decomposition of a Gaussian matrix, columns signed so that R's diagonal is positive (Mezzadri 2007), and
-    one row turned round where the determinant is -1. Drawn from torch's generator.
+    one row turned round where the determinant is -1. Drawn from torch's generator; in float64, so that it does not
+    depend on the number of threads.
     """
-    q, r = torch.linalg.qr(torch.randn(n, n))
+    q, r = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))
     q = q * r.diagonal().sign()
     q[0] *= torch.linalg.slogdet(q).sign
-    return q
+    return q.float()
 
 
 def encode_places(size: tuple[int, int], places: int, device: torch.device) -> Tensor:

@@ -56,7 +56,9 @@ def trained(rank: int, world_size: int, name: str) -> dict[str, Tensor]:
         return [maps[stage - 1].detach() for stage in detector.stages]
 
     detector.features = features
-    for module in list(detector.modules()):
+    for place, module in list(detector.named_modules()):
+        if detector.frozen and place.startswith("backbone"):
+            continue  # its batch norm never sees a batch
         for child, norm in list(module.named_children()):
             if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
                 setattr(module, child, nn.Identity())
