@@ -268,6 +268,16 @@ def test_features_that_are_not_numbers_are_named(pictures, tmp_path):
             train_anomaly.main(words(name, pictures, tmp_path, f"backbone.weights={tmp_path}/weights.pth"))
 
 
+@pytest.mark.parametrize("name", BY_GRADIENT)
+def test_a_loss_that_is_no_number_stops_the_run(name, pictures, tmp_path):
+    weights = torchvision.models.resnet18().state_dict()
+    weights["layer2.0.conv1.weight"][0] = torch.nan
+    torch.save(weights, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"the loss is nan by step 1 at lr .* the last good checkpoint is .*last\.pt"):
+        train_anomaly.main(words(name, pictures, tmp_path, f"backbone.weights={tmp_path}/weights.pth"))
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
 def test_a_full_disk_leaves_nothing_half_written(pictures, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
