@@ -237,6 +237,7 @@ def test_one_training_picture_or_identical_ones(name, count, tmp_path, capsys):
     if count == 2:
         shutil.copy(pictures / "part/train/good/000.png", pictures / "part/train/good/001.png")
     own = {"embedding": ["detector.k=1"], "cutpaste": ["batch_size=1", "detector.density=kde"]}
+    own["regad"] = ["batch_size=2"]  # of the other category
     own = own.get(name, ["batch_size=1"] if name in BY_GRADIENT else [])
     run = words(name, pictures, tmp_path, "holdout=0", *own)
     if name == "patchcore" and count == 2:  # the bank never needs a patch of the second copy

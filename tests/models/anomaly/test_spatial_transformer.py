@@ -159,3 +159,17 @@ def test_gradients_of_a_warp():
     x = torch.randn(1, 2, 5, 6, dtype=torch.float64, requires_grad=True)
     theta = torch.tensor([[[0.83, -0.21, 0.02], [0.17, 0.91, -0.03]]], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(warp, (x, theta), atol=1e-6)
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+def test_a_warp_to_nowhere_is_nan_and_spares_the_others(broken):
+    """With NaN in its grid the backward of torch's grid_sample ends the process."""
+    x = torch.rand(3, 2, 8, 8, requires_grad=True)
+    theta = torch.eye(2, 3).repeat(3, 1, 1)
+    theta[1, 0, 1] = broken
+    theta.requires_grad_()
+    out = warp(x, theta)
+    assert out[1].isnan().all()
+    torch.testing.assert_close(out[[0, 2]], x[[0, 2]])
+    out.sum().backward()
+    assert x.grad[[0, 2]].isfinite().all() and theta.grad[[0, 2]].isfinite().all()
