@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     began, outcomes = time.perf_counter(), {}
     for number, (name, words, needs) in enumerate(commands, 1):
         folder = top / name
-        # a cell is its command, its YAML, and those of the run that made its weights: a change makes it run anew
+        # a cell is its command, its YAML, and those of the pretraining here that it needs: a change makes it run anew
         record = "".join(describe(w) for n, w, _ in commands if n in (name, needs))
         known = (folder / "command.txt").read_text() if (folder / "command.txt").exists() else None
         if known == record and (folder / "results.json").exists():
@@ -177,19 +177,18 @@ def write(cfg: Config, top: Path, outcomes: dict[str, dict]) -> None:
     keys = ["method", "steps", "loss", "knn20_top1", "seconds", "error"]
     shown = [[n.removeprefix("pretraining/")] + [short(outcomes[n].get(key)) for key in keys] for n in pretrained]
     table = f"{markdown_table(['pretraining', *keys], shown)}\n{table}" if shown else table
-    brackets = (
-        f"Mean and standard deviation over {len(ends)} seeds"
-        if cfg.seeds
-        else ("In brackets: 95 % bootstrap intervals over test pictures")
-    )
+    if cfg.seeds:
+        brackets = "Mean ± standard deviation over seeds " + ", ".join(map(str, cfg.seeds))
+    else:
+        brackets = "In brackets: 95 % bootstrap intervals over test pictures"
+        brackets += "; of a mean ± standard deviation over the tasks" if cfg.mean else ""
     with whole_file(top / "results.md") as file:
         file.write(f"# {cfg.run_name}\n\n{brackets}.\n\n{table}")
     with whole_file(top / "results.csv") as file:
         file.write(csv_table([{"run": name} | plain(outcome) for name, outcome in outcomes.items()]))
     print(table)
-    print(
-        f"{top}/results.md, {top}/results.csv; pictures: {top}/*/*/*/heatmaps.png; curves: tensorboard --logdir {top}"
-    )
+    cells = f"{top}/*/*/*{'/*' if cfg.seeds else ''}"
+    print(f"{top}/results.md, {top}/results.csv; pictures: {cells}/heatmaps.png; curves: tensorboard --logdir {top}")
     failed = [name for name, outcome in outcomes.items() if "error" in outcome]
     print(json.dumps({"cells": len(outcomes), "failed": failed, "table": str(top / "results.md")}))
     if failed:

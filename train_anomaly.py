@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -48,7 +49,8 @@ class Config:
     seed: int = 0
     device: str = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    compile: bool = False
+    compile: bool = False  # the training by gradients
+    sync_bn: bool = False  # BatchNorm over all processes; CUDA only
     resume: Literal["auto", "never"] = "auto"
     runs: str = "runs"
     run_name: str
@@ -62,6 +64,8 @@ def main(argv: list[str]) -> None:
     config.at_least_one(cfg, "batch_size", "log_every", "save_every")
     if cfg.batch_size % world:
         raise errors.UserError(f"batch_size={cfg.batch_size} is no multiple of {world} processes")
+    if cfg.sync_bn and world > 1 and device.type != "cuda":
+        raise errors.UserError("sync_bn=true needs CUDA devices; set sync_bn=false on a CPU")
     if not 0 < cfg.false_alarm_rate < 1:
         raise errors.UserError(f"false_alarm_rate={cfg.false_alarm_rate} must lie between 0 and 1")
 
@@ -69,6 +73,7 @@ def main(argv: list[str]) -> None:
     torch.manual_seed(cfg.seed)
     backbone, weights = build_backbone(cfg.backbone)
     detector, trained = build_detector(cfg.detector, backbone)
+    detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector) if cfg.sync_bn else detector
     detector.to(device, memory_format=torch.channels_last)
     by_gradient, fits = detector.by_gradient, hasattr(detector, "fit")  # one of them, or first one and then the other
     if by_gradient and cfg.optim is None:
@@ -102,7 +107,8 @@ def main(argv: list[str]) -> None:
         own = train_ids if lessons is train_set else None
         order = {"shuffle": True, "drop_last": True, "by_label": detector.by_label}
         loader = Loader(lessons, **sizes, **order, indices=own, **load)
-    total = cfg.epochs and cfg.epochs * len(loader) if by_gradient else 1
+        epoch_steps = len(loader) if cfg.epochs else 0
+    total = cfg.epochs * epoch_steps if by_gradient else 1
 
     # ---------------------------------------------------------------- what a killed run left
     dtype, scaler = PRECISIONS[cfg.precision], torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
@@ -137,11 +143,11 @@ def main(argv: list[str]) -> None:
         )
         for step in bar:
             detector.train()
-            epoch, first = divmod(step, len(loader))
+            epoch, first = divmod(step, epoch_steps)
             if batches is None or first == 0:
                 batches = loader.epoch(epoch, first_batch=first)
             torch.manual_seed(cfg.seed + 1_000_003 * step + distributed.rank())  # a resumed run draws the same numbers
-            lr = cfg.optim.lr_at(step, total, len(loader), cfg.batch_size)
+            lr = cfg.optim.lr_at(step, total, epoch_steps, cfg.batch_size)
             set_rates(optimizer, lr, cfg.optim.weight_decay_at(step, total))
             images, labels, ids = window.next(batches)
             with autocast:
@@ -160,10 +166,11 @@ def main(argv: list[str]) -> None:
 
             done = step + 1
             log_due, save_due = (done % every == 0 or done == total for every in (cfg.log_every, cfg.save_every))
-            if log_due or save_due:
-                window.check(f"by step {done} at lr {lr:.3g}; the last good checkpoint is {folder / checkpoint.LAST}")
+            log_due |= save_due  # means since the last point are not saved
             if log_due:
-                curves = window.read() | {"lr": lr, "grad_norm": grad_norm, "epoch": done / len(loader)}
+                norm = None if scaler.is_enabled() else grad_norm
+                window.check(norm, f"by step {done} at lr {lr:.3g}; {checkpoint.last_good(folder)}")
+                curves = window.read() | {"lr": lr, "grad_norm": grad_norm, "epoch": done / epoch_steps}
                 curves = log.scalars(done, curves | {f"stats/{name}": value for name, value in stats.items()})
                 bar.set_postfix_str(f"loss {curves['loss']:.3f}, {curves['speed/images_per_second']:.0f} images/s")
             if save_due and done < total:

@@ -100,6 +100,9 @@ def main(argv: list[str]) -> None:
     # ---------------------------------------------------------------- data
     train_set = build_dataset(cfg.data, "train")
     train_ids, held_out = holdout(train_set, cfg.holdout, cfg.seed)
+    measurable = len(held_out) and len(train_set.labels.unique()) > 1
+    if cfg.save.best and not measurable:
+        raise errors.UserError("save.best keeps the best kNN figure, and there is none without holdout or classes")
     micro_batch = cfg.batch_size // (world * cfg.accumulate)
     load = {"seed": cfg.seed, "cache": cfg.data.cache, "workers": cfg.data.workers}
     loader = Loader(train_set, micro_batch, device, shuffle=True, drop_last=True, indices=train_ids, **load)
@@ -137,7 +140,7 @@ def main(argv: list[str]) -> None:
     # ---------------------------------------------------------------- train
     if start == total and log.repeat_results():
         return
-    batches, measurable = None, len(held_out) and len(train_set.labels.unique()) > 1
+    batches = None
     bar = tqdm(range(start, total), cfg.run_name, total, initial=start, unit="step", disable=not distributed.is_main())
     for step in bar:
         method.train()
@@ -175,8 +178,10 @@ def main(argv: list[str]) -> None:
             done % every == 0 or done == total
             for every in (cfg.log_every, cfg.eval_every * epoch_steps, cfg.save.every)
         )
-        if log_due or eval_due or save_due:
-            window.check(f"by step {done} at lr {lr:.3g}; the last good checkpoint is {folder / checkpoint.LAST}")
+        log_due |= save_due  # means since the last point are not saved
+        if log_due or eval_due:
+            norm = None if scaler.is_enabled() else grad_norm
+            window.check(norm, f"by step {done} at lr {lr:.3g}; {checkpoint.last_good(folder)}")
         if log_due:
             curves = window.read() | {"lr": lr, "grad_norm": grad_norm, "epoch": done / epoch_steps}
             curves = log.scalars(done, curves | {f"stats/{name}": value for name, value in stats.items()})

@@ -48,7 +48,8 @@ def place(tmp_path_factory):
     write_classes(place / "pictures")
     for category in ("bottle", "tile"):
         write_mvtec(place / "mvtec", category=category, size=64)
-    torch.save(torchvision.models.mobilenet_v2().state_dict(), place / "mobilenet_v2.pth")
+    for name in ("mobilenet_v2", "resnet18"):
+        torch.save(getattr(torchvision.models, name)().state_dict(), place / f"{name}.pth")
     return place
 
 
@@ -91,6 +92,17 @@ def test_every_config_loads_and_names_its_command_and_expectation(path):
     assert f"configs/{path.name}" in first and second.startswith("# Expected: ")
     cfg = config.load(SCHEMAS[name], [str(path)])
     assert cfg.run_name in (path.stem, yaml.safe_load(path.read_text()).get("run_name"))
+
+
+@pytest.mark.parametrize("path", sorted((TOP / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_command_of_every_config_is_understood(path, monkeypatch):
+    """Its first line's keys, and of a sweep every cell's, whose backbone is the one that its pretraining leaves."""
+    monkeypatch.chdir(TOP)
+    name, *words = shlex.split(re.search(r"\w+\.py .*", path.read_text().splitlines()[0])[0])
+    cfg, backbones = config.load(SCHEMAS[name], words), {}
+    for cell, (script_name, *its_words), needs in sweep.plan(cfg) if name == "sweep.py" else ():
+        backbones[cell] = config.load(SCHEMAS[script_name], its_words).backbone.name
+        assert needs is None or backbones[cell] == backbones[needs], cell
 
 
 def test_the_demo_sweep_names_configs_and_folders_that_exist(tmp_path):

@@ -109,6 +109,11 @@ def open_run(folder: str | Path, config: dict, *, resume: str = "auto") -> dict 
     return state
 
 
+def last_good(folder: Path) -> str:
+    """What a run that broke can go back to, in words."""
+    return f"the last good checkpoint is {folder / LAST}" if (folder / LAST).exists() else "there is no checkpoint yet"
+
+
 def keep_copy(folder: str | Path, step: int, count: int) -> None:
     """Keep this step's last.pt as step_<step>.pt and, with it, the `count` newest such copies."""
     if count and distributed.is_main():

@@ -20,10 +20,14 @@ def setup(device: str = "auto") -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device={device}, but torch finds no CUDA device here; use device=cpu")
+    if device.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise UserError(f"device={device} is one device for several processes; device=cuda gives each its own")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         target = torch.device(device)
+        if target.type not in ("cpu", "cuda"):
+            raise RuntimeError
         if target.type == "cuda":
             torch.cuda.set_device(target)
     except RuntimeError:

@@ -22,6 +22,11 @@ def run(main) -> None:
             raise
         print("error: batch norm cannot train on one value a channel: raise batch_size or data.size", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's
+            raise
+        print("error: the GPU's memory is full: lower batch_size or data.size, or set precision=bf16", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise

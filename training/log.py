@@ -114,12 +114,15 @@ class Window:
         self.loss += loss.detach()
         self.losses += 1
 
-    def check(self, where: str) -> None:
-        """Stop on a loss that is not finite; `where` says step, learning rate and what to go back to."""
-        if not torch.isfinite(self.loss):
-            raise UserError(
-                f"the loss is {float(self.loss)} {where}; lower the learning rate or use precision=bf16 or fp32"
-            )
+    def check(self, grad_norm: Tensor | None, where: str) -> None:
+        """Stop on a loss of this window that is not finite, or a gradient of the last step (None: fp16's scaler has
+        skipped such a step), before weights that it ruined are saved; `where` says step, learning rate and what to go
+        back to."""
+        for name, value in (("loss", self.loss), ("gradient's norm", grad_norm)):
+            if value is not None and not torch.isfinite(value):
+                raise UserError(
+                    f"the {name} is {float(value)} {where}; lower the learning rate or use precision=bf16 or fp32"
+                )
 
     def read(self) -> dict[str, float]:
         """Means over this window and all ranks; starts the next window. Every rank must call it."""

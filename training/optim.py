@@ -73,7 +73,7 @@ class OptimConfig:
     final_lr: float = 0.0  # where the cosine ends
     weight_decay: float = 0.0
     final_weight_decay: float | None = None  # a cosine from weight_decay to this (DINO); none: constant
-    layer_decay: float = 1.0  # learning rate x layer_decay per stage away from the head
+    layer_decay: float = 1.0  # learning rate x layer_decay per stage (ResNet) or block (others) to the head
     clip: float | None = None  # largest gradient norm
     clip_mode: Literal["global", "tensor"] = "global"  # tensor: each parameter by itself, as official DINO does
     options: dict = field(default_factory=dict)

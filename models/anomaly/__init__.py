@@ -54,5 +54,7 @@ def build_detector(config: DetectorConfig, backbone: nn.Module) -> tuple[Detecto
         if (name := state["config"].get("detector", {}).get("name")) != config.name:
             raise UserError(f"detector.weights={config.weights} is a run of {name or 'no detector'}, not {config.name}")
         state = state["model"]
+    if not isinstance(state, dict):
+        raise UserError(f"detector.weights={config.weights} holds a {type(state).__name__}, not a state_dict")
     detector.load_trained(state, config.weights)
     return detector, f" from {config.weights}"

@@ -105,12 +105,11 @@ class CFlow(Detector):
 
     def load_trained(self, state: dict, path: str) -> None:
         """Also an official checkpoint, {"encoder_state_dict": ..., "decoder_state_dict": [...]}."""
-        if isinstance(state, dict) and {"encoder_state_dict", "decoder_state_dict"} <= state.keys():
+        if {"encoder_state_dict", "decoder_state_dict"} <= state.keys():
             parts = {"backbone": state["encoder_state_dict"]}
             parts |= {f"flows.{i}": flow for i, flow in enumerate(state["decoder_state_dict"])}
             state = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
             state = {name: value for name, value in state.items() if not name.endswith("w_perm_inv")}
-            state["likeliest"] = self.likeliest
         super().load_trained(state, path)
 
     def features(self, images: Tensor) -> list[Tensor]:

@@ -101,7 +101,6 @@ class CutPaste(Detector):
         """Also pytorch-cutpaste's checkpoint, whose density is still to be fitted."""
         if "resnet18.conv1.weight" in state:
             state = {name.replace("resnet18.", "backbone."): value for name, value in state.items()}
-            state |= dict(self.named_buffers(recurse=False))
         super().load_trained(state, path)
 
     def networks(self, images: Tensor) -> list[Tensor]:

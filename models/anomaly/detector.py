@@ -133,15 +133,16 @@ class Detector(nn.Module):
         return self.features(images)
 
     def load_trained(self, state: dict, path: str) -> None:
-        """Load the state_dict of a run of this detector from `path`, backbone and all.
+        """Load the state_dict of a run of this detector from `path`, backbone and all, but not what `fit` had fitted.
 
         Raises:
             UserError: it does not fit, or the detector is none that is trained.
         """
         if not self.by_gradient:
             raise UserError(f"detector.weights={path}: {type(self).__name__} has nothing to train, remove the key")
+        fitted = dict(self.named_buffers(recurse=False))
         try:
-            self.load_state_dict(state)
+            self.load_state_dict({name: value for name, value in state.items() if "." in name} | fitted)
         except (RuntimeError, AttributeError, TypeError) as error:  # the last two of what is no state_dict
             faults = str(error).splitlines()[1:3] or [str(error)]
             raise UserError(

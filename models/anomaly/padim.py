@@ -193,7 +193,7 @@ class PaDiM(Detector):
         grid = self.distances(rows)
         if leave_out is not None:
             if len(self.numbers) == 1:
-                raise UserError("padim: without its one training picture nothing is left to compare with; give more")
+                raise UserError(f"{self.name}: without its one training picture nothing is left to compare; give more")
             grid = put_left_out(grid, self.left_out, self.numbers, leave_out)
         maps = render(grid, size)  # (B, H, W)
         return Findings(image_score(maps, None, self.image_score), maps, peak(maps))

@@ -38,7 +38,7 @@ class RD4AD(Detector):
 
     def load_trained(self, state: dict, path: str) -> None:
         """Also an official checkpoint, {"bn": ..., "decoder": ...}: the teacher is then the given backbone."""
-        if {"bn", "decoder"} <= state.keys():
+        if all(isinstance(state.get(part), dict) for part in ("bn", "decoder")):
             parts = {"backbone": self.backbone.state_dict(), "bn": state["bn"], "decoder": state["decoder"]}
             state = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
         super().load_trained(state, path)

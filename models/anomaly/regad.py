@@ -149,9 +149,8 @@ class RegAD(PaDiM):
 
     def load_trained(self, state: dict, path: str) -> None:
         """Also an official checkpoint, {"STN": ..., "ENC": ..., "PRED": ...}: stage 4 is then the given backbone's."""
-        if isinstance(state, dict) and {"STN", "ENC", "PRED"} <= state.keys():
+        if {"STN", "ENC", "PRED"} <= state.keys():
             kept = {n: v for n, v in self.state_dict().items() if n.startswith(("backbone.layer4.", "backbone.fc."))}
-            kept |= dict(self.named_buffers(recurse=False))  # nothing is fitted there
             for part, prefix in (("STN", "backbone."), ("ENC", "encoder."), ("PRED", "predictor.")):
                 for name, value in state[part].items():
                     if name.startswith("stn"):

@@ -25,9 +25,11 @@ class TeacherStudent(Encoder):
 class RevD(SSLMethod):
     """A backbone and a student that rebuilds its features are trained together, by RD4AD's loss, without labels.
 
-    The backbone is then kept, to be RD4AD's frozen teacher of a fresh student, or for any other detector. Gradients of
-    the loss reach both, the backbone at a lower learning rate and a lower one still in its early layers: set
-    `optim.layer_decay` (0.1: a tenth at stage 3, a hundredth at stage 2, ...). Stage 4 is not used and stays as it is.
+    The backbone is then kept, to be RD4AD's frozen teacher of a fresh student, or for PatchCore. Gradients of the loss
+    reach both, the backbone at a lower learning rate and a lower one still in its early layers: set `optim.layer_decay`
+    (0.1 with a ResNet: a tenth at stage 3, a hundredth at stage 2, ...; in a MobileNetV2 each of 14 blocks counts, so
+    take 0.7). Stage 4 is not used and stays as it is: the backbone is for detectors that read stages 1 to 3, and the
+    kNN figure, which is of stage 4, says little.
 
     This is not in the paper, where the teacher is fixed. A backbone whose features are all alike would be rebuilt
     best: `teacher_spread` falls to 0 then (see `spread`); lower `optim.layer_decay` or stop earlier. Views are pictures

@@ -6,8 +6,6 @@ import shutil
 
 import pytest
 import torch
-import torchvision
-from PIL import Image
 
 import train_anomaly
 from evaluation.compare import load_scores
@@ -29,6 +27,8 @@ TINY = {
     "regad": ["configs/regad_demo.yaml", "backbone=resnet18", "epochs=3", "save_every=3", "log_every=1"],
 }
 BY_GRADIENT = tuple(name for name in TINY if DETECTORS[name].by_gradient)
+QUICK = ("patchcore", "rd4ad", "regad")  # what needs processes of its own is for `make test-all` with the others
+WITH_PROCESSES = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ("patchcore", *BY_GRADIENT)]
 FEW_SHOT = ("regad",)  # they learn from other categories and get 5 of the normal pictures, or all that there are
 METRICS = ["image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro", "aupro_005", "aupro_001"]
 METRICS += ["threshold", "pixel_threshold"]
@@ -79,7 +79,7 @@ def test_a_run_leaves_everything_behind(name, pictures, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results
 
 
-@pytest.mark.parametrize("name", ["patchcore", *BY_GRADIENT])
+@pytest.mark.parametrize("name", WITH_PROCESSES)
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(name, pictures, tmp_path):
     first = script(["train_anomaly.py", *words(name, pictures, tmp_path / "a")])
     again = ["train_anomaly.py", *words(name, pictures, tmp_path / "b")]
@@ -122,7 +122,7 @@ def test_a_run_does_not_go_on_with_other_pictures_or_lose_the_run_it_updates(pic
     assert (tmp_path / "run" / "last.pt").read_bytes() == first
 
 
-@pytest.mark.parametrize("name", ["patchcore", *BY_GRADIENT])
+@pytest.mark.parametrize("name", WITH_PROCESSES)
 def test_two_processes(name, pictures, tmp_path):
     words_of = functools.partial(words, name, pictures)
     own = ["holdout=0"] if name == "patchcore" else []  # each process leaves out its own pictures
@@ -211,97 +211,3 @@ def test_original_resolution_and_padding(tmp_path, capsys):
     original, pad, crop, wide = (set(pixels) for pixels in counted)
     assert original == {96 * 160} and crop == {64 * 64} and wide == {48 * 80}
     assert pad == {38 * 64}  # 64 x 64, of which the picture takes 38.4 rows
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda top: shutil.rmtree(top / "train"), "there are no pictures in"),
-        (lambda top: (top / "ground_truth/spot/001_mask.png").unlink(), "has no mask"),
-        (lambda top: Image.new("L", (9, 9)).save(top / "ground_truth/spot/001_mask.png"), "is 9 x 9"),
-        (lambda top: (top / "train/good/003.png").write_bytes(b"no picture"), "cannot read picture"),
-    ],
-)
-def test_bad_pictures_are_one_line(change, message, tmp_path):
-    pictures = write_mvtec(tmp_path)
-    change(pictures / "part")
-    with pytest.raises(UserError, match=message):
-        train_anomaly.main(words("patchcore", pictures, tmp_path))
-
-
-@pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("count", [1, 2])
-def test_one_training_picture_or_identical_ones(name, count, tmp_path, capsys):
-    """Results, with a threshold where one can be had, or a line that says what to do; never a traceback."""
-    pictures = write_mvtec(tmp_path, normal=1)
-    if count == 2:
-        shutil.copy(pictures / "part/train/good/000.png", pictures / "part/train/good/001.png")
-    own = {"embedding": ["detector.k=1"], "cutpaste": ["batch_size=1", "detector.density=kde"]}
-    own["regad"] = ["batch_size=2"]  # of the other category
-    own = own.get(name, ["batch_size=1"] if name in BY_GRADIENT else [])
-    run = words(name, pictures, tmp_path, "holdout=0", *own)
-    if name == "patchcore" and count == 2:  # the bank never needs a patch of the second copy
-        with pytest.raises(UserError, match="come from one picture"):
-            train_anomaly.main(run)
-        return
-    train_anomaly.main(run)
-    results = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert results["n_train"] == count and results["image_auroc"] is not None
-    assert (results["threshold"] is None) == (count == 1 or name in BY_GRADIENT)
-
-
-@pytest.mark.parametrize("gone", ["good", "spot"])
-def test_a_test_set_of_one_class_has_no_figures_but_scores(gone, tmp_path, capsys):
-    pictures = write_mvtec(tmp_path)
-    shutil.rmtree(pictures / "part" / "test" / gone)
-    train_anomaly.main(words("patchcore", pictures, tmp_path))
-    results = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert results["image_auroc"] is None and results["threshold"] > 0
-    assert len((tmp_path / "run" / "test_scores.csv").read_text().splitlines()) == 5
-
-
-def test_features_that_are_not_numbers_are_named(pictures, tmp_path):
-    weights = torchvision.models.resnet18().state_dict()
-    weights["layer2.0.conv1.weight"][0] = torch.nan
-    torch.save(weights, tmp_path / "weights.pth")
-    for name in ("patchcore", "embedding", "padim"):
-        with pytest.raises(UserError, match="NaN"):
-            train_anomaly.main(words(name, pictures, tmp_path, f"backbone.weights={tmp_path}/weights.pth"))
-
-
-@pytest.mark.parametrize("name", BY_GRADIENT)
-def test_a_loss_that_is_no_number_stops_the_run(name, pictures, tmp_path):
-    weights = torchvision.models.resnet18().state_dict()
-    weights["layer2.0.conv1.weight"][0] = torch.nan
-    torch.save(weights, tmp_path / "weights.pth")
-    with pytest.raises(UserError, match=r"the loss is nan by step 1 at lr .* the last good checkpoint is .*last\.pt"):
-        train_anomaly.main(words(name, pictures, tmp_path, f"backbone.weights={tmp_path}/weights.pth"))
-    assert not (tmp_path / "run" / "last.pt").exists()
-
-
-def test_a_full_disk_leaves_nothing_half_written(pictures, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("training.checkpoint.os.fsync", full)
-    with pytest.raises(UserError, match="No space left on device"):
-        train_anomaly.main(words("patchcore", pictures, tmp_path))
-    assert not list((tmp_path / "run").glob("last.pt*"))
-
-
-def test_mistakes_are_one_line(pictures, tmp_path):
-    def error(name, *more):
-        with pytest.raises(UserError) as caught:
-            train_anomaly.main(words(name, pictures, tmp_path, *more))
-        return str(caught.value)
-
-    assert "did you mean 'coreset'" in error("patchcore", "detector.corset=0.1")
-    assert f"one of: {', '.join(DETECTORS)}" in error("patchcore", "detector.name=pdm")
-    assert "nothing" in error("patchcore", "data.category=nothing")
-    assert "student=vgg: it is auto, resnet18" in error("rd4ad", "detector.student=vgg")
-    assert "epochs=0: at least 1" in error("rd4ad", "epochs=0")
-    assert "needs an optim section" in error("patchcore", "detector=rd4ad")
-    sgd = ["optim.name=sgd", "optim.lr=0.1"]
-    assert "data.name=mvtec has no split 'others'" in error("patchcore", "detector=regad", *sgd)
-    assert "data.shots=13, but" in error("regad", "data.shots=13")
-    assert "cannot read nowhere.pt" in error("patchcore", "backbone.weights=nowhere.pt")

@@ -21,6 +21,7 @@ TINY = {
     "dino": ["configs/dino_demo.yaml", "augment.size=24", "augment.local_size=16", "method.prototypes=16"],
 }
 TINY["simclr with spd"] = [*TINY["simclr"], "spd=smooth_blend"]
+WITH_PROCESSES = [n if n in ("simclr", "dino") else pytest.param(n, marks=pytest.mark.slow) for n in TINY]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,14 @@ def test_a_run_leaves_everything_behind(name, pictures, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results
 
 
+def test_a_checkpoint_ends_a_mean_of_the_curves_and_best_needs_a_figure(pictures, tmp_path):
+    train_ssl.main(words("simclr", pictures, tmp_path, "log_every=5"))  # saved every 3 steps
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics if "loss" in m] == [3, 5, 6, 9, 10, 12]
+    with pytest.raises(UserError, match=r"save\.best keeps the best kNN figure"):
+        train_ssl.main(words("simclr", pictures, tmp_path, "save.best=true", "holdout=0", "run_name=other"))
+
+
 def kill_after(words, metrics, step):
     """Start a run and kill it as soon as its metrics show `step`."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -67,7 +76,7 @@ def kill_after(words, metrics, step):
     assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", WITH_PROCESSES)
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(name, pictures, tmp_path):
     script(["train_ssl.py", *words(name, pictures, tmp_path / "a")])
     again = ["train_ssl.py", *words(name, pictures, tmp_path / "b")]
@@ -86,7 +95,7 @@ def losses(folder):
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", WITH_PROCESSES)
 def test_two_processes(name, pictures, tmp_path):
     results = script(["train_ssl.py", *words(name, pictures, tmp_path, "epochs=1")], processes=2)
     assert results["steps"] == 4 and results["loss"] > 0

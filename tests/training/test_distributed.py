@@ -1,10 +1,12 @@
 """Gather and reduce: two processes with different numbers of different rows, gradients included."""
 
+import pytest
 import torch
 from torch import nn
 
 from tests.processes import run_processes
 from training import distributed
+from training.errors import UserError
 
 
 def together(rank, world_size):  # noqa: ARG001
@@ -44,3 +46,13 @@ def test_one_process_is_the_identity():
     x = torch.randn(3, 2)
     assert distributed.gather(x) is x and distributed.gather_rows(x) is x and distributed.all_reduce_sum(x) is x
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+
+
+def test_devices_that_do_not_do(monkeypatch):
+    for device in ("mps", "meta", "gpu"):
+        with pytest.raises(UserError, match=f"device={device} is not here"):
+            distributed.setup(device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="device=cuda gives each its own"):
+        distributed.setup("cuda:1")

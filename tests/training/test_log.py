@@ -51,8 +51,11 @@ def test_window():
     values = window.read()
     assert values["loss"] == 3.0 and values["speed/images_per_second"] > 0 and values["speed/data_wait_share"] >= 0
     window.add(torch.tensor(5.0))
-    window.check("here")
+    window.check(torch.tensor(2.0), "here")
+    with pytest.raises(UserError, match="the gradient's norm is nan by step 3"):  # of a loss that is a number yet
+        window.check(torch.tensor(math.nan), "by step 3")
+    window.check(None, "here")
     assert window.read()["loss"] == 5.0
     window.add(torch.tensor(math.inf))
     with pytest.raises(UserError, match="the loss is inf by step 3"):
-        window.check("by step 3")
+        window.check(None, "by step 3")

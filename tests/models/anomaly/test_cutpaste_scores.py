@@ -136,9 +136,16 @@ def test_processes_fit_the_pictures_of_all():
 def test_a_fitted_one_loads_from_its_run(density):
     model, images = fitted(pictures(12), density=density), normalize(pictures(2, seed=1))
     fresh = CutPaste(Tiny(), density=density)
-    fresh.load_trained(model.state_dict(), "last.pt")
+    fresh.load_state_dict(model.state_dict())
     for a, b in zip(fresh.score(images), model.score(images)):
         assert torch.equal(a, b)
-    other = CutPaste(Tiny(), density="kde" if density == "gaussian" else "gaussian")
-    with pytest.raises(UserError, match="does not fit CutPaste"):
-        other.load_trained(model.state_dict(), "last.pt")
+
+
+@pytest.mark.parametrize("density", ["gaussian", "kde"])
+def test_what_was_trained_serves_either_density_and_what_was_fitted_is_forgotten(density):
+    model, images = fitted(pictures(12), density="gaussian"), normalize(pictures(2, seed=1))
+    other = CutPaste(Tiny(), density=density)
+    other.load_trained(model.state_dict(), "last.pt")
+    assert torch.equal(other.eval().networks(images)[0], model.eval().networks(images)[0])
+    with pytest.raises(UserError, match="CutPaste is not fitted"):
+        other.score(images)
