@@ -132,7 +132,7 @@ class NSA:
 
         With `objects` bool (2, B, H, W), of the sources and the pictures, the box is cut from the first place with
         more than `min_object` of object (once more after the patch was rescaled), and put on the first where the
-        picture's object covers more than a quarter of the patch's.
+        picture's object covers more than a quarter of the patch's. The host then waits for a GPU, once a batch.
         """
         device = places.device if objects is None else objects.device
         sides = torch.tensor(size)
