@@ -13,6 +13,7 @@ from models.anomaly.cdo import CDO
 from models.anomaly.detector import TrainingBatch
 from models.mobilenet import MobileNetV2
 from models.resnet import ResNet18, ResNet34, WideResNet50
+from tests.networks import Tokens
 from training.errors import UserError
 
 
@@ -160,17 +161,6 @@ def test_state_dict_round_trip():
     fresh.load_state_dict(model.state_dict())
     for a, b in zip(fresh.score(images), model.score(images)):
         assert torch.equal(a, b)
-
-
-class Tokens(nn.Module):
-    """Stages that are no maps."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Conv2d(3, 8, 16, 16)
-
-    def forward_stages(self, x: Tensor, last: int = 4) -> list[Tensor]:
-        return [self.embed(x).flatten(2)] * last  # (B, 8, N)
 
 
 class Scaled(ResNet18):

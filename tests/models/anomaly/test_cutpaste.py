@@ -17,6 +17,7 @@ from models.anomaly.cutpaste import VARIANTS, CutPaste
 from models.anomaly.detector import TrainingBatch
 from models.mobilenet import MobileNetV2
 from models.resnet import ResNet18
+from tests.networks import Tokens
 from tests.pictures import batches
 from training.errors import UserError
 
@@ -166,17 +167,6 @@ def test_what_the_last_stage_does_not_read_is_not_trained():
     idle = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert idle == {f"backbone.features.18.{name}" for name in ("0.weight", "1.weight", "1.bias")}
     assert model.head[0].in_features == 320 and model.train().backbone.training
-
-
-class Tokens(nn.Module):
-    """Stages that are no maps."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Conv2d(3, 8, 16, 16)
-
-    def forward_stages(self, x: Tensor, last: int = 4) -> list[Tensor]:
-        return [self.embed(x).flatten(2)] * last  # (B, 8, N)
 
 
 def test_mistakes_are_one_line():

@@ -15,6 +15,7 @@ from models.anomaly.nsa import NSA
 from models.anomaly.nsa_network import LocalizationDecoder
 from models.mobilenet import MobileNetV2
 from models.resnet import ResNet18, ResNet50
+from tests.networks import Tokens
 from training.errors import UserError
 
 
@@ -228,17 +229,6 @@ def test_it_learns_to_find_patches_in_pictures_that_it_has_not_seen():
     made, masks = defects(fresh, torch.arange(16), 99, seed=5, sources=fresh.roll(1, 0))
     labels = defects.labels(fresh, made, masks) > 0.5
     assert roc_auc_score(labels.flatten(), model.examine(normalize(made)).maps.flatten()) > 0.8
-
-
-class Tokens(nn.Module):
-    """Stages that are no maps."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Conv2d(3, 8, 16, 16)
-
-    def forward_stages(self, x: Tensor, last: int = 4) -> list[Tensor]:
-        return [self.embed(x).flatten(2)] * last  # (B, 8, N)
 
 
 def test_mistakes_are_one_line():
