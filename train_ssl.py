@@ -115,6 +115,10 @@ def main(argv: list[str]) -> None:
     torch.manual_seed(cfg.seed)
     backbone, report = build_backbone(cfg.backbone)
     method = SSL_METHODS[cfg.method.name](backbone, **cfg.method.options)
+    if method.needs_labels and len(train_set.labels.unique()) < 2:
+        raise errors.UserError(
+            f"{cfg.method.name} learns from classes: data.root needs a folder for each, two at least"
+        )
     method = nn.SyncBatchNorm.convert_sync_batchnorm(method) if cfg.sync_bn else method
     method.to(device, memory_format=torch.channels_last)
     model = method if cfg.spd is None else SPD(method, cfg.spd.weight)

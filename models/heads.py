@@ -4,14 +4,15 @@ import torch
 from torch import Tensor, nn
 
 
-def projection_head(in_features: int, hidden: int, out_features: int) -> nn.Sequential:
+def projection_head(in_features: int, hidden: int, out_features: int, *, batch_norm: bool = True) -> nn.Sequential:
     """SimCLR's head (arXiv 2002.05709, section 2.1): (B, in_features) -> (B, out_features).
 
-    Deviation from the official TensorFlow code, which has a BatchNorm in the place of the last layer's bias.
+    Deviation from the official TensorFlow code, which has a BatchNorm in the place of the last layer's bias. SupCon's
+    has no `batch_norm` (official networks/resnet_big.py).
     """
     return nn.Sequential(
         nn.Linear(in_features, hidden),
-        nn.BatchNorm1d(hidden),
+        *([nn.BatchNorm1d(hidden)] if batch_norm else []),
         nn.ReLU(inplace=True),
         nn.Linear(hidden, out_features),
     )

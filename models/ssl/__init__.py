@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 from models.ssl.dino import DINO
 from models.ssl.revd import RevD
 from models.ssl.simclr import SimCLR
+from models.ssl.supcon import SupCon
 from training.config import choice
 
 SSL_METHODS = {
     "simclr": SimCLR,
     "dino": DINO,
     "revd": RevD,
+    "supcon": SupCon,
 }
 
 

@@ -24,6 +24,7 @@ class SSLMethod(nn.Module):
     Attributes:
         online: the network that gradients train; `online.backbone` is what it is all for.
         target: its exponential moving average, updated by the loop after each step; None without one.
+        needs_labels: whether pictures without classes make no sense.
         epoch: written by the loop before each step, for options that are counted in epochs.
 
     Each has `forward(views, labels) -> (loss, stats)`: views V x (B, 3, h, w) and labels (B,) on the device; the scalar
@@ -31,6 +32,7 @@ class SSLMethod(nn.Module):
     """
 
     online: Encoder
+    needs_labels = False
 
     def __init__(self):
         super().__init__()

@@ -17,6 +17,7 @@ from training.errors import UserError
 
 TINY = {
     "simclr": ["configs/simclr_demo.yaml", "augment.size=24", "method.out=8"],
+    "supcon": ["configs/supcon_neu.yaml", "augment.size=24", "method.out=8"],
     "revd": ["configs/revd_neu.yaml", "augment.size=32"],
     "dino": ["configs/dino_demo.yaml", "augment.size=24", "augment.local_size=16", "method.prototypes=16"],
 }
@@ -125,6 +126,9 @@ def test_mistakes_are_one_line(pictures, tmp_path):
 
     assert "did you mean 'temperature'" in error("method.temprature=1")
     assert "nowhere" in error("data.root=nowhere")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "class").symlink_to(pictures / "train" / "class0")
+    assert "supcon learns from classes" in error("method=supcon", f"data.root={tmp_path}/one")
     assert "batch_size=7 is no multiple" in error("batch_size=7", "accumulate=2")
     assert "batch" in error("batch_size=512")
     assert "spd.name='smoth_blend' is unknown, did you mean 'smooth_blend'" in error("spd=smoth_blend")
@@ -137,8 +141,9 @@ def test_mistakes_are_one_line(pictures, tmp_path):
     assert torch.cuda.is_available() or "no CUDA device" in error("device=cuda")
     train_ssl.main(words("simclr", pictures, tmp_path, "epochs=1", "holdout=0"))
     assert "optim.lr: 0.001 -> 2.0" in error("epochs=1", "holdout=0", "optim.lr=2")
-    diverging = error("optim=sgd", "optim.lr=1e30", "resume=never", "epochs=2")
-    assert "the loss is nan by step" in diverging and "last.pt" in diverging
+    for every, place in ((3, "there is no checkpoint yet"), (1, "the last good checkpoint is ")):
+        diverging = error("optim=sgd", "optim.lr=1e30", "resume=never", "epochs=2", f"save.every={every}")
+        assert "the loss is nan by step 2" in diverging and place in diverging
 
 
 def test_exit_status_two_without_traceback(tmp_path):

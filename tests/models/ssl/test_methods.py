@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from losses.sup_con import sup_con
 from models.resnet import ResNet18
 from models.ssl import SSL_METHODS
 from models.ssl.dino import multi_crop
@@ -13,7 +14,12 @@ from tests.processes import run_processes
 from training.errors import UserError
 from training.optim import parameter_groups
 
-SMALL = {"dino": {"prototypes": 16, "hidden": 12, "bottleneck": 6}, "revd": {}, "simclr": {"out": 8}}
+SMALL = {
+    "dino": {"prototypes": 16, "hidden": 12, "bottleneck": 6},
+    "revd": {},
+    "simclr": {"out": 8},
+    "supcon": {"out": 8},
+}
 
 
 class Backbone(nn.Module):
@@ -70,7 +76,7 @@ def gradients(rank, world_size, name):
     method = build(name)
     model = nn.parallel.DistributedDataParallel(method) if world_size > 1 else method
     mine = slice(rank * 8 // world_size, (rank + 1) * 8 // world_size)
-    loss, stats = model([view[mine] for view in views(name)], torch.zeros(8 // world_size))
+    loss, stats = model([view[mine] for view in views(name)], torch.tensor([0, 1, 2, 0, 3, 1, 0, 2])[mine])
     loss.backward()
     assert all(value.ndim == 0 for value in stats.values())
     return {n: p.grad for n, p in method.named_parameters() if p.grad is not None}, dict(method.named_buffers())
@@ -105,7 +111,7 @@ def test_a_few_pictures_are_learnt_by_heart(name):
     optimizer = torch.optim.Adam([p for p in method.parameters() if p.requires_grad], lr=0.01)
     losses = []
     for _ in range(60):
-        loss, _ = method(images, torch.zeros(8))
+        loss, _ = method(images, torch.arange(8))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -158,6 +164,18 @@ def test_multi_crop_keeps_the_order_and_groups_by_size():
 def test_simclr_refuses_another_number_of_views():
     with pytest.raises(UserError, match="2 views, and the augment recipe makes 3"):
         build("simclr")([torch.zeros(2, 3, 8, 8).double()] * 3, torch.zeros(2))
+
+
+def test_supcon_takes_any_number_of_views_and_keeps_each_with_its_picture():
+    method, labels = build("supcon"), torch.tensor([0, 1, 2, 0, 3, 1, 0, 2])
+    images = [torch.randn(8, 3, 8, 8, dtype=torch.float64) for _ in range(3)]
+    z = torch.stack([method.online(view) for view in images], dim=1)  # (B, 3, D)
+    torch.testing.assert_close(method(images, labels)[0], sup_con(z, labels, 0.1))
+    linear = SSL_METHODS["supcon"](Backbone(), head="linear", out=5)
+    assert linear.online.head.weight.shape == (5, 6)
+    for options in ({"form": "middle"}, {"head": "none"}):
+        with pytest.raises(UserError, match="it is out or in, and mlp or linear"):
+            SSL_METHODS["supcon"](Backbone(), **options)
 
 
 def test_revd_loss_is_that_of_both_and_reaches_both():
