@@ -37,7 +37,8 @@ def save(path: str | Path, parts: dict, **about) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         Path(temporary).unlink(missing_ok=True)
-        raise UserError(f"cannot write checkpoint {path}: {error}; the previous one is untouched") from None
+        why = error if isinstance(error, OSError) else f"{error} (is the disk full?)"  # torch's writer loses the errno
+        raise UserError(f"cannot write checkpoint {path}: {why}; the previous one is untouched") from None
 
 
 def restore(state: dict, parts: dict) -> None:

@@ -157,7 +157,7 @@ def test_sweep_over_seeds(pictures, tmp_path, capfd):
     means = [(values["again", seed] + values["part", seed]) / 2 for seed in (3, 4)]
     shown = next(row for row in rows if row[:3] == ["mean", "patchcore", "aupro"])
     assert shown[4] == f"{np.mean(means):.3f} ± {abs(means[1] - means[0]) / 2**0.5:.3f}"
-    assert "over 2 seeds" in (top / "results.md").read_text()
+    assert "over seeds 3, 4" in (top / "results.md").read_text()
     assert json.loads(capfd.readouterr().out.splitlines()[-1]) == {
         "cells": 2 + 8, "failed": [], "table": str(top / "results.md")
     }  # fmt: skip
