@@ -1,7 +1,8 @@
 """What a run of train_anomaly.py shows of its test: figures, tables, curves, pictures, in its folder and TensorBoard.
 
 test_scores.csv (a line a picture), test_scores.pt (for eval.py task=compare), heatmaps.png (the best, the worst and the
-most mistaken), neighbors.png (what they were compared with), curves.png, scores.png, suspicious.png.
+most mistaken; where no normal was spared for thresholds, the scale of the colors is that of the good test pictures),
+neighbors.png (what they were compared with), curves.png, scores.png, suspicious.png.
 """
 
 import os
@@ -17,7 +18,7 @@ from evaluation.bootstrap import pixel_histograms
 from evaluation.compare import save_scores
 from evaluation.curves import histogram_picture, roc_pr_picture
 from evaluation.detection import anomaly_results, region_maps, region_masks
-from evaluation.heatmaps import Caption, Row, pick, save, sheet
+from evaluation.heatmaps import Caption, Row, heat_range, pick, save, sheet
 from evaluation.neighbors import Pair, neighbor_sheet
 from evaluation.report import csv_table, markdown_table, with_interval
 from evaluation.update import names_of
@@ -62,16 +63,19 @@ def report(
     show(log, "scores", histogram_picture(groups, threshold))
     if results["image_auroc"] is not None:
         show(log, "curves", roc_pr_picture(found.scores, test_set.labels, log.config["run_name"], threshold))
-        low, high = found.scores.min(), found.scores.max()
+        least, most = found.scores.min(), found.scores.max()
         log.writer.add_pr_curve(
-            "precision_recall", test_set.labels, (found.scores - low) / (high - low).clamp(min=1e-12)
+            "precision_recall", test_set.labels, (found.scores - least) / (most - least).clamp(min=1e-12)
         )
 
     chosen = pick(found.scores, test_set.labels, test_set.defects, threshold)
     title = f"{log.config['detector']['name']}, {log.config['backbone']['name']}, {log.config['run_name']}"
-    if found.maps is not None and calibration["low"] is not None:
+    low, high = calibration["low"], calibration["high"]
+    if maps is not None and low is None and (defects == "good").any():  # no normals to spare
+        low, high = heat_range([maps[i] for i in np.flatnonzero(defects == "good")])
+    if maps is not None and low is not None:
         rows = [picture_row(found.maps[caption.index], test_set, caption) for caption in chosen]
-        sheet(rows, folder / "heatmaps.png", low=calibration["low"], high=calibration["high"], title=title)
+        sheet(rows, folder / "heatmaps.png", low=low, high=high, title=title)
         show(log, "heatmaps")
     if found.pictures is not None:
         pairs = [neighbor_pair(found, test_set, normals.dataset, caption) for caption in chosen]

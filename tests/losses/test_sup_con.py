@@ -59,7 +59,7 @@ def test_equal_embeddings_cost_the_logarithm_of_the_number_of_others(form):
 
 
 def test_the_outer_form_is_never_below_the_inner_one_and_a_lone_anchor_costs_nothing():
-    z = torch.randn(6, 2, 7)  # Jensen's inequality, the paper's equation 4
+    z = torch.randn(6, 2, 7)  # Jensen's inequality, the paper's section 3.2.2
     assert sup_con(z, LABELS, 0.1) > sup_con(z, LABELS, 0.1, form="in")
     for form in ("out", "in"):
         assert sup_con(torch.randn(3, 1, 7), torch.arange(3), 0.1, form=form) == 0

@@ -158,6 +158,7 @@ def test_few_shots_learn_elsewhere_once_and_keep_every_support(pictures, tmp_pat
 
     first = results("regad", "epochs=1")
     assert (first["n_train"], first["threshold"]) == (3, None)
+    assert (tmp_path / "run" / "heatmaps.png").exists()  # with the colors' scale of the good test pictures
     trained = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
     shutil.copytree(pictures / "part", tmp_path / "alone" / "part")
     weights = [f"detector.weights={tmp_path}/run/last.pt", "epochs=0", f"data.root={tmp_path}/alone"]
