@@ -148,7 +148,7 @@ def main(argv: list[str]) -> None:
                 batches = loader.epoch(epoch, first_batch=first)
             torch.manual_seed(cfg.seed + 1_000_003 * step + distributed.rank())  # a resumed run draws the same numbers
             lr = cfg.optim.lr_at(step, total, epoch_steps, cfg.batch_size)
-            set_rates(optimizer, lr, cfg.optim.weight_decay_at(step, total))
+            set_rates(optimizer, lr, cfg.optim.weight_decay_at(step, total), cfg.optim.peak_lr(cfg.batch_size))
             images, labels, ids = window.next(batches)
             with autocast:
                 work, stats = detector.steps(TrainingBatch(images, labels, ids, epoch, cfg.seed)), {}

@@ -8,8 +8,8 @@ killed one stopped. All that happens is in `main`, top to bottom.
 """
 
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -18,20 +18,24 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from data import AugmentConfig, DataConfig, build_dataset, build_geometry, build_views
-from data.augment import Augment, unnormalize
+from data import AugmentConfig, DataConfig, DefectConfig, build_augment, build_dataset, build_geometry
+from data.augment import unnormalize
 from data.defects import DEFECTS
 from data.geometry import as_geometry
 from data.loading import Loader, holdout
+from data.negatives import DefectiveView
 from data.spd import SpotTheDifference
+from evaluation.collapse import collapse_warning, embedding_health
 from evaluation.knn import knn_figures
 from models.build import BackboneConfig, build_backbone
 from models.ssl import SSL_METHODS, MethodConfig
+from models.ssl.gradients import Embed, backward
 from models.ssl.spd import SPD
 from training import checkpoint, config, distributed, errors
 from training.ema import ema_update
 from training.log import Log, Window
 from training.optim import PRECISIONS, OptimConfig, build_optimizer, clip_gradients, set_rates
+from training.sam import SAMConfig, climbed, frozen_statistics
 from training.schedule import warmup_cosine
 
 
@@ -63,16 +67,19 @@ class Config:
     backbone: BackboneConfig
     method: MethodConfig
     augment: AugmentConfig
+    defect: DefectConfig | None = None  # of the last view, for a method that needs one
     spd: SPDConfig | None = None  # SPot-the-Difference beside the method's loss
     optim: OptimConfig
+    sam: SAMConfig | None = None  # sharpness-aware minimisation: two passes a step
     ema: EMAConfig = field(default_factory=EMAConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
     epochs: int
     batch_size: int  # pictures a step, over all processes and accumulated batches
-    accumulate: int = 1  # batches whose gradients are averaged before a step
+    accumulate: int = 1  # batches of a step, which has one loss of all its pictures
     holdout: float = 0.1  # share of the training set kept for the kNN figure; 0: train on everything, no figure
     eval_every: int = 10  # epochs between kNN figures
     log_every: int = 10  # steps between points of the curves
+    overfit: int = 0  # learn so many pictures by heart, always in the same views: does the loss reach its floor?
     seed: int = 0
     device: str = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -86,6 +93,8 @@ class Config:
 def main(argv: list[str]) -> None:
     # ---------------------------------------------------------------- configuration, run folder
     cfg = config.load(Config, argv)
+    if cfg.overfit:
+        cfg.batch_size, cfg.holdout = cfg.overfit, 0
     device, world = distributed.setup(cfg.device), distributed.world_size()
     resolved, folder = config.as_dict(cfg), config.run_folder(cfg)
     config.at_least_one(cfg, "epochs", "batch_size", "accumulate", "eval_every", "log_every")
@@ -100,14 +109,19 @@ def main(argv: list[str]) -> None:
     # ---------------------------------------------------------------- data
     train_set = build_dataset(cfg.data, "train")
     train_ids, held_out = holdout(train_set, cfg.holdout, cfg.seed)
-    measurable = len(held_out) and len(train_set.labels.unique()) > 1
+    if cfg.overfit:  # spread over the set, and so over its classes
+        train_ids = train_ids[torch.linspace(0, len(train_ids) - 1, cfg.overfit).long()]
+    classes = len(train_set.labels.unique())
+    measurable = len(held_out) and classes > 1
     if cfg.save.best and not measurable:
         raise errors.UserError("save.best keeps the best kNN figure, and there is none without holdout or classes")
     micro_batch = cfg.batch_size // (world * cfg.accumulate)
     load = {"seed": cfg.seed, "cache": cfg.data.cache, "workers": cfg.data.workers}
     loader = Loader(train_set, micro_batch, device, shuffle=True, drop_last=True, indices=train_ids, **load)
     bank, queries = (Loader(train_set, 256, device, indices=ids, **load) for ids in (train_ids, held_out))
-    augment = Augment(build_views(cfg.augment), cfg.seed, train_set.sizes)
+    augment = build_augment(cfg.augment, cfg.seed, train_set.sizes)
+    if cfg.defect is not None:
+        augment = DefectiveView(augment, DEFECTS[cfg.defect.name](**cfg.defect.options))
     if cfg.spd is not None:
         augment = SpotTheDifference(augment, DEFECTS[cfg.spd.name](**cfg.spd.options))
 
@@ -115,17 +129,23 @@ def main(argv: list[str]) -> None:
     torch.manual_seed(cfg.seed)
     backbone, report = build_backbone(cfg.backbone)
     method = SSL_METHODS[cfg.method.name](backbone, **cfg.method.options)
-    if method.needs_labels and len(train_set.labels.unique()) < 2:
+    if method.needs_defect != (cfg.defect is not None):
+        asked = "needs a defect: set defect=cutpaste or another" if method.needs_defect else "has no use for a defect"
+        raise errors.UserError(f"method {cfg.method.name} {asked}")
+    if method.needs_labels and classes < 2:
         raise errors.UserError(
             f"{cfg.method.name} learns from classes: data.root needs a folder for each, two at least"
         )
     method = nn.SyncBatchNorm.convert_sync_batchnorm(method) if cfg.sync_bn else method
     method.to(device, memory_format=torch.channels_last)
-    model = method if cfg.spd is None else SPD(method, cfg.spd.weight)
+    objective = method if cfg.spd is None else SPD(method, cfg.spd.weight)
+    model = objective if cfg.accumulate == 1 else Embed(objective)
     model = torch.compile(model) if cfg.compile else model
-    model = DistributedDataParallel(model) if world > 1 else model
+    # Running statistics are used by evaluation alone, which takes rank 0's; all other buffers are equal anyway
+    model = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     optimizer = build_optimizer(cfg.optim, method)
     dtype, scaler = PRECISIONS[cfg.precision], torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     epoch_steps = len(loader) // cfg.accumulate
     if epoch_steps == 0:
         raise errors.UserError(f"accumulate={cfg.accumulate} is more than the {len(loader)} batches of an epoch")
@@ -144,25 +164,26 @@ def main(argv: list[str]) -> None:
     # ---------------------------------------------------------------- train
     if start == total and log.repeat_results():
         return
+
     batches = None
     bar = tqdm(range(start, total), cfg.run_name, total, initial=start, unit="step", disable=not distributed.is_main())
     for step in bar:
+        epoch, seed = step // epoch_steps, cfg.seed + 1_000_003 * step + distributed.rank()
         method.train()
-        method.epoch = step // epoch_steps
+        method.set_epoch(epoch)
         if batches is None or step % epoch_steps == 0:
-            batches = loader.epoch(method.epoch, first_batch=step % epoch_steps * cfg.accumulate)
-        torch.manual_seed(cfg.seed + 1_000_003 * step + distributed.rank())  # a resumed run draws the same numbers
+            batches = loader.epoch(epoch, first_batch=step % epoch_steps * cfg.accumulate)
         lr = cfg.optim.lr_at(step, total, epoch_steps, cfg.batch_size)
-        set_rates(optimizer, lr, cfg.optim.weight_decay_at(step, total))
+        set_rates(optimizer, lr, cfg.optim.weight_decay_at(step, total), cfg.optim.peak_lr(cfg.batch_size))
 
-        for micro in range(cfg.accumulate):
-            images, labels, ids = window.next(batches)
-            views = augment(images, ids, method.epoch)  # V x (B, 3, h, w)
-            with nullcontext() if world == 1 or micro == cfg.accumulate - 1 else model.no_sync():
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    loss, stats = model(views, labels)
-                scaler.scale(loss / cfg.accumulate).backward()
-            window.add(loss)
+        images, labels, ids = zip(*(window.next(batches) for _ in range(cfg.accumulate)))
+        views = [augment(*pictures, 0 if cfg.overfit else epoch) for pictures in zip(images, ids)]  # V x (B, 3, h, w)
+        loss, stats = backward(model, objective, views, labels, scaler, autocast, seed)
+        if cfg.sam is not None:  # along the gradient of all processes, so that they equal one
+            method.cancel_gradients()
+            with climbed(method.parameters(), cfg.sam.rho, adaptive=cfg.sam.adaptive), frozen_statistics(method):
+                backward(model, objective, views, labels, scaler, autocast, seed)
+        window.add(loss)
 
         scaler.unscale_(optimizer)
         grad_norm = clip_gradients(method.parameters(), cfg.optim.clip, cfg.optim.clip_mode)
@@ -173,9 +194,10 @@ def main(argv: list[str]) -> None:
         if method.target is not None:
             momentum = warmup_cosine(step, total, start=cfg.ema.start, end=cfg.ema.end)
             ema_update(method.target, method.online, momentum)
+        method.update()
 
         if step == 0:
-            for v, view in enumerate(views):
+            for v, view in enumerate(views[0]):
                 log.picture(f"views/{v}", make_grid(unnormalize(view[:32]), nrow=8))
         done = step + 1
         log_due, eval_due, save_due = (
@@ -187,18 +209,23 @@ def main(argv: list[str]) -> None:
             norm = None if scaler.is_enabled() else grad_norm
             window.check(norm, f"by step {done} at lr {lr:.3g}; {checkpoint.last_good(folder)}")
         if log_due:
-            curves = window.read() | {"lr": lr, "grad_norm": grad_norm, "epoch": done / epoch_steps}
+            health = embedding_health(stats.pop("embeddings"))
+            curves = window.read() | {"lr": lr, "grad_norm": grad_norm, "epoch": done / epoch_steps} | health
             curves = log.scalars(done, curves | {f"stats/{name}": value for name, value in stats.items()})
+            chance = curves.get("stats/chance_loss") if cfg.spd is None else None
+            distinct = classes if method.needs_labels else micro_batch
+            about = {"chance": chance, "advice": method.advice, "epochs": done / epoch_steps, "distinct": distinct}
+            log.warn(done, collapse_warning(curves["loss"], health, **about))
             bar.set_postfix_str(f"loss {curves['loss']:.3f}, {curves['speed/images_per_second']:.0f} images/s")
         if eval_due and measurable:
             distributed.share_buffers(method)
             figures = log.scalars(done, knn_figures(method.backbone, bank, queries))
             if cfg.save.best and figures["knn20_top1"] > best:
                 best = figures["knn20_top1"]
-                checkpoint.save(folder / "best.pt", parts, step=done, best=best, config=resolved)
+                checkpoint.save(folder / "best.pt", parts, step=done, best=best, config=resolved, part=method.kept)
         if save_due:
-            about = {"step": done, "best": best, "curves": curves, "figures": figures, "config": resolved}
-            checkpoint.save(folder / checkpoint.LAST, parts, **about)
+            about = {"step": done, "best": best, "config": resolved, "part": method.kept}
+            checkpoint.save(folder / checkpoint.LAST, parts, **about, curves=curves, figures=figures)
             checkpoint.keep_copy(folder, done, cfg.save.keep_last)
 
     # ---------------------------------------------------------------- results

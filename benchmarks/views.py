@@ -18,7 +18,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from benchmarks.machine import commit, processor
-from data.augment import MEAN, RECIPES, STD, Augment, View
+from data.augment import MEAN, STD, Augment, View
+from data.recipes import RECIPES
 
 GOAL = 10  # times torchvision's rate, for SimCLR's views
 

@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args, get_type_hints
 
-from data.augment import RECIPES, View
+from torch import Tensor
+
+from data.augment import Augment
 from data.cifar10 import CIFAR10
 from data.defects import DEFECTS
 from data.few_shot import FewShot
@@ -11,6 +13,8 @@ from data.folder import ClassFolder
 from data.geometry import Fit, Geometry
 from data.mvtec import MVTec
 from data.one_against_all import OneAgainstAll
+from data.patches import PatchGrid
+from data.recipes import RECIPES
 from training.errors import UserError
 
 DATASETS = {
@@ -71,6 +75,12 @@ def build_dataset(config: DataConfig, split: str):
     return DATASETS[config.name](split, build_geometry(config), **config.options)
 
 
-def build_views(config: AugmentConfig) -> list[View]:
-    """The views of an `augment` section."""
-    return RECIPES[config.name](**config.options)
+def build_augment(config: AugmentConfig, seed: int, sizes: Tensor) -> Augment | PatchGrid:
+    """What makes the views of an `augment` section, ready to call: `views = augment(images, sample_ids, epoch)`.
+
+    `augment.views` describes them, each with its `size`. sizes (N, 2): heights and widths of the original pictures.
+    """
+    recipe = RECIPES[config.name]
+    if recipe is PatchGrid:
+        return PatchGrid(seed, **config.options)
+    return Augment(recipe(**config.options), seed, sizes)

@@ -21,18 +21,18 @@ from training.errors import UserError
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1]
 DRAWS = (resample.CROP_DRAWS, 1, 9, 1, 2, 1)  # random numbers of crop, flip, jitter, gray, blur, solarize
 
-CPU_PIXELS = (
-    2**17
-)  # stored pixels that a CPU works on at a time: about what its caches hold (1.6 times as fast as 2^19)
+# stored pixels that a CPU works on at a time: about what its caches hold (1.6 times as fast as 2^19)
+CPU_PIXELS = 2**17
 
 
 @dataclass(frozen=True)
 class View:
     """What one view may do to a picture, in this order. `View(size)` alone only resizes; a `_p` is a probability."""
 
-    size: int  # height and width in pixels
+    size: int | tuple[int, int]  # pixels of a square, or height and width
     scale: tuple[float, float] | None = None  # share of the area that a random-resized-crop keeps; None: no crop
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop, in the original picture
+    # width / height of the crop in the original picture; "own": as the picture's; "full_height": only the width is cut
+    ratio: tuple[float, float] | Literal["own", "full_height"] = (3 / 4, 4 / 3)
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # with antialias
     flip_p: float = 0.0  # left to right
     jitter_p: float = 0.0
@@ -49,13 +49,14 @@ class View:
             [getattr(self, f.name) for f in fields(self) if f.name[-2:] == "_p"],
         )
         rules = {
-            "size must be at least 1 pixel": self.size >= 1,
+            "size must be at least 1 pixel": min(self.shape) >= 1,
             "scale must lie in (0, 1], low first": 0 < scale[0] <= scale[1] <= 1,
-            "ratio must be positive, low first": 0 < self.ratio[0] <= self.ratio[1],
+            "ratio must be positive, low first, or own or full_height": self.ratio in resample.SHARES
+            or (not isinstance(self.ratio, str) and 0 < self.ratio[0] <= self.ratio[1]),
             f"interpolation must be one of {', '.join(resample.KERNELS)}": self.interpolation in resample.KERNELS,
             "jitter must not be negative, nor its hue above 0.5": min(self.jitter) >= 0 and self.jitter[3] <= 0.5,
             "blur_kernel must be odd": self.blur_kernel % 2 == 1,
-            "blur_kernel must be below twice the size": 0 < self.blur_kernel < 2 * self.size,
+            "blur_kernel must be below twice the size": 0 < self.blur_kernel < 2 * min(self.shape),
             "blur_sigma must be positive, low first": 0 < self.blur_sigma[0] <= self.blur_sigma[1],
             "probabilities must lie in [0, 1]": all(0 <= p <= 1 for p in probabilities),
         }
@@ -63,85 +64,17 @@ class View:
             if not holds:
                 raise UserError(f"augmentation: {rule}, but the view is {self}")
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
     def jitter_factors(self, numbers: Tensor) -> Tensor:
         """Uniform numbers (B, 4) -> factors of brightness, contrast and saturation around 1, turns of hue around 0."""
         spread = torch.tensor(self.jitter, dtype=torch.float64)
         middle = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
         low = torch.maximum(middle - spread, torch.tensor([0.0, 0.0, 0.0, -0.5], dtype=torch.float64))
         return low + (middle + spread - low) * numbers
-
-
-def simclr(
-    *,
-    size: int = 224,
-    scale: tuple[float, float] = (0.08, 1.0),
-    strength: float = 1.0,
-    blur_p: float = 0.5,
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic",
-) -> list[View]:
-    """SimCLR (Chen et al. 2020, appendix A): two views of one distribution.
-
-    The defaults are ImageNet's. For CIFAR-10 the paper takes size=32, strength=0.5 and blur_p=0. The blur has
-    size // 10 taps, made odd, as in the official code.
-    """
-    view = View(
-        size,
-        scale=scale,
-        interpolation=interpolation,
-        flip_p=0.5,
-        jitter_p=0.8,
-        jitter=(0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength),
-        gray_p=0.2,
-        blur_p=blur_p,
-        blur_kernel=size // 10 // 2 * 2 + 1,
-    )
-    return [view, view]
-
-
-def dino(
-    *,
-    size: int = 224,
-    local_size: int = 96,
-    local_crops: int = 8,
-    global_scale: tuple[float, float] = (0.4, 1.0),
-    local_scale: tuple[float, float] = (0.05, 0.4),
-    blur: bool = True,
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic",
-) -> list[View]:
-    """DINO (Caron et al. 2021, main_dino.py): two global views, then `local_crops` local ones.
-
-    `blur=False` leaves the blur out, as solo-learn and lightly do for the 32 pixels of CIFAR-10, where it erases all.
-
-    Deviation: the official blur is PIL's, three box blurs whose extent follows sigma; here it is the Gaussian itself
-    out to 4 times the largest sigma (17 taps), or as far as a small view allows.
-    """
-
-    def view(size: int, scale: tuple[float, float], *, blur_p: float, solarize_p: float) -> View:
-        return View(
-            size,
-            scale=scale,
-            interpolation=interpolation,
-            flip_p=0.5,
-            jitter_p=0.8,
-            jitter=(0.4, 0.4, 0.2, 0.1),
-            gray_p=0.2,
-            blur_p=blur_p if blur else 0.0,
-            blur_kernel=min(17, 2 * size - 1),
-            solarize_p=solarize_p,
-        )
-
-    if local_crops < 0:
-        raise UserError(f"augmentation: local_crops must not be negative, got {local_crops}")
-    first, second = (view(size, global_scale, blur_p=b, solarize_p=s) for b, s in ((1.0, 0.0), (0.1, 0.2)))
-    return [first, second] + [view(local_size, local_scale, blur_p=0.5, solarize_p=0.0)] * local_crops
-
-
-def none(*, size: int = 224) -> list[View]:
-    """One view, resized and normalised and nothing else."""
-    return [View(size)]
-
-
-RECIPES: dict[str, Callable[..., list[View]]] = {"simclr": simclr, "dino": dino, "none": none}
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -186,15 +119,7 @@ class Augment:
     @torch.no_grad()
     def __call__(self, images: Tensor, sample_ids: Tensor, epoch: int) -> list[Tensor]:
         """images (B, 3, S, S) uint8, sample_ids (B,) int64 on the CPU -> [(B, 3, h, w) float32 for each view]."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be uint8 (B, 3, S, S), got {images.dtype} {tuple(images.shape)}")
-        if sample_ids.shape != images.shape[:1] or sample_ids.device.type != "cpu":
-            raise ValueError(f"sample_ids must be ({len(images)},) on the CPU, got {tuple(sample_ids.shape)}")
-        on_cpu = images.device.type == "cpu"
-        rows = max(1, CPU_PIXELS // images.shape[2:].numel() if on_cpu else len(images))
-        with torch.autocast(images.device.type, enabled=False):  # in bfloat16 the products would lose the low bits
-            parts = [self._views(*part, epoch) for part in zip(images.split(rows), sample_ids.split(rows))]
-        return parts[0] if len(parts) == 1 else [torch.cat(view) for view in zip(*parts)]
+        return in_pieces(partial(self._views, epoch=epoch), images, sample_ids)
 
     def _views(self, images: Tensor, sample_ids: Tensor, epoch: int) -> list[Tensor]:
         pixels, made = images.float().div_(255), {}
@@ -211,16 +136,16 @@ class Augment:
         crop, flip, jitter, gray, blur, solarize = uniform(key, sum(DRAWS)).split(DRAWS, dim=1)  # each (K B, draws)
 
         edges = self._edges(view, crop, flip, ids, pixels).unflatten(0, shape)  # (K, B, 4)
-        crops = resample.resized_crops(pixels, edges, view.size, interpolation=view.interpolation)
+        crops = resample.resized_crops(pixels, edges, view.shape, interpolation=view.interpolation)
         batch = crops.flatten(0, 1)  # (K B, 3, h, w)
 
         factors, orders = view.jitter_factors(jitter[:, 1:5]), jitter[:, 5:].argsort(dim=1, stable=True)
         batch = color.jitter(batch, jitter[:, 0] < view.jitter_p, factors, orders)
-        batch = _on_rows(color.to_gray, batch, gray[:, 0] < view.gray_p)
+        batch = on_rows(color.to_gray, batch, gray[:, 0] < view.gray_p)
         sigma = view.blur_sigma[0] + (view.blur_sigma[1] - view.blur_sigma[0]) * blur[:, 1]
         gaussian_blur = partial(resample.gaussian_blur, kernel=view.blur_kernel)
-        batch = _on_rows(gaussian_blur, batch, blur[:, 0] < view.blur_p, sigma)
-        batch = _on_rows(color.solarize, batch, solarize[:, 0] < view.solarize_p)
+        batch = on_rows(gaussian_blur, batch, blur[:, 0] < view.blur_p, sigma)
+        batch = on_rows(color.solarize, batch, solarize[:, 0] < view.solarize_p)
         return standardize_(batch, self.mean, self.std).unflatten(0, shape)
 
     def _edges(self, view: View, crop: Tensor, flip: Tensor, ids: Tensor, pixels: Tensor) -> Tensor:
@@ -229,7 +154,8 @@ class Augment:
         sizes = stored.expand(len(ids), 2) if self.sizes is None else self.sizes[ids].double()  # (K B, 2)
         begin, extent = torch.zeros_like(sizes), sizes
         if view.scale is not None:
-            begin, extent = resample.draw_boxes(crop, sizes, view.scale, ratio=view.ratio)
+            draw = resample.draw_shares if isinstance(view.ratio, str) else resample.draw_boxes
+            begin, extent = draw(crop, sizes, view.scale, ratio=view.ratio)
         edges = torch.stack([begin, begin + extent], dim=2) * (stored / sizes)[..., None]  # (K B, 2 axes, 2 ends)
         (top, bottom), (left, right) = (axis.unbind(1) for axis in edges.unbind(1))
         flipped = flip[:, 0] < view.flip_p
@@ -237,7 +163,20 @@ class Augment:
         return torch.stack([top, bottom, left, right], dim=1)
 
 
-def _on_rows(op: Callable[..., Tensor], batch: Tensor, chosen: Tensor, *parameters: Tensor) -> Tensor:
+def in_pieces(make: Callable[[Tensor, Tensor], list[Tensor]], images: Tensor, sample_ids: Tensor) -> list[Tensor]:
+    """The views that `make` gives of a batch, which is checked first: images (B, 3, S, S) uint8, sample_ids (B,)."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be uint8 (B, 3, S, S), got {images.dtype} {tuple(images.shape)}")
+    if sample_ids.shape != images.shape[:1] or sample_ids.device.type != "cpu":
+        raise ValueError(f"sample_ids must be ({len(images)},) on the CPU, got {tuple(sample_ids.shape)}")
+    on_cpu = images.device.type == "cpu"
+    rows = max(1, CPU_PIXELS // images.shape[2:].numel() if on_cpu else len(images))
+    with torch.autocast(images.device.type, enabled=False):  # in bfloat16 the products would lose the low bits
+        parts = [make(*part) for part in zip(images.split(rows), sample_ids.split(rows))]
+    return parts[0] if len(parts) == 1 else [torch.cat(view) for view in zip(*parts)]
+
+
+def on_rows(op: Callable[..., Tensor], batch: Tensor, chosen: Tensor, *parameters: Tensor) -> Tensor:
     """Replace the rows `chosen` (B,) of the batch by `op` of them and their `parameters` (B, ...), both on the CPU."""
     rows = chosen.nonzero()[:, 0]
     if len(rows) == 0:

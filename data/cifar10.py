@@ -22,11 +22,20 @@ class CIFAR10:
     as it is, and `paths` name its rows, `.../train#17`; else `<root>/train/<class>/*` and `<root>/test/<class>/*` are
     decoded.
 
+    per_class: so many training pictures of each class, the first ones; none: all 5,000.
+
     Raises:
-        UserError: neither layout is there, or the published files are incomplete.
+        UserError: neither layout is there, the published files are incomplete, or a class has fewer pictures.
     """
 
-    def __init__(self, split: Literal["train", "test"], size: int | Geometry = 32, *, root: str):
+    def __init__(
+        self,
+        split: Literal["train", "test"],
+        size: int | Geometry = 32,
+        *,
+        root: str,
+        per_class: int | None = None,
+    ):
         self.geometry = as_geometry(size)
         batches = Path(root) / torchvision.datasets.CIFAR10.base_folder
         if batches.is_dir():
@@ -47,6 +56,12 @@ class CIFAR10:
                 f"data.root={root} holds no CIFAR-10: expected {batches}/data_batch_1 and so on, "
                 f"or JPEG files in {root}/train/<class>/ and {root}/test/<class>/"
             )
+
+        if per_class is not None and split == "train":
+            members = [(self.labels == label).nonzero().flatten() for label in range(len(self.classes))]
+            if not 1 <= per_class <= min(map(len, members)):
+                raise UserError(f"data.per_class={per_class} must be 1 to {min(map(len, members))}, a class's pictures")
+            self.keep(torch.cat([positions[:per_class] for positions in members]).sort().values.tolist())
 
     @cached_property
     def sizes(self) -> Tensor:

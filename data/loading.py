@@ -3,9 +3,7 @@
 Letters: N items, B batch of this process, W processes, h and w a picture's height and width.
 """
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -15,6 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.images import in_threads
+from data.memory import free_memory
+from data.prefetch import prefetch
 from training.distributed import rank, world_size
 from training.errors import UserError
 
@@ -110,11 +110,14 @@ class Loader:
             return
         store = _store(self.dataset, self.device, self.cache)
         if store is None:
-            yield from self._decode(batches)
+            yield from prefetch(self._decode(batches), self.device)
             return
         store.fill(self.dataset, torch.cat(batches))
-        for indices in batches:
-            yield (*store.take(indices, self.device), indices)
+        if store.labels.device.type == "cpu":
+            pin = self.device.type == "cuda"  # a copy from pinned memory does not stop the step
+            yield from prefetch((store.take(indices, pin) for indices in batches), self.device)
+        else:
+            yield from (store.take(indices) for indices in batches)
 
     def _batches(self, epoch: int | None) -> list[Tensor]:
         """This rank's part of each global batch of the epoch: positions in the dataset. None: without shuffling."""
@@ -148,7 +151,7 @@ class Loader:
         )
 
     def _decode(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-        """Batches decoded now, by the workers (by this process when there are none)."""
+        """Batches on the CPU, decoded now by the workers (by this process when there are none)."""
         decoded = DataLoader(
             _Batches(self.dataset, batches),
             batch_size=None,
@@ -159,7 +162,7 @@ class Loader:
         for batch in decoded:
             if isinstance(batch, UserError):
                 raise batch
-            yield (*(column.to(self.device, non_blocking=True) for column in batch[:-1]), batch[-1])
+            yield tuple(batch)
 
 
 class _Batches(torch.utils.data.Dataset):
@@ -195,17 +198,16 @@ class _Store:
                 column[i] = value
             self.filled[i] = True
 
-    def take(self, indices: Tensor, device: torch.device) -> list[Tensor]:
-        """Rows of images, [masks,] and labels on the device."""
-        where = self.labels.device
-        pin = where.type == "cpu" and device.type == "cuda"  # a copy from pinned memory does not stop the step
+    def take(self, indices: Tensor, pin: bool = False) -> tuple[Tensor, ...]:
+        """Rows of images, [masks,] and labels in the store's memory, or pinned in RAM; and the indices on the CPU."""
+        where, rows = self.labels.device, indices
         if where.type == "cuda":
-            indices = indices.pin_memory().to(where, non_blocking=True)
-        rows = []
+            rows = indices.pin_memory().to(where, non_blocking=True)
+        batch = []
         for column in [*self.columns, self.labels]:
-            out = torch.empty((len(indices), *column.shape[1:]), dtype=column.dtype, device=where, pin_memory=pin)
-            rows.append(torch.index_select(column, 0, indices, out=out).to(device, non_blocking=True))
-        return rows
+            out = torch.empty((len(rows), *column.shape[1:]), dtype=column.dtype, device=where, pin_memory=pin)
+            batch.append(torch.index_select(column, 0, rows, out=out))
+        return (*batch, indices)
 
 
 _STORES: WeakKeyDictionary = WeakKeyDictionary()  # dataset -> {memory: _Store}; goes with the dataset
@@ -235,25 +237,3 @@ def _store(dataset, device: torch.device, cache: Cache) -> _Store | None:
             f"{free / 2**30:.1f} GiB are free on {place}: use data.cache=none with data.workers, or a smaller data.size"
         )
     return None
-
-
-def free_memory(place: torch.device) -> int:
-    """Free bytes for this process: of a GPU, or of RAM within the container's limit, a part for each local process.
-
-    What the file cache holds counts as free, since the system gives it back. Without Linux's files: all of the RAM.
-    """
-    if place.type == "cuda":
-        return torch.cuda.mem_get_info(place)[0]
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if os.path.exists("/proc/meminfo"):
-        free = int(_fields("/proc/meminfo")["MemAvailable:"]) * 1024
-    if os.path.exists("/sys/fs/cgroup/memory.max"):
-        limit, used = Path("/sys/fs/cgroup/memory.max").read_text().strip(), _fields("/sys/fs/cgroup/memory.stat")
-        if limit != "max":
-            free = min(free, int(limit) - int(used["anon"]) - int(used["shmem"]))
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def _fields(path: str) -> dict[str, str]:
-    """The first two words of each line."""
-    return dict(line.split()[:2] for line in Path(path).read_text().splitlines())

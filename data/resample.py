@@ -11,6 +11,7 @@ from data.random_numbers import send
 
 TRIES = 10
 CROP_DRAWS = 2 * TRIES + 2
+SHARES = {"own": (0.5, 0.5), "full_height": (0.0, 1.0)}  # powers of the share of the area that height and width keep
 
 
 def draw_boxes(
@@ -36,6 +37,18 @@ def draw_boxes(
     none_fits = ~fits.any(1, keepdim=True)
     box = torch.where(none_fits, central, box)
     return torch.where(none_fits, ((sizes - box) / 2).floor(), (place * (sizes - box + 1)).floor()), box
+
+
+def draw_shares(numbers: Tensor, sizes: Tensor, scale: tuple[float, float], *, ratio: str) -> tuple[Tensor, Tensor]:
+    """Boxes as of `draw_boxes` whose proportions follow the picture's: (top, left) and (height, width), each (B, 2).
+
+    A share of the area, uniform in `scale`, is kept by both sides alike (ratio "own") or by the width alone
+    ("full_height"); the sides are rounded to whole pixels, at least one, and the box is placed uniformly.
+    """
+    sizes = sizes.double()
+    share = scale[0] + (scale[1] - scale[0]) * numbers[:, :1].double()  # (B, 1)
+    box = (sizes * share ** torch.tensor(SHARES[ratio], dtype=torch.float64)).round().clamp(min=1)  # (B, 2)
+    return (numbers[:, 2 * TRIES :] * (sizes - box + 1)).floor(), box
 
 
 def triangle(x: Tensor) -> Tensor:
@@ -101,8 +114,8 @@ def product(rows: Tensor, images: Tensor, columns: Tensor, *, clamp: bool) -> Te
     return small.clamp_(0, 1) if clamp else small
 
 
-def resized_crops(images: Tensor, edges: Tensor, size: int, *, interpolation: str) -> Tensor:
-    """K crops of each picture, mirrored and resized: images (B, C, H, W), edges (K, B, 4) -> (K, B, C, size, size).
+def resized_crops(images: Tensor, edges: Tensor, size: tuple[int, int], *, interpolation: str) -> Tensor:
+    """K crops of each picture, mirrored and resized: images (B, C, H, W), edges (K, B, 4) -> (K, B, C, *size).
 
     Edges are top, bottom, left and right in pixels, on the CPU; top > bottom or left > right mirrors. Whole edges give
     torchvision's resized_crop with antialias=True of a uint8 picture, not rounded: columns first, and what the cubic
@@ -110,8 +123,8 @@ def resized_crops(images: Tensor, edges: Tensor, size: int, *, interpolation: st
     """
     shape, (height, width) = edges.shape[:2], images.shape[2:]
     edges = send(edges.float(), images.device).flatten(0, 1)  # (K B, 4)
-    rows = resampling_matrix(edges[:, :2], height, size, interpolation=interpolation).unflatten(0, shape)
-    columns = resampling_matrix(edges[:, 2:], width, size, interpolation=interpolation).unflatten(0, shape)
+    rows = resampling_matrix(edges[:, :2], height, size[0], interpolation=interpolation).unflatten(0, shape)
+    columns = resampling_matrix(edges[:, 2:], width, size[1], interpolation=interpolation).unflatten(0, shape)
     overshoots = interpolation == "bicubic"
     return torch.stack([product(row, images, column, clamp=overshoots) for row, column in zip(rows, columns)])
 

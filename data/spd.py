@@ -7,28 +7,31 @@ global augmentation, and that with a local defect.
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from data.augment import Augment, View, normalize, unnormalize
+from data.augment import Augment, View
+from data.negatives import DefectiveView, require_views
 
 
 def weak(like: View) -> View:
-    """Crop, flip, color jitter and blur as the paper lists them, all slight; how slight is ours, not the paper's."""
+    """Crop, flip, color jitter and blur as the paper lists them, all slight; how slight is ours, not the paper's.
+
+    It flips as often as the recipe does, which may have to tell left from right.
+    """
     return View(
         like.size,
         scale=(0.8, 1.0),
         interpolation=like.interpolation,
-        flip_p=0.5,
+        flip_p=like.flip_p,
         jitter_p=0.8,
         jitter=(0.1, 0.1, 0.1, 0.02),
         blur_p=0.5,
-        blur_kernel=like.size // 10 // 2 * 2 + 1,
+        blur_kernel=min(like.shape) // 10 // 2 * 2 + 1,
         blur_sigma=(0.1, 1.0),
     )
 
 
-class SpotTheDifference:
+class SpotTheDifference(DefectiveView):
     """An `Augment` whose views are followed by three more, as large as its first one: anchor, positive, negative.
 
     The anchor is only resized. The negative is the positive with a defect, made after the augmentation as in the paper:
@@ -38,14 +41,7 @@ class SpotTheDifference:
     """
 
     def __init__(self, augment: Augment, defect: Callable[..., tuple[Tensor, Tensor]]):
+        require_views(augment)
         first = augment.views[0]
         more = [View(first.size, interpolation=first.interpolation), weak(first)]
-        self.augment, self.defect = Augment([*augment.views, *more], augment.seed, augment.sizes), defect
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor, sample_ids: Tensor, epoch: int) -> list[Tensor]:
-        """images (B, 3, S, S) uint8, sample_ids (B,) int64 on the CPU -> [(B, 3, h, w) float32 for each view]."""
-        *views, anchor, changed = self.augment(images, sample_ids, epoch)
-        changed = unnormalize(changed).mul_(255).round_().to(torch.uint8)  # (B, 3, h, w), as defects take them
-        defective, _ = self.defect(changed, sample_ids, epoch, seed=self.augment.seed)
-        return [*views, anchor, normalize(changed), normalize(defective)]
+        super().__init__(Augment([*augment.views, *more], augment.seed, augment.sizes), defect)

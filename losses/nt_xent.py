@@ -4,40 +4,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from losses.focal import focal
 from training.distributed import gather, rank
 
 
-def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    """Normalised temperature-scaled cross-entropy over two views (Chen et al. 2020, eq. 1).
+def nt_xent(z: Tensor, temperature: float, *, bank: Tensor | None = None, gamma: float = 0.0) -> Tensor:
+    """Normalised temperature-scaled cross-entropy (Chen et al. 2020, eq. 1) over two views or more.
 
-        loss = mean over the 2B anchors a of  -log( exp(a.p / T) / sum over all x != a of exp(a.x / T) )
+        loss = mean over anchors a and their positives p of  -log( exp(a.p / T) / sum over all x != a of exp(a.x / T) )
 
-    with p the anchor's other view and x running over both views of the pictures of all processes: 2WB - 1 terms.
-    TensorFlow SimCLR adds the means of the two halves and is therefore twice this value; lightly and solo-learn agree
-    with it. Computed in at least float32 with autocast off.
+    with p the anchor's V - 1 other views and x running over all views of the pictures of all processes: W B V - 1 terms
+    and, if there is a memory bank, its K rows. For V = 2 without a bank it is the paper's loss; TensorFlow SimCLR adds
+    the means of the two halves and is therefore twice this value; lightly and solo-learn agree with it. For V > 2 it is
+    SupCon's L_out with a class for each picture. Computed in at least float32 with autocast off.
 
     Args:
-        z1, z2: (B, D) embeddings of the two views, normalised here; B equal on all ranks.
+        z: (B, V, D) embeddings, normalised here; B equal on all ranks.
         temperature: T > 0.
+        bank: (K, D) normalised embeddings of earlier pictures, the same on all ranks; no gradient flows into them.
+        gamma: of the focal term, see losses/focal.py; 0: none.
 
     Returns:
         The scalar mean over this rank's anchors; its gradient, averaged over ranks, is that of the whole batch.
     """
-    if z1.shape != z2.shape or z1.ndim != 2:
-        raise ValueError(f"nt_xent needs two (B, D) tensors of one shape, not {tuple(z1.shape)} and {tuple(z2.shape)}")
-    with torch.autocast(z1.device.type, enabled=False):
-        dtype = torch.promote_types(z1.dtype, torch.float32)
-        z1, z2 = F.normalize(z1.to(dtype), dim=1), F.normalize(z2.to(dtype), dim=1)
-        keys1, keys2 = gather(z1), gather(z2)  # (W*B, D)
-        own = torch.arange(len(z1), device=z1.device) + rank() * len(z1)  # this rank's rows among the keys
-        loss1 = _half(z1, keys2, keys1, own, temperature)
-        loss2 = _half(z2, keys1, keys2, own, temperature)
-        return (loss1 + loss2) / 2
-
-
-def _half(anchors: Tensor, positives: Tensor, same_view: Tensor, own: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of anchors (B, D) against [other view | own view without itself], both (W*B, D)."""
-    across = anchors @ positives.T / temperature  # (B, W*B)
-    within = anchors @ same_view.T / temperature  # (B, W*B)
-    within = within.scatter(1, own[:, None], float("-inf"))
-    return F.cross_entropy(torch.cat([across, within], dim=1), own)
+    if z.ndim != 3 or z.shape[1] < 2:
+        raise ValueError(f"nt_xent needs (B, V, D) with two views or more, not {tuple(z.shape)}")
+    batch, views, _ = z.shape
+    with torch.autocast(z.device.type, enabled=False):
+        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=2)
+        anchors, keys = z.flatten(0, 1), gather(z).flatten(0, 1)  # (B V, D), (W B V, D)
+        view = torch.arange(views, device=z.device)
+        first = (torch.arange(batch, device=z.device) + rank() * batch)[:, None] * views  # (B, 1), among the keys
+        own = (first + view).flatten()  # (B V,)
+        others = (view[:, None] + view[1:]) % views  # (V, V - 1)
+        positives = (first[..., None] + others).flatten(0, 1)  # (B V, V - 1)
+        logits = (anchors @ keys.T / temperature).scatter(1, own[:, None], float("-inf"))  # (B V, W B V)
+        if bank is not None:
+            logits = torch.cat([logits, anchors @ bank.detach().to(z.dtype).T / temperature], dim=1)  # (B V, W B V + K)
+        return focal(logits.log_softmax(1).gather(1, positives), gamma).mean()

@@ -1,21 +1,57 @@
 """What pretraining puts behind the backbone and throws away afterwards. Shapes: B batch, F features, K prototypes."""
 
+from itertools import pairwise
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
+from training.errors import UserError
 
-def projection_head(in_features: int, hidden: int, out_features: int, *, batch_norm: bool = True) -> nn.Sequential:
-    """SimCLR's head (arXiv 2002.05709, section 2.1): (B, in_features) -> (B, out_features).
 
-    Deviation from the official TensorFlow code, which has a BatchNorm in the place of the last layer's bias. SupCon's
-    has no `batch_norm` (official networks/resnet_big.py).
+def head_widths(features: int, head: Literal["linear", "mlp"], hidden: int, out: int, *, layers: int = 2) -> list[int]:
+    """Widths for `mlp` of a projection head: one layer for `linear`, `layers` for `mlp`; hidden 0 is `features`."""
+    if head not in ("linear", "mlp"):
+        raise UserError(f"method.head={head!r} is unknown; one of: linear, mlp")
+    return [features, *[hidden or features] * (layers - 1 if head == "mlp" else 0), out]
+
+
+def mlp(
+    widths: list[int],
+    *,
+    batch_norm: bool = True,
+    bias: bool = False,
+    last_bias: bool = False,
+    last_norm: bool = False,
+) -> nn.Sequential:
+    """Linear layers with BatchNorm and ReLU between them: (B, widths[0]) -> (B, widths[-1]).
+
+    Args:
+        batch_norm: before each ReLU. bias, last_bias: of the hidden layers and of the last one.
+        last_norm: a BatchNorm without parameters after the last layer.
+
+    The published heads, all found in their official codes; of two layers if nothing else is said:
+
+        SimCLR           bias, last_bias (in TensorFlow each layer has a BatchNorm in the place of its bias)
+        SupCon, MoCo v2  bias, last_bias, no batch_norm
+        MoCo v3          last_norm, for a ViT three layers; predictor: last_norm for a ViT only
+        PsCo             last_norm; predictor without
+        BYOL             bias; projector and predictor
+        SimSiam          three layers, last_norm (the last layer's frozen bias, which it undoes, is left out);
+                         predictor: last_bias
+        Barlow Twins     three layers
+        VICReg           three layers, bias
     """
-    return nn.Sequential(
-        nn.Linear(in_features, hidden),
-        *([nn.BatchNorm1d(hidden)] if batch_norm else []),
-        nn.ReLU(inplace=True),
-        nn.Linear(hidden, out_features),
-    )
+    layers = []
+    for number, (width_in, width_out) in enumerate(pairwise(widths), 1):
+        if number < len(widths) - 1:
+            layers.append(nn.Linear(width_in, width_out, bias=bias))
+            layers += [nn.BatchNorm1d(width_out)] if batch_norm else []
+            layers.append(nn.ReLU(inplace=True))
+        else:
+            layers.append(nn.Linear(width_in, width_out, bias=last_bias))
+            layers += [nn.BatchNorm1d(width_out, affine=False)] if last_norm else []
+    return nn.Sequential(*layers)
 
 
 def normed_mlp(in_features: int, widths: list[int]) -> nn.Sequential:

@@ -15,7 +15,8 @@ from models.resnet import ResNet
 from training.checkpoint import read
 from training.errors import UserError
 
-# part: what its backbone's names start with. part=auto takes the first of these that the file has.
+# part: what its backbone's names start with. part=auto takes the one that the file names under "part", as ours do, else
+# the first of these that it has.
 PARTS = {
     "target": "target.backbone.",  # ours, the moving average
     "online": "online.backbone.",  # ours, the trained network
@@ -45,8 +46,10 @@ def load_weights(model: nn.Module, path: str | Path, *, part: str = "auto") -> s
         UserError: the file cannot be read, holds more than tensors and plain values (nothing in it is run), lacks the
             part, or does not fit the model; the message names up to three tensors at fault and what to try.
     """
-    tensors = _tensors(read(path), path)
-    part, choice = _choose(part, tensors, path)
+    checkpoint = read(path)
+    tensors = _tensors(checkpoint, path)
+    kept = checkpoint.get("part")  # ours say which of their networks counts
+    part, choice = _choose(part, tensors, path, kept if isinstance(kept, str) else None)
     prefix = PARTS[part]
     given = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     wanted = model.state_dict()
@@ -93,10 +96,10 @@ def _tensors(checkpoint, path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _choose(part: str, tensors: dict[str, Tensor], path: str | Path) -> tuple[str, str]:
-    """The part to load, and the choice in words."""
+def _choose(part: str, tensors: dict[str, Tensor], path: str | Path, kept: str | None) -> tuple[str, str]:
+    """The part to load, and the choice in words; `kept` is the part that the file itself names."""
     there = [p for p, prefix in PARTS.items() if prefix and any(name.startswith(prefix) for name in tensors)]
-    there = there or ["plain"]
+    there = sorted(there, key=lambda p: p != kept) or ["plain"]  # the one that the file names comes first
     if part not in ("auto", *there):
         raise UserError(f"{path} has no part {part!r}; it has: {', '.join(there)}")
     if part != "auto" and len(there) > 1:

@@ -11,6 +11,7 @@ import torch
 import yaml
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from training import distributed
 from training.config import flatten
@@ -27,7 +28,7 @@ class Log:
     """
 
     def __init__(self, folder: str | Path, config: dict, step: int = 0):
-        self.folder, self.config, self.writer = Path(folder), config, None
+        self.folder, self.config, self.writer, self.warned = Path(folder), config, None, False
         if not distributed.is_main():
             return
         lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
@@ -60,11 +61,18 @@ class Log:
     def say(self, line: str) -> None:
         """A line for the person at the terminal, on stderr: stdout's last line is the results."""
         if self.writer:
-            print(line, file=sys.stderr)
+            tqdm.write(line, file=sys.stderr)  # above a progress bar, not into it
 
-    def text(self, tag: str, text: str) -> None:
+    def warn(self, step: int, warning: str | None) -> None:
+        """Say what is wrong, once until it is well again, and keep it under TensorBoard's text."""
+        if warning and not self.warned:
+            self.say(f"step {step}: {warning}")
+            self.text("warning", warning, step)
+        self.warned = bool(warning)
+
+    def text(self, tag: str, text: str, step: int = 0) -> None:
         if self.writer:
-            self.writer.add_text(tag, text)
+            self.writer.add_text(tag, text, step)
 
     def results(self, results: dict) -> None:
         """Write results.json and TensorBoard's hparams; print the JSON as the script's last line on stdout."""

@@ -1,4 +1,4 @@
-"""Optimizers by name, parameter groups, gradient clipping, and the LARS optimizer of the official PyTorch codes."""
+"""Optimizers by name, rates, parameter groups and gradient clipping."""
 
 import re
 from dataclasses import dataclass, field
@@ -8,37 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from training.config import choice
+from training.errors import UserError
+from training.lars import LARS, Form
 from training.schedule import warmup_constant, warmup_cosine, warmup_exponential, warmup_steps
-
-
-class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al. 2017), as in official DINO, Barlow Twins, VICReg and MoCo v3.
-
-    For p with more than one dimension: g <- g + weight_decay p; g <- g * eta |p| / |g| (1 if either norm is 0). Biases
-    and norm parameters get neither. Then buf <- momentum buf + g (buf starts at 0) and p <- p - lr buf: the learning
-    rate stands outside the buffer, unlike TensorFlow SimCLR's "classic momentum".
-    """
-
-    def __init__(self, params, *, lr: float = 0.0, weight_decay: float = 0.0, momentum: float = 0.9, eta: float = 1e-3):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta})
-
-    @torch.no_grad()
-    def step(self, closure=None):  # noqa: ARG002 - the signature of torch.optim.Optimizer
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                g = p.grad
-                if p.ndim > 1:
-                    g = g + group["weight_decay"] * p
-                    p_norm, g_norm = p.norm(), g.norm()
-                    # torch.where and not `if`: no host sync
-                    g = g * torch.where((p_norm > 0) & (g_norm > 0), group["eta"] * p_norm / g_norm, 1.0)
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(g)
-                p.sub_(group["lr"] * buffer)
 
 
 def sgd(groups, *, momentum: float = 0.9, nesterov: bool = False):
@@ -53,8 +25,8 @@ def adamw(groups, *, betas: tuple[float, float] = (0.9, 0.999)):
     return torch.optim.AdamW(groups, lr=0.0, betas=betas)
 
 
-def lars(groups, *, momentum: float = 0.9, eta: float = 1e-3):
-    return LARS(groups, momentum=momentum, eta=eta)
+def lars(groups, *, momentum: float = 0.9, eta: float = 1e-3, form: Form = "official", clip_lr: bool = False):
+    return LARS(groups, momentum=momentum, eta=eta, form=form, clip_lr=clip_lr)
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast
@@ -74,13 +46,20 @@ class OptimConfig:
     weight_decay: float = 0.0
     final_weight_decay: float | None = None  # a cosine from weight_decay to this (DINO); none: constant
     layer_decay: float = 1.0  # learning rate x layer_decay per stage (ResNet) or block (others) to the head
+    bias_lr_scale: float = 1.0  # learning rate x this for biases and norms; Barlow Twins: 0.0048 / 0.2 = 0.024
+    fix_predictor_lr: bool = False  # a module `predictor` learns at the peak rate throughout (SimSiam)
     clip: float | None = None  # largest gradient norm
     clip_mode: Literal["global", "tensor"] = "global"  # tensor: each parameter by itself, as official DINO does
     options: dict = field(default_factory=dict)
 
+    def peak_lr(self, batch_size: int) -> float:
+        """Learning rate where the warm-up ends; `batch_size` counts the pictures of all processes and accumulated
+        batches."""
+        return self.lr * batch_size / 256 if self.lr_scaling == "linear" else self.lr
+
     def lr_at(self, step: int, total: int, epoch_steps: int, batch_size: int) -> float:
-        """Learning rate of a step; `batch_size` counts the pictures of all processes and accumulated batches."""
-        start = self.lr * batch_size / 256 if self.lr_scaling == "linear" else self.lr
+        """Learning rate of a step; `batch_size` as for `peak_lr`."""
+        start = self.peak_lr(batch_size)
         warmup = round(self.warmup_epochs * epoch_steps)
         if self.schedule == "constant":
             return warmup_constant(step, total, start=start, warmup=warmup)
@@ -99,16 +78,25 @@ class OptimConfig:
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, layer_decay=config.layer_decay)
+    groups = parameter_groups(
+        model,
+        layer_decay=config.layer_decay,
+        bias_lr_scale=config.bias_lr_scale,
+        fix_predictor_lr=config.fix_predictor_lr,
+    )
     return OPTIMIZERS[config.name](groups, **config.options)
 
 
-def parameter_groups(model: nn.Module, *, layer_decay: float = 1.0) -> list[dict]:
-    """Trainable parameters by (weight decay or not, layer-wise learning-rate scale).
+def parameter_groups(
+    model: nn.Module, *, layer_decay: float = 1.0, bias_lr_scale: float = 1.0, fix_predictor_lr: bool = False
+) -> list[dict]:
+    """Trainable parameters by (weight decay or not, learning-rate scale, fixed learning rate or not).
 
     Decayed: more than one dimension and not a bias (official DINO's rule). A group's `lr_scale` is layer_decay^(L+1-l)
-    with l = 0 for the stem, 1..L for the stages and L+1 for heads (official DINOv2's rule). Only a module named
-    `backbone` has a stem and stages; RD4AD's decoder, with its own layers 1 to 3, is a head.
+    with l = 0 for the stem, 1..L for the stages and L+1 for heads (official DINOv2's rule), times bias_lr_scale for
+    parameters of at most one dimension, biases and norms (official Barlow Twins' rule). Only a module named `backbone`
+    has a stem and stages; RD4AD's decoder, with its own layers 1 to 3, is a head. `fixed_lr`: with fix_predictor_lr
+    the parameters of a module named `predictor`, which no schedule moves (official SimSiam's --fix-pred-lr).
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     depths = {name: _depth(name) for name, _ in named}
@@ -117,8 +105,12 @@ def parameter_groups(model: nn.Module, *, layer_decay: float = 1.0) -> list[dict
     for name, p in named:
         depth = head if depths[name] is None else depths[name]
         decayed = p.ndim > 1 and not name.endswith(".bias")
-        key = (decayed, layer_decay ** (head - depth))
-        groups.setdefault(key, {"params": [], "decayed": key[0], "lr_scale": key[1]})["params"].append(p)
+        scale = layer_decay ** (head - depth) * (bias_lr_scale if p.ndim <= 1 else 1.0)
+        fixed = fix_predictor_lr and "predictor" in name.split(".")[:-1]
+        group = {"params": [], "decayed": decayed, "lr_scale": scale, "fixed_lr": fixed}
+        groups.setdefault((decayed, scale, fixed), group)["params"].append(p)
+    if fix_predictor_lr and not any(group["fixed_lr"] for group in groups.values()):
+        raise UserError(f"optim.fix_predictor_lr=true, but {type(model).__name__} has no predictor: set it to false")
     return list(groups.values())
 
 
@@ -131,10 +123,12 @@ def _depth(name: str) -> int | None:
     return int(stage[2]) + (stage[1] != "layer") if stage else 0  # ResNet's stages count from 1
 
 
-def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Write this step's learning rate and weight decay into the groups."""
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, peak_lr: float | None = None) -> None:
+    """Write this step's learning rate and weight decay into the groups; a fixed rate is `peak_lr`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        if group["fixed_lr"] and peak_lr is None:
+            raise ValueError("set_rates needs peak_lr: this optimizer has a group of fixed learning rate")
+        group["lr"] = (peak_lr if group["fixed_lr"] else lr) * group["lr_scale"]
         group["weight_decay"] = weight_decay if group["decayed"] else 0.0
 
 

@@ -2,10 +2,19 @@
 
 from dataclasses import dataclass, field
 
+from models.ssl.barlow_twins import BarlowTwins
+from models.ssl.byol import BYOL
 from models.ssl.dino import DINO
+from models.ssl.moco_v2 import MoCoV2
+from models.ssl.moco_v3 import MoCoV3
+from models.ssl.patch_position import PatchPosition
+from models.ssl.psco import PsCo
 from models.ssl.revd import RevD
 from models.ssl.simclr import SimCLR
+from models.ssl.simsiam import SimSiam
 from models.ssl.supcon import SupCon
+from models.ssl.triplet import Triplet
+from models.ssl.vicreg import VICReg
 from training.config import choice
 
 SSL_METHODS = {
@@ -13,6 +22,15 @@ SSL_METHODS = {
     "dino": DINO,
     "revd": RevD,
     "supcon": SupCon,
+    "triplet": Triplet,
+    "moco_v2": MoCoV2,
+    "moco_v3": MoCoV3,
+    "byol": BYOL,
+    "simsiam": SimSiam,
+    "barlow_twins": BarlowTwins,
+    "vicreg": VICReg,
+    "patch_position": PatchPosition,
+    "psco": PsCo,
 }
 
 

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from losses.dino import DINOLoss
 from models.heads import DINOHead
-from models.ssl.method import Encoder, SSLMethod, frozen_copy, spread
-from training.errors import UserError
+from models.ssl.method import MANY, Encoder, SSLMethod, frozen_copy
 from training.schedule import linear_then_constant
 
 
@@ -25,6 +24,10 @@ class DINO(SSLMethod):
         warmup_teacher_temperature, warmup_teacher_epochs: linear from this value, over this many epochs.
         freeze_last_layer: epochs during which the prototypes stay as they are; raise it if the loss does not fall.
     """
+
+    kept = "target"
+    takes = (2, MANY, "dino")
+    advice = "lower teacher_temperature or its warm-up's start, or raise freeze_last_layer"
 
     def __init__(
         self,
@@ -48,6 +51,8 @@ class DINO(SSLMethod):
             "end": teacher_temperature,
             "length": warmup_teacher_epochs,
         }
+        # A tensor, so that a compiled forward is not compiled anew when it changes
+        self.register_buffer("teacher_temperature", torch.tensor(0.0), persistent=False)
         self.freeze_last_layer = freeze_last_layer
         head = DINOHead(
             backbone.num_features,
@@ -60,26 +65,32 @@ class DINO(SSLMethod):
         self.online = Encoder(backbone, head)
         self.target = frozen_copy(self.online)  # stays in train mode: its BatchNorm uses its own batch statistics
         self.loss = DINOLoss(prototypes, student_temperature=student_temperature, center_momentum=center_momentum)
+        self.set_epoch(0)
 
-    def forward(self, views: list[Tensor], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
-        if len(views) < 2:
-            raise UserError("dino needs two global views, and the augment recipe makes 1: use augment=dino")
-        batch = len(views[0])
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        self.teacher_temperature.fill_(linear_then_constant(epoch, **self.temperatures))
+
+    def embed(self, views: list[Tensor]) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            teacher = multi_crop(self.target, views[:2])  # (2B, K)
-        student = multi_crop(self.online, views)  # (V*B, K)
-        temperature = linear_then_constant(self.epoch, **self.temperatures)
-        loss, entropy = self.loss(
-            student.view(len(views), batch, -1),  # (V, B, K)
-            teacher.view(2, batch, -1),  # (2, B, K)
-            temperature,
-        )
+            teacher = multi_crop(self.target, views[:2])  # (B, 2, K)
+        return multi_crop(self.online, views), teacher  # (B, V, K)
+
+    def criterion(self, embeddings: tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
+        student, teacher = embeddings
+        loss, entropy = self.loss(student, teacher, self.teacher_temperature)
+        uniform = math.log(teacher.shape[-1])
         stats = {
-            "teacher_entropy_share": entropy / math.log(teacher.shape[1]),  # 1: uniform, 0: one prototype
-            "teacher_spread": spread(teacher),
-            "teacher_temperature": torch.tensor(temperature),
+            "teacher_entropy_share": entropy / uniform,  # 1: uniform, 0: one prototype
+            "prototypes_used": prototype_usage(teacher),
+            "teacher_temperature": self.teacher_temperature,
+            "chance_loss": torch.tensor(uniform),
+            "embeddings": teacher.detach(),
         }
         return loss, stats
+
+    def update(self) -> None:
+        self.loss.update()
 
     def cancel_gradients(self) -> None:
         # None and not zero, so that AdamW's weight decay leaves the prototypes alone as well
@@ -90,6 +101,17 @@ class DINO(SSLMethod):
 
 def multi_crop(network: Encoder, views: list[Tensor]) -> Tensor:
     """One backbone pass for each run of equally large views, then one head pass over everything: V x (B, 3, h, w) ->
-    (V*B, K). BatchNorm therefore sees one resolution at a time (official MultiCropWrapper)."""
+    (B, V, K). BatchNorm therefore sees one resolution at a time (official MultiCropWrapper)."""
     runs = [torch.cat(list(run)) for _, run in groupby(views, key=lambda view: view.shape[-2:])]
-    return network.head(torch.cat([network.backbone(run) for run in runs]))
+    logits = network.head(torch.cat([network.backbone(run) for run in runs]))  # (V B, K)
+    return logits.unflatten(0, (len(views), -1)).transpose(0, 1)
+
+
+@torch.no_grad()
+def prototype_usage(teacher: Tensor) -> Tensor:
+    """How evenly the pictures spread over the prototypes: exp(entropy) of the distribution of their largest logits
+    (B, 2, K), over the most it could be, min(K, 2 B). 1: all different; near 0: one for all."""
+    counts = torch.zeros(teacher.shape[-1], device=teacher.device)
+    chosen = teacher.argmax(-1).flatten()  # (2 B,)
+    share = counts.index_add_(0, chosen, torch.ones_like(chosen, dtype=counts.dtype)) / len(chosen)  # (K,)
+    return torch.special.entr(share).sum().exp() / min(len(share), len(chosen))

@@ -1,9 +1,12 @@
-"""What every pretraining method has: an online network, perhaps an EMA target, and `forward(views, labels)`."""
+"""What every pretraining method has: an online network, perhaps an EMA target, `embed` and `criterion`."""
 
 import copy
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from training.errors import UserError
 
 
 class Encoder(nn.Module):
@@ -24,28 +27,67 @@ class SSLMethod(nn.Module):
     Attributes:
         online: the network that gradients train; `online.backbone` is what it is all for.
         target: its exponential moving average, updated by the loop after each step; None without one.
+        kept: which of the two is evaluated, and loaded from a checkpoint unless `backbone.part` says otherwise.
+        projects: whether `online(view)` is a projection of the view (B, D), as SPD needs it.
         needs_labels: whether pictures without classes make no sense.
-        epoch: written by the loop before each step, for options that are counted in epochs.
+        needs_defect: whether the last view must have a synthetic defect.
+        takes: least and most number of views, and the augmentation recipe that makes them.
+        advice: what to do when the loss stays where it is for a network that says the same of every picture.
 
-    Each has `forward(views, labels) -> (loss, stats)`: views V x (B, 3, h, w) and labels (B,) on the device; the scalar
-    loss to minimise, and {name: 0-d tensor} for the curves.
+    `embed(views)`, views V x (B, 3, h, w), gives tensors whose first dimension runs over the pictures (B, ...).
+    `criterion(embeddings, labels (B,)) -> (loss, stats)` makes of them the scalar to minimise and {name: 0-d tensor}
+    for the curves; two names have a meaning: `embeddings` (B, V, D), detached, is what the dashboard examines, and
+    `chance_loss` the loss of a network that says the same of every picture. Neither changes anything but batch norms'
+    statistics: what a step leaves behind (a queue, a centre) it puts there in `update`.
     """
 
     online: Encoder
+    kept: Literal["online", "target"] = "online"
+    projects = True
     needs_labels = False
+    needs_defect = False
+    takes: tuple[int, int, str] = (2, 2, "simclr")
+    advice = "lower the learning rate, warm up longer, or check the views in TensorBoard"
 
     def __init__(self):
         super().__init__()
         self.target: Encoder | None = None
         self.epoch = 0
 
+    def embed(self, views: list[Tensor]) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def criterion(self, embeddings: tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        raise NotImplementedError
+
+    def forward(self, views: list[Tensor], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        self.check_views(len(views))
+        return self.criterion(self.embed(views), labels)
+
+    def check_views(self, number: int) -> None:
+        least, most, recipe = self.takes
+        if not least <= number <= most:
+            many = f"{least} or more" if most >= MANY else least if least == most else f"{least} to {most}"
+            name = type(self).__name__
+            raise UserError(f"{name} takes {many} views, and augment makes {number}: use augment={recipe}")
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each step, for options that are counted in epochs."""
+        self.epoch = epoch
+
     def cancel_gradients(self) -> None:
         """Called between clipping and the optimizer's step: drop the gradients of what is frozen for now."""
 
+    def update(self) -> None:
+        """Called once after the optimizer's step: move what is neither trained nor averaged, as a queue or a centre."""
+
     @property
     def backbone(self) -> nn.Module:
-        """The backbone to evaluate and to keep: the target's when there is one."""
-        return (self.online if self.target is None else self.target).backbone
+        """The backbone to evaluate and to keep."""
+        return getattr(self, self.kept).backbone
+
+
+MANY = 10**9  # no limit on the number of views
 
 
 def frozen_copy(network: nn.Module) -> nn.Module:
@@ -53,9 +95,11 @@ def frozen_copy(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network).requires_grad_(False)
 
 
-@torch.no_grad()
-def spread(z: Tensor) -> Tensor:
-    """Mean over dimensions of the standard deviation of L2-normalised rows (N, D), times sqrt(D): about 1 is healthy, 0
-    means that all pictures have one embedding (SimSiam, section 4.1)."""
-    z = nn.functional.normalize(z.float(), dim=1)
-    return z.std(dim=0).mean() * z.shape[1] ** 0.5
+def each_view(network: nn.Module, views: list[Tensor]) -> Tensor:
+    """One pass for each view, so that BatchNorm sees one view at a time: V x (B, 3, h, w) -> (B, V, ...)."""
+    return torch.stack([network(view) for view in views], dim=1)
+
+
+def all_views(network: nn.Module, views: list[Tensor]) -> Tensor:
+    """One pass over all views, so that BatchNorm sees them together: V x (B, 3, h, w) -> (B, V, ...)."""
+    return network(torch.cat(views)).unflatten(0, (len(views), -1)).transpose(0, 1)  # (V B, ...) -> (B, V, ...)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from losses.feature_distance import flattened_cosine
 from models.anomaly.rd4ad_networks import build_student
-from models.ssl.method import Encoder, SSLMethod, spread
+from models.ssl.method import MANY, Encoder, SSLMethod
 from models.stages import train_stages
 
 
@@ -32,7 +32,7 @@ class RevD(SSLMethod):
     kNN figure, which is of stage 4, says little.
 
     This is not in the paper, where the teacher is fixed. A backbone whose features are all alike would be rebuilt
-    best: `teacher_spread` falls to 0 then (see `spread`); lower `optim.layer_decay` or stop earlier. Views are pictures
+    best: `embedding/std` falls to 0 then; lower `optim.layer_decay` or stop earlier. Views are pictures
     of their own: one is enough (augment=none).
 
     Args:
@@ -43,13 +43,20 @@ class RevD(SSLMethod):
         UserError: a backbone or a student that does not do.
     """
 
+    projects = False
+    takes = (1, MANY, "none")
+
     def __init__(self, backbone: nn.Module, *, student: str = "auto"):
         super().__init__()
         self.online = TeacherStudent(backbone, student)
         train_stages(backbone, last=3)
 
-    def forward(self, views: list[Tensor], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
+    def embed(self, views: list[Tensor]) -> tuple[Tensor, ...]:
         teacher, student = self.online(torch.cat(views))  # stages of (V B, 3, H, W)
+        return *teacher, *student
+
+    def criterion(self, embeddings: tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
+        teacher, student = embeddings[:3], embeddings[3:]
         losses = flattened_cosine(teacher, student)  # (3,)
         stats = {f"loss_stage{number}": loss for number, loss in enumerate(losses.detach(), 1)}
-        return losses.sum(), stats | {"teacher_spread": spread(teacher[-1].mean((2, 3)))}
+        return losses.sum(), stats | {"embeddings": teacher[-1].detach().mean((2, 3))[:, None]}  # (V B, 1, C)

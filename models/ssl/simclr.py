@@ -1,34 +1,65 @@
 """SimCLR (Chen et al. 2020, "A simple framework for contrastive learning of visual representations")."""
 
+import math
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from losses.nt_xent import nt_xent
-from models.heads import projection_head
-from models.ssl.method import Encoder, SSLMethod, spread
-from training.errors import UserError
+from losses.queue import Queue
+from models.heads import head_widths, mlp
+from models.ssl.method import MANY, Encoder, SSLMethod, all_views
+from training.distributed import world_size
 
 
 class SimCLR(SSLMethod):
-    """Two views of a picture attract each other, all other pictures of the batch repel.
+    """The views of a picture attract each other, all other pictures of the batch repel.
 
     Args:
         temperature: 0.1 for ImageNet at batch 4096, 0.5 for CIFAR-10 at batch 512 (official README); smaller batches
             want 0.2 to 0.5.
+        head: `mlp`, two layers, or `linear`.
         hidden: width of the head's hidden layer; 0 takes the backbone's number of features, as the paper does.
         out: width of the embedding that the loss sees.
+        bank: embeddings of so many earlier views repel, too (a memory bank); 0: none, as in the paper.
+        gamma: of a focal term, see losses/focal.py; 0: none, as in the paper.
     """
 
-    def __init__(self, backbone: nn.Module, *, temperature: float = 0.5, hidden: int = 0, out: int = 128):
-        super().__init__()
-        self.temperature = temperature
-        head = projection_head(backbone.num_features, hidden or backbone.num_features, out)
-        self.online = Encoder(backbone, head)
+    takes = (2, MANY, "simclr")
 
-    def forward(self, views: list[Tensor], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
-        if len(views) != 2:
-            raise UserError(f"simclr compares 2 views, and the augment recipe makes {len(views)}: use augment=simclr")
-        # Both views in one pass, so that BatchNorm sees them together, as in the TensorFlow original
-        z1, z2 = self.online(torch.cat(views)).chunk(2)  # (2B, D) -> 2 x (B, D)
-        loss = nt_xent(z1, z2, self.temperature)
-        return loss, {"embedding_spread": spread(z1)}
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        temperature: float = 0.5,
+        head: Literal["mlp", "linear"] = "mlp",
+        hidden: int = 0,
+        out: int = 128,
+        bank: int = 0,
+        gamma: float = 0.0,
+    ):
+        super().__init__()
+        self.temperature, self.gamma = temperature, gamma
+        widths = head_widths(backbone.num_features, head, hidden, out)
+        self.online = Encoder(backbone, mlp(widths, bias=True, last_bias=True))
+        self.bank = Queue(bank, out) if bank else None
+
+    def embed(self, views: list[Tensor]) -> tuple[Tensor, ...]:
+        return (all_views(self.online, views),)  # together, as in the TensorFlow original
+
+    def criterion(self, embeddings: tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
+        (z,) = embeddings  # (B, V, D)
+        others = z.shape[0] * z.shape[1] * world_size() - 1
+        if self.bank is None:
+            loss = nt_xent(z, self.temperature, gamma=self.gamma)
+        else:
+            loss = nt_xent(z, self.temperature, bank=self.bank.rows, gamma=self.gamma)
+            self.bank.hold(z.flatten(0, 1))  # (B V, D)
+            others += len(self.bank.rows)
+        chance = (1 - 1 / others) ** self.gamma * math.log(others)
+        return loss, {"embeddings": z.detach(), "chance_loss": torch.tensor(chance)}
+
+    def update(self) -> None:
+        if self.bank is not None:
+            self.bank.push()

@@ -1,10 +1,9 @@
 """SPot-the-Difference (Zou et al., ECCV 2022): SPD beside the loss of any pretraining method."""
 
-import torch
 from torch import Tensor, nn
 
 from losses.spd import spd
-from models.ssl.method import SSLMethod
+from models.ssl.method import SSLMethod, all_views
 from training.errors import UserError
 
 
@@ -25,15 +24,24 @@ class SPD(nn.Module):
         super().__init__()
         if weight < 0:
             raise UserError(f"spd.weight={weight} must not be negative: defects would be made alike")
+        if not method.projects:
+            name = type(method).__name__
+            raise UserError(f"spd compares projections, and {name} makes none: remove spd, or take another method")
         self.method, self.weight = method, weight
 
-    def forward(self, views: list[Tensor], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, stats = self.method(views[:-3], labels)
-        projections = self.method.online(torch.cat(views[-3:]))  # (3B, D)
-        if not isinstance(projections, Tensor):
-            name = type(self.method).__name__
-            raise UserError(
-                f"spd compares projections, and {name} makes none: remove spd, or take a contrastive method"
-            )
-        term, similarity = spd(*projections.chunk(3))
+    def check_views(self, number: int) -> None:
+        self.method.check_views(number - 3)
+
+    def embed(self, views: list[Tensor]) -> tuple[Tensor, ...]:
+        embeddings = self.method.embed(views[:-3])
+        projections = all_views(self.method.online, views[-3:])  # (B, 3, D)
+        return *embeddings, projections
+
+    def criterion(self, embeddings: tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, stats = self.method.criterion(embeddings[:-1], labels)
+        term, similarity = spd(*embeddings[-1].unbind(1))
         return loss + self.weight * term, stats | {"spd": term.detach(), "defect_cosine": similarity.detach()}
+
+    def forward(self, views: list[Tensor], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        self.check_views(len(views))
+        return self.criterion(self.embed(views), labels)

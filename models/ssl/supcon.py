@@ -2,12 +2,12 @@
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
+from losses.queue import Queue
 from losses.sup_con import sup_con
-from models.heads import projection_head
-from models.ssl.method import Encoder, SSLMethod, spread
+from models.heads import head_widths, mlp
+from models.ssl.method import MANY, Encoder, SSLMethod, all_views
 from training.errors import UserError
 
 
@@ -24,12 +24,15 @@ class SupCon(SSLMethod):
         head: `mlp`, two layers, or `linear`.
         hidden: width of the head's hidden layer; 0 takes the backbone's number of features, as officially.
         out: width of the embedding that the loss sees.
+        bank: so many earlier views, with their labels, attract and repel, too (a memory bank); 0: none, as officially.
+        gamma: of a focal term, see losses/focal.py; 0: none, as officially.
 
     Raises:
         UserError: another form or head.
     """
 
     needs_labels = True
+    takes = (1, MANY, "simclr")
 
     def __init__(
         self,
@@ -41,20 +44,29 @@ class SupCon(SSLMethod):
         head: Literal["mlp", "linear"] = "mlp",
         hidden: int = 0,
         out: int = 128,
+        bank: int = 0,
+        gamma: float = 0.0,
     ):
         super().__init__()
-        if form not in ("out", "in") or head not in ("mlp", "linear"):
-            raise UserError(f"supcon form={form} head={head}: it is out or in, and mlp or linear")
-        self.temperature, self.base_temperature, self.form = temperature, base_temperature, form
-        features = backbone.num_features
-        projection = (
-            projection_head(features, hidden or features, out, batch_norm=False)
-            if head == "mlp"
-            else nn.Linear(features, out)
-        )
-        self.online = Encoder(backbone, projection)
+        if form not in ("out", "in"):
+            raise UserError(f"method.form={form!r} is unknown; one of: out, in")
+        self.temperature, self.gamma = temperature, gamma
+        self.options = {"base_temperature": base_temperature, "form": form, "gamma": gamma}
+        widths = head_widths(backbone.num_features, head, hidden, out)
+        self.online = Encoder(backbone, mlp(widths, batch_norm=False, bias=True, last_bias=True))
+        self.bank = Queue(bank, out) if bank else None
 
-    def forward(self, views: list[Tensor], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        z = torch.stack(self.online(torch.cat(views)).chunk(len(views)), dim=1)  # (V B, D) -> (B, V, D)
-        loss = sup_con(z, labels, self.temperature, base_temperature=self.base_temperature, form=self.form)
-        return loss, {"embedding_spread": spread(z[:, 0])}
+    def embed(self, views: list[Tensor]) -> tuple[Tensor, ...]:
+        return (all_views(self.online, views),)
+
+    def criterion(self, embeddings: tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        (z,) = embeddings  # (B, V, D)
+        bank = {} if self.bank is None else {"bank": self.bank.rows, "bank_labels": self.bank.labels}
+        loss = sup_con(z, labels, self.temperature, **self.options, **bank)
+        if self.bank is not None:
+            self.bank.hold(z.flatten(0, 1), labels.repeat_interleave(z.shape[1]))  # (B V, D), (B V,)
+        return loss, {"embeddings": z.detach()}
+
+    def update(self) -> None:
+        if self.bank is not None:
+            self.bank.push()

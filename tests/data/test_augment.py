@@ -1,16 +1,15 @@
-"""Augment: views that depend on nothing but (seed, epoch, view, sample), the recipes, and the steps' order and odds."""
+"""Augment: views that depend on nothing but (seed, epoch, view, sample), and the steps' order and odds."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from PIL import ImageFilter
 from scipy import stats
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from data import color, resample
-from data.augment import DRAWS, MEAN, RECIPES, STD, Augment, View, normalize, unnormalize
+from data.augment import DRAWS, MEAN, STD, Augment, View, normalize, unnormalize
 from data.random_numbers import uniform
 from training.errors import UserError
 
@@ -26,6 +25,7 @@ EVERYTHING = View(
     blur_kernel=7,
     solarize_p=0.3,
 )
+RATIO = EVERYTHING.ratio
 UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
@@ -51,6 +51,14 @@ def test_views_do_not_depend_on_the_batch(size, count, threads):
         assert all(torch.equal(view[order], other) for view, other in zip(whole, shuffled))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("ratio", [RATIO, "own", "full_height"])
+def test_rectangular_views_do_not_depend_on_the_batch(ratio):
+    images, ids, sizes = pictures(9), torch.randperm(100)[:9], torch.randint(10, 90, (100, 2))
+    augment = Augment([replace(EVERYTHING, size=(40, 12), ratio=ratio), EVERYTHING], seed=3, sizes=sizes)
+    whole, parts = augment(images, ids, 5), [augment(i, s, 5) for i, s in zip(images.split(2), ids.split(2))]
+    assert all(torch.equal(view, torch.cat(pieces)) for view, pieces in zip(whole, zip(*parts)))
 
 
 @pytest.mark.parametrize("size", [4, 9, 11])
@@ -88,19 +96,32 @@ def test_a_view_does_not_depend_on_the_other_views():
     assert torch.equal(alone, together) and not torch.equal(alone, again)
 
 
-def test_views_equal_torchvision_step_by_step():
+def drawn_boxes(ratio, crop: torch.Tensor, sizes: torch.Tensor) -> list[list[int]]:
+    """Top, left, height and width of each crop, by the documented draws: share of the area first, place last."""
+    if ratio == RATIO:
+        return torch.cat(resample.draw_boxes(crop, sizes, EVERYTHING.scale, ratio=ratio), dim=1).int().tolist()
+    boxes = []
+    for u, (height, width) in zip(crop.tolist(), sizes.tolist()):
+        share = 0.2 + 0.8 * u[0]
+        sides = (height, share * width) if ratio == "full_height" else (share**0.5 * height, share**0.5 * width)
+        h, w = (max(1, round(side)) for side in sides)
+        boxes.append([int(u[-2] * (height - h + 1)), int(u[-1] * (width - w + 1)), h, w])
+    return boxes
+
+
+@pytest.mark.parametrize(("h", "w"), [(17, 17), (40, 9)])
+@pytest.mark.parametrize("ratio", [RATIO, "own", "full_height"])
+def test_views_equal_torchvision_step_by_step(h, w, ratio):
     """The whole chain, with the documented draws, by torchvision's functional ops of one float picture at a time."""
     images, ids = pictures(40, 32), torch.arange(100, 140)
-    sizes = torch.tensor([32, 32]).expand(200, 2)
-    (ours,) = Augment([EVERYTHING], seed=2, sizes=sizes)(images, ids, 7)
+    sizes, view = torch.tensor([32, 32]).expand(200, 2), replace(EVERYTHING, size=(h, w), ratio=ratio)
+    (ours,) = Augment([view], seed=2, sizes=sizes)(images, ids, 7)
     crop, flip, jitter, gray, blur, solarize = uniform((2, 7, 0, ids), sum(DRAWS)).split(DRAWS, dim=1)
-    top_left, box = resample.draw_boxes(crop, sizes[ids], EVERYTHING.scale, ratio=EVERYTHING.ratio)
     options = {"interpolation": InterpolationMode.BICUBIC, "antialias": True}
     ops = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
-    for i, image in enumerate(images.float() / 255):
-        (top, left), (height, width) = top_left[i].int().tolist(), box[i].int().tolist()
-        image = F.resized_crop(image, top, left, height, width, [height, 17], **options).clamp(0, 1)
-        image = F.resize(image, [17, 17], **options).clamp(0, 1)
+    for i, (image, box) in enumerate(zip(images.float() / 255, drawn_boxes(ratio, crop, sizes[ids]))):
+        image = F.resized_crop(image, *box, [box[2], w], **options).clamp(0, 1)
+        image = F.resize(image, [h, w], **options).clamp(0, 1)
         if flip[i] < 0.5:
             image = F.horizontal_flip(image)
         if jitter[i, 0] < 0.8:
@@ -116,6 +137,13 @@ def test_views_equal_torchvision_step_by_step():
         if solarize[i] < 0.3:
             image = F.solarize(image, 128 / 255)
         torch.testing.assert_close(ours[i][decided], F.normalize(image, MEAN, STD)[decided], atol=1e-3, rtol=0)
+
+
+def test_a_pair_of_equal_sides_is_the_square():
+    images, ids = pictures(6), torch.arange(6)
+    (square,) = Augment([EVERYTHING], 0)(images, ids, 0)
+    (pair,) = Augment([replace(EVERYTHING, size=(17, 17))], 0)(images, ids, 0)
+    assert torch.equal(square, pair)
 
 
 def test_odds():
@@ -158,58 +186,23 @@ def test_crops_are_drawn_in_the_original_geometry():
     assert not torch.equal(square, views)
 
 
-def test_none_only_normalises_and_resizes():
+def test_a_view_of_nothing_only_normalises_and_resizes():
     images, ids = pictures(3, 24), torch.arange(3)
-    (same,) = Augment(RECIPES["none"](size=24), 0)(images, ids, 0)
+    (same,) = Augment([View(24)], 0)(images, ids, 0)
     torch.testing.assert_close(same, F.normalize(images.float() / 255, MEAN, STD))
     torch.testing.assert_close(same, normalize(images))
     torch.testing.assert_close(unnormalize(same), images.float() / 255)
-    (small,) = Augment(RECIPES["none"](size=10), 0, **UNIT)(images, ids, 4)
+    (small,) = Augment([View(10)], 0, **UNIT)(images, ids, 4)
     torch.testing.assert_close(small, F.resize(images.float() / 255, [10, 10], antialias=True), atol=1e-5, rtol=0)
 
 
-def test_recipes():
-    images, ids = pictures(2, 64), torch.arange(2)
-    shapes = [
-        tuple(v.shape) for v in Augment(RECIPES["dino"](size=48, local_size=24, local_crops=3), 0)(images, ids, 0)
-    ]
-    assert shapes == [(2, 3, 48, 48)] * 2 + [(2, 3, 24, 24)] * 3
-    assert [v.dtype for v in Augment(RECIPES["simclr"](size=32), 0)(images, ids, 0)] == [torch.float32] * 2
-
-    first, second, *local = RECIPES["dino"]()
-    assert (first.size, first.scale, first.blur_p, first.solarize_p) == (224, (0.4, 1.0), 1.0, 0.0)
-    assert (second.size, second.scale, second.blur_p, second.solarize_p) == (224, (0.4, 1.0), 0.1, 0.2)
-    assert len(local) == 8 and set(local) == {replace(first, size=96, scale=(0.05, 0.4), blur_p=0.5)}
-    assert first.jitter == (0.4, 0.4, 0.2, 0.1) and first.interpolation == "bicubic" and first.blur_kernel == 17
-
-    imagenet, cifar = RECIPES["simclr"]()[0], RECIPES["simclr"](size=32, strength=0.5, blur_p=0.0)[0]
-    assert imagenet.jitter == (0.8, 0.8, 0.8, 0.2) and cifar.jitter == (0.4, 0.4, 0.4, 0.1)
-    assert (imagenet.blur_p, imagenet.blur_kernel, cifar.blur_p, cifar.blur_kernel) == (0.5, 23, 0.0, 3)
-    assert (imagenet.jitter_p, imagenet.gray_p, imagenet.flip_p, imagenet.scale) == (0.8, 0.2, 0.5, (0.08, 1.0))
-
-
-def test_dino_blur_is_near_the_official_one():
-    """PIL's blur of uint8 pictures, away from the borders, which it extends and we reflect."""
-    image = F.resize(torch.randint(0, 256, (3, 12, 12), dtype=torch.uint8), [96, 96])
-    for sigma in (0.1, 0.5, 1.0, 2.0):
-        official = F.pil_to_tensor(F.to_pil_image(image).filter(ImageFilter.GaussianBlur(sigma)))
-        ours = resample.gaussian_blur(image[None].float() / 255, torch.tensor([sigma]), kernel=17)[0] * 255
-        assert (ours - official)[:, 8:-8, 8:-8].abs().max() < 3
-
-
-@pytest.mark.parametrize("value", [0, 255])
-def test_one_colored_pictures_stay_within_range(value):
-    images = torch.full((64, 3, 32, 32), value, dtype=torch.uint8)
-    for recipe in (RECIPES["simclr"](size=20), RECIPES["dino"](size=20, local_size=10, local_crops=2)):
-        for view in Augment(recipe, 0, **UNIT)(images, torch.arange(64), 0):
-            assert view.isfinite().all() and view.min() >= -1e-5 and view.max() <= 1 + 1e-5
-
-
 def test_empty_batch_and_one_picture():
-    augment = Augment(RECIPES["dino"](size=20, local_size=10, local_crops=2), 0)
+    tall = replace(EVERYTHING, size=(20, 10), ratio="full_height")
+    augment = Augment([EVERYTHING, tall, EVERYTHING], 0)
     for count in (0, 1):
         views = augment(pictures(count), torch.arange(count), 0)
-        assert [tuple(v.shape) for v in views] == [(count, 3, 20, 20)] * 2 + [(count, 3, 10, 10)] * 2
+        assert [tuple(v.shape[2:]) for v in views] == [(17, 17), (20, 10), (17, 17)]
+        assert all(v.shape[:2] == (count, 3) for v in views)
 
 
 def test_autocast_and_inputs_leave_no_trace():
@@ -233,13 +226,16 @@ def test_programmer_errors():
     ("option", "rule"),
     [
         ({"size": 0}, "size"),
+        ({"size": (8, 0)}, "size"),
         ({"scale": (0.0, 1.0)}, "scale"),
         ({"scale": (0.8, 0.2)}, "scale"),
         ({"ratio": (2.0, 1.0)}, "ratio"),
+        ({"ratio": "square"}, "ratio"),
         ({"interpolation": "nearest"}, "bilinear, bicubic"),
         ({"jitter": (0.4, 0.4, 0.4, 0.6)}, "hue"),
         ({"blur_kernel": 4}, "odd"),
         ({"blur_kernel": 65}, "twice the size"),
+        ({"size": (32, 8), "blur_kernel": 17}, "twice the size"),
         ({"blur_sigma": (0.0, 1.0)}, "sigma"),
         ({"gray_p": 1.5}, "probabilities"),
     ],
@@ -247,11 +243,3 @@ def test_programmer_errors():
 def test_user_errors(option, rule):
     with pytest.raises(UserError, match=rule):
         View(**{"size": 32} | option)
-    with pytest.raises(UserError, match="local_crops"):
-        RECIPES["dino"](local_crops=-1)
-
-
-def test_dino_without_blur():
-    views = RECIPES["dino"](blur=False)
-    assert all(view.blur_p == 0 for view in views)
-    assert [view.solarize_p for view in views[:2]] == [0.0, 0.2]

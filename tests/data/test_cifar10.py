@@ -84,3 +84,25 @@ def test_unknown_layout(tmp_path):
         CIFAR10("train", root=str(tmp_path))
     with pytest.raises(UserError, match="holds no CIFAR-10"):
         CIFAR10("train", root=str(tmp_path / "nowhere"))
+
+
+def test_the_first_pictures_of_each_class(published, tmp_path):
+    for label in CLASSES:
+        for split in ("train", "test"):
+            (tmp_path / "jpeg" / split / label).mkdir(parents=True)
+            for number in range(3):
+                shade = Image.new("RGB", (32, 32), (number, 0, 0))
+                shade.save(tmp_path / "jpeg" / split / label / f"{number}.png")
+    two = CIFAR10("train", root=str(tmp_path / "jpeg"), per_class=2)
+    assert two.labels.tolist() == [label for label in range(10) for _ in range(2)]
+    assert [int(two[i][0][0, 0, 0]) for i in range(20)] == [0, 1] * 10 and two[7][2] == 7
+    assert len(CIFAR10("test", root=str(tmp_path / "jpeg"), per_class=2)) == 30
+    for wrong in (0, 4):
+        with pytest.raises(UserError, match=rf"data\.per_class={wrong} must be 1 to 3"):
+            CIFAR10("train", root=str(tmp_path / "jpeg"), per_class=wrong)
+    root, pixels, labels = published  # 20 rows in an order of their own
+    if min(labels[:20].count(label) for label in range(10)) >= 1:
+        one = CIFAR10("train", root=str(root), per_class=1)
+        first = sorted(labels[:20].index(label) for label in range(10))
+        assert one.labels.tolist() == [labels[i] for i in first]
+        assert torch.equal(one[3][0], torch.from_numpy(pixels[first[3]]))

@@ -182,13 +182,6 @@ def test_auto_takes_ram_only_under_half_of_what_is_free(monkeypatch):
         order(Loader(Numbers(10), 2, "cpu", cache="ram"))
 
 
-def test_free_memory_is_a_share_for_each_local_process(monkeypatch):
-    whole = data.loading.free_memory(torch.device("cpu"))
-    assert 2**20 < whole < 2**50
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
-    assert data.loading.free_memory(torch.device("cpu")) < whole / 100
-
-
 @pytest.mark.parametrize(("cache", "workers"), [("ram", 0), ("none", 0), ("none", 1)])
 def test_a_broken_picture_is_named(tmp_path, cache, workers):
     for i in range(5):
@@ -197,6 +190,14 @@ def test_a_broken_picture_is_named(tmp_path, cache, workers):
     dataset = ClassFolder("train", 4, root=str(tmp_path), test_fraction=0)
     with pytest.raises(UserError, match=r"^cannot read picture .*3\.png: the file is empty; [^\n]*$"):
         list(Loader(dataset, 2, "cpu", cache=cache, workers=workers).epoch(0))
+
+
+@pytest.mark.parametrize("cache", ["ram", "none"])
+def test_batches_from_ram_are_copied_ahead(monkeypatch, cache):
+    passed = []
+    monkeypatch.setattr(data.loading, "prefetch", lambda batches, device: passed.append(device) or batches)
+    assert flat(order(Loader(Numbers(7), 3, "cpu", cache=cache))) == list(range(7))
+    assert passed == [torch.device("cpu")]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

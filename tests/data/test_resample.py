@@ -67,8 +67,44 @@ def test_box_of_forced_numbers():
     assert top_left.tolist() == [[100 - sides[0]] * 2, [40 - sides[1], 60 - sides[1]]]
 
 
+def shares(ratio: str, count: int, size: tuple[int, int], scale: tuple[float, float]) -> torch.Tensor:
+    numbers = uniform((1, torch.arange(count)), resample.CROP_DRAWS)
+    return torch.cat(resample.draw_shares(numbers, torch.tensor(size).expand(count, 2), scale, ratio=ratio), dim=1)
+
+
+@pytest.mark.parametrize("size", [(400, 300), (150, 5000)])
+def test_strips_have_the_full_height_and_a_uniform_share_of_the_width(size):
+    top, left, height, width = shares("full_height", 4000, size, (0.1, 0.4)).T
+    assert (top == 0).all() and (height == size[0]).all() and (left >= 0).all() and (left + width <= size[1]).all()
+    assert torch.equal(width, width.round()) and torch.equal(left, left.floor())
+    smooth = torch.rand(4000, dtype=torch.float64) - 0.5  # whole pixels become continuous
+    assert stats.kstest((width + smooth) / size[1], stats.uniform(0.1, 0.3).cdf).pvalue > 1e-3
+    assert stats.kstest((left + smooth + 0.5) / (size[1] - width + 1), "uniform").pvalue > 1e-3
+    assert abs(stats.spearmanr(left / (size[1] - width + 1), width).statistic) < 0.06
+
+
+@pytest.mark.parametrize("size", [(400, 300), (150, 5000)])
+def test_boxes_like_the_picture_keep_its_proportions_and_a_uniform_share_of_the_area(size):
+    boxes = shares("own", 4000, size, (0.3, 1.0))
+    (top, left), (height, width) = boxes[:, :2].T, boxes[:, 2:].T
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= torch.tensor(size)).all()
+    assert (height / size[0] - width / size[1]).abs().max() <= 0.5 / size[0] + 0.5 / size[1] + 1e-9
+    smooth = torch.rand(4000, dtype=torch.float64) - 0.5
+    side = (max(size) == torch.tensor(size)).double().argmax()
+    share = ((boxes[:, 2 + side] + smooth) / size[side]) ** 2
+    assert stats.kstest(share, stats.uniform(0.3, 0.7).cdf).pvalue > 1e-3
+    for begin, extent, whole in ((top, height, size[0]), (left, width, size[1])):
+        assert stats.kstest((begin + smooth + 0.5) / (whole - extent + 1), "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("ratio", resample.SHARES)
+def test_shares_of_tiny_pictures_and_of_the_whole(ratio):
+    assert torch.equal(shares(ratio, 9, (1, 1), (0.01, 0.2)), torch.tensor([[0.0, 0, 1, 1]]).double().expand(9, 4))
+    assert torch.equal(shares(ratio, 9, (7, 4), (1.0, 1.0)), torch.tensor([[0.0, 0, 7, 4]]).double().expand(9, 4))
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("size", [2, 7, 32, 50])
+@pytest.mark.parametrize("size", [(2, 2), (7, 7), (32, 32), (50, 50), (50, 3), (5, 40)])
 def test_resized_crops_equal_torchvision(interpolation, size):
     images = torch.randint(0, 256, (6, 3, 40, 33), dtype=torch.uint8)
     images[1] = (images[1] > 127) * 255
@@ -82,11 +118,11 @@ def test_resized_crops_equal_torchvision(interpolation, size):
     for image, (top, bottom, left, right), result in zip(images, crops.tolist(), plain):
         # torchvision clamps between the axes in uint8 only: do the same in float, one axis at a time.
         narrow = F.resized_crop(
-            image.float() / 255, top, left, bottom - top, right - left, [bottom - top, size], **options
+            image.float() / 255, top, left, bottom - top, right - left, [bottom - top, size[1]], **options
         )
-        exact = F.resize(narrow.clamp(0, 1), [size, size], **options).clamp(0, 1)
+        exact = F.resize(narrow.clamp(0, 1), size, **options).clamp(0, 1)
         torch.testing.assert_close(result, exact, atol=1e-5, rtol=0)
-        byte = F.resized_crop(image, top, left, bottom - top, right - left, [size, size], **options)
+        byte = F.resized_crop(image, top, left, bottom - top, right - left, size, **options)
         assert byte_difference(result, byte) <= 1
 
 
@@ -94,7 +130,7 @@ def test_same_size_is_the_identity_and_a_flip_the_mirror():
     images = torch.rand(2, 3, 24, 24)
     edges = torch.tensor([[0, 24, 0, 24], [0, 24, 24, 0]]).unsqueeze(1).expand(2, 2, 4)
     for interpolation in resample.KERNELS:
-        same, mirror = resample.resized_crops(images, edges, 24, interpolation=interpolation)
+        same, mirror = resample.resized_crops(images, edges, (24, 24), interpolation=interpolation)
         assert torch.equal(same, images) and torch.equal(mirror, images.flip(3))
 
 

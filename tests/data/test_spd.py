@@ -3,10 +3,13 @@
 import pytest
 import torch
 
-from data.augment import MEAN, RECIPES, STD, Augment, View, unnormalize
+from data.augment import MEAN, STD, Augment, View, unnormalize
 from data.defects import DEFECTS
+from data.patches import PatchGrid
+from data.recipes import RECIPES
 from data.spd import SpotTheDifference, weak
 from tests.data.test_cutpaste import pictures
+from training.errors import UserError
 
 RECIPE = {
     "simclr": {"size": 32},
@@ -103,3 +106,21 @@ def test_views_depend_on_seed_epoch_and_picture_alone(defect):
     masks, other = seen.masks, augment(images, ids, 2)
     assert torch.equal(other[-3], together[-3]) and not torch.equal(other[-2], together[-2])
     assert not torch.equal(seen.masks, masks)  # the defects' own draws
+
+
+def test_left_stays_left_where_the_recipe_says_so():
+    ramp = torch.arange(48).mul(5).byte().expand(200, 3, 48, 48)
+    augment = SpotTheDifference(Augment(RECIPES["simclr"](size=32, flip_p=0.0), 0), DEFECTS["smooth_blend"]())
+    *_, positive, _ = augment(ramp, torch.arange(200), 0)
+    assert (positive[..., 16:].mean((1, 2, 3)) > positive[..., :16].mean((1, 2, 3))).all()
+
+
+def test_views_are_described():
+    _, augment, _ = build(recipe="dino")
+    made = augment(pictures(1, 48, 48), torch.arange(1), 0)
+    assert [view.shape for view in augment.views] == [tuple(view.shape[2:]) for view in made]
+
+
+def test_patches_are_refused():
+    with pytest.raises(UserError, match="plain views"):
+        SpotTheDifference(PatchGrid(0), DEFECTS["smooth_blend"]())

@@ -1,45 +1,12 @@
-"""LARS against two steps by hand, groups, layer-wise rates, both clippings, EMA in closed form."""
+"""Groups, layer-wise, bias and predictor rates, both clippings, EMA in closed form."""
 
 import pytest
 import torch
 from torch import nn
 
 from training.ema import ema_update
-from training.optim import (
-    LARS,
-    OptimConfig,
-    _depth,
-    build_optimizer,
-    clip_gradients,
-    parameter_groups,
-    set_rates,
-)
-
-
-def lars_by_hand(p, grads, lrs, wd, momentum=0.9, eta=1e-3):
-    buffer = torch.zeros_like(p)
-    for g, lr in zip(grads, lrs):
-        if p.ndim > 1:
-            g = g + wd * p
-            if p.norm() > 0 and g.norm() > 0:
-                g = g * eta * p.norm() / g.norm()
-        buffer = momentum * buffer + g
-        p = p - lr * buffer
-    return p
-
-
-@pytest.mark.parametrize("start", [torch.randn(4, 3, dtype=torch.float64), torch.randn(5, dtype=torch.float64),
-                                   torch.zeros(2, 2, dtype=torch.float64)])  # fmt: skip
-def test_lars_two_steps_with_changing_rate(start):
-    grads = [torch.randn_like(start), torch.zeros_like(start), torch.randn_like(start)]
-    lrs = [0.5, 0.2, 0.1]
-    p = nn.Parameter(start.clone())
-    optimizer = LARS([p], weight_decay=0.01)
-    for g, lr in zip(grads, lrs):
-        p.grad = g.clone()
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
-    torch.testing.assert_close(p.data, lars_by_hand(start, grads, lrs, 0.01), rtol=1e-12, atol=1e-14)
+from training.errors import UserError
+from training.optim import OptimConfig, _depth, build_optimizer, clip_gradients, parameter_groups, set_rates
 
 
 class Tiny(nn.Module):
@@ -111,6 +78,69 @@ def test_rates_reach_the_groups():
     for group in optimizer.param_groups:
         assert group["lr"] == 0.8 * group["lr_scale"]
         assert group["weight_decay"] == (0.1 if group["decayed"] else 0.0)
+
+
+class Siamese(Tiny):
+    """Predictors where methods have them, and names that only look like one."""
+
+    def __init__(self):
+        super().__init__()
+        self.online.predictor = nn.Sequential(nn.Linear(2, 3, bias=False), nn.BatchNorm1d(3), nn.Linear(3, 2))
+        self.head = nn.ModuleDict({"predictor": nn.Linear(2, 2)})
+        self.predictors = nn.Linear(2, 2)
+        self.temperature = nn.Parameter(torch.zeros(()))
+
+
+def rates(optimizer, model):
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_biases_and_norms_have_a_rate_of_their_own():
+    """Official Barlow Twins: two groups by `ndim == 1`, weights at 0.2 and the others at 0.0048, both x batch / 256."""
+    model = Siamese()
+    config = OptimConfig(name="lars", lr=0.2, lr_scaling="linear", bias_lr_scale=0.024, weight_decay=1e-6)
+    optimizer = build_optimizer(config, model)
+    assert len(optimizer.param_groups) == 2
+    set_rates(optimizer, config.lr_at(0, 10, 1, 2048), 1e-6)
+    found = rates(optimizer, model)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert found[name] == pytest.approx(2048 / 256 * (0.0048 if p.ndim <= 1 else 0.2), rel=1e-12), name
+    both = build_optimizer(OptimConfig(name="sgd", lr=1.0, bias_lr_scale=0.1, layer_decay=0.5), model)
+    set_rates(both, 1.0, 0.0)
+    found = rates(both, model)
+    assert found["online.backbone.layer4.1.weight"] == pytest.approx(0.05)
+    assert found["online.backbone.layer4.0.weight"] == 0.5 and found["temperature"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("bias_lr_scale", [1.0, 0.1])
+def test_a_predictor_keeps_the_peak_rate(bias_lr_scale):
+    """Official SimSiam's --fix-pred-lr: init_lr = lr x batch / 256 in every epoch, here in the warm-up as well."""
+    model = Siamese()
+    config = OptimConfig(
+        name="sgd", lr=0.05, lr_scaling="linear", warmup_epochs=2, fix_predictor_lr=True, bias_lr_scale=bias_lr_scale
+    )
+    optimizer = build_optimizer(config, model)
+    assert config.peak_lr(512) == pytest.approx(0.1)
+    for step in (0, 2, 7, 9):
+        lr = config.lr_at(step, 10, 1, 512)
+        assert lr <= config.peak_lr(512)
+        set_rates(optimizer, lr, 0.0, config.peak_lr(512))
+        for name, rate in rates(optimizer, model).items():
+            predictor = name.startswith(("online.predictor.", "head.predictor."))
+            scale = bias_lr_scale if model.get_parameter(name).ndim <= 1 else 1.0
+            assert rate == pytest.approx((0.1 if predictor else lr) * scale, rel=1e-12), name
+    assert config.lr_at(0, 10, 1, 512) == 0 and config.lr_at(2, 10, 1, 512) == config.peak_lr(512)
+    with pytest.raises(ValueError, match="needs peak_lr"):
+        set_rates(optimizer, 0.1, 0.0)
+
+
+def test_a_predictor_that_is_not_there():
+    with pytest.raises(UserError, match="fix_predictor_lr=true, but Tiny has no predictor"):
+        build_optimizer(OptimConfig(name="sgd", lr=1.0, fix_predictor_lr=True), Tiny())
+    assert len(parameter_groups(Siamese())) == 2
+    assert OptimConfig(name="sgd", lr=0.3).peak_lr(4096) == 0.3
 
 
 def gradients():

@@ -12,7 +12,9 @@ from tests.models.ssl.test_methods import SMALL, build, views
 from tests.processes import run_processes
 from training.errors import UserError
 
-CONTRASTIVE = [name for name in SSL_METHODS if name != "revd"]  # what `online` gives of a view is a projection
+CONTRASTIVE = [
+    name for name in SSL_METHODS if SSL_METHODS[name].projects
+]  # what `online` gives of a view is a projection
 
 
 def pictures(name, count=8):
@@ -42,14 +44,15 @@ def test_the_loss_is_the_methods_and_the_weighted_term(name):
     torch.testing.assert_close(loss, alone + 0.3 * (away - near), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(stats["spd"], away - near, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(stats["defect_cosine"], away, rtol=1e-12, atol=1e-12)
-    assert all(value.ndim == 0 and not value.requires_grad for value in stats.values())
+    assert all(not value.requires_grad and (value.ndim == 0) == (key != "embeddings") for key, value in stats.items())
 
     other = build(name)
     spd(*other.online(torch.cat(pictures(name)[-3:])).chunk(3))[0].backward()
     term = {f"method.{n}": p.grad for n, p in other.named_parameters() if p.grad is not None}
     assert grads.keys() == {f"method.{n}" for n in without}  # an EMA target takes no part
     for key, grad in grads.items():
-        torch.testing.assert_close(grad, without[key.removeprefix("method.")] + 0.3 * term[key], rtol=0, atol=1e-12)
+        both = without[key.removeprefix("method.")] + 0.3 * term.get(key, 0)  # projections have no predictor
+        torch.testing.assert_close(grad, both, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", CONTRASTIVE)
@@ -70,13 +73,21 @@ def gradients(rank, world_size, name):
     return loss, stats["spd"], {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
 
 
+def every_method(rank, world_size):
+    return {name: gradients(rank, world_size, name) for name in CONTRASTIVE}
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def processes(request):
+    return run_processes(every_method, request.param)
+
+
 @pytest.mark.parametrize("name", CONTRASTIVE)
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_processes_on_different_shards_have_the_gradients_of_one(name, world_size):
+def test_processes_on_different_shards_have_the_gradients_of_one(name, processes):
     loss, term, expected = gradients(0, 1, name)
-    results = run_processes(gradients, world_size, name)
+    results = [result[name] for result in processes]
     for i, value in enumerate((loss, term)):
-        torch.testing.assert_close(sum(r[i] for r in results) / world_size, value, rtol=0, atol=1e-10)
+        torch.testing.assert_close(sum(r[i] for r in results) / len(results), value, rtol=0, atol=1e-10)
     assert results[0][1] != results[1][1]
     for *_, grads in results:
         assert grads.keys() == expected.keys()
@@ -120,7 +131,7 @@ def test_batch_norm_sees_the_methods_views_alone_and_the_three_together(name):
         assert len(method.target.backbone.batches) == len(alone.target.backbone.batches)
 
 
-@pytest.mark.parametrize("name", CONTRASTIVE)
+@pytest.mark.parametrize("name", ["simclr", "dino", "supcon"])
 def test_the_term_alone_learns_to_spot_the_difference(name):
     method, three = build(name), torch.cat(pictures(name)[-3:])
     for linear in method.online.modules():
@@ -172,6 +183,12 @@ def test_a_negative_weight_is_refused():
         SPD(build("simclr"), -0.1)
 
 
-def test_a_method_without_projections_is_refused():
-    with pytest.raises(UserError, match="RevD makes none: remove spd"):
-        SPD(build("revd"), 0.1)([*views("revd"), *3 * [torch.zeros(2, 3, 16, 16).double()]], torch.zeros(8))
+@pytest.mark.parametrize("name", ["revd", "patch_position"])
+def test_a_method_without_projections_is_refused(name):
+    with pytest.raises(UserError, match=r"(RevD|PatchPosition) makes none: remove spd"):
+        SPD(build(name), 0.1)
+
+
+def test_the_number_of_views_is_that_of_the_method_and_three():
+    with pytest.raises(UserError, match="Triplet takes 3 views, and augment makes 2"):
+        SPD(build("triplet"), 0.1)([torch.zeros(2, 3, 8, 8).double()] * 5, torch.zeros(2))

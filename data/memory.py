@@ -1,0 +1,28 @@
+"""How much memory is free, for what decides where to keep things."""
+
+import os
+from pathlib import Path
+
+import torch
+
+
+def free_memory(place: torch.device) -> int:
+    """Free bytes for this process: of a GPU, or of RAM within the container's limit, a part for each local process.
+
+    What the file cache holds counts as free, since the system gives it back. Without Linux's files: all of the RAM.
+    """
+    if place.type == "cuda":
+        return torch.cuda.mem_get_info(place)[0]
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if os.path.exists("/proc/meminfo"):
+        free = int(_fields("/proc/meminfo")["MemAvailable:"]) * 1024
+    if os.path.exists("/sys/fs/cgroup/memory.max"):
+        limit, used = Path("/sys/fs/cgroup/memory.max").read_text().strip(), _fields("/sys/fs/cgroup/memory.stat")
+        if limit != "max":
+            free = min(free, int(limit) - int(used["anon"]) - int(used["shmem"]))
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _fields(path: str) -> dict[str, str]:
+    """The first two words of each line."""
+    return dict(line.split()[:2] for line in Path(path).read_text().splitlines())

@@ -1,0 +1,52 @@
+"""A first-in-first-out memory of embeddings: MoCo's queue, and the memory bank of the other contrastive methods."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.distributed import gather
+from training.errors import UserError
+
+
+class Queue(nn.Module):
+    """The last `length` embeddings of all processes, of unit length; at first random ones (official moco/builder.py).
+
+    `hold` keeps a step's embeddings aside, gathered, and `push` writes them over the oldest rows: the loop calls it
+    once after the optimizer's step, so that a loss evaluated twice (SAM) meets one and the same queue. Any length that
+    is at least a step's number of embeddings will do; officially it is a multiple of it.
+
+    Attributes:
+        rows: (K, D). labels: (K,) int64, -1 where none was given.
+    """
+
+    def __init__(self, length: int, features: int):
+        super().__init__()
+        self.register_buffer("rows", F.normalize(torch.randn(length, features), dim=1))
+        self.register_buffer("labels", torch.full((length,), -1))
+        self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))
+        self.held: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def hold(self, embeddings: Tensor, labels: Tensor | None = None) -> None:
+        """embeddings (N, D), normalised here, and labels (N,) of this process."""
+        if labels is None:
+            labels = torch.full((len(embeddings),), -1, device=embeddings.device)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            rows = gather(F.normalize(embeddings.detach().to(self.rows.dtype), dim=1))  # (W N, D)
+        if len(rows) > len(self.rows):
+            raise UserError(
+                f"a step makes {len(rows)} embeddings and the queue holds {len(self.rows)}: make it longer, or "
+                "batch_size smaller"
+            )
+        self.held = rows, gather(labels)
+
+    @torch.no_grad()
+    def push(self) -> None:
+        if self.held is None:
+            return
+        rows, labels = self.held
+        places = (self.oldest + torch.arange(len(rows), device=rows.device)) % len(self.rows)
+        self.rows.index_copy_(0, places, rows)
+        self.labels.index_copy_(0, places, labels)
+        self.oldest.copy_((self.oldest + len(rows)) % len(self.rows))
+        self.held = None

@@ -1,0 +1,92 @@
+"""MoCo v1 and v2 (He et al. 2020, "Momentum contrast"; Chen et al. 2020, "Improved baselines"; official builder.py)."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from losses.info_nce import queue_nce
+from losses.queue import Queue
+from models.heads import head_widths, mlp
+from models.split_batch_norm import SplitBatchNorm2d
+from models.ssl.method import Encoder, SSLMethod, frozen_copy
+from training.distributed import gather, rank, world_size
+
+
+class MoCoV2(SSLMethod):
+    """A query finds its key, made by the moving average from another view, among a queue of earlier pictures' keys.
+
+    BatchNorm over one process's pictures would let a query know its key by the statistics they share. So each process
+    makes the keys of other processes' pictures, shuffled; with one process, batch norms see `splits` parts apart and
+    the keys are shuffled among them (official colab/moco_cifar10_demo.ipynb; 8 there).
+
+    The official code moves the average before it makes the keys and here it moves after the step, with the same result:
+    set `ema` to the same start and end.
+
+    Args:
+        temperature: 0.2 in v2, 0.07 in v1, 0.1 in the CIFAR-10 notebook.
+        queue: its length; 65536 for ImageNet, 4096 for CIFAR-10.
+        head: `mlp`, two layers, is v2, `linear` v1. hidden: 0 takes the backbone's number of features, as officially.
+        out: width of query and key.
+        splits: parts of the batch that 2-D batch norms see apart, in training; 1: the whole batch of a process.
+        symmetric: each view is query and key once, and the loss their mean; the notebook's option.
+        gamma: of a focal term, see losses/focal.py; 0: none, as in the paper.
+    """
+
+    takes = (2, 2, "moco")
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        temperature: float = 0.2,
+        queue: int = 65536,
+        head: Literal["mlp", "linear"] = "mlp",
+        hidden: int = 0,
+        out: int = 128,
+        splits: int = 1,
+        symmetric: bool = False,
+        gamma: float = 0.0,
+    ):
+        super().__init__()
+        self.temperature, self.symmetric, self.gamma = temperature, symmetric, gamma
+        widths = head_widths(backbone.num_features, head, hidden, out)
+        encoder = Encoder(backbone, mlp(widths, batch_norm=False, bias=True, last_bias=True))
+        self.online = SplitBatchNorm2d.convert(encoder, splits) if splits > 1 else encoder
+        self.target = frozen_copy(self.online)
+        self.queue = Queue(queue, out)
+
+    def embed(self, views: list[Tensor]) -> tuple[Tensor, ...]:
+        pairs = [views, views[::-1]] if self.symmetric else [views]
+        queries = torch.stack([self.online(one) for one, _ in pairs], dim=1)  # (B, P, D)
+        with torch.no_grad():
+            keys = torch.stack([shuffled(self.target, other) for _, other in pairs], dim=1)  # (B, P, D)
+        return queries, keys
+
+    def criterion(self, embeddings: tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
+        queries, keys = embeddings
+        losses = [
+            queue_nce(q, k, self.queue.rows, self.temperature, gamma=self.gamma)
+            for q, k in zip(queries.unbind(1), keys.unbind(1))
+        ]
+        self.queue.hold(keys.flatten(0, 1))  # (B P, D)
+        terms = 1 + len(self.queue.rows)
+        chance = (1 - 1 / terms) ** self.gamma * math.log(terms)
+        pair = torch.stack([queries[:, 0].detach(), keys[:, 0].to(queries.dtype)], dim=1)  # (B, 2, D)
+        return sum(losses) / len(losses), {"embeddings": pair, "chance_loss": torch.tensor(chance)}
+
+    def update(self) -> None:
+        self.queue.push()
+
+
+def shuffled(network: nn.Module, view: Tensor) -> Tensor:
+    """network(view) for view (B, 3, h, w), made in another order and on other processes (official _batch_shuffle_ddp):
+    each process draws the same permutation of all pictures, passes its part, and takes its own pictures' rows back."""
+    everything = gather(view)  # (W B, 3, h, w)
+    order = torch.randperm(len(everything), device=view.device)
+    if world_size() > 1:
+        torch.distributed.broadcast(order, 0)
+    mine = slice(rank() * len(view), (rank() + 1) * len(view))
+    out = gather(network(everything[order[mine]]))  # (W B, D), row i is picture order[i]
+    return out[order.argsort()[mine]]

@@ -1,0 +1,63 @@
+"""MoCo v3 (Chen, Xie & He 2021, "An empirical study of training self-supervised vision transformers")."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from losses.info_nce import batch_nce
+from models.heads import head_widths, mlp
+from models.ssl.method import Encoder, SSLMethod, each_view, frozen_copy
+from training.distributed import world_size
+
+
+class MoCoV3(SSLMethod):
+    """A query finds its key, made by the moving average from another view, among those of the batch: no queue.
+
+    Loss and heads of the official moco/builder.py; its ResNets have two layers in the projector and no batch norm at
+    the predictor's end, its vision transformers three and one.
+
+    Args:
+        temperature: 1.0 for ResNet-50, 0.2 for ViT.
+        head: `mlp` or `linear`. layers: of the projector. hidden, out: widths of projector and predictor.
+        predictor_norm: batch norm at the predictor's end.
+        gamma: of a focal term, see losses/focal.py; 0: none, as officially.
+    """
+
+    takes = (2, 2, "byol")
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        temperature: float = 1.0,
+        head: Literal["mlp", "linear"] = "mlp",
+        layers: int = 2,
+        hidden: int = 4096,
+        out: int = 256,
+        predictor_norm: bool = False,
+        gamma: float = 0.0,
+    ):
+        super().__init__()
+        self.temperature, self.gamma = temperature, gamma
+        widths = head_widths(backbone.num_features, head, hidden, out, layers=layers)
+        self.online = Encoder(backbone, mlp(widths, last_norm=True))
+        self.predictor = mlp([out, hidden or out, out], last_norm=predictor_norm)
+        self.target = frozen_copy(self.online)
+
+    def embed(self, views: list[Tensor]) -> tuple[Tensor, ...]:
+        queries = torch.stack([self.predictor(self.online(view)) for view in views], dim=1)  # (B, 2, D)
+        with torch.no_grad():
+            keys = each_view(self.target, views)  # (B, 2, D)
+        return queries, keys
+
+    def criterion(self, embeddings: tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
+        queries, keys = embeddings
+        loss = sum(
+            batch_nce(queries[:, one], keys[:, other], self.temperature, gamma=self.gamma)
+            for one, other in ((0, 1), (1, 0))
+        )
+        terms = len(queries) * world_size()
+        chance = 4 * self.temperature * (1 - 1 / terms) ** self.gamma * math.log(terms)
+        return loss, {"embeddings": queries.detach(), "chance_loss": torch.tensor(chance)}

@@ -1,0 +1,54 @@
+"""VICReg (Bardes, Ponce & LeCun 2022, "Variance-invariance-covariance regularization"; official main_vicreg.py)."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from losses.vicreg import vicreg
+from models.heads import head_widths, mlp
+from models.ssl.method import MANY, Encoder, SSLMethod, each_view
+from training.errors import UserError
+
+
+class VICReg(SSLMethod):
+    """Views of a picture agree, each dimension of the embedding varies over pictures, and no two vary together.
+
+    Officially the backbone's residual blocks start as identities (`backbone.zero_init_residual=true`).
+
+    Args:
+        invariance, variance, covariance: coefficients of the three terms.
+        form: `official`, or `solo`, whose variance term counts twice; see losses/vicreg.py.
+        head: `mlp`, three layers, or `linear`. hidden, out: its widths, 8192 for ImageNet.
+    """
+
+    takes = (2, MANY, "byol")
+    advice = "every picture has one embedding; raise method.variance"
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        invariance: float = 25.0,
+        variance: float = 25.0,
+        covariance: float = 1.0,
+        form: Literal["official", "solo"] = "official",
+        head: Literal["mlp", "linear"] = "mlp",
+        hidden: int = 8192,
+        out: int = 8192,
+    ):
+        super().__init__()
+        if form not in ("official", "solo"):
+            raise UserError(f"method.form={form!r} is unknown; one of: official, solo")
+        self.options = {"invariance": invariance, "variance": variance, "covariance": covariance, "form": form}
+        self.chance = 0.99 * variance * (2 if form == "solo" else 1)  # 1 - sqrt(1e-4) for a constant embedding
+        widths = head_widths(backbone.num_features, head, hidden, out, layers=3)
+        self.online = Encoder(backbone, mlp(widths, bias=True))
+
+    def embed(self, views: list[Tensor]) -> tuple[Tensor, ...]:
+        return (each_view(self.online, views),)
+
+    def criterion(self, embeddings: tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
+        (z,) = embeddings  # (B, V, D)
+        loss, terms = vicreg(z, **self.options)
+        return loss, terms | {"embeddings": z.detach(), "chance_loss": torch.tensor(self.chance)}
