@@ -68,6 +68,7 @@ class Config:
     backbone: BackboneConfig
     checkpoint: str | None = None
     batch_size: int = 64
+    seed: int = 0  # of a backbone without weights
     device: str = "auto"
     runs: str = "runs"
     run_name: str = "eval"
@@ -112,6 +113,7 @@ def measure(raw: dict) -> None:
     checkpoint.open_run(folder, resolved)
     log = Log(folder, resolved)
 
+    torch.manual_seed(cfg.seed)
     backbone, report = build_backbone(cfg.backbone)
     backbone.to(device, memory_format=torch.channels_last)
     train_set, test_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "test")

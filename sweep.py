@@ -5,8 +5,9 @@
 
 Every value in the grid is a piece of a command line. A pretraining that begins with a YAML file is a run of
 train_ssl.py, whose last.pt the detectors then get as backbone.weights; any other is overrides for the detectors (none:
-random weights). Writes runs/<run_name>/results.md and results.csv, and a run folder for every cell, heat maps in it. A
-cell that fails stands in the table with its error, the rest goes on.
+random weights). A detector may also be `eval.py task=knn ...`: what is measured is then the backbone itself. Writes
+runs/<run_name>/results.md and results.csv, and a run folder for every cell, heat maps in it. A cell that fails stands
+in the table with its error, the rest goes on.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ from evaluation.report import csv_table, markdown_table, with_interval
 from training import config, errors
 from training.files import whole_file
 
-SCRIPTS = ["train_ssl", "train_anomaly"]
+SCRIPTS = ["train_ssl", "train_anomaly", "eval"]
 
 
 @dataclass(kw_only=True)
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> None:
         # a cell is its command, its YAML, and those of the pretraining here that it needs: a change makes it run anew
         record = "".join(describe(w) for n, w, _ in commands if n in (name, needs))
         known = (folder / "command.txt").read_text() if (folder / "command.txt").exists() else None
-        if known == record and (folder / "results.json").exists():
+        if known == record and results_of(folder):
             say(number, commands, began, f"{name}: done before")
         elif needs and "error" in outcomes[needs]:
             outcomes[name] = {"error": f"its pretraining {needs} failed"}
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> None:
                 outcomes[name] = {"error": error}
                 print(f"    failed: {error}", file=sys.stderr)
                 continue
-        outcomes[name] = json.loads((folder / "results.json").read_text())
+        outcomes[name] = json.loads(results_of(folder).read_text())
     write(cfg, top, outcomes)
 
 
@@ -97,8 +98,14 @@ def plan(cfg: Config) -> list[tuple[str, list[str], str | None]]:
             backbone, needs = weights[pretraining, end]
             name = f"{task}/{detector}/{pretraining}{end}"
             words = [*shlex.split(text), *shlex.split(its_words), *backbone, *also, *seed, *place(cfg, name)]
-            commands.append((name, ["train_anomaly.py", *words], needs))
+            script = [] if words[0].endswith(".py") else ["train_anomaly.py"]
+            commands.append((name, [*script, *words], needs))
     return commands
+
+
+def results_of(folder: Path) -> Path | None:
+    """results.json of a run folder, or of the evaluation in it."""
+    return next(iter(sorted(folder.glob("results.json")) + sorted(folder.glob("eval_*/results.json"))), None)
 
 
 def repeats(cfg: Config) -> list[tuple[str, list[str]]]:

@@ -28,6 +28,7 @@ from data.spd import SpotTheDifference
 from evaluation.collapse import collapse_warning, embedding_health
 from evaluation.knn import knn_figures
 from models.build import BackboneConfig, build_backbone
+from models.split_batch_norm import SplitBatchNorm2d
 from models.ssl import SSL_METHODS, MethodConfig
 from models.ssl.gradients import Embed, backward
 from models.ssl.spd import SPD
@@ -136,6 +137,8 @@ def main(argv: list[str]) -> None:
         raise errors.UserError(
             f"{cfg.method.name} learns from classes: data.root needs a folder for each, two at least"
         )
+    if cfg.sync_bn and any(isinstance(module, SplitBatchNorm2d) for module in method.modules()):
+        raise errors.UserError("sync_bn=true would undo method.splits: set one of the two")
     method = nn.SyncBatchNorm.convert_sync_batchnorm(method) if cfg.sync_bn else method
     method.to(device, memory_format=torch.channels_last)
     objective = method if cfg.spd is None else SPD(method, cfg.spd.weight)

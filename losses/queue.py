@@ -12,7 +12,8 @@ class Queue(nn.Module):
     """The last `length` embeddings of all processes, of unit length; at first random ones (official moco/builder.py).
 
     `hold` keeps a step's embeddings aside, gathered, and `push` writes them over the oldest rows: the loop calls it
-    once after the optimizer's step, so that a loss evaluated twice (SAM) meets one and the same queue. Any length that
+    once after the optimizer's step, so that a loss evaluated twice (SAM) meets one and the same queue. The first
+    embeddings of a step are kept: SAM's second ones are those of weights that no step keeps. Any length that
     is at least a step's number of embeddings will do; officially it is a multiple of it.
 
     Attributes:
@@ -29,6 +30,8 @@ class Queue(nn.Module):
     @torch.no_grad()
     def hold(self, embeddings: Tensor, labels: Tensor | None = None) -> None:
         """embeddings (N, D), normalised here, and labels (N,) of this process."""
+        if self.held is not None:
+            return
         if labels is None:
             labels = torch.full((len(embeddings),), -1, device=embeddings.device)
         with torch.autocast(embeddings.device.type, enabled=False):

@@ -1,5 +1,6 @@
 """Run a function in several gloo processes, as torchrun would, and collect what each returns."""
 
+import faulthandler
 import os
 import tempfile
 
@@ -9,6 +10,7 @@ import torch.multiprocessing as mp
 
 
 def _worker(rank: int, world_size: int, folder: str, function, args) -> None:
+    faulthandler.enable()  # an abort says where
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     torch.save(function(rank, world_size, *args), os.path.join(folder, f"{rank}.pt"))

@@ -46,6 +46,9 @@ class OptimConfig:
     weight_decay: float = 0.0
     final_weight_decay: float | None = None  # a cosine from weight_decay to this (DINO); none: constant
     layer_decay: float = 1.0  # learning rate x layer_decay per stage (ResNet) or block (others) to the head
+    decay_norms: bool = (
+        False  # weight decay on biases and norms, too (official SGD recipes of MoCo, SimSiam, SupCon, PsCo)
+    )
     bias_lr_scale: float = 1.0  # learning rate x this for biases and norms; Barlow Twins: 0.0048 / 0.2 = 0.024
     fix_predictor_lr: bool = False  # a module `predictor` learns at the peak rate throughout (SimSiam)
     clip: float | None = None  # largest gradient norm
@@ -81,6 +84,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
     groups = parameter_groups(
         model,
         layer_decay=config.layer_decay,
+        decay_norms=config.decay_norms,
         bias_lr_scale=config.bias_lr_scale,
         fix_predictor_lr=config.fix_predictor_lr,
     )
@@ -88,15 +92,21 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
 
 
 def parameter_groups(
-    model: nn.Module, *, layer_decay: float = 1.0, bias_lr_scale: float = 1.0, fix_predictor_lr: bool = False
+    model: nn.Module,
+    *,
+    layer_decay: float = 1.0,
+    decay_norms: bool = False,
+    bias_lr_scale: float = 1.0,
+    fix_predictor_lr: bool = False,
 ) -> list[dict]:
     """Trainable parameters by (weight decay or not, learning-rate scale, fixed learning rate or not).
 
-    Decayed: more than one dimension and not a bias (official DINO's rule). A group's `lr_scale` is layer_decay^(L+1-l)
-    with l = 0 for the stem, 1..L for the stages and L+1 for heads (official DINOv2's rule), times bias_lr_scale for
-    parameters of at most one dimension, biases and norms (official Barlow Twins' rule). Only a module named `backbone`
-    has a stem and stages; RD4AD's decoder, with its own layers 1 to 3, is a head. `fixed_lr`: with fix_predictor_lr
-    the parameters of a module named `predictor`, which no schedule moves (official SimSiam's --fix-pred-lr).
+    Decayed: more than one dimension and not a bias (official DINO's rule), or all with `decay_norms`. A group's
+    `lr_scale` is layer_decay^(L+1-l) with l = 0 for the stem, 1..L for the stages and L+1 for heads (official DINOv2's
+    rule), times bias_lr_scale for parameters of at most one dimension, biases and norms (official Barlow Twins' rule).
+    Only a module named `backbone` has a stem and stages; RD4AD's decoder, with its own layers 1 to 3, is a head.
+    `fixed_lr`: with fix_predictor_lr the parameters of a module named `predictor`, which no schedule moves (official
+    SimSiam's --fix-pred-lr).
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     depths = {name: _depth(name) for name, _ in named}
@@ -104,7 +114,7 @@ def parameter_groups(
     groups = {}
     for name, p in named:
         depth = head if depths[name] is None else depths[name]
-        decayed = p.ndim > 1 and not name.endswith(".bias")
+        decayed = decay_norms or (p.ndim > 1 and not name.endswith(".bias"))
         scale = layer_decay ** (head - depth) * (bias_lr_scale if p.ndim <= 1 else 1.0)
         fixed = fix_predictor_lr and "predictor" in name.split(".")[:-1]
         group = {"params": [], "decayed": decayed, "lr_scale": scale, "fixed_lr": fixed}

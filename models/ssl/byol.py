@@ -14,11 +14,12 @@ class BYOL(SSLMethod):
     """The network predicts, from one view, what its own moving average says about the others: no negatives.
 
     Heads of the official networks.py, without whose batch norms it collapses. Officially the target starts with random
-    weights of its own; here it is a copy, which made no significant difference there. `ema` from 0.99 (40 to 300
-    epochs) or 0.996 (1000) to 1.
+    weights of its own; here it is a copy, which made no significant difference there. `ema` from 0.97 (40
+    epochs), 0.99 (100 and 300) or 0.996 (1000) to 1.
 
     Args:
-        head: `mlp` or `linear`, of the projector. hidden, out: widths of projector and predictor.
+        head: `mlp` or `linear`, of the projector.
+        hidden, out: widths of projector and predictor; hidden 0 takes the number of features, in the predictor `out`.
     """
 
     takes = (2, MANY, "byol")

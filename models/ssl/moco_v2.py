@@ -26,11 +26,13 @@ class MoCoV2(SSLMethod):
 
     Args:
         temperature: 0.2 in v2, 0.07 in v1, 0.1 in the CIFAR-10 notebook.
-        queue: its length; 65536 for ImageNet, 4096 for CIFAR-10.
+        queue: its length; 65536 for ImageNet, 4096 for CIFAR-10. Well below the number of pictures, for a queue that
+            is longer holds a picture's own earlier keys, and it repels itself.
         head: `mlp`, two layers, is v2, `linear` v1. hidden: 0 takes the backbone's number of features, as officially.
         out: width of query and key.
-        splits: parts of the batch that 2-D batch norms see apart, in training; 1: the whole batch of a process.
-        symmetric: each view is query and key once, and the loss their mean; the notebook's option.
+        splits: parts of the batch that 2-D batch norms see apart, in training; 1, the whole batch of a process, guards
+            with several processes only.
+        symmetric: each view is query and key once, and the losses are added; the notebook's option.
         gamma: of a focal term, see losses/focal.py; 0: none, as in the paper.
     """
 
@@ -72,9 +74,9 @@ class MoCoV2(SSLMethod):
         ]
         self.queue.hold(keys.flatten(0, 1))  # (B P, D)
         terms = 1 + len(self.queue.rows)
-        chance = (1 - 1 / terms) ** self.gamma * math.log(terms)
+        chance = len(losses) * (1 - 1 / terms) ** self.gamma * math.log(terms)
         pair = torch.stack([queries[:, 0].detach(), keys[:, 0].to(queries.dtype)], dim=1)  # (B, 2, D)
-        return sum(losses) / len(losses), {"embeddings": pair, "chance_loss": torch.tensor(chance)}
+        return sum(losses), {"embeddings": pair, "chance_loss": torch.tensor(chance)}
 
     def update(self) -> None:
         self.queue.push()

@@ -16,11 +16,13 @@ class MoCoV3(SSLMethod):
     """A query finds its key, made by the moving average from another view, among those of the batch: no queue.
 
     Loss and heads of the official moco/builder.py; its ResNets have two layers in the projector and no batch norm at
-    the predictor's end, its vision transformers three and one.
+    the predictor's end, its vision transformers three and one. Officially a ResNet's residual blocks start as
+    identities (`backbone.zero_init_residual=true`).
 
     Args:
         temperature: 1.0 for ResNet-50, 0.2 for ViT.
-        head: `mlp` or `linear`. layers: of the projector. hidden, out: widths of projector and predictor.
+        head: `mlp` or `linear`. layers: of the projector. hidden, out: widths of projector and predictor;
+            hidden 0 takes the number of features, in the predictor `out`.
         predictor_norm: batch norm at the predictor's end.
         gamma: of a focal term, see losses/focal.py; 0: none, as officially.
     """

@@ -21,13 +21,16 @@ class PsCo(SSLMethod):
 
     Networks and losses of the official models.py (PsCoMoCo): query from the first, strongly augmented view, key from
     the second, weak one. Officially batch norms are synchronised (`sync_bn=true`), the target's running statistics are
-    copies of the online network's (here its own, which nothing reads in training), and `ema` is 0.99 throughout.
+    copies of the online network's (here its own, which nothing reads in training), `ema` is 0.99 throughout, and a
+    ResNet's residual blocks start as identities (`backbone.zero_init_residual=true`).
 
     Args:
         temperature: of MoCo's term. task_temperature: of the few-shot term.
-        queue: its length. shots: rows of the queue for each picture; 4 for mini-ImageNet, 1 for Omniglot.
+        queue: its length, well below the number of pictures: else a picture's shots are its own earlier keys.
+        shots: rows of the queue for each picture; 4 for mini-ImageNet, 1 for Omniglot.
         iterations: of Sinkhorn.
-        head: `mlp` or `linear`, of the projector. hidden, out: widths of projector and predictor.
+        head: `mlp` or `linear`, of the projector. hidden, out: widths of projector and predictor; hidden 0 takes
+            the number of features, in the predictor `out`.
         predictor: a predictor behind the projector, as in the official commands.
     """
 
@@ -73,7 +76,7 @@ class PsCo(SSLMethod):
         stats = {
             "task_loss": task.detach(),
             "moco_loss": contrast.detach(),
-            "shots_used_once": _share_unique(rows),
+            "distinct_shots": _share_unique(rows),
             "chance_loss": torch.tensor(math.log(rows.numel() * world_size()) + math.log(1 + len(self.queue.rows))),
             "embeddings": torch.stack([queries.detach(), keys.to(queries.dtype)], dim=1),  # (B, 2, D)
         }

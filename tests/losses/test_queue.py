@@ -56,7 +56,7 @@ def assert_forgets_the_oldest(length, batches, labelled):
         assert list(numbers) == [label for _, label in expected]
 
 
-def test_holding_changes_nothing_and_only_the_last_hold_is_pushed_once():
+def test_holding_changes_nothing_and_only_the_first_hold_is_pushed_once():
     queue = Queue(5, 3)
     queue.push()  # nothing held
     start = {name: buffer.clone() for name, buffer in queue.state_dict().items()}
@@ -66,9 +66,9 @@ def test_holding_changes_nothing_and_only_the_last_hold_is_pushed_once():
     assert all(torch.equal(buffer, start[name]) for name, buffer in queue.state_dict().items())
     queue.push()
     pushed = {name: buffer.clone() for name, buffer in queue.state_dict().items()}
-    torch.testing.assert_close(queue.rows[:2].double(), unit(second))
+    torch.testing.assert_close(queue.rows[:2].double(), unit(first))  # SAM's second pass comes after
     assert torch.equal(queue.rows[2:], start["rows"][2:])
-    assert queue.labels.tolist() == [3, 4, -1, -1, -1] and queue.oldest == 2
+    assert queue.labels.tolist() == [1, 2, -1, -1, -1] and queue.oldest == 2
     queue.push()  # held no longer
     assert all(torch.equal(buffer, pushed[name]) for name, buffer in queue.state_dict().items())
 

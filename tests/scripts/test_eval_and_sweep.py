@@ -133,6 +133,33 @@ def test_sweep(pictures, tmp_path, capfd):
     assert run().err.count("done before") == 2  # what stands on the changed pretraining runs again
 
 
+def test_sweep_measures_backbones_themselves(pictures, tmp_path, capfd):
+    """An eval.py in the place of a detector; random weights differ by the seed, and are the same the next time."""
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        "pretraining: {random: backbone.name=mobilenet_v2 backbone.width=0.25}\n"
+        "detectors: {knn: eval.py task=knn device=cpu data.size=32}\n"
+        f"tasks: {{stripes: data.name=folder data.root={pictures}}}\n"
+        f"seeds: [0, 1]\nmetrics: [top1]\nruns: {tmp_path}/runs\nrun_name: grid\n"
+    )
+    sweep.main([str(path)])
+    capfd.readouterr()
+    cells = tmp_path / "runs" / "grid" / "stripes" / "knn" / "random"
+    a, b = (json.loads((cells / f"seed{seed}/eval_knn/results.json").read_text()) for seed in (0, 1))
+    assert f"{(a['top1'] + b['top1']) / 2:.3f}" in (tmp_path / "runs" / "grid" / "results.md").read_text()
+    sweep.main([str(path)])
+    assert capfd.readouterr().err.count("done before") == 2
+    features = [evaluate_once(pictures, tmp_path / name, seed) for name, seed in (("x", 0), ("y", 0), ("z", 1))]
+    assert features[0] == features[1] != features[2]
+
+
+def evaluate_once(pictures, runs, seed):
+    words = ["task=linear", "device=cpu", "data.size=32", "data.name=folder", f"data.root={pictures}", f"runs={runs}"]
+    evaluate.main([*words, "backbone.name=mobilenet_v2", "backbone.width=0.25", f"seed={seed}"])
+    found = json.loads((runs / "eval" / "eval_linear" / "results.json").read_text())
+    return {key: value for key, value in found.items() if key != "seconds"}
+
+
 def test_sweep_over_seeds(pictures, tmp_path, capfd):
     write_mvtec(tmp_path / "mvtec")
     text = SWEEP.format(classes=pictures, mvtec=tmp_path / "mvtec", runs=tmp_path / "runs")

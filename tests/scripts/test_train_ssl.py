@@ -194,6 +194,7 @@ def test_mistakes_are_one_line(pictures, tmp_path):
     assert "Triplet takes 3 views, and augment makes 2" in error("method=triplet", "defect=cutpaste", "augment=none")
     assert "SimCLR takes 2 or more views, and augment makes 1: use augment=simclr" in error("augment=none")
     assert "a step makes 16 embeddings and the queue holds 8" in error("method.bank=8")
+    assert "sync_bn=true would undo method.splits" in error("method=moco_v2", "method.splits=2", "sync_bn=true")
     assert "no predictor" in error("optim.fix_predictor_lr=true")
     assert "sam.rho=-1.0 must not be negative" in error("sam.rho=-1")
     assert "batch_size=7 is no multiple" in error("batch_size=7", "accumulate=2")

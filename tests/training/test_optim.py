@@ -35,6 +35,13 @@ def test_groups_decay_matrices_only_and_scale_by_depth():
     assert len(parameter_groups(model)) == 2
 
 
+def test_decay_of_everything():
+    """Official MoCo, SimSiam and SupCon hand all parameters to SGD with one weight decay."""
+    optimizer = build_optimizer(OptimConfig(name="sgd", lr=1.0, weight_decay=5e-4, decay_norms=True), Tiny())
+    set_rates(optimizer, 1.0, 5e-4)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [5e-4]
+
+
 @pytest.mark.parametrize("name", ["decoder", "student.decoder", "head.features", "apprentice"])
 def test_stages_outside_a_backbone_belong_to_the_head(name):
     """RD4AD's decoder and CDO's apprentice have layers 1 to 3 as well."""
