@@ -19,9 +19,11 @@ lint: .venv/developer
 bench: .venv/installed
 	$(PY) -m benchmarks.coreset
 	$(PY) -m benchmarks.defects
+	$(PY) -m benchmarks.dino_loss
 	$(PY) -m benchmarks.knn
 	$(PY) -m benchmarks.padim
 	$(PY) -m benchmarks.predict
+	$(PY) -m benchmarks.train_step
 	$(PY) -m benchmarks.views
 	$(PY) -m benchmarks.aupro
 
