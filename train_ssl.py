@@ -14,7 +14,6 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -83,7 +82,7 @@ class Config:
     overfit: int = 0  # learn so many pictures by heart, always in the same views: does the loss reach its floor?
     seed: int = 0
     device: str = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # fp16's scaler waits for the device once a step
     compile: bool = False
     sync_bn: bool = False  # BatchNorm over all processes; CUDA only
     resume: Literal["auto", "never"] = "auto"
@@ -101,7 +100,9 @@ def main(argv: list[str]) -> None:
     config.at_least_one(cfg, "epochs", "batch_size", "accumulate", "eval_every", "log_every")
     config.at_least_one(cfg.save, "every")
     if cfg.batch_size % (world * cfg.accumulate):
-        raise errors.UserError(f"batch_size={cfg.batch_size} is no multiple of {world} processes x {cfg.accumulate=}")
+        raise errors.UserError(
+            f"batch_size={cfg.batch_size} is no multiple of {world} processes x accumulate={cfg.accumulate}"
+        )
     if cfg.sync_bn and world > 1 and device.type != "cuda":
         raise errors.UserError("sync_bn=true needs CUDA devices; set sync_bn=false on a CPU")
     if build_geometry(cfg.data) != as_geometry(cfg.data.size[0]):  # crops are drawn in the whole original picture
@@ -109,11 +110,13 @@ def main(argv: list[str]) -> None:
 
     # ---------------------------------------------------------------- data
     train_set = build_dataset(cfg.data, "train")
-    train_ids, held_out = holdout(train_set, cfg.holdout, cfg.seed)
+    classes = len(train_set.labels.unique())
+    train_ids, held_out = holdout(train_set, cfg.holdout if classes > 1 else 0.0, cfg.seed)
+    measurable = len(held_out) > 0
+    if not 0 <= cfg.overfit <= len(train_ids):
+        raise errors.UserError(f"overfit={cfg.overfit} must be 0 or a number of pictures, {len(train_ids)} at most")
     if cfg.overfit:  # spread over the set, and so over its classes
         train_ids = train_ids[torch.linspace(0, len(train_ids) - 1, cfg.overfit).long()]
-    classes = len(train_set.labels.unique())
-    measurable = len(held_out) and classes > 1
     if cfg.save.best and not measurable:
         raise errors.UserError("save.best keeps the best kNN figure, and there is none without holdout or classes")
     micro_batch = cfg.batch_size // (world * cfg.accumulate)
@@ -143,9 +146,10 @@ def main(argv: list[str]) -> None:
     method.to(device, memory_format=torch.channels_last)
     objective = method if cfg.spd is None else SPD(method, cfg.spd.weight)
     model = objective if cfg.accumulate == 1 else Embed(objective)
-    model = torch.compile(model) if cfg.compile else model
-    # Running statistics are used by evaluation alone, which takes rank 0's; all other buffers are equal anyway
-    model = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    if cfg.compile:
+        torch._inductor.config.fallback_random = True  # with and without gradient a batch draws the same numbers
+        model = torch.compile(model)
+    model = distributed.data_parallel(model)
     optimizer = build_optimizer(cfg.optim, method)
     dtype, scaler = PRECISIONS[cfg.precision], torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
@@ -154,24 +158,25 @@ def main(argv: list[str]) -> None:
         raise errors.UserError(f"accumulate={cfg.accumulate} is more than the {len(loader)} batches of an epoch")
     start, total, best, curves, figures = 0, cfg.epochs * epoch_steps, -1.0, {}, {}
     parts = {"model": method, "optimizer": optimizer, "scaler": scaler}
-    state = checkpoint.open_run(folder, resolved, resume=cfg.resume)
+    state, began = checkpoint.open_run(folder, resolved, resume=cfg.resume), time.perf_counter()
     if state is not None:
         checkpoint.restore(state, parts)
         start, best, curves, figures = (state[key] for key in ("step", "best", "curves", "figures"))
+        began -= state["seconds"]
 
-    log, window, began = Log(folder, resolved, start), Window(device), time.perf_counter()
+    log, window = Log(folder, resolved, start), Window(device)
     parameters = sum(p.numel() for p in method.online.parameters())
     log.say(f"{cfg.run_name}: {cfg.method.name} on {len(train_ids)} pictures, {cfg.backbone.name} ({report}), ")
     log.say(f"{parameters:,} parameters, {epoch_steps} steps an epoch, step {start} of {total}, {world} x {device}")
 
     # ---------------------------------------------------------------- train
     if start == total and log.repeat_results():
-        return
+        return distributed.cleanup()
 
     batches = None
     bar = tqdm(range(start, total), cfg.run_name, total, initial=start, unit="step", disable=not distributed.is_main())
     for step in bar:
-        epoch, seed = step // epoch_steps, cfg.seed + 1_000_003 * step + distributed.rank()
+        epoch, seed = step // epoch_steps, cfg.seed + 1_000_003 * step + 1009 * distributed.rank()
         method.train()
         method.set_epoch(epoch)
         if batches is None or step % epoch_steps == 0:
@@ -179,13 +184,13 @@ def main(argv: list[str]) -> None:
         lr = cfg.optim.lr_at(step, total, epoch_steps, cfg.batch_size)
         set_rates(optimizer, lr, cfg.optim.weight_decay_at(step, total), cfg.optim.peak_lr(cfg.batch_size))
 
-        images, labels, ids = zip(*(window.next(batches) for _ in range(cfg.accumulate)))
-        views = [augment(*pictures, 0 if cfg.overfit else epoch) for pictures in zip(images, ids)]  # V x (B, 3, h, w)
-        loss, stats = backward(model, objective, views, labels, scaler, autocast, seed)
+        pictures = [window.next(batches) for _ in range(cfg.accumulate)]  # (images, labels, ids) of each batch
+        views = partial(augment, epoch=0 if cfg.overfit else epoch)  # (images, ids) -> V x (B, 3, h, w)
+        loss, stats = backward(model, objective, pictures, views, scaler, autocast, seed)
         if cfg.sam is not None:  # along the gradient of all processes, so that they equal one
             method.cancel_gradients()
             with climbed(method.parameters(), cfg.sam.rho, adaptive=cfg.sam.adaptive), frozen_statistics(method):
-                backward(model, objective, views, labels, scaler, autocast, seed)
+                backward(model, objective, pictures, views, scaler, autocast, seed)
         window.add(loss)
 
         scaler.unscale_(optimizer)
@@ -200,8 +205,8 @@ def main(argv: list[str]) -> None:
         method.update()
 
         if step == 0:
-            for v, view in enumerate(views[0]):
-                log.picture(f"views/{v}", make_grid(unnormalize(view[:32]), nrow=8))
+            for v, view in enumerate(views(pictures[0][0][:32], pictures[0][2][:32])):
+                log.picture(f"views/{v}", make_grid(unnormalize(view), nrow=8))
         done = step + 1
         log_due, eval_due, save_due = (
             done % every == 0 or done == total
@@ -210,26 +215,30 @@ def main(argv: list[str]) -> None:
         log_due |= save_due  # means since the last point are not saved
         if log_due or eval_due:
             norm = None if scaler.is_enabled() else grad_norm
-            window.check(norm, f"by step {done} at lr {lr:.3g}; {checkpoint.last_good(folder)}")
+            where = f"by step {done} at lr {lr:.3g}; {checkpoint.last_good(folder)}"
+            window.check(norm, where, scaler.get_scale())
         if log_due:
             health = embedding_health(stats.pop("embeddings"))
             curves = window.read() | {"lr": lr, "grad_norm": grad_norm, "epoch": done / epoch_steps} | health
             curves = log.scalars(done, curves | {f"stats/{name}": value for name, value in stats.items()})
             chance = curves.get("stats/chance_loss") if cfg.spd is None else None
-            distinct = classes if method.needs_labels else micro_batch
+            distinct = classes if method.needs_labels else cfg.batch_size // world
             about = {"chance": chance, "advice": method.advice, "epochs": done / epoch_steps, "distinct": distinct}
             log.warn(done, collapse_warning(curves["loss"], health, **about))
             bar.set_postfix_str(f"loss {curves['loss']:.3f}, {curves['speed/images_per_second']:.0f} images/s")
         if eval_due and measurable:
-            distributed.share_buffers(method)
-            figures = log.scalars(done, knn_figures(method.backbone, bank, queries))
+            with window.paused():
+                distributed.share_buffers(method)
+                figures = log.scalars(done, knn_figures(method.backbone, bank, queries))
             if cfg.save.best and figures["knn20_top1"] > best:
-                best = figures["knn20_top1"]
-                checkpoint.save(folder / "best.pt", parts, step=done, best=best, config=resolved, part=method.kept)
+                best, about = figures["knn20_top1"], {"step": done, "config": resolved, "part": method.kept}
+                checkpoint.save(folder / "best.pt", {"model": method}, **about, best=best)
         if save_due:
             about = {"step": done, "best": best, "config": resolved, "part": method.kept}
-            checkpoint.save(folder / checkpoint.LAST, parts, **about, curves=curves, figures=figures)
-            checkpoint.keep_copy(folder, done, cfg.save.keep_last)
+            about |= {"curves": curves, "figures": figures, "seconds": time.perf_counter() - began}
+            with window.paused():
+                checkpoint.save(folder / checkpoint.LAST, parts, **about)
+                checkpoint.keep_copy(folder, done, cfg.save.keep_last)
 
     # ---------------------------------------------------------------- results
     about = {"method": cfg.method.name, "backbone": cfg.backbone.name, "parameters": parameters, "steps": total}

@@ -1,11 +1,13 @@
 """Processes: torchrun's environment, gather and reduce. At world size 1 everything here is the identity."""
 
+import inspect
 import os
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from training.errors import UserError
 
@@ -61,6 +63,17 @@ def is_main() -> bool:
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
+
+
+def data_parallel(model: nn.Module) -> nn.Module:
+    """The model, or with several processes DistributedDataParallel of it, which averages gradients and leaves buffers
+    alone: a queue of 65536 keys need not travel each step, as it is equal on all ranks, and running statistics count in
+    evaluation only, which takes rank 0's (`share_buffers`)."""
+    if world_size() == 1:
+        return model
+    known = inspect.signature(DistributedDataParallel).parameters
+    keyword = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name since 2.13
+    return DistributedDataParallel(model, **{keyword: False})
 
 
 class _Gather(torch.autograd.Function):
@@ -120,8 +133,7 @@ def all_reduce_mean(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def share_buffers(model: nn.Module) -> None:
-    """Give every process rank 0's buffers. DistributedDataParallel does so before each forward, so after the last one
-    every process has running BatchNorm statistics of its own."""
+    """Give every process rank 0's buffers: each has running BatchNorm statistics of its own."""
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)

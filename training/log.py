@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ class Log:
     """
 
     def __init__(self, folder: str | Path, config: dict, step: int = 0):
-        self.folder, self.config, self.writer, self.warned = Path(folder), config, None, False
+        self.folder, self.config, self.writer, self.warnings = Path(folder), config, None, 0
         if not distributed.is_main():
             return
         lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
@@ -64,11 +65,12 @@ class Log:
             tqdm.write(line, file=sys.stderr)  # above a progress bar, not into it
 
     def warn(self, step: int, warning: str | None) -> None:
-        """Say what is wrong, once until it is well again, and keep it under TensorBoard's text."""
-        if warning and not self.warned:
+        """Say what is wrong when it was so at three points in a row, for a loss may pass through any value; once until
+        it is well again. Also under TensorBoard's text."""
+        self.warnings = self.warnings + 1 if warning else 0
+        if self.warnings == 3:
             self.say(f"step {step}: {warning}")
             self.text("warning", warning, step)
-        self.warned = bool(warning)
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
         if self.writer:
@@ -122,10 +124,19 @@ class Window:
         self.loss += loss.detach()
         self.losses += 1
 
-    def check(self, grad_norm: Tensor | None, where: str) -> None:
+    @contextmanager
+    def paused(self):
+        """What happens inside, evaluation and saving, is no training time."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
+
+    def check(self, grad_norm: Tensor | None, where: str, scale: float = 1.0) -> None:
         """Stop on a loss of this window that is not finite, or a gradient of the last step (None: fp16's scaler has
         skipped such a step), before weights that it ruined are saved; `where` says step, learning rate and what to go
-        back to."""
+        back to. `scale` is that scaler's: it halves with each step that is skipped."""
+        if scale < 1:
+            raise UserError(f"fp16 has skipped nearly every step {where}; use precision=bf16 or fp32")
         for name, value in (("loss", self.loss), ("gradient's norm", grad_norm)):
             if value is not None and not torch.isfinite(value):
                 raise UserError(

@@ -81,6 +81,8 @@ class OptimConfig:
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    if config.decay_norms and config.name == "lars":
+        raise UserError("optim.decay_norms=true: LARS decays no biases and norms; set it to false")
     groups = parameter_groups(
         model,
         layer_decay=config.layer_decay,

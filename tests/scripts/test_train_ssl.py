@@ -168,7 +168,7 @@ def test_a_collapse_is_said_once_and_kept(pictures, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(train_ssl, "embedding_health", lambda _: {"embedding/std": 0.01})
     train_ssl.main(words("byol", pictures, tmp_path, "log_every=1"))
     said = [line for line in capsys.readouterr().err.splitlines() if "collapse to a point" in line]
-    assert len(said) == 1 and "step 4: embedding/std 0.01 is below 0.05" in said[0]
+    assert len(said) == 1 and "step 6: embedding/std 0.01 is below 0.05" in said[0]
 
 
 def test_which_network_counts_is_kept_in_the_checkpoint(pictures, tmp_path):
@@ -194,6 +194,8 @@ def test_mistakes_are_one_line(pictures, tmp_path):
     assert "Triplet takes 3 views, and augment makes 2" in error("method=triplet", "defect=cutpaste", "augment=none")
     assert "SimCLR takes 2 or more views, and augment makes 1: use augment=simclr" in error("augment=none")
     assert "a step makes 16 embeddings and the queue holds 8" in error("method.bank=8")
+    assert "overfit=100 must be 0 or a number of pictures, 36 at most" in error("overfit=100")
+    assert "LARS decays no biases" in error("optim=lars", "optim.lr=1", "optim.decay_norms=true")
     assert "sync_bn=true would undo method.splits" in error("method=moco_v2", "method.splits=2", "sync_bn=true")
     assert "no predictor" in error("optim.fix_predictor_lr=true")
     assert "sam.rho=-1.0 must not be negative" in error("sam.rho=-1")

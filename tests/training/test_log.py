@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -59,3 +60,22 @@ def test_window():
     window.add(torch.tensor(math.inf))
     with pytest.raises(UserError, match="the loss is inf by step 3"):
         window.check(None, "by step 3")
+
+
+def test_a_warning_is_said_at_the_third_point_in_a_row_and_once(tmp_path, capsys):
+    log = Log(tmp_path, {})
+    for step, warning in enumerate(["a", "a", None, "b", "b", "b", "b", None, "c", "c", "c"]):
+        log.warn(step, warning)
+    log.writer.close()
+    assert capsys.readouterr().err.splitlines() == ["step 5: b", "step 10: c"]
+
+
+def test_pauses_are_no_training_time_and_a_vanishing_scale_stops():
+    window = Window(torch.device("cpu"))
+    started = window.started
+    with window.paused():
+        time.sleep(0.05)
+    assert window.started >= started + 0.05
+    window.check(None, "here", scale=1.0)
+    with pytest.raises(UserError, match="fp16 has skipped nearly every step by step 30"):
+        window.check(None, "by step 30", scale=0.5)

@@ -12,6 +12,7 @@ from models.ssl.gradients import Embed, accumulate, backward
 from models.ssl.spd import SPD
 from tests.models.ssl.test_methods import CASES, LABELS, build, views
 from tests.processes import run_processes
+from training.distributed import data_parallel
 from training.sam import frozen_statistics
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -28,6 +29,10 @@ def objective(name):
     return method, SPD(method, 0.3) if "spd" in name else method
 
 
+def rows_of(views):
+    return lambda _, ids: [view[ids] for view in views]
+
+
 def whole(name):
     method, target = objective(name)
     for _ in range(2):
@@ -41,14 +46,14 @@ def whole(name):
 def in_parts(rank, world_size, name, parts=2):
     """The same with the process's pictures in `parts` batches."""
     method, target = objective(name)
-    model = Embed(target)
-    model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
+    model = data_parallel(Embed(target))
     size = 8 // world_size // parts
-    rows = [slice(start, start + size) for start in range(rank * 8 // world_size, (rank + 1) * 8 // world_size, size)]
-    batches = [[view[part] for view in pictures(name)] for part in rows]
+    rows = torch.arange(8)[rank * 8 // world_size : (rank + 1) * 8 // world_size].split(size)
+    batches = [(None, LABELS[ids], ids) for ids in rows]
     for _ in range(2):
         method.zero_grad()
-        loss, stats = backward(model, target, batches, [LABELS[part] for part in rows], NO_SCALER, nullcontext, seed=1)
+        loss, stats = backward(model, target, batches, rows_of(pictures(name)), NO_SCALER, nullcontext, seed=1)
+        assert not any(value.requires_grad for value in stats.values())
         method.update()
     assert len(stats["embeddings"]) in (8 // world_size, 8 // world_size * len(views(name.removesuffix(" with spd"))))
     return loss.detach(), {n: p.grad for n, p in method.named_parameters() if p.grad is not None}, method
@@ -96,19 +101,19 @@ def test_the_mean_of_two_losses_would_be_another_loss():
 def test_batch_norms_move_once_a_batch_and_see_each_alone():
     torch.manual_seed(0)
     method = SSL_METHODS["byol"](ResNet18(stem="cifar"), hidden=8, out=4)
-    images = torch.randn(2, 8, 3, 8, 8)
-    batches = [list(images[:, :4]), list(images[:, 4:])]
-    backward(Embed(method), method, batches, [LABELS[:4]] * 2, NO_SCALER, nullcontext, seed=0)
-    other = SSL_METHODS["byol"](ResNet18(stem="cifar"), hidden=8, out=4)
+    images = list(torch.randn(2, 8, 3, 8, 8))
+    batches = [(None, LABELS[ids], ids) for ids in torch.arange(8).split(4)]
+    step = (Embed(method), method, batches, rows_of(images), NO_SCALER, nullcontext)
+    backward(*step, seed=0)
     torch.manual_seed(0)
-    other.load_state_dict(SSL_METHODS["byol"](ResNet18(stem="cifar"), hidden=8, out=4).state_dict())
-    for batch in batches:
-        other(batch, LABELS[:4])
+    other = SSL_METHODS["byol"](ResNet18(stem="cifar"), hidden=8, out=4)
+    for _, labels, ids in batches:
+        other([view[ids] for view in images], labels)
     for (key, buffer), expected in zip(method.named_buffers(), other.buffers()):
         assert torch.equal(buffer, expected), key
     assert method.online.backbone.bn1.num_batches_tracked == 4  # two views of two batches
     with frozen_statistics(method):  # as in SAM's second pass
-        backward(Embed(method), method, batches, [LABELS[:4]] * 2, NO_SCALER, nullcontext, seed=0)
+        backward(*step, seed=0)
     for buffer, expected in zip(method.buffers(), other.buffers()):
         assert torch.equal(buffer, expected)
 
@@ -124,12 +129,13 @@ class Dropped(nn.Module):
         return self.drop(self.conv1(x).square().mean(dim=(2, 3)))
 
 
-def test_both_passes_draw_the_same_random_numbers():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_both_passes_draw_the_same_random_numbers(compiled):
     """With other draws in the second pass the gradient would be that of no loss: compare with one pass of one seed."""
     torch.manual_seed(2)
-    method = SSL_METHODS["simclr"](Dropped(), out=4, head="linear").double()
-    images = views("simclr")
-    accumulate(Embed(method), method, [images], [LABELS], NO_SCALER, nullcontext, seed=5)
+    method, images = SSL_METHODS["simclr"](Dropped(), out=4, head="linear").double(), views("simclr")
+    model = torch.compile(Embed(method), backend="aot_eager") if compiled else Embed(method)
+    accumulate(model, method, [(None, LABELS, None)], lambda *_: images, NO_SCALER, nullcontext, seed=5)
     grads = [p.grad.clone() for p in method.parameters()]
     method.zero_grad()
     torch.manual_seed(5)

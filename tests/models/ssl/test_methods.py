@@ -12,6 +12,7 @@ from models.ssl import SSL_METHODS
 from models.ssl.dino import multi_crop
 from models.ssl.method import MANY
 from tests.processes import run_processes
+from training.distributed import data_parallel
 from training.errors import UserError
 from training.optim import parameter_groups
 
@@ -99,7 +100,7 @@ def views(name):
 def gradients(rank, world_size, name, steps=1):
     """Of the last step; those before it fill the queues."""
     method = build(name)
-    model = nn.parallel.DistributedDataParallel(method, broadcast_buffers=False) if world_size > 1 else method
+    model = data_parallel(method)
     mine = slice(rank * 8 // world_size, (rank + 1) * 8 // world_size)
     for _ in range(steps):
         method.zero_grad()
