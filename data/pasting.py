@@ -27,7 +27,7 @@ def large_enough(defect: Any, images: Tensor, enough: bool, needs: str) -> None:
     """Refuse pictures in which the defect finds no room."""
     if not enough:
         size = " x ".join(map(str, images.shape[2:]))
-        larger = "use a larger data.size, or for spd a larger augment.size"
+        larger = "use a larger data.size, or for spd and defect a larger augment.size"
         raise UserError(f"pictures of {size} pixels are too small for {defect}: {needs}; {larger}")
 
 
