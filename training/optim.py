@@ -51,6 +51,7 @@ class OptimConfig:
     )
     bias_lr_scale: float = 1.0  # learning rate x this for biases and norms; Barlow Twins: 0.0048 / 0.2 = 0.024
     fix_predictor_lr: bool = False  # a module `predictor` learns at the peak rate throughout (SimSiam)
+    predictor_lr_scale: float = 1.0  # learning rate x this for a module `predictor`; BYOL without target: 10
     clip: float | None = None  # largest gradient norm
     clip_mode: Literal["global", "tensor"] = "global"  # tensor: each parameter by itself, as official DINO does
     options: dict = field(default_factory=dict)
@@ -89,6 +90,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
         decay_norms=config.decay_norms,
         bias_lr_scale=config.bias_lr_scale,
         fix_predictor_lr=config.fix_predictor_lr,
+        predictor_lr_scale=config.predictor_lr_scale,
     )
     return OPTIMIZERS[config.name](groups, **config.options)
 
@@ -100,6 +102,7 @@ def parameter_groups(
     decay_norms: bool = False,
     bias_lr_scale: float = 1.0,
     fix_predictor_lr: bool = False,
+    predictor_lr_scale: float = 1.0,
 ) -> list[dict]:
     """Trainable parameters by (weight decay or not, learning-rate scale, fixed learning rate or not).
 
@@ -108,21 +111,32 @@ def parameter_groups(
     rule), times bias_lr_scale for parameters of at most one dimension, biases and norms (official Barlow Twins' rule).
     Only a module named `backbone` has a stem and stages; RD4AD's decoder, with its own layers 1 to 3, is a head.
     `fixed_lr`: with fix_predictor_lr the parameters of a module named `predictor`, which no schedule moves (official
-    SimSiam's --fix-pred-lr).
+    SimSiam's --fix-pred-lr). predictor_lr_scale multiplies theirs: BYOL needs no target if the predictor learns ten
+    times as fast (Grill et al. 2020, appendix), and in short runs its embeddings keep their rank.
     """
+    if not predictor_lr_scale > 0:
+        raise UserError(f"optim.predictor_lr_scale={predictor_lr_scale} must be positive")
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     depths = {name: _depth(name) for name, _ in named}
     head = max((d for d in depths.values() if d is not None), default=0) + 1
-    groups = {}
+    groups, predictors = {}, []
     for name, p in named:
         depth = head if depths[name] is None else depths[name]
         decayed = decay_norms or (p.ndim > 1 and not name.endswith(".bias"))
         scale = layer_decay ** (head - depth) * (bias_lr_scale if p.ndim <= 1 else 1.0)
-        fixed = fix_predictor_lr and "predictor" in name.split(".")[:-1]
+        predicts = "predictor" in name.split(".")[:-1]
+        if predicts:
+            predictors.append(name)
+            scale *= predictor_lr_scale
+        fixed = fix_predictor_lr and predicts
         group = {"params": [], "decayed": decayed, "lr_scale": scale, "fixed_lr": fixed}
         groups.setdefault((decayed, scale, fixed), group)["params"].append(p)
-    if fix_predictor_lr and not any(group["fixed_lr"] for group in groups.values()):
-        raise UserError(f"optim.fix_predictor_lr=true, but {type(model).__name__} has no predictor: set it to false")
+    for option, asked, plain in (
+        ("fix_predictor_lr", fix_predictor_lr, "false"),
+        ("predictor_lr_scale", predictor_lr_scale != 1.0, "1"),
+    ):
+        if asked and not predictors:
+            raise UserError(f"optim.{option} is set, but {type(model).__name__} has no predictor: set it to {plain}")
     return list(groups.values())
 
 

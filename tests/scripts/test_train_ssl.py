@@ -197,7 +197,7 @@ def test_mistakes_are_one_line(pictures, tmp_path):
     assert "overfit=100 must be 0 or a number of pictures, 36 at most" in error("overfit=100")
     assert "LARS decays no biases" in error("optim=lars", "optim.lr=1", "optim.decay_norms=true")
     assert "sync_bn=true would undo method.splits" in error("method=moco_v2", "method.splits=2", "sync_bn=true")
-    assert "no predictor" in error("optim.fix_predictor_lr=true")
+    assert "SimCLR has no predictor: set it to false" in error("optim.fix_predictor_lr=true")
     assert "sam.rho=-1.0 must not be negative" in error("sam.rho=-1")
     assert "batch_size=7 is no multiple" in error("batch_size=7", "accumulate=2")
     assert "batch" in error("batch_size=512")

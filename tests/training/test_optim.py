@@ -121,12 +121,18 @@ def test_biases_and_norms_have_a_rate_of_their_own():
     assert found["online.backbone.layer4.0.weight"] == 0.5 and found["temperature"] == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("bias_lr_scale", [1.0, 0.1])
-def test_a_predictor_keeps_the_peak_rate(bias_lr_scale):
+@pytest.mark.parametrize("bias_lr_scale, predictor_lr_scale", [(1.0, 1.0), (0.1, 1.0), (1.0, 10.0), (0.1, 10.0)])
+def test_a_predictor_keeps_the_peak_rate(bias_lr_scale, predictor_lr_scale):
     """Official SimSiam's --fix-pred-lr: init_lr = lr x batch / 256 in every epoch, here in the warm-up as well."""
     model = Siamese()
     config = OptimConfig(
-        name="sgd", lr=0.05, lr_scaling="linear", warmup_epochs=2, fix_predictor_lr=True, bias_lr_scale=bias_lr_scale
+        name="sgd",
+        lr=0.05,
+        lr_scaling="linear",
+        warmup_epochs=2,
+        fix_predictor_lr=True,
+        bias_lr_scale=bias_lr_scale,
+        predictor_lr_scale=predictor_lr_scale,
     )
     optimizer = build_optimizer(config, model)
     assert config.peak_lr(512) == pytest.approx(0.1)
@@ -137,15 +143,29 @@ def test_a_predictor_keeps_the_peak_rate(bias_lr_scale):
         for name, rate in rates(optimizer, model).items():
             predictor = name.startswith(("online.predictor.", "head.predictor."))
             scale = bias_lr_scale if model.get_parameter(name).ndim <= 1 else 1.0
+            scale *= predictor_lr_scale if predictor else 1.0
             assert rate == pytest.approx((0.1 if predictor else lr) * scale, rel=1e-12), name
     assert config.lr_at(0, 10, 1, 512) == 0 and config.lr_at(2, 10, 1, 512) == config.peak_lr(512)
     with pytest.raises(ValueError, match="needs peak_lr"):
         set_rates(optimizer, 0.1, 0.0)
 
 
+def test_a_predictor_learns_at_a_multiple_of_the_rate():
+    model = Siamese()
+    optimizer = build_optimizer(OptimConfig(name="sgd", lr=1.0, predictor_lr_scale=10.0), model)
+    for lr in (1.0, 0.25):
+        set_rates(optimizer, lr, 0.0)
+        for name, rate in rates(optimizer, model).items():
+            assert rate == lr * (10.0 if name.startswith(("online.predictor.", "head.predictor.")) else 1.0), name
+
+
 def test_a_predictor_that_is_not_there():
-    with pytest.raises(UserError, match="fix_predictor_lr=true, but Tiny has no predictor"):
-        build_optimizer(OptimConfig(name="sgd", lr=1.0, fix_predictor_lr=True), Tiny())
+    for option, value, plain in (("fix_predictor_lr", True, "false"), ("predictor_lr_scale", 10.0, "1")):
+        with pytest.raises(UserError, match=f"{option} is set, but Tiny has no predictor: set it to {plain}"):
+            build_optimizer(OptimConfig(name="sgd", lr=1.0, **{option: value}), Tiny())
+    for wrong in (0.0, -1.0, float("nan")):
+        with pytest.raises(UserError, match=r"predictor_lr_scale=.* must be positive"):
+            build_optimizer(OptimConfig(name="sgd", lr=1.0, predictor_lr_scale=wrong), Siamese())
     assert len(parameter_groups(Siamese())) == 2
     assert OptimConfig(name="sgd", lr=0.3).peak_lr(4096) == 0.3
 
