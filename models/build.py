@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from models import BACKBONES
+from models.channels import Channel, OneChannel, take_channel
 from models.weights import load_weights
 from training.config import choice
+from training.errors import UserError
 
 
 @dataclass(kw_only=True)
@@ -16,12 +18,26 @@ class BackboneConfig:
     name: str = choice(BACKBONES)
     weights: str | None = None  # a checkpoint: torchvision's, DINO's, MoCo's, ..., or one of ours; none: random weights
     part: str = "auto"  # which network of a checkpoint that holds several
+    channel: Channel = "all"  # of the pictures; red, green or blue: that one alone
+    one_channel: OneChannel = "copy"  # how it reaches a stem of three channels; with in_channels=1 it needs no way
     options: dict = field(default_factory=dict)
 
 
 def build_backbone(config: BackboneConfig) -> tuple[nn.Module, str]:
-    """The backbone with its weights loaded, and one line on where they come from."""
+    """The backbone with its weights loaded, and one line on where they come from.
+
+    Raises:
+        UserError: a stem that does not see what the pictures have, or weights that do not fit.
+    """
+    stem = config.options.get("in_channels", 3)
+    if stem not in ((3,) if config.channel == "all" else (1, 3)):
+        raise UserError(
+            f"backbone.in_channels={stem}, but pictures have three channels: set it to 3, "
+            "or backbone.channel=green to take one of them, with backbone.in_channels=1 or 3"
+        )
     backbone = BACKBONES[config.name](**config.options)
+    if config.channel != "all":
+        take_channel(backbone, config.channel, config.one_channel)
     if config.weights is None:
         return backbone, "random weights"
     return backbone, load_weights(backbone, config.weights, part=config.part)

@@ -81,6 +81,7 @@ class MobileNetV2(nn.Module):
 
     Args:
         num_classes: 0 gives the pooled features, more adds dropout of 0.2 and a classifier.
+        in_channels: of the pictures.
         width: factor on all channels, the 1280 features excepted where it is below 1.
         padding: of the convolutions with stride; `tensorflow` for weights that were trained there.
 
@@ -92,13 +93,20 @@ class MobileNetV2(nn.Module):
         UserError: width is not positive.
     """
 
-    def __init__(self, *, num_classes: int = 0, width: float = 1.0, padding: Literal["torch", "tensorflow"] = "torch"):
+    def __init__(
+        self,
+        *,
+        num_classes: int = 0,
+        in_channels: int = 3,
+        width: float = 1.0,
+        padding: Literal["torch", "tensorflow"] = "torch",
+    ):
         super().__init__()
         if not width > 0:
             raise UserError(f"backbone.width={width} must be positive; 1.0 is the standard network")
         self.num_features = scaled(1280, max(1.0, width))
         channels = [scaled(32, width)]  # after each of `features`
-        layers = [conv_bn_relu(3, channels[0], 3, stride=2, padding=padding)]
+        layers = [conv_bn_relu(in_channels, channels[0], 3, stride=2, padding=padding)]
         for expansion, out_channels, depth, stride in SETTINGS:
             for i in range(depth):
                 channels.append(scaled(out_channels, width))
@@ -123,7 +131,7 @@ class MobileNetV2(nn.Module):
     def forward_stages(
         self, x: Tensor, last: int = 4, after: Callable[[int, Tensor], Tensor] | None = None
     ) -> list[Tensor]:
-        """Images (B, 3, H, W) -> the last block's output at each stride s = 4, 8, 16, 32:
+        """Images (B, in_channels, H, W) -> the last block's output at each stride s = 4, 8, 16, 32:
         [(B, stage_channels[i], H / s, W / s)]. Sizes that the stride does not divide are rounded up. What comes after
         stage `last` is not computed. `after(n, x)` is what stage n's output becomes, also for the next stage."""
         maps = []
@@ -135,6 +143,6 @@ class MobileNetV2(nn.Module):
         return maps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> pooled features (B, num_features), or logits (B, num_classes)."""
+        """Images (B, in_channels, H, W) -> pooled features (B, num_features), or logits (B, num_classes)."""
         x = self.features(x)  # (B, num_features, H / 32, W / 32)
         return self.classifier(x.mean(dim=(2, 3)))  # (B, num_features) -> logits

@@ -1,18 +1,24 @@
 """Load a backbone's weights from other people's checkpoints and from ours, and say what was used and what was left.
 
 A checkpoint is a state_dict, plain or under "model" or "state_dict", or has one for each network, as DINO's has. Names
-lose DataParallel's `module.` and torch.compile's `_orig_mod.`; `PARTS` says where among them the backbone is.
+lose DataParallel's `module.` and torch.compile's `_orig_mod.`; models/weight_names.py turns those of other libraries
+into ours, and `PARTS` says where among them the backbone is.
 """
 
-import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from models import BACKBONES
+from models.convnext import ConvNeXt
+from models.mobilenet import MobileNetV2
+from models.mobilenet_v3 import MobileNetV3
 from models.resnet import ResNet
-from training.checkpoint import read
+from models.vit import ViT, resample
+from models.weight_files import open_weights, tensors_of
+from models.weight_names import rename
 from training.errors import UserError
 
 # part: what its backbone's names start with. part=auto takes the one that the file names under "part", as ours do, else
@@ -20,53 +26,74 @@ from training.errors import UserError
 PARTS = {
     "target": "target.backbone.",  # ours, the moving average
     "online": "online.backbone.",  # ours, the trained network
-    "teacher": "teacher.backbone.",  # DINO, likewise
+    "teacher": "teacher.backbone.",  # DINO and DINOv2, likewise
     "student": "student.backbone.",
     "encoder_q": "encoder_q.",  # MoCo v1 and v2: the trained encoder,
     "encoder_k": "encoder_k.",  # and the one that makes the keys
     "base_encoder": "base_encoder.",  # MoCo v3, likewise
     "momentum_encoder": "momentum_encoder.",
-    "backbone": "backbone.",  # our detectors; SimCLR, Barlow Twins, VICReg, solo-learn
+    "teacher_backbone": "teacher_backbone.",  # lightly's DINO
+    "student_backbone": "student_backbone.",
+    "backbone": "backbone.",  # our detectors; SimCLR, Barlow Twins, VICReg, solo-learn, lightly
     "momentum_backbone": "momentum_backbone.",
+    "backbone_momentum": "backbone_momentum.",  # lightly's MoCo and BYOL
     "encoder": "encoder.",  # SimSiam, SupContrast
-    "plain": "",  # torchvision, timm, SwAV; the released ResNet-50 of DINO, Barlow Twins and VICReg
+    "plain": "",  # torchvision, timm, SwAV; the released networks of DINO, DINOv2, Barlow Twins and VICReg
 }
 # What may follow a backbone inside its part
-HEADS = ("fc", "classifier", "head", "projector", "projection_head", "predictor", "prototypes")
+HEADS = ("fc", "classifier", "head", "projector", "projection_head", "predictor", "prototypes", "mask_token")
 
 
 def load_weights(model: nn.Module, path: str | Path, *, part: str = "auto") -> str:
     """Copy one part of the checkpoint at `path` into `model`, a backbone, and return a report of one line.
 
-    Every parameter and buffer of the model must be in the file, in its shape; only `num_batches_tracked` need not be.
-    The file may have more: anything outside the part, and inside it the `HEADS` that the model lacks. The report names
-    it, and when the file has several parts, the rule by which one was taken. After an error the model is as before.
+    `path` is a file of torch.save or, if that package is installed, of safetensors; or the name of torchvision's
+    weights for this backbone, IMAGENET1K_V1 for one, which torchvision downloads.
+
+    Every parameter and buffer of the model must be in the file; only `num_batches_tracked` need not be, and modules
+    that the model's `may_lack` names. Shapes must be the model's, but for axes of length 1, and but for what is
+    resized: the stem's input channels, from three to any number, and a ViT's position embedding. The file may have
+    more: anything outside the part, and inside it the `HEADS` that the model lacks. The report names it, the library
+    whose names were translated, and when the file has several parts, the rule by which one was taken. After an error
+    the model is as before.
 
     Raises:
         UserError: the file cannot be read, holds more than tensors and plain values (nothing in it is run), lacks the
             part, or does not fit the model; the message names up to three tensors at fault and what to try.
     """
-    checkpoint = read(path)
-    tensors = _tensors(checkpoint, path)
+    checkpoint = open_weights(model, path)
+    tensors = tensors_of(checkpoint, path)
+    renamed, layout = rename(tensors)
+    original = {new: old for old, new in renamed.items()}
+    tensors = {renamed[name]: tensor for name, tensor in tensors.items()}
     kept = checkpoint.get("part")  # ours say which of their networks counts
     part, choice = _choose(part, tensors, path, kept if isinstance(kept, str) else None)
     prefix = PARTS[part]
-    given = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     wanted = model.state_dict()
+    inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    given, resized = {}, []
+    for name, tensor in inside.items():
+        given[name], changed = _resize(model, name, tensor, wanted.get(name))
+        resized += [f"{name} {list(tensor.shape)} to {list(given[name].shape)}"] if changed else []
+    fresh = [name for name in wanted if name not in given and _may_lack(model, name, given)]
 
     faults = {
         name: f"{name} is {_form(given[name])} in the file, {_form(tensor)} in the model"
         for name, tensor in wanted.items()
         if name in given and not _fits(given[name], tensor)
     }
-    faults |= {name: f"{name} is missing" for name in wanted if name not in given and not _is_counter(name)}
+    faults |= {
+        name: f"{name} is missing"
+        for name in wanted
+        if name not in given and not _is_counter(name) and name not in fresh
+    }
     faults |= {name: f"{name} is unknown" for name in given if name not in wanted and not _is_head(name)}
     if faults:
         more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
         if all(_is_head(name) for name in faults):
             advice = "build the model without a classifier (num_classes=0)"
         else:
-            advice = _identify(given) or "try another backbone.name, stem, width or part"
+            advice = _identify(inside) or "try another backbone.name, stem, width or part"
         raise UserError(
             f"{path}{choice} does not fit {type(model).__name__}: "
             f"{'; '.join(list(faults.values())[:3])}{more}; {advice}"
@@ -74,26 +101,41 @@ def load_weights(model: nn.Module, path: str | Path, *, part: str = "auto") -> s
     model.load_state_dict({name: given.get(name, tensor) for name, tensor in wanted.items()})
 
     used = {prefix + name for name in wanted if name in given}
-    left = _summary([name for name in tensors if name not in used], prefix)
-    return f"{Path(path).name}: {len(used)} tensors loaded{choice}" + (f"; left over: {left}" if left else "")
+    report = f"{Path(path).name}: {len(used)} tensors loaded{choice}" + (
+        f" with the names of {layout}" if layout else ""
+    )
+    report += f"; resized: {', '.join(resized)}" if resized else ""
+    report += f"; still random: {_summary(fresh, '')}" if fresh else ""
+    left = _summary([original[name] for name in tensors if name not in used], prefix)
+    return report + (f"; left over: {left}" if left else "")
 
 
-def _tensors(checkpoint, path: str | Path) -> dict[str, Tensor]:
-    """{name: tensor} of a checkpoint, nested one level at most; counters, optimizer states and the like are ignored."""
-    tensors = {}
-    for key, value in checkpoint.items() if isinstance(checkpoint, dict) else ():
-        entries = {f"{key}.{name}": entry for name, entry in value.items()} if isinstance(value, dict) else {key: value}
-        for name, entry in entries.items():
-            if isinstance(entry, Tensor):
-                name = re.sub(r"(^|(?<=\.))(module|_orig_mod)\.", "", str(name))
-                tensors[re.sub(r"^((model|state_dict)\.)+", "", name)] = entry
-    if not tensors:
-        keys = f" with the keys {', '.join(map(str, list(checkpoint)[:5]))}" if isinstance(checkpoint, dict) else ""
-        raise UserError(
-            f"{path} holds a {type(checkpoint).__name__}{keys} and no state_dict; "
-            'save one with torch.save, plain or under "model" or "state_dict"'
-        )
-    return tensors
+def _resize(model: nn.Module, name: str, given: Tensor, wanted: Tensor | None) -> tuple[Tensor, bool]:
+    """The tensor in the model's shape if it can have it, and whether its values changed for that.
+
+    A 1x1 convolution's weights and a linear layer's are the same; so are factors with and without axes of length 1.
+    Of a stem's three input channels the sum makes one, which sees a grey picture as the three do; more than one are the
+    three, repeated, times 3 / channels (timm's rule).
+    """
+    if wanted is None or given.shape == wanted.shape:
+        return given, False
+    if [n for n in given.shape if n > 1] == [n for n in wanted.shape if n > 1]:
+        return given.reshape(wanted.shape), False
+    if given.ndim == wanted.ndim == 4 and given.shape[1] == 3 and given[:, 0].shape == wanted[:, 0].shape:
+        channels = wanted.shape[1]
+        if channels == 1:
+            return given.sum(dim=1, keepdim=True), True
+        return given.repeat(1, -(-channels // 3), 1, 1)[:, :channels] * 3 / channels, True  # (out, channels, k, k)
+    sides = [(t.shape[1] - 1) ** 0.5 if t.ndim == 3 else 0.5 for t in (given, wanted)]
+    if isinstance(model, ViT) and name == "pos_embed" and all(side % 1 == 0 for side in sides):
+        return resample(given, int(sides[1]), int(sides[1]), model.interpolation), True
+    return given, False
+
+
+def _may_lack(model: nn.Module, name: str, given: dict[str, Tensor]) -> bool:
+    """Whether the tensor belongs to a module that may be absent from a file, and is, as a whole."""
+    modules = [f"{module}." for module in getattr(model, "may_lack", ()) if name.startswith(f"{module}.")]
+    return any(not any(other.startswith(module) for other in given) for module in modules)
 
 
 def _choose(part: str, tensors: dict[str, Tensor], path: str | Path, kept: str | None) -> tuple[str, str]:
@@ -111,17 +153,34 @@ def _choose(part: str, tensors: dict[str, Tensor], path: str | Path, kept: str |
 
 def _identify(given: dict[str, Tensor]) -> str | None:
     """The backbone that these tensors are the weights of, as advice to the user."""
-    body = {name: tensor for name, tensor in given.items() if not _is_head(name) and not _is_counter(name)}
     for name, build in BACKBONES.items():
-        for options in ({"stem": "imagenet"}, {"stem": "cifar"}) if issubclass(build, ResNet) else ({"width": 1.0},):
+        for options in _options(build, given):
             with torch.device("meta"):
-                state = build(**options).state_dict()
-            wanted = {n: tensor for n, tensor in state.items() if not _is_counter(n)}
-            if wanted.keys() == body.keys() and all(_fits(body[n], wanted[n]) for n in wanted):
+                wanted = build(**options).state_dict()
+            body = {n: tensor for n, tensor in given.items() if not _is_counter(n) and (n in wanted or not _is_head(n))}
+            if body.keys() == {n for n in wanted if not _is_counter(n)} and all(
+                [k for k in body[n].shape if k > 1] == [k for k in wanted[n].shape if k > 1] for n in body
+            ):
                 return "it fits " + " ".join(
                     f"backbone.{key}={value}" for key, value in ({"name": name} | options).items()
                 )
     return None
+
+
+def _options(build: type[nn.Module], given: dict[str, Tensor]) -> Iterator[dict]:
+    """Arguments with which the backbone may fit the tensors."""
+    if issubclass(build, ResNet):
+        yield from ({"stem": "imagenet"}, {"stem": "cifar"})
+    elif issubclass(build, MobileNetV2 | MobileNetV3):
+        yield {"width": 1.0}
+    elif issubclass(build, ConvNeXt) and "stem.0.weight" in given:
+        yield {"patch": given["stem.0.weight"].shape[-1]}
+    elif issubclass(build, ViT) and {"patch_embed.proj.weight", "pos_embed"} <= given.keys():
+        patch = given["patch_embed.proj.weight"].shape[-1]
+        options = {"patch": patch, "size": round((given["pos_embed"].shape[1] - 1) ** 0.5) * patch}
+        options |= {"layer_scale": 1e-5} if "blocks.0.ls1.gamma" in given else {}
+        options |= {"registers": given["register_tokens"].shape[1]} if "register_tokens" in given else {}
+        yield options
 
 
 def _fits(given: Tensor, wanted: Tensor) -> bool:
@@ -137,7 +196,7 @@ def _is_counter(name: str) -> bool:
 
 
 def _is_head(name: str) -> bool:
-    return name.split(".")[0] in HEADS
+    return name.split(".")[0] in HEADS and not name.startswith("head.norm.")  # ConvNeXt's own
 
 
 def _summary(names: list[str], prefix: str) -> str:

@@ -140,13 +140,18 @@ def parameter_groups(
     return list(groups.values())
 
 
+STEM = re.compile(r"(conv1|bn1|stem|patch_embed|cls_token|pos_embed|register_tokens)(\.|$)")
+STAGE = re.compile(r"(layer|features\.|blocks\.|stages\.)(\d+)\.")
+
+
 def _depth(name: str) -> int | None:
-    """Position of a backbone's parameter by its published name; None for everything outside a module `backbone`."""
+    """Position of a backbone's parameter by its published name; None for what follows the stages and for everything
+    outside a module `backbone`."""
     inside = re.search(r"(?:^|\.)backbone\.(.+)", name)
-    if not inside:
-        return None
-    stage = re.search(r"(?:^|\.)(layer|features\.|blocks\.|stages\.)(\d+)\.", inside[1])
-    return int(stage[2]) + (stage[1] != "layer") if stage else 0  # ResNet's stages count from 1
+    if inside and STEM.match(inside[1]):
+        return 0
+    stage = inside and STAGE.match(inside[1])
+    return int(stage[2]) + (stage[1] != "layer") if stage else None  # ResNet's stages count from 1
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, peak_lr: float | None = None) -> None:

@@ -71,7 +71,7 @@ class RegAD(PaDiM):
         if "after" not in inspect.signature(backbone.forward_stages).parameters:
             raise UserError(
                 f"regad warps maps between the stages, which {type(backbone).__name__} does not allow: set "
-                "backbone.name to a ResNet or mobilenet_v2"
+                "backbone.name to a ResNet, MobileNet, ConvNeXt or ViT"
             )
         self.supports = supports
         channels = [shape[0] for shape in stage_shapes(backbone, last=3)]

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from models.drop_path import DropPath
 from training.errors import UserError
 
 
@@ -91,8 +92,12 @@ MANY = 10**9  # no limit on the number of views
 
 
 def frozen_copy(network: nn.Module) -> nn.Module:
-    """A copy with the same weights and no gradients: the start of an EMA target."""
-    return copy.deepcopy(network).requires_grad_(False)
+    """A copy with the same weights, no gradients and no stochastic depth: the start of an EMA target."""
+    target = copy.deepcopy(network).requires_grad_(False)
+    for module in target.modules():
+        if isinstance(module, DropPath):
+            module.p = 0.0
+    return target
 
 
 def each_view(network: nn.Module, views: list[Tensor]) -> Tensor:
