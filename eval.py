@@ -4,17 +4,20 @@
     python eval.py configs/eval_folder.yaml task=linear data.root=/pictures backbone.weights=weights.pth
     python eval.py task=compare runs=runs/patchcore_imagenet,runs/patchcore_dino
     python eval.py task=defects data.name=mvtec data.root=/mvtec data.category=tile data.size=256
+    python eval.py task=describe backbones="resnet50,vit_small patch=8,convnext_tiny"
 
 With `checkpoint`, data and backbone are what the run's config says, unless keys here say otherwise. Writes
 results.json, confusion.png and TensorBoard events to eval_<task>/ in the checkpoint's folder (without one: in
 runs/<run_name>/). `compare` takes folders of train_anomaly.py whose test pictures are the same, draws them again and
 again for all runs together (paired bootstrap), and prints which differences are more than chance. `defects` draws a
 sheet of synthetic defects on training pictures: all kinds, or one with its options (`defect=nsa defect.patches=1`).
+`describe` prints what backbones cost, each a name and its options (`backbones=all`: every name): one table.
 """
 
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torchvision.transforms.functional import pil_to_tensor
@@ -26,14 +29,18 @@ from evaluation.classification import classification_report, confusion_matrix, c
 from evaluation.compare import compare as compare_runs
 from evaluation.compare import compare_table, load_scores
 from evaluation.defect_sheet import defect_sheet
+from evaluation.description import describe as description
+from evaluation.description import description_table
 from evaluation.features import extract
 from evaluation.heatmaps import save
 from evaluation.knn import KNN_SETTINGS, knn_scores
 from evaluation.linear_probe import linear_probe
 from evaluation.report import markdown_table
+from models import BACKBONES
 from models.build import BackboneConfig, build_backbone
 from training import checkpoint, config, distributed, errors
 from training.log import Log
+from training.optim import PRECISIONS
 
 
 def knn(train, test, classes: list[str], *, k: int = 20, temperature: float = 0.07) -> tuple[torch.Tensor, dict]:
@@ -88,6 +95,18 @@ class DefectsConfig:
     defect: DefectConfig | None = None  # None: all kinds, as they are by default
     pictures: int = 6
     seed: int = 0
+    device: str = "auto"
+    runs: str = "runs"
+    run_name: str = "eval"
+
+
+@dataclass(kw_only=True)
+class DescribeConfig:
+    task: str
+    backbones: list[str]  # each a name and its options, as words
+    size: int = 224  # side of the pictures
+    batch_size: int = 16
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = "auto"
     runs: str = "runs"
     run_name: str = "eval"
@@ -175,7 +194,30 @@ def defects(raw: dict) -> None:
     distributed.cleanup()
 
 
-OTHERS = {"compare": compare, "defects": defects}  # tasks that are no measure of one backbone
+def describe(raw: dict) -> None:
+    """task=describe: parameters, operations, maps and speed of a list of backbones, in a table."""
+    cfg = config.build(DescribeConfig, raw)
+    config.at_least_one(cfg, "size", "batch_size")
+    device = distributed.setup(cfg.device)
+    asked = list(BACKBONES) if cfg.backbones == ["all"] else cfg.backbones
+    sections = [config.read(["name=" + words.strip(), *more]) for words, *more in map(str.split, asked)]
+    backbones = [config.build(BackboneConfig, section, "backbones.") for section in sections]
+    folder = config.run_folder(cfg) / "eval_describe"
+    checkpoint.open_run(folder, config.as_dict(cfg))
+    log, described = Log(folder, config.as_dict(cfg)), {}
+    for name, settings in zip(asked, backbones):
+        backbone, _ = build_backbone(settings)
+        described[name] = description(
+            backbone, cfg.size, batch_size=cfg.batch_size, device=device, dtype=PRECISIONS[cfg.precision]
+        )
+    table = markdown_table(*description_table(described))
+    log.text("describe", table)
+    log.say(table)
+    log.results({"task": "describe", "backbones": described, "version": checkpoint.code_version()})
+    distributed.cleanup()
+
+
+OTHERS = {"compare": compare, "defects": defects, "describe": describe}  # tasks that are no measure of one backbone
 
 
 def from_checkpoint(raw: dict) -> dict:
