@@ -10,10 +10,12 @@ from models.anomaly import DETECTORS
 from models.anomaly.detector import TrainingBatch
 from models.cbam import SpatialGate
 from models.convnext import Block
+from models.ssl import SSL_METHODS
 from models.ssl.dino import DINO
 from models.ssl.simclr import SimCLR
 from models.stages import stage_shapes
 from models.vit import ViT
+from tests.models.ssl.test_methods import SMALL as SMALL_METHODS
 from tests.pictures import batches
 from tests.processes import run_processes
 from training.errors import UserError
@@ -125,6 +127,28 @@ def test_pretraining_changes_it(name, method):
     assert loss.isfinite()
     still = [n for n, p in net.named_parameters() if torch.equal(p, before[n])]
     assert not still
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["cbam_resnet18", "mobilenet_v3_small", "convnextv2_atto", "vit_tiny", "unet_resnet18"]
+)
+@pytest.mark.parametrize("method", [method for method in SMALL_METHODS if method not in ("simclr", "dino")])
+def test_every_method_takes_it(method, name):
+    """RevD, which needs maps that halve each other, says so to a ViT."""
+    net = build(name)
+    if (method, name) == ("revd", "vit_tiny"):
+        with pytest.raises(UserError, match="maps that halve each other"):
+            SSL_METHODS[method](net)
+        return
+    model = SSL_METHODS[method](net, **SMALL_METHODS[method])
+    number = 9 if method == "patch_position" else model.takes[0]
+    size = 32 if method == "patch_position" else 64
+    loss, _ = model([torch.randn(8, 3, size, size) for _ in range(number)], torch.tensor([0, 1, 2, 0, 3, 1, 0, 2]))
+    loss.backward()
+    model.update()
+    assert loss.isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters() if p.requires_grad)
 
 
 DETECTOR_OPTIONS = {
