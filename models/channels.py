@@ -16,10 +16,12 @@ def take_channel(backbone: nn.Module, channel: Channel, how: OneChannel) -> None
     A stem of one channel (`in_channels=1`) sees it as it is; models/weights.py adds up the weights of three for it,
     which gives the output of `copy` with a third of the stem's work. A stem of three sees it
 
-        copy: three times, what a grey picture is anyway;
-        learned: through a 1x1 convolution to three, `to_rgb` in the stem, which starts as copy and is trained along.
+        copy: three times;
+        learned: through a 1x1 convolution to three, `to_rgb` in the stem, which starts as copy and is trained where the
+            backbone is.
 
-    Of a grey picture any channel does: they differ by what normalised them, ImageNet's mean and deviation of the color.
+    The channels of a grey picture are equal before they are normalised and, by ImageNet's mean and deviation of each
+    color, not quite afterwards; any of them will do.
 
     Raises:
         UserError: `learned` for a stem of one channel.

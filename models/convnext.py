@@ -29,7 +29,7 @@ class GlobalResponseNorm(nn.Module):
     """V2's competition among channels (section 3.3): (B, C, H, W) -> (B, C, H, W).
 
     G = |x| over the positions (B, C, 1, 1); N = G / (mean of G over channels + 1e-6); x + weight * x N + bias, the
-    identity at the start. In float32, for the sum of squares leaves fp16 at 256 positions of 16.
+    identity at the start. The factor 1 + weight * N is computed in float32: squares, and N up to C, leave fp16.
     """
 
     def __init__(self, channels: int):
@@ -44,9 +44,9 @@ class GlobalResponseNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         size = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        share = (size / (size.mean(dim=1, keepdim=True) + 1e-6)).to(x.dtype)  # (B, C, 1, 1)
-        weight, bias = (p.to(x.dtype).view(-1, 1, 1) for p in (self.weight, self.bias))  # (C, 1, 1)
-        return x + (bias + weight * (x * share))
+        share = size / (size.mean(dim=1, keepdim=True) + 1e-6)  # (B, C, 1, 1)
+        factor = 1 + self.weight.view(-1, 1, 1) * share  # (B, C, 1, 1)
+        return x * factor.to(x.dtype) + self.bias.view(-1, 1, 1).to(x.dtype)
 
 
 class Mlp(nn.Module):
@@ -81,7 +81,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         branch = self.mlp(self.norm(self.conv_dw(x)))
         if self.gamma is not None:
-            branch = branch * self.gamma.to(branch.dtype).view(-1, 1, 1)  # (C, 1, 1)
+            branch = branch * self.gamma.view(-1, 1, 1)  # (C, 1, 1), in float32: 1e-6 is nearly 0 in fp16
         return x + self.drop_path(branch)
 
 

@@ -5,11 +5,12 @@ channels, H x W the input's size.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.mobilenet import scaled
+from models.mobilenet import CONVOLUTIONS, scaled
 from training.errors import UserError
 
 # Kernel, expanded channels, channels, squeeze and excitation, Hardswish, stride (tables 1 and 2 of the paper)
@@ -53,9 +54,10 @@ def conv_bn(
     *,
     stride: int = 1,
     groups: int = 1,
+    padding: str = "torch",
 ) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False),
+        CONVOLUTIONS[padding](in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False),
         nn.BatchNorm2d(out_channels, momentum=0.01),
         *([activation(inplace=True)] if activation else []),
     )
@@ -89,11 +91,12 @@ class InvertedResidual(nn.Module):
         squeeze: bool,
         activation: type[nn.Module],
         stride: int,
+        padding: str,
     ):
         super().__init__()
         self.block = nn.Sequential(
             *([conv_bn(in_channels, hidden, 1, activation)] if hidden != in_channels else []),
-            conv_bn(hidden, hidden, kernel, activation, stride=stride, groups=hidden),
+            conv_bn(hidden, hidden, kernel, activation, stride=stride, groups=hidden, padding=padding),
             *([SqueezeExcitation(hidden)] if squeeze else []),
             conv_bn(hidden, out_channels, 1, None),
         )
@@ -111,6 +114,7 @@ class MobileNetV3(nn.Module):
         in_channels: of the pictures.
         width: factor on all channels.
         bn_eps: added to BatchNorms' variances; 1e-5 for the weights that timm trained.
+        padding: of the convolutions with stride; `tensorflow` for timm's `tf_` weights, which were trained there.
 
     Attributes:
         num_features: channels of the pooled features, 960 (large) or 576 (small) at width 1. timm's models without
@@ -124,12 +128,20 @@ class MobileNetV3(nn.Module):
     settings: tuple[tuple[int, int, int, bool, bool, int], ...]
     hidden: int
 
-    def __init__(self, *, num_classes: int = 0, in_channels: int = 3, width: float = 1.0, bn_eps: float = 1e-3):
+    def __init__(
+        self,
+        *,
+        num_classes: int = 0,
+        in_channels: int = 3,
+        width: float = 1.0,
+        bn_eps: float = 1e-3,
+        padding: Literal["torch", "tensorflow"] = "torch",
+    ):
         super().__init__()
         if not width > 0:
             raise UserError(f"backbone.width={width} must be positive; 1.0 is the standard network")
         channels, strides = [scaled(16, width)], [2]  # after each of `features`
-        layers = [conv_bn(in_channels, channels[0], 3, nn.Hardswish, stride=2)]
+        layers = [conv_bn(in_channels, channels[0], 3, nn.Hardswish, stride=2, padding=padding)]
         for kernel, expanded, out_channels, squeeze, hardswish, stride in self.settings:
             layers.append(
                 InvertedResidual(
@@ -140,6 +152,7 @@ class MobileNetV3(nn.Module):
                     squeeze=squeeze,
                     activation=nn.Hardswish if hardswish else nn.ReLU,
                     stride=stride,
+                    padding=padding,
                 )
             )
             channels.append(scaled(out_channels, width))

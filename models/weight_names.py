@@ -1,7 +1,8 @@
 """Other libraries' parameter names for these backbones, as rules: (pattern, replacement) on the whole name.
 
-Each layout is known by a name that only it has. A rule's pattern may follow a prefix such as `module.backbone.`, which
-stays; the first pattern that fits a name is used, and a name that none fits stays as it is.
+Each layout is known by names that together only it has. A rule's pattern may follow a prefix, such as `module.backbone`,
+which stays; the first pattern that fits a name is used, and a name that none fits stays as it is. Networks that are not
+ours can have a layout's names as well: where its rules make one name of two, they are not used.
 """
 
 import re
@@ -61,10 +62,10 @@ def _v3(offsets: tuple[int, ...], squeezed: frozenset[int]) -> list[Rule]:
     ]
 
 
-# layout: (a name that only it has, rules)
-LAYOUTS: dict[str, tuple[str, list[Rule]]] = {
+# layout: (names that together only it has, rules)
+LAYOUTS: dict[str, tuple[tuple[str, ...], list[Rule]]] = {
     "torchvision's ConvNeXt": (
-        r"features\.1\.0\.layer_scale$",
+        (r"features\.1\.0\.layer_scale$",),
         [
             (r"features\.0\.", "stem."),
             (r"features\.([2468])\.", lambda m: f"stages.{int(m[1]) // 2}.downsample."),
@@ -78,7 +79,7 @@ LAYOUTS: dict[str, tuple[str, list[Rule]]] = {
         ],
     ),
     "official ConvNeXt": (
-        r"downsample_layers\.0\.0\.weight$",
+        (r"downsample_layers\.0\.0\.weight$", r"stages\.0\.0\.dwconv\.weight$"),
         [
             (r"downsample_layers\.0\.", "stem."),
             (r"downsample_layers\.([123])\.", r"stages.\1.downsample."),
@@ -92,7 +93,7 @@ LAYOUTS: dict[str, tuple[str, list[Rule]]] = {
         ],
     ),
     "torchvision's ViT": (
-        r"encoder\.layers\.encoder_layer_0\.ln_1\.weight$",
+        (r"encoder\.layers\.encoder_layer_0\.ln_1\.weight$",),
         [
             (r"class_token$", "cls_token"),
             (r"conv_proj\.", "patch_embed.proj."),
@@ -107,19 +108,19 @@ LAYOUTS: dict[str, tuple[str, list[Rule]]] = {
         ],
     ),
     "DINOv2's chunks of blocks": (
-        r"blocks\.0\.0\.norm1\.weight$",
+        (r"blocks\.0\.0\.norm1\.weight$", r"blocks\.0\.0\.ls1\.gamma$"),
         [(r"blocks\.\d+\.(\d+)\.", r"blocks.\1.")],
     ),
     "timm's MobileNetV3 small": (
-        r"blocks\.0\.0\.se\.conv_reduce\.weight$",
+        (r"blocks\.0\.0\.se\.conv_reduce\.weight$", r"blocks\.5\.0\.conv\.weight$"),
         _v3(V3_SMALL, frozenset({1, *range(4, 12)})),
     ),
     "timm's MobileNetV3 large": (
-        r"blocks\.2\.0\.se\.conv_reduce\.weight$",
+        (r"blocks\.2\.0\.se\.conv_reduce\.weight$", r"blocks\.6\.0\.conv\.weight$"),
         _v3(V3_LARGE, frozenset({4, 5, 6, *range(11, 16)})),
     ),
     "timm's MobileNetV2": (
-        r"blocks\.1\.0\.conv_pwl\.weight$",  # V3 has it as well, and comes first
+        (r"blocks\.1\.0\.conv_pwl\.weight$", r"blocks\.6\.0\.conv_pwl\.weight$", r"conv_head\.weight$"),
         [
             (r"blocks\.(0)\.(0)\.conv_dw\.", _flat(V2, "conv.0.0.")),
             (r"blocks\.(0)\.(0)\.bn1\.", _flat(V2, "conv.0.1.")),
@@ -139,7 +140,7 @@ LAYOUTS: dict[str, tuple[str, list[Rule]]] = {
         ],
     ),
     "official CBAM": (
-        r"cbam\.ChannelGate\.mlp\.1\.weight$",
+        (r"cbam\.ChannelGate\.mlp\.1\.weight$",),
         [
             (r"cbam\.ChannelGate\.mlp\.1\.", "cbam.channel.fc1."),
             (r"cbam\.ChannelGate\.mlp\.3\.", "cbam.channel.fc2."),
@@ -147,7 +148,7 @@ LAYOUTS: dict[str, tuple[str, list[Rule]]] = {
         ],
     ),
     "lightly's ResNet": (  # a Sequential of torchvision's children
-        r"\w*backbone\w*\.4\.0\.conv1\.weight$",
+        (r"\w*backbone\w*\.4\.0\.conv1\.weight$",),
         [
             (r"(\w*backbone\w*)\.0\.", r"\1.conv1."),
             (r"(\w*backbone\w*)\.1\.", r"\1.bn1."),
@@ -161,8 +162,13 @@ def rename(names: Iterable[str]) -> tuple[dict[str, str], str | None]:
     """{name: name here} of all names of a file, and the layout, None if they are ours already."""
     names = list(names)
     for layout, (signature, rules) in LAYOUTS.items():
-        if any(re.search(rf"(^|\.){signature}", name) for name in names):
-            return {name: _rename(name, rules) for name in names}, layout
+        if all(any(re.search(rf"(^|\.){part}", name) for name in names) for part in signature):
+            try:
+                renamed = {name: _rename(name, rules) for name in names}
+            except IndexError:  # a network with more stages than this one
+                continue
+            if len(set(renamed.values())) == len(renamed):
+                return renamed, layout
     return {name: name for name in names}, None
 
 

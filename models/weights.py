@@ -69,6 +69,7 @@ def load_weights(model: nn.Module, path: str | Path, *, part: str = "auto") -> s
     kept = checkpoint.get("part")  # ours say which of their networks counts
     part, choice = _choose(part, tensors, path, kept if isinstance(kept, str) else None)
     prefix = PARTS[part]
+    translated = f" with the names of {layout}" if layout else ""
     wanted = model.state_dict()
     inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     given, resized = {}, []
@@ -93,17 +94,15 @@ def load_weights(model: nn.Module, path: str | Path, *, part: str = "auto") -> s
         if all(_is_head(name) for name in faults):
             advice = "build the model without a classifier (num_classes=0)"
         else:
-            advice = _identify(inside) or "try another backbone.name, stem, width or part"
+            advice = _identify(inside) or "try another backbone.name, stem, width, channel or part"
         raise UserError(
-            f"{path}{choice} does not fit {type(model).__name__}: "
+            f"{path}{choice}{translated} does not fit {type(model).__name__}: "
             f"{'; '.join(list(faults.values())[:3])}{more}; {advice}"
         )
     model.load_state_dict({name: given.get(name, tensor) for name, tensor in wanted.items()})
 
     used = {prefix + name for name in wanted if name in given}
-    report = f"{Path(path).name}: {len(used)} tensors loaded{choice}" + (
-        f" with the names of {layout}" if layout else ""
-    )
+    report = f"{Path(path).name}: {len(used)} tensors loaded{choice}{translated}"
     report += f"; resized: {', '.join(resized)}" if resized else ""
     report += f"; still random: {_summary(fresh, '')}" if fresh else ""
     left = _summary([original[name] for name in tensors if name not in used], prefix)
@@ -114,10 +113,10 @@ def _resize(model: nn.Module, name: str, given: Tensor, wanted: Tensor | None) -
     """The tensor in the model's shape if it can have it, and whether its values changed for that.
 
     A 1x1 convolution's weights and a linear layer's are the same; so are factors with and without axes of length 1.
-    Of a stem's three input channels the sum makes one, which sees a grey picture as the three do; more than one are the
+    Of a stem's three input channels the sum makes one, which sees g as the three see (g, g, g); more than one are the
     three, repeated, times 3 / channels (timm's rule).
     """
-    if wanted is None or given.shape == wanted.shape:
+    if wanted is None or given.shape == wanted.shape or not given.is_floating_point():
         return given, False
     if [n for n in given.shape if n > 1] == [n for n in wanted.shape if n > 1]:
         return given.reshape(wanted.shape), False
@@ -126,7 +125,7 @@ def _resize(model: nn.Module, name: str, given: Tensor, wanted: Tensor | None) -
         if channels == 1:
             return given.sum(dim=1, keepdim=True), True
         return given.repeat(1, -(-channels // 3), 1, 1)[:, :channels] * 3 / channels, True  # (out, channels, k, k)
-    sides = [(t.shape[1] - 1) ** 0.5 if t.ndim == 3 else 0.5 for t in (given, wanted)]
+    sides = [(t.shape[1] - 1) ** 0.5 if t.ndim == 3 and t.shape[1] > 1 else 0.5 for t in (given, wanted)]
     if isinstance(model, ViT) and name == "pos_embed" and all(side % 1 == 0 for side in sides):
         return resample(given, int(sides[1]), int(sides[1]), model.interpolation), True
     return given, False

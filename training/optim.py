@@ -45,7 +45,7 @@ class OptimConfig:
     final_lr: float = 0.0  # where the cosine ends
     weight_decay: float = 0.0
     final_weight_decay: float | None = None  # a cosine from weight_decay to this (DINO); none: constant
-    layer_decay: float = 1.0  # learning rate x layer_decay per stage (ResNet) or block (others) to the head
+    layer_decay: float = 1.0  # learning rate x layer_decay a stage (ResNet, ConvNeXt) or block (others) to the head
     decay_norms: bool = (
         False  # weight decay on biases and norms, too (official SGD recipes of MoCo, SimSiam, SupCon, PsCo)
     )
@@ -107,9 +107,10 @@ def parameter_groups(
     """Trainable parameters by (weight decay or not, learning-rate scale, fixed learning rate or not).
 
     Decayed: more than one dimension and not a bias (official DINO's rule), or all with `decay_norms`. A group's
-    `lr_scale` is layer_decay^(L+1-l) with l = 0 for the stem, 1..L for the stages and L+1 for heads (official DINOv2's
-    rule), times bias_lr_scale for parameters of at most one dimension, biases and norms (official Barlow Twins' rule).
-    Only a module named `backbone` has a stem and stages; RD4AD's decoder, with its own layers 1 to 3, is a head.
+    `lr_scale` is layer_decay^(L+1-l) with l = 0 for the stem (a MobileNet's counts as its first block), 1..L for the
+    stages and L+1 for heads (official DINOv2's rule), times bias_lr_scale for parameters of at most one dimension,
+    biases and norms (official Barlow Twins' rule). Only a module named `backbone` has a stem and stages; RD4AD's
+    decoder, with its own layers 1 to 3, is a head.
     `fixed_lr`: with fix_predictor_lr the parameters of a module named `predictor`, which no schedule moves (official
     SimSiam's --fix-pred-lr). predictor_lr_scale multiplies theirs: BYOL needs no target if the predictor learns ten
     times as fast (Grill et al. 2020, appendix), and in short runs its embeddings keep their rank.

@@ -82,11 +82,14 @@ def test_response_normalisation_is_the_papers_algorithm():
 
 
 def test_response_normalisation_in_half_precision_does_not_overflow():
-    norm = GlobalResponseNorm(2)
-    torch.nn.init.ones_(norm.weight)
-    x = torch.full((1, 2, 32, 32), 200.0)  # 1024 * 200^2 is beyond float16's 65504
-    torch.testing.assert_close(norm(x.half()).float(), norm(x), rtol=2e-3, atol=0)
-    assert norm(x.half()).dtype == torch.float16
+    """1024 * 200^2 is beyond float16's 65504, and so is 80 * 1106, one channel times its share of 1280."""
+    few, many = torch.full((1, 2, 32, 32), 200.0), torch.full((1, 1280, 2, 2), 0.01)
+    many[:, 0] = 80
+    for x, weight in ((few, 1.0), (many, 0.5)):
+        norm = GlobalResponseNorm(x.shape[1])
+        torch.nn.init.constant_(norm.weight, weight)
+        torch.testing.assert_close(norm(x.half()).float(), norm(x), rtol=2e-3, atol=0)
+        assert norm(x.half()).dtype == torch.float16
 
 
 def test_official_names_load(tmp_path):

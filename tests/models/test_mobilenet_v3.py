@@ -52,6 +52,16 @@ def test_published_numbers_of_parameters_and_channels():
     assert (small.stage_channels, small.num_features) == ([16, 24, 48, 96], 576)
 
 
+def test_tensorflow_padding_changes_no_size():
+    """Which padding it is, test_mobilenet.py says; by hand: outputs are those of tf_mobilenetv3_* in timm 1.0.31."""
+    net, other = MobileNetV3Small().eval(), MobileNetV3Small(padding="tensorflow").eval()
+    other.load_state_dict(net.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    maps = net.forward_stages(images), other.forward_stages(images)
+    assert [m.shape for m in maps[0]] == [m.shape for m in maps[1]]
+    assert not torch.allclose(maps[0][0], maps[1][0])
+
+
 def test_options():
     assert {m.eps for m in MobileNetV3Small(bn_eps=1e-5).modules() if isinstance(m, torch.nn.BatchNorm2d)} == {1e-5}
     with pytest.raises(UserError, match=r"backbone\.width"):

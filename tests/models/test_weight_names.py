@@ -54,6 +54,16 @@ def test_timms_weights_load(tmp_path):
     assert report.endswith("; left over: conv_head.weight, conv_head.bias, classifier.weight, classifier.bias")
 
 
+def test_networks_that_are_not_ours_keep_their_names():
+    """timm's EfficientNet has MobileNetV3's modules, in seven stages; names that would become one stay."""
+    stages = {0: "conv_dw", **dict.fromkeys(range(1, 7), "conv_pwl")}
+    names = [f"blocks.{s}.{b}.{last}.weight" for s, last in stages.items() for b in range(4)]
+    names += [f"blocks.{s}.{b}.se.conv_reduce.weight" for s in stages for b in range(4)]
+    names += ["conv_stem.weight", "conv_head.weight", "classifier.weight"]
+    for extra in ([], ["blocks.5.0.conv.weight"], ["blocks.6.0.conv.weight"]):
+        assert rename(names + extra) == ({name: name for name in names + extra}, None)
+
+
 def test_official_cbam(tmp_path):
     torch.manual_seed(0)
     source, state = CBAMResNet18(), {}

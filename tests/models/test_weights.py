@@ -218,7 +218,7 @@ def test_a_misfit_says_which_part_it_is_about(tmp_path):
         ("wide_resnet50_2", {}, "resnet50", "; it fits backbone.name=wide_resnet50_2 backbone.stem=imagenet"),
         ("mobilenet_v2", {}, "resnet18", "; it fits backbone.name=mobilenet_v2 backbone.width=1.0"),
         ("resnet50", {}, "mobilenet_v2", "; it fits backbone.name=resnet50 backbone.stem=imagenet"),
-        ("mobilenet_v2", {"width": 0.5}, "mobilenet_v2", "; try another backbone.name, stem, width or part"),
+        ("mobilenet_v2", {"width": 0.5}, "mobilenet_v2", "; try another backbone.name, stem, width, channel or part"),
     ],
 )
 def test_the_right_backbone_is_recognised(tmp_path, in_file, options, wanted, advice):
