@@ -59,8 +59,8 @@ class UNetResNet18(ResNet18):
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def decode(self, x: Tensor) -> list[Tensor]:
-        """Images (B, in_channels, H, W) -> maps at the strides s = 1, 2, 4, 8, 16 and 32, or 1, 1, 1, 2, 4 and 8 with the
-        CIFAR stem, the last one the encoder's: [(B, C, H / s, W / s)], C = 64, 128, 256, 256, 512, 512, rounded up."""
+        """Images (B, in_channels, H, W) -> maps at the strides s = 1, 2, 4, 8, 16 and 32, or 1, 1, 1, 2, 4 and 8
+        with the CIFAR stem, the last one the encoder's: [(B, C, H / s, W / s)], C = 64, 128, 256, 256, 512, 512."""
         finest = self.original(x)
         x = self.relu(self.bn1(self.conv1(x)))
         skips = [finest, self.lateral[0](x)]  # (B, 64, H, W), (B, 64, H / 2, W / 2)

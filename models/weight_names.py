@@ -1,6 +1,6 @@
 """Other libraries' parameter names for these backbones, as rules: (pattern, replacement) on the whole name.
 
-Each layout is known by names that together only it has. A rule's pattern may follow a prefix, such as `module.backbone`,
+Each layout is known by names that together only it has. A rule's pattern may follow a prefix such as `module.backbone`,
 which stays; the first pattern that fits a name is used, and a name that none fits stays as it is. Networks that are not
 ours can have a layout's names as well: where its rules make one name of two, they are not used.
 """
