@@ -198,9 +198,11 @@ def describe(raw: dict) -> None:
     """task=describe: parameters, operations, maps and speed of a list of backbones, in a table."""
     cfg = config.build(DescribeConfig, raw)
     config.at_least_one(cfg, "size", "batch_size")
+    if not cfg.backbones:
+        raise errors.UserError("task=describe needs backbones: names with their options, or all")
     device = distributed.setup(cfg.device)
     asked = list(BACKBONES) if cfg.backbones == ["all"] else cfg.backbones
-    sections = [config.read(["name=" + words.strip(), *more]) for words, *more in map(str.split, asked)]
+    sections = [config.read([f"name={name}", *options]) for name, *options in map(str.split, asked)]
     backbones = [config.build(BackboneConfig, section, "backbones.") for section in sections]
     folder = config.run_folder(cfg) / "eval_describe"
     checkpoint.open_run(folder, config.as_dict(cfg))

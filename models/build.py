@@ -35,6 +35,8 @@ def build_backbone(config: BackboneConfig) -> tuple[nn.Module, str]:
             f"backbone.in_channels={stem}, but pictures have three channels: set it to 3, "
             "or backbone.channel=green to take one of them, with backbone.in_channels=1 or 3"
         )
+    if config.channel == "all" and config.one_channel != "copy":
+        raise UserError(f"backbone.one_channel={config.one_channel} needs backbone.channel=red, green or blue")
     backbone = BACKBONES[config.name](**config.options)
     if config.channel != "all":
         take_channel(backbone, config.channel, config.one_channel)

@@ -22,7 +22,6 @@ SETTINGS = (
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
-STAGE_ENDS = (3, 6, 13, 17)  # the last block of `features` at each of the strides 4, 8, 16, 32
 
 
 def scaled(channels: int, width: float) -> int:
@@ -76,7 +75,34 @@ class InvertedResidual(nn.Module):
         return x + self.conv(x) if self.has_shortcut else self.conv(x)
 
 
-class MobileNetV2(nn.Module):
+class MobileNet(nn.Module):
+    """What both versions do with their `features`, `stage_ends` of which are the last at strides 4, 8, 16 and 32."""
+
+    features: nn.Sequential
+    classifier: nn.Module
+    stage_ends: tuple[int, int, int, int]
+
+    def forward_stages(
+        self, x: Tensor, last: int = 4, after: Callable[[int, Tensor], Tensor] | None = None
+    ) -> list[Tensor]:
+        """Images (B, in_channels, H, W) -> the last block's output at each stride s = 4, 8, 16, 32:
+        [(B, stage_channels[i], H / s, W / s)]. Sizes that the stride does not divide are rounded up. What comes after
+        stage `last` is not computed. `after(n, x)` is what stage n's output becomes, also for the next stage."""
+        maps = []
+        for i, layer in enumerate(self.features[: self.stage_ends[last - 1] + 1]):
+            x = layer(x)
+            if i in self.stage_ends:
+                x = x if after is None else after(len(maps) + 1, x)
+                maps.append(x)
+        return maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_channels, H, W) -> pooled features (B, num_features), or logits (B, num_classes)."""
+        x = self.features(x)  # (B, num_features, H / 32, W / 32)
+        return self.classifier(x.mean(dim=(2, 3)))  # (B, num_features) -> logits
+
+
+class MobileNetV2(MobileNet):
     """MobileNetV2.
 
     Args:
@@ -92,6 +118,8 @@ class MobileNetV2(nn.Module):
     Raises:
         UserError: width is not positive.
     """
+
+    stage_ends = (3, 6, 13, 17)
 
     def __init__(
         self,
@@ -114,7 +142,7 @@ class MobileNetV2(nn.Module):
                 layers.append(InvertedResidual(*channels[-2:], **how))
         layers.append(conv_bn_relu(channels[-1], self.num_features, 1))
         self.features = nn.Sequential(*layers)
-        self.stage_channels = [channels[i] for i in STAGE_ENDS]
+        self.stage_channels = [channels[i] for i in self.stage_ends]
         self.classifier = nn.Identity()
         if num_classes:
             self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(self.num_features, num_classes))
@@ -127,22 +155,3 @@ class MobileNetV2(nn.Module):
             elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.01)
                 nn.init.zeros_(module.bias)
-
-    def forward_stages(
-        self, x: Tensor, last: int = 4, after: Callable[[int, Tensor], Tensor] | None = None
-    ) -> list[Tensor]:
-        """Images (B, in_channels, H, W) -> the last block's output at each stride s = 4, 8, 16, 32:
-        [(B, stage_channels[i], H / s, W / s)]. Sizes that the stride does not divide are rounded up. What comes after
-        stage `last` is not computed. `after(n, x)` is what stage n's output becomes, also for the next stage."""
-        maps = []
-        for i, layer in enumerate(self.features[: STAGE_ENDS[last - 1] + 1]):
-            x = layer(x)
-            if i in STAGE_ENDS:
-                x = x if after is None else after(len(maps) + 1, x)
-                maps.append(x)
-        return maps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_channels, H, W) -> pooled features (B, num_features), or logits (B, num_classes)."""
-        x = self.features(x)  # (B, num_features, H / 32, W / 32)
-        return self.classifier(x.mean(dim=(2, 3)))  # (B, num_features) -> logits

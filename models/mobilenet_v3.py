@@ -4,13 +4,12 @@ Parameter names, initialisation and outputs are torchvision's, so its weights lo
 channels, H x W the input's size.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.mobilenet import CONVOLUTIONS, scaled
+from models.mobilenet import CONVOLUTIONS, MobileNet, scaled
 from training.errors import UserError
 
 # Kernel, expanded channels, channels, squeeze and excitation, Hardswish, stride (tables 1 and 2 of the paper)
@@ -106,7 +105,7 @@ class InvertedResidual(nn.Module):
         return x + self.block(x) if self.has_shortcut else self.block(x)
 
 
-class MobileNetV3(nn.Module):
+class MobileNetV3(MobileNet):
     """The family; a member names its `settings` and the width `hidden` of its classifier.
 
     Args:
@@ -161,7 +160,7 @@ class MobileNetV3(nn.Module):
         layers.append(conv_bn(channels[-1], self.num_features, 1, nn.Hardswish))
         self.features = nn.Sequential(*layers)
         last_at = {stride: i for i, stride in enumerate(strides)}
-        self.stage_ends = [last_at[stride] for stride in (4, 8, 16, 32)]
+        self.stage_ends = tuple(last_at[stride] for stride in (4, 8, 16, 32))
         self.stage_channels = [channels[i] for i in self.stage_ends]
         self.classifier = nn.Identity()
         if num_classes:
@@ -179,25 +178,6 @@ class MobileNetV3(nn.Module):
             elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.01)
                 nn.init.zeros_(module.bias)
-
-    def forward_stages(
-        self, x: Tensor, last: int = 4, after: Callable[[int, Tensor], Tensor] | None = None
-    ) -> list[Tensor]:
-        """Images (B, in_channels, H, W) -> the last block's output at each stride s = 4, 8, 16, 32:
-        [(B, stage_channels[i], H / s, W / s)]. Sizes that the stride does not divide are rounded up. What comes after
-        stage `last` is not computed. `after(n, x)` is what stage n's output becomes, also for the next stage."""
-        maps = []
-        for i, layer in enumerate(self.features[: self.stage_ends[last - 1] + 1]):
-            x = layer(x)
-            if i in self.stage_ends:
-                x = x if after is None else after(len(maps) + 1, x)
-                maps.append(x)
-        return maps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_channels, H, W) -> pooled features (B, num_features), or logits (B, num_classes)."""
-        x = self.features(x)  # (B, num_features, H / 32, W / 32)
-        return self.classifier(x.mean(dim=(2, 3)))  # (B, num_features) -> logits
 
 
 class MobileNetV3Large(MobileNetV3):

@@ -104,7 +104,7 @@ def load_weights(model: nn.Module, path: str | Path, *, part: str = "auto") -> s
     used = {prefix + name for name in wanted if name in given}
     report = f"{Path(path).name}: {len(used)} tensors loaded{choice}{translated}"
     report += f"; resized: {', '.join(resized)}" if resized else ""
-    report += f"; still random: {_summary(fresh, '')}" if fresh else ""
+    report += f"; not in the file: {_summary(fresh, '')}" if fresh else ""
     left = _summary([original[name] for name in tensors if name not in used], prefix)
     return report + (f"; left over: {left}" if left else "")
 

@@ -68,4 +68,5 @@ def test_numbers_of_parameters():
         norms = sum(count(gate.spatial.bn) for gate in gates)
         assert count(backbone) + twice - norms == 11_357_010
         assert count(CBAMResNet18()) == 11_266_392
+        assert count(BACKBONES["cbam_resnet34"]()) == 21_447_468
         assert count(BACKBONES["cbam_resnet50"](num_classes=1000)) == 28_089_624

@@ -53,7 +53,7 @@ def test_each_way_shows_the_channel_three_times(checkpoint, how):
         changed[:, [0, 2]] = 7.0
         assert torch.equal(net(changed), net(images))
     assert ("resized: " in report) == ("in_channels" in how), report
-    assert ("still random: " in report) == ("one_channel" in how), report
+    assert ("not in the file: " in report) == ("one_channel" in how), report
 
 
 def test_a_learned_convolution_is_trained_saved_and_copied(tmp_path):
@@ -96,6 +96,8 @@ def test_a_stem_that_does_not_fit_the_pictures_is_an_error():
     for wrong in ({"in_channels": 5}, {"in_channels": 1}, {"in_channels": 2, "channel": "red"}):
         with pytest.raises(UserError, match=r"in_channels=., but pictures have three channels: set it to 3"):
             build("resnet18", **wrong)
+    with pytest.raises(UserError, match=r"one_channel=learned needs backbone\.channel=red, green or blue"):
+        build("resnet18", one_channel="learned")
     with pytest.raises(UserError, match="learned makes three channels"):
         build("resnet18", in_channels=1, channel="blue", one_channel="learned")
     with pytest.raises(UserError, match=r"backbone\.channel"):

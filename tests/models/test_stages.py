@@ -6,6 +6,7 @@ import torch
 from models.mobilenet import MobileNetV2
 from models.resnet import ResNet18
 from models.stages import stage_shapes, train_stages
+from models.vit import ViTTiny
 
 
 @pytest.mark.parametrize("backbone", [ResNet18, MobileNetV2])
@@ -27,3 +28,8 @@ def test_exactly_what_the_stages_need_is_trainable(backbone, last):
     assert all(p.requires_grad == (p.grad is not None) for p in network.parameters())
     idle = [n for n, p in network.named_parameters() if not p.requires_grad]
     assert bool(idle) == (last < 4 or backbone is MobileNetV2)  # whose last convolution is behind stage 4
+
+
+def test_a_vit_is_asked_with_pictures_that_its_patches_divide():
+    assert stage_shapes(ViTTiny(patch=14, size=28), 2) == [(192, 5, 5)] * 2  # of 70 x 70 pixels
+    assert stage_shapes(ViTTiny(patch=16, size=32), 1) == [(192, 4, 4)]

@@ -61,7 +61,8 @@ def test_a_resnets_weights_are_the_encoders(tmp_path):
     decoder = net.decoder[0][0].weight.clone()
     report = load_weights(net, tmp_path / "resnet18.pth")
     assert (
-        "120 tensors loaded; still random: lateral (10 tensors), original (4 tensors), decoder (10 tensors)" in report
+        "120 tensors loaded; not in the file: lateral (10 tensors), original (4 tensors), decoder (10 tensors)"
+        in report
     )
     assert torch.equal(net.layer3[1].conv2.weight, source.layer3[1].conv2.weight)
     assert torch.equal(net.decoder[0][0].weight, decoder)

@@ -160,6 +160,7 @@ def evaluate_once(pictures, runs, seed):
     return {key: value for key, value in found.items() if key != "seconds"}
 
 
+@pytest.mark.slow
 def test_sweep_over_seeds(pictures, tmp_path, capfd):
     write_mvtec(tmp_path / "mvtec")
     text = SWEEP.format(classes=pictures, mvtec=tmp_path / "mvtec", runs=tmp_path / "runs")

@@ -27,7 +27,7 @@ TINY = {
     "regad": ["configs/regad_demo.yaml", "backbone=resnet18", "epochs=3", "save_every=3", "log_every=1"],
 }
 BY_GRADIENT = tuple(name for name in TINY if DETECTORS[name].by_gradient)
-QUICK = ("patchcore", "rd4ad", "regad")  # what needs processes of its own is for `make test-all` with the others
+QUICK = ("patchcore", "rd4ad")  # what needs processes of its own is for `make test-all` with the others
 WITH_PROCESSES = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ("patchcore", *BY_GRADIENT)]
 FEW_SHOT = ("regad",)  # they learn from other categories and get 5 of the normal pictures, or all that there are
 METRICS = ["image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro", "aupro_005", "aupro_001"]
