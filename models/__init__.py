@@ -18,6 +18,7 @@ from models.mobilenet_v3 import MobileNetV3Large, MobileNetV3Small
 from models.resnet import ResNet18, ResNet34, ResNet50, ResNet101, WideResNet50
 from models.unet import UNetResNet18
 from models.vit import ViTBase, ViTSmall, ViTTiny
+from models.vit_moco import ViTMoCoBase, ViTMoCoSmall
 
 BACKBONES = {
     "resnet18": ResNet18,
@@ -45,4 +46,6 @@ BACKBONES = {
     "vit_tiny": ViTTiny,
     "vit_small": ViTSmall,
     "vit_base": ViTBase,
+    "vit_moco_small": ViTMoCoSmall,
+    "vit_moco_base": ViTMoCoBase,
 }

@@ -155,7 +155,11 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(self.width, eps=1e-6)
         self.head = nn.Linear(self.width, num_classes) if num_classes else nn.Identity()
         self.reset_parameters()
-        for module in self.modules():  # as official DINO; the patches' convolution keeps torch's own start
+        self.start()
+
+    def start(self) -> None:
+        """Initial weights of the layers: official DINO's; the patches' convolution keeps torch's own."""
+        for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)

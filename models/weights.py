@@ -17,6 +17,7 @@ from models.mobilenet import MobileNetV2
 from models.mobilenet_v3 import MobileNetV3
 from models.resnet import ResNet
 from models.vit import ViT, resample
+from models.vit_moco import ViTMoCo, sines
 from models.weight_files import open_weights, tensors_of
 from models.weight_names import rename
 from training.errors import UserError
@@ -72,6 +73,8 @@ def load_weights(model: nn.Module, path: str | Path, *, part: str = "auto") -> s
     translated = f" with the names of {layout}" if layout else ""
     wanted = model.state_dict()
     inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if _has_other_heads(model, inside.get("pos_embed")):
+        raise UserError(f"{path}{choice} has MoCo v3's sine positions, so 12 heads; set backbone.name=vit_moco_small")
     given, resized = {}, []
     for name, tensor in inside.items():
         given[name], changed = _resize(model, name, tensor, wanted.get(name))
@@ -129,6 +132,14 @@ def _resize(model: nn.Module, name: str, given: Tensor, wanted: Tensor | None) -
     if isinstance(model, ViT) and name == "pos_embed" and all(side % 1 == 0 for side in sides):
         return resample(given, int(sides[1]), int(sides[1]), model.interpolation), True
     return given, False
+
+
+def _has_other_heads(model: nn.Module, positions: Tensor | None) -> bool:
+    """Whether the file is of MoCo v3's ViT-S and the model another ViT-S: shapes do not tell their heads apart."""
+    if not isinstance(model, ViT) or isinstance(model, ViTMoCo) or positions is None or model.heads == 12:
+        return False
+    fixed = sines(round((positions.shape[1] - 1) ** 0.5), model.width)
+    return positions.shape == fixed.shape and torch.allclose(positions.float(), fixed, atol=1e-2)
 
 
 def _may_lack(model: nn.Module, name: str, given: dict[str, Tensor]) -> bool:

@@ -16,9 +16,9 @@ class MoCoV3(SSLMethod):
     """A query finds its key, made by the moving average from another view, among those of the batch: no queue.
 
     Loss and heads of the official moco/builder.py; its ResNets have two layers in the projector and no batch norm at
-    the predictor's end, its vision transformers three and one. Officially a vision transformer's patches are embedded
-    by a frozen random convolution and at fixed sine positions: here both are trained. A ResNet's residual blocks start
-    as identities, officially (`backbone.zero_init_residual=true`).
+    the predictor's end, its vision transformers three and one (`backbone.name=vit_moco_small` has their frozen patches
+    and sine positions). A ResNet's residual blocks start as identities, officially
+    (`backbone.zero_init_residual=true`).
 
     Args:
         temperature: 1.0 for ResNet-50, 0.2 for ViT.

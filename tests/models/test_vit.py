@@ -1,6 +1,7 @@
 """ViT against torchvision's; position embeddings, attention, stages against their definitions; names against timm's."""
 
 import hashlib
+import math
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ import torch.nn.functional as F
 import torchvision
 
 from models import BACKBONES
-from models.vit import ViTBase, ViTTiny, resample
+from models.ssl.moco_v3 import MoCoV3
+from models.vit import ViTBase, ViTSmall, ViTTiny, resample
+from models.vit_moco import ViTMoCoBase, ViTMoCoSmall
 from models.weights import load_weights
 from training.errors import UserError
 
@@ -16,6 +19,8 @@ PUBLISHED = {  # parameters with 1000 classes and without
     "vit_tiny": (5_717_416, 5_524_416),
     "vit_small": (22_050_664, 21_665_664),
     "vit_base": (86_567_656, 85_798_656),
+    "vit_moco_small": (22_050_664, 21_665_664),
+    "vit_moco_base": (86_567_656, 85_798_656),
 }
 
 
@@ -145,6 +150,55 @@ def test_dinov2s_additions_load_by_its_names(tmp_path):
     assert torch.equal(small.pos_embed, official_dino(state["backbone.pos_embed"], 16, 16))
     with pytest.raises(UserError, match=r"it fits backbone.name=vit_tiny backbone.patch=14 backbone.size=518 "):
         load_weights(ViTTiny(), tmp_path / "dinov2.pth")
+
+
+def test_mocos_positions_are_sines():
+    """Against the definition, position by position, in float64; a position's token is its row-major one."""
+    net = ViTMoCoSmall(size=96, patch=16)
+    assert not net.pos_embed[0, 0].any()
+    for row in range(6):
+        for column in range(6):
+            for n in range(96):
+                rate = 10000 ** (-n / 96)
+                theirs = [f(place * rate) for place in (row, column) for f in (math.sin, math.cos)]
+                ours = net.pos_embed[0, 1 + 6 * row + column, n::96].tolist()
+                assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_mocos_start_and_what_stays_as_it_is():
+    torch.manual_seed(0)
+    net = ViTMoCoSmall(size=32)
+    assert net.blocks[0].attn.heads == 12 and ViTMoCoBase(size=32).blocks[0].attn.heads == 12
+    bounds = {"attn.qkv": 6 / (384 + 384), "attn.proj": 6 / (384 + 384), "mlp.fc1": 6 / (384 + 1536)}
+    for name, squared in bounds.items():
+        weight = net.blocks[5].get_submodule(name).weight
+        assert weight.abs().max().item() == pytest.approx(squared**0.5, rel=1e-3) and weight.mean().abs() < 1e-3
+    proj = net.patch_embed["proj"]
+    assert proj.weight.abs().max().item() == pytest.approx((6 / (3 * 16 * 16 + 384)) ** 0.5, rel=1e-3)
+    assert not proj.bias.any() and not net.blocks[5].attn.qkv.bias.any()
+    assert net.cls_token.std().item() == pytest.approx(1e-6, rel=0.2)
+    method = MoCoV3(net, layers=3, hidden=16, out=8, predictor_norm=True)
+    loss, _ = method([torch.randn(4, 3, 32, 32) for _ in range(2)], torch.arange(4))
+    loss.backward()
+    still = [name for name, p in net.named_parameters() if p.grad is None]
+    assert still == ["pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"]
+    assert net(torch.randn(1, 3, 48, 64)).shape == (1, 384)  # its positions take other sizes, too
+
+
+def test_mocos_small_one_does_not_pass_for_dinos(tmp_path):
+    """Both have the same names and shapes, and other heads."""
+    state = {f"module.base_encoder.{n}": t for n, t in ViTMoCoSmall(size=64).state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "vit-s.pth")
+    for size in (64, 96):
+        assert "150 tensors loaded from part base_encoder" in load_weights(
+            ViTMoCoSmall(size=size), tmp_path / "vit-s.pth"
+        )
+        with pytest.raises(UserError, match=r"sine positions, so 12 heads; set backbone\.name=vit_moco_small"):
+            load_weights(ViTSmall(size=size), tmp_path / "vit-s.pth")
+    torch.save(ViTMoCoBase(size=32).state_dict(), tmp_path / "vit-b.pth")
+    load_weights(ViTBase(size=32), tmp_path / "vit-b.pth")  # 12 heads in both
+    torch.save(ViTSmall(size=32).state_dict(), tmp_path / "small.pth")
+    load_weights(ViTSmall(size=32), tmp_path / "small.pth")
 
 
 def test_errors():
