@@ -111,6 +111,10 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], list[Rule]]] = {
         (r"blocks\.0\.0\.norm1\.weight$", r"blocks\.0\.0\.ls1\.gamma$"),
         [(r"blocks\.\d+\.(\d+)\.", r"blocks.\1.")],
     ),
+    "timm's ViT with registers": (  # its class token has its position added
+        (r"reg_token$", r"blocks\.0\.norm1\.weight$"),
+        [(r"reg_token$", "register_tokens")],
+    ),
     "timm's MobileNetV3 small": (
         (r"blocks\.0\.0\.se\.conv_reduce\.weight$", r"blocks\.5\.0\.conv\.weight$"),
         _v3(V3_SMALL, frozenset({1, *range(4, 12)})),

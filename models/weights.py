@@ -117,8 +117,11 @@ def _resize(model: nn.Module, name: str, given: Tensor, wanted: Tensor | None) -
 
     A 1x1 convolution's weights and a linear layer's are the same; so are factors with and without axes of length 1.
     Of a stem's three input channels the sum makes one, which sees g as the three see (g, g, g); more than one are the
-    three, repeated, times 3 / channels (timm's rule).
+    three, repeated, times 3 / channels (timm's rule). Positions of patches alone get zeros for the class token.
     """
+    if isinstance(model, ViT) and name == "pos_embed" and given.ndim == 3 and given.shape[1] ** 0.5 % 1 == 0:
+        given = torch.cat([torch.zeros_like(given[:, :1]), given], dim=1)  # (1, 1 + side^2, D)
+        return _resize(model, name, given, wanted)[0], True
     if wanted is None or given.shape == wanted.shape or not given.is_floating_point():
         return given, False
     if [n for n in given.shape if n > 1] == [n for n in wanted.shape if n > 1]:

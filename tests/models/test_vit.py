@@ -152,6 +152,30 @@ def test_dinov2s_additions_load_by_its_names(tmp_path):
         load_weights(ViTTiny(), tmp_path / "dinov2.pth")
 
 
+def test_timms_dinov2_with_registers_loads(tmp_path):
+    """There the class token has its position added, as timm's _convert_dinov2 does it."""
+    torch.manual_seed(0)
+    ours = ViTTiny(size=48, patch=16, registers=4).eval()
+    torch.nn.init.normal_(ours.cls_token)
+    state = dict(ours.state_dict())
+    state["reg_token"] = state.pop("register_tokens")
+    state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+    state["pos_embed"] = state["pos_embed"][:, 1:]
+    torch.save(state, tmp_path / "reg4.pth")
+    theirs = ViTTiny(size=48, patch=16, registers=4).eval()
+    assert load_weights(theirs, tmp_path / "reg4.pth") == (
+        "reg4.pth: 151 tensors loaded with the names of timm's ViT with registers; "
+        "resized: pos_embed [1, 9, 192] to [1, 10, 192]"
+    )
+    images = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(images), ours(images))
+    other = ViTTiny(size=64, patch=16, registers=4, interpolation="timm")
+    assert "pos_embed [1, 9, 192] to [1, 17, 192]" in load_weights(other, tmp_path / "reg4.pth")
+    assert torch.equal(other.pos_embed[:, 1:], resample(ours.pos_embed, 4, 4, "timm")[:, 1:])
+    assert not other.pos_embed[:, 0].any()
+
+
 def test_mocos_positions_are_sines():
     """Against the definition, position by position, in float64; a position's token is its row-major one."""
     net = ViTMoCoSmall(size=96, patch=16)
