@@ -84,11 +84,11 @@ class WeightNormLinear(nn.Module):
 class DINOHead(nn.Module):
     """DINO's head, as in the official vision_transformer.py: (B, in_features) -> logits (B, prototypes).
 
-    MLP of three layers with GELU, L2 normalisation, then the cosine with each prototype times its length `weight_g`.
+    MLP with GELU, L2 normalisation, then the cosine with each prototype times its length `weight_g`.
 
     Args:
         in_features, prototypes: F and K.
-        hidden, bottleneck: width of the MLP and of the vector that is normalised.
+        layers, hidden, bottleneck: of the MLP, its width, and that of the vector that is normalised.
         use_bn: BatchNorm before each GELU.
         norm_last_layer: the prototypes' lengths stay at 1. False trains them, and weight decay applies (they are 2-D).
     """
@@ -98,16 +98,17 @@ class DINOHead(nn.Module):
         in_features: int,
         prototypes: int,
         *,
+        layers: int = 3,
         hidden: int = 2048,
         bottleneck: int = 256,
         use_bn: bool = False,
         norm_last_layer: bool = True,
     ):
         super().__init__()
-        layers = []
-        for width_in, width_out in ((in_features, hidden), (hidden, hidden)):
-            layers += [nn.Linear(width_in, width_out), *([nn.BatchNorm1d(width_out)] if use_bn else []), nn.GELU()]
-        self.mlp = nn.Sequential(*layers, nn.Linear(hidden, bottleneck))
+        widths, modules = [in_features, *[hidden] * (layers - 1)], []
+        for width_in, width_out in pairwise(widths):
+            modules += [nn.Linear(width_in, width_out), *([nn.BatchNorm1d(width_out)] if use_bn else []), nn.GELU()]
+        self.mlp = nn.Sequential(*modules, nn.Linear(widths[-1], bottleneck))
         for module in self.mlp:
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)

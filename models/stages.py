@@ -17,7 +17,7 @@ def stage_shapes(backbone: nn.Module, last: int, size: int = 64) -> list[tuple[i
 def train_stages(backbone: nn.Module, last: int) -> None:
     """Leave trainable what stages 1 to `last` depend on and nothing else, for DistributedDataParallel waits for every
     trainable parameter. No statistics move."""
-    parameters = list(backbone.requires_grad_(True).parameters())
+    parameters = [p for p in backbone.requires_grad_(True).parameters() if p.requires_grad]  # but what never learns
     with torch.enable_grad(), _stages(backbone, last, 64) as maps:
         gradients = torch.autograd.grad(sum(feature.sum() for feature in maps), parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients):

@@ -20,7 +20,7 @@ def sines(side: int, width: int) -> Tensor:
 
 class ViTMoCo(ViT):
     """The family. Its parameters have ViT's names and shapes, but ViT-S has 12 heads, twice DINO's: weights of the one
-    load into the other without a word and mean nothing there (models/weights.py says so where it can)."""
+    load into the other and mean nothing there, so models/weights.py looks at the positions."""
 
     def start(self) -> None:
         for name, module in self.named_modules():
@@ -32,8 +32,14 @@ class ViTMoCo(ViT):
         nn.init.normal_(self.cls_token, std=1e-6)
         proj = self.patch_embed["proj"]
         _uniform(proj, proj.in_channels * self.patch**2 + self.width)
-        for frozen in (self.pos_embed, proj.weight, proj.bias):
+        self.requires_grad_(True)
+
+    def requires_grad_(self, requires_grad: bool = True) -> nn.Module:
+        """As of any module, but for what never learns."""
+        super().requires_grad_(requires_grad)
+        for frozen in (self.pos_embed, *self.patch_embed.parameters()):
             frozen.requires_grad_(False)
+        return self
 
 
 class ViTMoCoSmall(ViTMoCo):

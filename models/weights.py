@@ -73,8 +73,8 @@ def load_weights(model: nn.Module, path: str | Path, *, part: str = "auto") -> s
     translated = f" with the names of {layout}" if layout else ""
     wanted = model.state_dict()
     inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    if _has_other_heads(model, inside.get("pos_embed")):
-        raise UserError(f"{path}{choice} has MoCo v3's sine positions, so 12 heads; set backbone.name=vit_moco_small")
+    if fault := _other_heads(type(model), inside.get("pos_embed")):
+        raise UserError(f"{path}{choice}: {fault}")
     given, resized = {}, []
     for name, tensor in inside.items():
         given[name], changed = _resize(model, name, tensor, wanted.get(name))
@@ -119,9 +119,8 @@ def _resize(model: nn.Module, name: str, given: Tensor, wanted: Tensor | None) -
     Of a stem's three input channels the sum makes one, which sees g as the three see (g, g, g); more than one are the
     three, repeated, times 3 / channels (timm's rule). Positions of patches alone get zeros for the class token.
     """
-    if isinstance(model, ViT) and name == "pos_embed" and given.ndim == 3 and given.shape[1] ** 0.5 % 1 == 0:
-        given = torch.cat([torch.zeros_like(given[:, :1]), given], dim=1)  # (1, 1 + side^2, D)
-        return _resize(model, name, given, wanted)[0], True
+    if name == "pos_embed" and given is not (padded := _with_class(given)):
+        return _resize(model, name, padded, wanted)[0], True
     if wanted is None or given.shape == wanted.shape or not given.is_floating_point():
         return given, False
     if [n for n in given.shape if n > 1] == [n for n in wanted.shape if n > 1]:
@@ -137,12 +136,30 @@ def _resize(model: nn.Module, name: str, given: Tensor, wanted: Tensor | None) -
     return given, False
 
 
-def _has_other_heads(model: nn.Module, positions: Tensor | None) -> bool:
-    """Whether the file is of MoCo v3's ViT-S and the model another ViT-S: shapes do not tell their heads apart."""
-    if not isinstance(model, ViT) or isinstance(model, ViTMoCo) or positions is None or model.heads == 12:
-        return False
-    fixed = sines(round((positions.shape[1] - 1) ** 0.5), model.width)
-    return positions.shape == fixed.shape and torch.allclose(positions.float(), fixed, atol=1e-2)
+def _with_class(positions: Tensor) -> Tensor:
+    """A ViT's positions with the class token's: zeros before (1, side^2, D), for timm adds it to the token itself."""
+    if positions.ndim != 3 or not positions.shape[1] or positions.shape[1] ** 0.5 % 1:
+        return positions
+    return torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)  # (1, 1 + side^2, D)
+
+
+def _other_heads(model: type[nn.Module], positions: Tensor | None) -> str | None:
+    """What is wrong if one is MoCo v3's ViT-S, of 12 heads, and the other not: names and shapes are the same. It has
+    sine positions, and zeros for the class token, which otherwise learns its own."""
+    if not issubclass(model, ViT) or model.width != 384 or positions is None or not positions.is_floating_point():
+        return None
+    if positions.ndim != 3 or positions.shape[1] < 2 or positions.shape[2] != 384:
+        return None
+    if issubclass(model, ViTMoCo) and positions[:, 0].any():
+        return "its positions are learned, not MoCo v3's, so it has 6 heads, not 12; set backbone.name=vit_small"
+    fixed = sines(round((positions.shape[1] - 1) ** 0.5), 384)
+    if (
+        issubclass(model, ViTMoCo)
+        or positions.shape != fixed.shape
+        or not torch.allclose(positions.float(), fixed, atol=1e-2)
+    ):
+        return None
+    return "its positions are MoCo v3's sines, so it has 12 heads, not 6; set backbone.name=vit_moco_small"
 
 
 def _may_lack(model: nn.Module, name: str, given: dict[str, Tensor]) -> bool:
@@ -166,7 +183,11 @@ def _choose(part: str, tensors: dict[str, Tensor], path: str | Path, kept: str |
 
 def _identify(given: dict[str, Tensor]) -> str | None:
     """The backbone that these tensors are the weights of, as advice to the user."""
+    if "pos_embed" in given:
+        given = given | {"pos_embed": _with_class(given["pos_embed"])}
     for name, build in BACKBONES.items():
+        if _other_heads(build, given.get("pos_embed")):
+            continue
         for options in _options(build, given):
             with torch.device("meta"):
                 wanted = build(**options).state_dict()
@@ -188,7 +209,9 @@ def _options(build: type[nn.Module], given: dict[str, Tensor]) -> Iterator[dict]
         yield {"width": 1.0}
     elif issubclass(build, ConvNeXt) and "stem.0.weight" in given:
         yield {"patch": given["stem.0.weight"].shape[-1]}
-    elif issubclass(build, ViT) and {"patch_embed.proj.weight", "pos_embed"} <= given.keys():
+    elif issubclass(build, ViT) and "patch_embed.proj.weight" in given and "pos_embed" in given:
+        if given["pos_embed"].ndim != 3 or given["pos_embed"].shape[1] < 2:
+            return
         patch = given["patch_embed.proj.weight"].shape[-1]
         options = {"patch": patch, "size": round((given["pos_embed"].shape[1] - 1) ** 0.5) * patch}
         options |= {"layer_scale": 1e-5} if "blocks.0.ls1.gamma" in given else {}

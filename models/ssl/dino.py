@@ -17,7 +17,8 @@ class DINO(SSLMethod):
 
     Args:
         prototypes: K, outputs of the head; 65536 for ImageNet, 4096 or fewer for small sets.
-        hidden, bottleneck: widths of the head's MLP and of the normalised vector before the prototypes.
+        layers, hidden, bottleneck: of the head's MLP, its width, and that of the normalised vector before the
+            prototypes.
         norm_last_layer: keep the prototypes at unit length (steadier; False can gain a little for ViT-S).
         head_batch_norm: BatchNorm in the head; official for the ResNet-50 release only.
         teacher_temperature: after the warm-up; above 0.07 training is unstable.
@@ -34,6 +35,7 @@ class DINO(SSLMethod):
         backbone: nn.Module,
         *,
         prototypes: int = 65536,
+        layers: int = 3,
         hidden: int = 2048,
         bottleneck: int = 256,
         norm_last_layer: bool = True,
@@ -57,6 +59,7 @@ class DINO(SSLMethod):
         head = DINOHead(
             backbone.num_features,
             prototypes,
+            layers=layers,
             hidden=hidden,
             bottleneck=bottleneck,
             use_bn=head_batch_norm,

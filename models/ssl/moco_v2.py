@@ -12,6 +12,7 @@ from models.heads import head_widths, mlp
 from models.split_batch_norm import SplitBatchNorm2d
 from models.ssl.method import Encoder, SSLMethod, frozen_copy
 from training.distributed import gather, rank, world_size
+from training.errors import UserError
 
 
 class MoCoV2(SSLMethod):
@@ -56,6 +57,8 @@ class MoCoV2(SSLMethod):
         widths = head_widths(backbone.num_features, head, hidden, out)
         encoder = Encoder(backbone, mlp(widths, batch_norm=False, bias=True, last_bias=True))
         self.online = SplitBatchNorm2d.convert(encoder, splits) if splits > 1 else encoder
+        if splits > 1 and not any(isinstance(module, SplitBatchNorm2d) for module in encoder.modules()):
+            raise UserError(f"method.splits={splits} splits no batch norm: the backbone has none; set it to 1")
         self.target = frozen_copy(self.online)
         self.queue = Queue(queue, out)
 

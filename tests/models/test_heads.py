@@ -12,10 +12,10 @@ from models.resnet import ResNet18
 from training.errors import UserError
 
 
-def official_head(in_features, prototypes, hidden, bottleneck, use_bn):
+def official_head(in_features, prototypes, hidden, bottleneck, use_bn, nlayers):
     """The computation of facebookresearch/dino vision_transformer.DINOHead, with torch's deprecated weight_norm."""
     layers = []
-    for width in (in_features, hidden):
+    for width in (in_features, *[hidden] * (nlayers - 2)):
         layers += [nn.Linear(width, hidden)] + ([nn.BatchNorm1d(hidden)] if use_bn else []) + [nn.GELU()]
     head = nn.Module()
     head.mlp = nn.Sequential(*layers, nn.Linear(hidden, bottleneck))
@@ -26,10 +26,11 @@ def official_head(in_features, prototypes, hidden, bottleneck, use_bn):
     return head
 
 
+@pytest.mark.parametrize("layers", [2, 3])
 @pytest.mark.parametrize("use_bn", [False, True])
-def test_dino_head_is_the_official_one(use_bn):
-    ours = DINOHead(12, 40, hidden=16, bottleneck=8, use_bn=use_bn, norm_last_layer=False).double()
-    theirs = official_head(12, 40, 16, 8, use_bn).double()
+def test_dino_head_is_the_official_one(use_bn, layers):
+    ours = DINOHead(12, 40, layers=layers, hidden=16, bottleneck=8, use_bn=use_bn, norm_last_layer=False).double()
+    theirs = official_head(12, 40, 16, 8, use_bn, layers).double()
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in theirs.named_parameters()}
     assert ours.last_layer.weight_g.shape == (40, 1)

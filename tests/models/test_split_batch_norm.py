@@ -8,6 +8,8 @@ from torch import nn
 
 from models.resnet import ResNet18
 from models.split_batch_norm import SplitBatchNorm2d
+from models.ssl.moco_v2 import MoCoV2
+from models.vit import ViTTiny
 from training.errors import UserError
 
 
@@ -132,3 +134,9 @@ def test_a_batch_that_does_not_divide():
         norm(torch.randn(6, 3, 2, 2, dtype=torch.float64))
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):  # one value a channel and part
         norm(torch.randn(4, 3, 1, 1, dtype=torch.float64))
+
+
+def test_moco_needs_a_batch_norm_to_split():
+    with pytest.raises(UserError, match=r"method\.splits=8 splits no batch norm: the backbone has none; set it to 1"):
+        MoCoV2(ViTTiny(size=32), queue=8, splits=8)
+    assert MoCoV2(ViTTiny(size=32), queue=8).queue.rows.shape == (8, 128)

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 import torchvision
 
 from models import BACKBONES
+from models.resnet import ResNet18
 from models.ssl.moco_v3 import MoCoV3
+from models.stages import train_stages
 from models.vit import ViTBase, ViTSmall, ViTTiny, resample
 from models.vit_moco import ViTMoCoBase, ViTMoCoSmall
 from models.weights import load_weights
@@ -174,6 +176,8 @@ def test_timms_dinov2_with_registers_loads(tmp_path):
     assert "pos_embed [1, 9, 192] to [1, 17, 192]" in load_weights(other, tmp_path / "reg4.pth")
     assert torch.equal(other.pos_embed[:, 1:], resample(ours.pos_embed, 4, 4, "timm")[:, 1:])
     assert not other.pos_embed[:, 0].any()
+    with pytest.raises(UserError, match=r"it fits backbone\.name=vit_tiny .*backbone\.registers=4"):
+        load_weights(ViTTiny(size=48), tmp_path / "reg4.pth")
 
 
 def test_mocos_positions_are_sines():
@@ -217,12 +221,40 @@ def test_mocos_small_one_does_not_pass_for_dinos(tmp_path):
         assert "150 tensors loaded from part base_encoder" in load_weights(
             ViTMoCoSmall(size=size), tmp_path / "vit-s.pth"
         )
-        with pytest.raises(UserError, match=r"sine positions, so 12 heads; set backbone\.name=vit_moco_small"):
+        with pytest.raises(UserError, match=r"sines, so it has 12 heads, not 6; set backbone\.name=vit_moco_small"):
             load_weights(ViTSmall(size=size), tmp_path / "vit-s.pth")
+    for other in (ViTTiny(size=64), ViTMoCoBase(size=64), ResNet18()):
+        with pytest.raises(UserError, match=r"it fits backbone\.name=vit_moco_small backbone\.patch=16 "):
+            load_weights(other, tmp_path / "vit-s.pth")
     torch.save(ViTMoCoBase(size=32).state_dict(), tmp_path / "vit-b.pth")
     load_weights(ViTBase(size=32), tmp_path / "vit-b.pth")  # 12 heads in both
     torch.save(ViTSmall(size=32).state_dict(), tmp_path / "small.pth")
     load_weights(ViTSmall(size=32), tmp_path / "small.pth")
+    with pytest.raises(
+        UserError, match=r"learned, not MoCo v3's, so it has 6 heads, not 12; set backbone\.name=vit_small"
+    ):
+        load_weights(ViTMoCoSmall(size=32), tmp_path / "small.pth")
+    torch.save(ViTMoCoSmall(size=32).half().state_dict() | {"head.weight": torch.zeros(2)}, tmp_path / "half.pth")
+    with pytest.raises(UserError, match="12 heads, not 6"):
+        load_weights(ViTSmall(size=32), tmp_path / "half.pth")
+
+
+def test_what_never_learns_stays_frozen_under_detectors():
+    net = ViTMoCoSmall(size=64)
+    train_stages(net, last=3)
+    frozen = [name for name, p in net.named_parameters() if not p.requires_grad]
+    assert frozen[:3] == ["pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"]
+    assert all(name.startswith(("blocks.9.", "blocks.10.", "blocks.11.", "norm.")) for name in frozen[3:])
+    assert net.blocks[8].mlp.fc2.weight.requires_grad
+
+
+@pytest.mark.parametrize("shape", [(), (384,), (1, 0, 384), (1, 7, 384), (1, 4, 384, 1), (1, 5, 192)])
+@pytest.mark.parametrize("build", [ViTSmall, ViTMoCoSmall])
+def test_positions_that_are_none(tmp_path, build, shape):
+    state = build(size=64).state_dict() | {"pos_embed": torch.ones(shape)}
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=r"pos_embed is|positions are"):
+        load_weights(build(size=32), tmp_path / "odd.pth")
 
 
 def test_errors():
