@@ -15,7 +15,9 @@ import predict
 import sweep
 import train_anomaly
 import train_ssl
+from data import build_augment
 from data.demo import generate
+from models.ssl import SSL_METHODS
 from tests.pictures import TOP, script, write_classes, write_mvtec
 from training import config
 from training.errors import UserError
@@ -100,9 +102,22 @@ def test_the_command_of_every_config_is_understood(path, monkeypatch):
     monkeypatch.chdir(TOP)
     name, *words = shlex.split(re.search(r"\w+\.py .*", path.read_text().splitlines()[0])[0])
     cfg, backbones = config.load(SCHEMAS[name], words), {}
+    if name == "train_ssl.py":
+        pretraining_gets_its_views(cfg)
     for cell, (script_name, *its_words), needs in sweep.plan(cfg) if name == "sweep.py" else ():
-        backbones[cell] = config.load(SCHEMAS[script_name], its_words).backbone.name
+        its = config.load(SCHEMAS[script_name], its_words)
+        backbones[cell] = its.backbone.name
         assert needs is None or backbones[cell] == backbones[needs], cell
+        if script_name == "train_ssl.py":
+            pretraining_gets_its_views(its)
+
+
+def pretraining_gets_its_views(cfg: train_ssl.Config) -> None:
+    side = cfg.data.size[0]
+    augment = build_augment(cfg.augment, 0, torch.full((2, 2), side))
+    views = augment(torch.zeros(2, 3, side, side, dtype=torch.uint8), torch.arange(2), 0)
+    least, most, _ = SSL_METHODS[cfg.method.name].takes
+    assert least <= len(views) + (cfg.defect is not None) <= most
 
 
 def test_the_demo_sweep_names_configs_and_folders_that_exist(tmp_path):
