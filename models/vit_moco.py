@@ -11,7 +11,8 @@ from models.vit import ViT
 
 def sines(side: int, width: int) -> Tensor:
     """Positions of a class token (zeros) and of side x side patches: (1, 1 + side^2, width). A quarter of the channels
-    each is sin and cos of the row, then of the column, over wavelengths from 2 pi to 10000 x 2 pi patches."""
+    each is sin and cos of the row, then of the column, over wavelengths from 2 pi to nearly 10000 x 2 pi
+    patches."""
     rates = 10000.0 ** (-torch.arange(width // 4) / (width // 4))
     row, column = (torch.outer(n.flatten(), rates) for n in torch.meshgrid(*[torch.arange(side)] * 2, indexing="ij"))
     grid = torch.cat([row.sin(), row.cos(), column.sin(), column.cos()], dim=1)  # (side^2, width)
@@ -23,6 +24,7 @@ class ViTMoCo(ViT):
     load into the other and mean nothing there, so models/weights.py looks at the positions."""
 
     def start(self) -> None:
+        """Initial weights: Xavier's uniform ones, zero biases; and the positions."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 parts = 3 if name.endswith("qkv") else 1  # queries, keys and values each by themselves

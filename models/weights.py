@@ -150,16 +150,13 @@ def _other_heads(model: type[nn.Module], positions: Tensor | None) -> str | None
         return None
     if positions.ndim != 3 or positions.shape[1] < 2 or positions.shape[2] != 384:
         return None
-    if issubclass(model, ViTMoCo) and positions[:, 0].any():
-        return "its positions are learned, not MoCo v3's, so it has 6 heads, not 12; set backbone.name=vit_small"
+    if issubclass(model, ViTMoCo):
+        learned = "its positions are learned, not MoCo v3's, so it has 6 heads, not 12; set backbone.name=vit_small"
+        return learned if positions[:, 0].any() else None
     fixed = sines(round((positions.shape[1] - 1) ** 0.5), 384)
-    if (
-        issubclass(model, ViTMoCo)
-        or positions.shape != fixed.shape
-        or not torch.allclose(positions.float(), fixed, atol=1e-2)
-    ):
-        return None
-    return "its positions are MoCo v3's sines, so it has 12 heads, not 6; set backbone.name=vit_moco_small"
+    if positions.shape == fixed.shape and torch.allclose(positions.float(), fixed, atol=1e-2):
+        return "its positions are MoCo v3's sines, so it has 12 heads, not 6; set backbone.name=vit_moco_small"
+    return None
 
 
 def _may_lack(model: nn.Module, name: str, given: dict[str, Tensor]) -> bool:

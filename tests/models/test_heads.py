@@ -232,3 +232,9 @@ def test_head_widths():
     assert head_widths(512, "mlp", 0, 4, layers=3) == [512, 512, 512, 4]
     with pytest.raises(UserError, match=r"method\.head='MLP' is unknown; one of: linear, mlp"):
         head_widths(512, "MLP", 0, 128)
+
+
+def test_dino_head_needs_a_layer():
+    with pytest.raises(UserError, match=r"method\.layers=0 must be at least 1"):
+        DINOHead(4, 10, layers=0)
+    assert [type(module) for module in DINOHead(4, 10, layers=1).mlp] == [nn.Linear]
