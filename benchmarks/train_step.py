@@ -82,7 +82,7 @@ def train_step(cfg: train_ssl.Config, device: torch.device, autocast: Callable) 
         set_rates(optimizer, RATE, cfg.optim.weight_decay, RATE)
         views = augment(images, ids, number)
         yield
-        backward(method, method, [views], [labels], scaler, autocast, number)
+        backward(method, method, [(images, labels, ids)], lambda *_: views, scaler, autocast, number)
         yield
         scaler.unscale_(optimizer)
         clip_gradients(method.parameters(), cfg.optim.clip, cfg.optim.clip_mode)

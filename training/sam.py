@@ -13,7 +13,8 @@ from training.errors import UserError
 
 @dataclass(kw_only=True)
 class SAMConfig:
-    """`sam.*`: sharpness-aware minimisation, at twice the cost of a step."""
+    """`sam.*`: sharpness-aware minimisation, at twice the cost of a step. Every process climbs along the gradient of
+    all processes' pictures, as one process would; officially each along that of its own (m-sharpness)."""
 
     rho: float = 0.05  # radius of the neighbourhood; adaptive ones are about ten times as large, 0.5 to 2
     adaptive: bool = False  # ASAM: a radius relative to each weight's size

@@ -85,7 +85,7 @@ class DINO(SSLMethod):
         uniform = math.log(teacher.shape[-1])
         stats = {
             "teacher_entropy_share": entropy / uniform,  # 1: uniform, 0: one prototype
-            "prototypes_used": prototype_usage(teacher),
+            "prototypes_used": prototype_usage(teacher - self.loss.center),
             "teacher_temperature": self.teacher_temperature,
             "chance_loss": torch.tensor(uniform),
             "embeddings": teacher.detach(),
@@ -112,8 +112,8 @@ def multi_crop(network: Encoder, views: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def prototype_usage(teacher: Tensor) -> Tensor:
-    """How evenly the pictures spread over the prototypes: exp(entropy) of the distribution of their largest logits
-    (B, 2, K), over the most it could be, min(K, 2 B). 1: all different; near 0: one for all."""
+    """How evenly the pictures spread over the prototypes: exp(entropy) of the distribution of their largest centred
+    logits (B, 2, K), over the most it could be, min(K, 2 B). 1: all different; near 0: one for all."""
     counts = torch.zeros(teacher.shape[-1], device=teacher.device)
     chosen = teacher.argmax(-1).flatten()  # (2 B,)
     share = counts.index_add_(0, chosen, torch.ones_like(chosen, dtype=counts.dtype)) / len(chosen)  # (K,)

@@ -1,13 +1,16 @@
 """SupCon (Khosla et al. 2020, "Supervised contrastive learning")."""
 
+import math
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from losses.queue import Queue
 from losses.sup_con import sup_con
 from models.heads import head_widths, mlp
 from models.ssl.method import MANY, Encoder, SSLMethod, all_views
+from training.distributed import world_size
 from training.errors import UserError
 
 
@@ -50,7 +53,7 @@ class SupCon(SSLMethod):
         super().__init__()
         if form not in ("out", "in"):
             raise UserError(f"method.form={form!r} is unknown; one of: out, in")
-        self.temperature, self.gamma = temperature, gamma
+        self.temperature = temperature
         self.options = {"base_temperature": base_temperature, "form": form, "gamma": gamma}
         widths = head_widths(backbone.num_features, head, hidden, out)
         self.online = Encoder(backbone, mlp(widths, batch_norm=False, bias=True, last_bias=True))
@@ -63,9 +66,16 @@ class SupCon(SSLMethod):
         (z,) = embeddings  # (B, V, D)
         bank = {} if self.bank is None else {"bank": self.bank.rows, "bank_labels": self.bank.labels}
         loss = sup_con(z, labels, self.temperature, **self.options, **bank)
+        others = z.shape[0] * z.shape[1] * world_size() - 1
         if self.bank is not None:
             self.bank.hold(z.flatten(0, 1), labels.repeat_interleave(z.shape[1]))  # (B V, D), (B V,)
-        return loss, {"embeddings": z.detach()}
+            others += len(self.bank.rows)
+        stats = {"embeddings": z.detach()}
+        if z.shape[1] > 1:  # of one view, an anchor alone in its class costs 0, and how many are depends on the batch
+            scale = self.temperature / self.options["base_temperature"]
+            chance = scale * (1 - 1 / others) ** self.options["gamma"] * math.log(others)
+            stats["chance_loss"] = torch.tensor(chance)
+        return loss, stats
 
     def update(self) -> None:
         if self.bank is not None:

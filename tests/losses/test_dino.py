@@ -64,6 +64,28 @@ def test_uniform_outputs_cost_ln_k():
     assert entropy.item() == pytest.approx(math.log(4096), rel=1e-6)
 
 
+def test_invariances():
+    """Order of pictures, of prototypes, of local crops; a constant added to any output; the teacher's two views."""
+    student, teacher, center = torch.randn(5, 4, 7).double(), torch.randn(5, 2, 7).double(), torch.randn(1, 7).double()
+
+    def value(s, t, c=center):
+        loss = DINOLoss(7).double()
+        loss.center.copy_(c)
+        return torch.stack(loss(s, t, 0.04))
+
+    expected, pictures, prototypes = value(student, teacher), torch.randperm(5), torch.randperm(7)
+    for other in (
+        value(student[pictures], teacher[pictures]),
+        value(student[..., prototypes], teacher[..., prototypes], center[:, prototypes]),
+        value(student[:, [0, 1, 3, 2]], teacher),
+        value(student[:, [1, 0, 2, 3]], teacher.flip(1)),
+        value(student + torch.randn(5, 4, 1), teacher + torch.randn(5, 2, 1), center + 3),
+        value(student, teacher + center, 2 * center),
+    ):
+        torch.testing.assert_close(other, expected, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(value(student[:, [2, 1, 0, 3]], teacher), expected)  # a global crop is no local one
+
+
 def test_only_the_student_has_gradients_and_only_once():
     student = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(2, 2, 4, dtype=torch.float64, requires_grad=True)

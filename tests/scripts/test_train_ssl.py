@@ -32,6 +32,7 @@ TINY = {
     "patch_position": ["configs/patch_position_scavport.yaml", "augment.size=11", "augment.gap=1", "augment.jitter=0"],
 }
 TINY["simclr with spd"] = [*TINY["simclr"], "spd=smooth_blend"]
+TINY["byol with sam"] = [*TINY["byol"], "sam.rho=0.1"]
 WITH_PROCESSES = [n if n in ("simclr", "dino") else pytest.param(n, marks=pytest.mark.slow) for n in TINY]
 
 

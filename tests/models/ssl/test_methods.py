@@ -1,20 +1,24 @@
-"""Every pretraining method: its gradients on two processes, its options, DINO's frozen layer, RevD's rates."""
+"""Every pretraining method: its gradients on two processes, its loss at a collapse, no waiting for the device, its
+options, DINO's frozen layer and prototypes, RevD's rates."""
 
 import inspect
+import math
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from losses.sup_con import sup_con
 from models.resnet import ResNet18
 from models.ssl import SSL_METHODS
-from models.ssl.dino import multi_crop
+from models.ssl.dino import multi_crop, prototype_usage
 from models.ssl.method import MANY
 from tests.processes import run_processes
 from training.distributed import data_parallel
+from training.ema import ema_update
 from training.errors import UserError
-from training.optim import parameter_groups
+from training.optim import clip_gradients, parameter_groups
 
 SMALL = {
     "barlow_twins": {"hidden": 12, "out": 5},
@@ -133,6 +137,66 @@ def test_processes_on_different_shards_have_the_gradients_of_one(name, processes
             torch.testing.assert_close(buffer, buffers[key], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_network_that_says_the_same_of_every_picture_has_the_chance_loss(name):
+    method = build(name)
+    same = tuple(torch.ones_like(embedding).double() for embedding in method.embed(views(name)))
+    for _ in range(200):  # until queues hold nothing else, and DINO's centre stands still
+        loss, stats = method.criterion(same, LABELS)
+        method.update()
+    if name.split()[0] in ("byol", "simsiam", "revd"):  # it is the best they know
+        assert "chance_loss" not in stats
+    else:
+        assert loss.item() == pytest.approx(stats["chance_loss"].item(), rel=1e-6)
+
+
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero", "equal"}
+
+
+class Waits(TorchDispatchMode):
+    """Collects operations for which the host waits for a CUDA device: a value or a size is only known there."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        boolean = name in ("index", "index_put", "index_put_") and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
+        )
+        if name in WAITING or boolean:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_waits_are_seen():
+    with Waits() as waits:
+        x = torch.ones(3)
+        float(x.sum()), x[x > 0], x.nonzero(), x.unique()
+    assert waits.found[:3] == ["_local_scalar_dense", "index", "nonzero"] and len(waits.found) >= 4
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_part_of_a_step_waits_for_the_device(name):
+    method, images = build(name), views(name)
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], foreach=True)
+    for _ in range(2):
+        method.set_epoch(0)
+        with Waits() as waits:
+            loss, _ = method(images, LABELS)
+            loss.backward()
+            clip_gradients(method.parameters(), 3.0, "global")
+            clip_gradients(method.parameters(), 3.0, "tensor")
+            method.cancel_gradients()
+            if method.target is not None:
+                ema_update(method.target, method.online, 0.9)
+            method.update()
+        assert not waits.found
+        optimizer.step()  # torch's own, which counts its steps on the host
+        optimizer.zero_grad()
+
+
 @pytest.mark.parametrize("name", SSL_METHODS)
 def test_options_are_keyword_only_and_have_defaults(name):
     parameters = list(inspect.signature(SSL_METHODS[name]).parameters.values())
@@ -159,6 +223,22 @@ def test_dino_leaves_the_prototypes_alone_in_the_first_epoch():
     method.set_epoch(1)
     method.cancel_gradients()
     assert method.online.head.last_layer.weight_v.grad is not None
+
+
+def test_prototypes_in_use_are_those_of_the_centred_outputs():
+    far = torch.zeros(4)
+    far[3] = 50  # what all pictures have in common, and the centre takes away
+    method = build("dino")
+    method.loss.center = far.repeat(4)[None].double()
+    teacher = torch.eye(16)[torch.arange(16)].unflatten(0, (8, 2)).double()  # (8, 2, 16): one prototype each
+    _, stats = method.criterion((torch.zeros(8, 5, 16).double(), teacher + method.loss.center), LABELS)
+    assert stats["prototypes_used"].item() == pytest.approx(1)
+    assert prototype_usage(teacher * 0).item() == pytest.approx(1 / 16)
+    halves = torch.eye(16)[torch.arange(16) % 2].unflatten(0, (8, 2))  # two prototypes, half each
+    assert prototype_usage(halves).item() == pytest.approx(2 / 16)
+    assert prototype_usage(torch.eye(4).expand(8, 4, 4)[:, :2]).item() == pytest.approx(2 / 4)  # K < 2 B
+    three = torch.eye(4)[torch.tensor([[0, 0], [0, 1]])]
+    assert prototype_usage(three).item() == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)) / 4)
 
 
 def test_dino_temperature_follows_the_epoch():
