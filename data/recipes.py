@@ -3,9 +3,10 @@
     views = RECIPES["dino"](local_crops=6)  # what `Augment` takes; data.build_augment makes either kind of row ready
 
 Defaults are ImageNet's, at 224 pixels unless the docstring says otherwise; it gives CIFAR-10's, too. Mean and standard
-deviation are ImageNet's for every set. `flip_p=0` keeps left and right apart, for pictures in which they differ. The
-blur of all recipes but `simclr` is PIL's in most official code, three box blurs whose extent follows sigma; here it is
-the Gaussian itself out to 4 times the largest sigma (17 taps), or as far as a small view allows.
+deviation are ImageNet's for every set, but `patches` takes each patch's own mean. `flip_p=0` keeps left and right
+apart, for pictures in which they differ. The blur of all recipes but `simclr` is PIL's in most official code, three box
+blurs whose extent follows sigma; here it is the Gaussian itself out to 4 times the largest sigma (17 taps), or as far
+as a small view allows.
 """
 
 from collections.abc import Callable

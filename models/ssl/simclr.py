@@ -17,7 +17,7 @@ class SimCLR(SSLMethod):
     """The views of a picture attract each other, all other pictures of the batch repel.
 
     Officially the backbone's residual blocks start as identities (`backbone.zero_init_residual=true`), and a batch norm
-    with a gain follows the head's last layer, too; here none does, as in most PyTorch versions.
+    with a gain follows the head's last layer, too; here none does, as in solo-learn.
 
     Args:
         temperature: 0.1 for ImageNet at batch 4096, 0.5 for CIFAR-10 at batch 512 (official README); smaller batches

@@ -1,4 +1,4 @@
-"""The benchmark of a training step still does what train_ssl.py does."""
+"""The benchmark of a training step runs for every method, and counts its passes."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""Every pretraining method: its gradients on two processes, its loss at a collapse, no waiting for the device, its
-options, DINO's frozen layer and prototypes, RevD's rates."""
+"""Every pretraining method: its gradients on two processes, its loss at a collapse, no reading of values, its options,
+DINO's frozen layer and prototypes, RevD's rates."""
 
 import inspect
 import math
@@ -38,7 +38,9 @@ SMALL = {
 VARIANTS = {  # a method with other options, by a name of its own
     "moco_v2 symmetric": {"queue": 24, "out": 8, "symmetric": True, "head": "linear", "gamma": 2.0},
     "simclr with a bank": {"out": 8, "bank": 24, "gamma": 0.5},
-    "supcon with a bank": {"out": 8, "bank": 24, "form": "in"},
+    "supcon with a bank": {"out": 8, "bank": 24, "form": "in", "gamma": 2.0},
+    "supcon with gamma": {"out": 8, "gamma": 2.0},
+    "moco_v3 with gamma": {"hidden": 12, "out": 8, "gamma": 2.0},
     "simsiam of three views": {"out": 8, "bottleneck": 4},
     "byol of three views": {"hidden": 12, "out": 8},
     "barlow_twins of three views": {"hidden": 12, "out": 5},
@@ -113,7 +115,8 @@ def gradients(rank, world_size, name, steps=1):
         method.update()
     assert stats["embeddings"].ndim == 3 and not any(value.requires_grad for value in stats.values())
     assert all(value.ndim == 0 for key, value in stats.items() if key != "embeddings")
-    return {n: p.grad for n, p in method.named_parameters() if p.grad is not None}, dict(method.named_buffers())
+    grads = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
+    return grads, dict(method.named_buffers()), stats.get("chance_loss")
 
 
 def every_case(rank, world_size):
@@ -127,9 +130,10 @@ def processes(request):
 
 @pytest.mark.parametrize("name", CASES)
 def test_processes_on_different_shards_have_the_gradients_of_one(name, processes):
-    expected, buffers = gradients(0, 1, name, 2)
+    expected, buffers, chance = gradients(0, 1, name, 2)
     assert len(expected) > 3
-    for grads, others in (results[name] for results in processes):
+    for grads, others, its_chance in (results[name] for results in processes):
+        assert its_chance == chance
         assert grads.keys() == expected.keys() and others.keys() == buffers.keys()
         for key, grad in grads.items():
             torch.testing.assert_close(grad, expected[key], rtol=0, atol=1e-10)
@@ -141,10 +145,10 @@ def test_processes_on_different_shards_have_the_gradients_of_one(name, processes
 def test_a_network_that_says_the_same_of_every_picture_has_the_chance_loss(name):
     method = build(name)
     same = tuple(torch.ones_like(embedding).double() for embedding in method.embed(views(name)))
-    for _ in range(200):  # until queues hold nothing else, and DINO's centre stands still
+    for _ in range(5):  # until queues hold nothing else
         loss, stats = method.criterion(same, LABELS)
         method.update()
-    if name.split()[0] in ("byol", "simsiam", "revd"):  # it is the best they know
+    if name.split()[0] in ("byol", "simsiam", "revd", "barlow_twins"):  # their best; D, which a healthy run may cross
         assert "chance_loss" not in stats
     else:
         assert loss.item() == pytest.approx(stats["chance_loss"].item(), rel=1e-6)
@@ -153,8 +157,15 @@ def test_a_network_that_says_the_same_of_every_picture_has_the_chance_loss(name)
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero", "equal"}
 
 
+def test_supcon_of_one_view_has_no_chance_loss():
+    loss, stats = build("supcon").criterion((torch.ones(8, 1, 8).double(),), LABELS)
+    assert "chance_loss" not in stats  # the anchor alone in its class costs nothing
+    assert loss.item() == pytest.approx(7 / 8 * math.log(7) * 0.1 / 0.07)
+
+
 class Waits(TorchDispatchMode):
-    """Collects operations for which the host waits for a CUDA device: a value or a size is only known there."""
+    """Collects operations whose value or size the host needs, for which it would wait for a CUDA device. Copies (cpu,
+    tolist, numpy) dispatch nothing on a CPU and are not seen: benchmarks/train_step.py counts those on CUDA."""
 
     def __init__(self):
         super().__init__()
@@ -178,7 +189,7 @@ def test_waits_are_seen():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_no_part_of_a_step_waits_for_the_device(name):
+def test_no_value_is_read_between_forward_and_update(name):
     method, images = build(name), views(name)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], foreach=True)
     for _ in range(2):
