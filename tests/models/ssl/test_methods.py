@@ -1,5 +1,5 @@
 """Every pretraining method: its gradients on two processes, its loss at a collapse, no reading of values, its options,
-DINO's frozen layer and prototypes, RevD's rates."""
+RevD's rates."""
 
 import inspect
 import math
@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from losses.sup_con import sup_con
 from models.resnet import ResNet18
 from models.ssl import SSL_METHODS
-from models.ssl.dino import multi_crop, prototype_usage
 from models.ssl.method import MANY
 from tests.processes import run_processes
 from training.distributed import data_parallel
@@ -213,65 +212,6 @@ def test_options_are_keyword_only_and_have_defaults(name):
     parameters = list(inspect.signature(SSL_METHODS[name]).parameters.values())
     assert parameters[0].name == "backbone"
     assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in parameters[1:])
-
-
-def test_dino_target_starts_equal_and_never_has_gradients():
-    method = build("dino")
-    for a, b in zip(method.online.parameters(), method.target.parameters()):
-        assert torch.equal(a, b) and not b.requires_grad
-    assert method.backbone is method.target.backbone
-    assert method.target.training
-
-
-def test_dino_leaves_the_prototypes_alone_in_the_first_epoch():
-    method = build("dino")
-    method(views("dino"), torch.zeros(8))[0].backward()
-    method.set_epoch(0)
-    method.cancel_gradients()
-    assert method.online.head.last_layer.weight_v.grad is None
-    assert method.online.backbone.conv1.weight.grad is not None
-    method(views("dino"), torch.zeros(8))[0].backward()
-    method.set_epoch(1)
-    method.cancel_gradients()
-    assert method.online.head.last_layer.weight_v.grad is not None
-
-
-def test_prototypes_in_use_are_those_of_the_centred_outputs():
-    far = torch.zeros(4)
-    far[3] = 50  # what all pictures have in common, and the centre takes away
-    method = build("dino")
-    method.loss.center = far.repeat(4)[None].double()
-    teacher = torch.eye(16)[torch.arange(16)].unflatten(0, (8, 2)).double()  # (8, 2, 16): one prototype each
-    _, stats = method.criterion((torch.zeros(8, 5, 16).double(), teacher + method.loss.center), LABELS)
-    assert stats["prototypes_used"].item() == pytest.approx(1)
-    assert prototype_usage(teacher * 0).item() == pytest.approx(1 / 16)
-    halves = torch.eye(16)[torch.arange(16) % 2].unflatten(0, (8, 2))  # two prototypes, half each
-    assert prototype_usage(halves).item() == pytest.approx(2 / 16)
-    assert prototype_usage(torch.eye(4).expand(8, 4, 4)[:, :2]).item() == pytest.approx(2 / 4)  # K < 2 B
-    three = torch.eye(4)[torch.tensor([[0, 0], [0, 1]])]
-    assert prototype_usage(three).item() == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)) / 4)
-
-
-def test_dino_temperature_follows_the_epoch():
-    method = SSL_METHODS["dino"](
-        Backbone(), **SMALL["dino"], teacher_temperature=0.07, warmup_teacher_temperature=0.04, warmup_teacher_epochs=4
-    )
-    images = [view.float() for view in views("dino")]
-    seen = []
-    for epoch in (0, 1, 3, 9):
-        method.set_epoch(epoch)
-        seen.append(method(images, torch.zeros(8))[1]["teacher_temperature"].item())
-    assert seen == pytest.approx([0.04, 0.05, 0.07, 0.07])
-
-
-def test_multi_crop_keeps_the_order_and_groups_by_size():
-    method, images = build("dino"), views("dino")
-    calls = []
-    method.online.backbone.register_forward_pre_hook(lambda _, args: calls.append(tuple(args[0].shape)))
-    together = multi_crop(method.online, images)  # (B, V, K)
-    assert calls == [(16, 3, 8, 8), (24, 3, 5, 5)]
-    apart = torch.stack([method.online(view) for view in images], dim=1)
-    torch.testing.assert_close(together, apart)
 
 
 @pytest.mark.parametrize("name", SSL_METHODS)
