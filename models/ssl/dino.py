@@ -85,7 +85,7 @@ class DINO(SSLMethod):
         uniform = math.log(teacher.shape[-1])
         stats = {
             "teacher_entropy_share": entropy / uniform,  # 1: uniform, 0: one prototype
-            "prototypes_used": prototype_usage(teacher - self.loss.center),
+            "prototypes_used": prototype_usage(teacher - self.loss.center.to(teacher.dtype)),  # no float32 copy of all
             "teacher_temperature": self.teacher_temperature,
             "chance_loss": torch.tensor(uniform),
             "embeddings": teacher.detach(),

@@ -153,13 +153,13 @@ def test_a_network_that_says_the_same_of_every_picture_has_the_chance_loss(name)
         assert loss.item() == pytest.approx(stats["chance_loss"].item(), rel=1e-6)
 
 
-WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero", "equal"}
-
-
 def test_supcon_of_one_view_has_no_chance_loss():
     loss, stats = build("supcon").criterion((torch.ones(8, 1, 8).double(),), LABELS)
     assert "chance_loss" not in stats  # the anchor alone in its class costs nothing
     assert loss.item() == pytest.approx(7 / 8 * math.log(7) * 0.1 / 0.07)
+
+
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero", "equal"}
 
 
 class Waits(TorchDispatchMode):
