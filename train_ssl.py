@@ -186,8 +186,9 @@ def main(argv: list[str]) -> None:
 
         pictures = [window.next(batches) for _ in range(cfg.accumulate)]  # (images, labels, ids) of each batch
         views = partial(augment, epoch=0 if cfg.overfit else epoch)  # (images, ids) -> V x (B, 3, h, w)
-        loss, stats = backward(model, objective, pictures, views, scaler, autocast, seed)
-        if cfg.sam is not None:  # along the gradient of all processes, so that they equal one
+        with distributed.unsynchronised(model, cfg.sam is not None and cfg.sam.m_sharpness):
+            loss, stats = backward(model, objective, pictures, views, scaler, autocast, seed)
+        if cfg.sam is not None:
             method.cancel_gradients()
             with climbed(method.parameters(), cfg.sam.rho, adaptive=cfg.sam.adaptive), frozen_statistics(method):
                 backward(model, objective, pictures, views, scaler, autocast, seed)

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -74,6 +75,11 @@ def data_parallel(model: nn.Module) -> nn.Module:
     known = inspect.signature(DistributedDataParallel).parameters
     keyword = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name since 2.13
     return DistributedDataParallel(model, **{keyword: False})
+
+
+def unsynchronised(model: nn.Module, when: bool = True) -> AbstractContextManager:
+    """Inside, if `when`, each process's backward passes leave its own gradients in place of the mean over processes."""
+    return model.no_sync() if when and isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 class _Gather(torch.autograd.Function):

@@ -14,10 +14,11 @@ from training.errors import UserError
 @dataclass(kw_only=True)
 class SAMConfig:
     """`sam.*`: sharpness-aware minimisation, at twice the cost of a step. Every process climbs along the gradient of
-    all processes' pictures, as one process would; officially each along that of its own (m-sharpness)."""
+    all processes' pictures, as one process would, or of its own (m-sharpness), as officially."""
 
     rho: float = 0.05  # radius of the neighbourhood; adaptive ones are about ten times as large, 0.5 to 2
     adaptive: bool = False  # ASAM: a radius relative to each weight's size
+    m_sharpness: bool = False  # each process climbs for itself, so that the result depends on their number
 
     def __post_init__(self):
         if self.rho < 0:

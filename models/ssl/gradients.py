@@ -1,11 +1,11 @@
 """The gradient of one step, whose pictures come in one batch, or in several with one loss."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from training.distributed import unsynchronised
 from training.sam import frozen_statistics
 
 
@@ -72,8 +72,7 @@ def accumulate(
     ]  # of each embedding: its gradient in each batch
     for number, ((images, _, ids), gradients) in enumerate(zip(batches, zip(*places))):
         torch.manual_seed(seed + number)
-        last = number == len(batches) - 1
-        with nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
+        with unsynchronised(model, number < len(batches) - 1):
             with autocast():
                 embeddings = model(make_views(images, ids))
             pairs = [(e, g) for e, g in zip(embeddings, gradients) if e.requires_grad and g is not None]

@@ -136,18 +136,34 @@ def test_sam_climbs_and_with_rho_0_changes_nothing(pictures, tmp_path):
         "plain": [],
         "zero": ["sam.rho=0"],
         "sam": ["sam.rho=0.1"],
+        "own": ["sam.rho=0.1", "sam.m_sharpness=true"],
         "asam": ["sam.adaptive=true"],
     }.items():
         train_ssl.main(words("byol", pictures, tmp_path, "epochs=1", "accumulate=2", f"run_name={run}", *more))
-    plain, zero, sam, asam = (
-        torch.load(tmp_path / run / "last.pt", weights_only=True)["model"] for run in ("plain", "zero", "sam", "asam")
+    plain, zero, sam, own, asam = (
+        torch.load(tmp_path / run / "last.pt", weights_only=True)["model"]
+        for run in ("plain", "zero", "sam", "own", "asam")
     )
     for key, value in plain.items():
-        assert torch.equal(zero[key], value), key
+        assert torch.equal(zero[key], value) and torch.equal(own[key], sam[key]), key  # one process is all of them
         if "tracked" in key:  # batch norms' statistics take pass 1 alone
             assert torch.equal(sam[key], value)
     weight = "online.backbone.features.0.0.weight"
     assert not torch.equal(sam[weight], plain[weight]) and not torch.equal(sam[weight], asam[weight])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_m_sharpness_with_two_processes(accumulate, pictures, tmp_path):
+    for run, more in {"all": [], "own": ["sam.m_sharpness=true"], "zero": ["sam.m_sharpness=true", "sam.rho=0"],
+                      "plain": ["sam.rho=0"]}.items():  # fmt: skip
+        about = ["epochs=1", "batch_size=16", f"accumulate={accumulate}", "sam.rho=0.1", f"run_name={run}", *more]
+        script(["train_ssl.py", *words("byol", pictures, tmp_path, *about)], processes=2)
+    shared, own, zero, plain = (
+        torch.load(tmp_path / run / "last.pt", weights_only=True)["model"]["online.backbone.features.0.0.weight"]
+        for run in ("all", "own", "zero", "plain")
+    )
+    assert torch.equal(zero, plain) and not torch.equal(own, shared) and not torch.equal(own, plain)
 
 
 def test_overfit_learns_eight_pictures_in_one_set_of_views(pictures, tmp_path, capsys):

@@ -1,7 +1,6 @@
 """SAM and ASAM: quadratics by hand, loops, exact return, BatchNorm left alone, two processes against numpy."""
 
 import math
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.processes import run_processes
 from training import sam
+from training.distributed import unsynchronised
 from training.errors import UserError
 
 
@@ -210,7 +210,7 @@ def descend(rank, synchronised):
         ((model(x)[:, 0] - y).square().mean() / 2).backward()
 
     for _ in range(STEPS):
-        with nullcontext() if synchronised else model.no_sync():
+        with unsynchronised(model, not synchronised):
             gradients()
         with sam.climbed(linear.parameters(), RHO):
             gradients()
