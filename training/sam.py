@@ -14,7 +14,8 @@ from training.errors import UserError
 @dataclass(kw_only=True)
 class SAMConfig:
     """`sam.*`: sharpness-aware minimisation, at twice the cost of a step. Every process climbs along the gradient of
-    all processes' pictures, as one process would, or of its own (m-sharpness), as officially."""
+    all processes' pictures, as one process would, or of its own (m-sharpness), as officially; in a loss that gathers,
+    along its own pictures' part of it, and then the pictures of differently moved networks are compared."""
 
     rho: float = 0.05  # radius of the neighbourhood; adaptive ones are about ten times as large, 0.5 to 2
     adaptive: bool = False  # ASAM: a radius relative to each weight's size

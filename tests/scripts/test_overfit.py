@@ -7,14 +7,19 @@ import pytest
 from PIL import Image
 
 import train_ssl
+from evaluation.collapse import LEAST_STD
 from models.ssl import SSL_METHODS
 from tests.models.ssl.test_floors import CASES
 from tests.scripts.test_train_ssl import TINY
 
-RECIPE = ["optim=adam", "optim.lr=1e-3", "optim.warmup_epochs=0", "ema.start=0.9", "ema.end=0.9"]
+RECIPE = ["optim=adam", "optim.lr=1e-3", "ema.start=0.9", "ema.end=0.9"]
 PATIENT = ["optim.lr=3e-4", "ema.start=0.99", "ema.end=0.99"]  # MoCo v2's queue holds yesterday's keys of each picture
-NEAR = {"moco_v2": 0.05}  # measured: 0.020 above after 400 steps, 0.025 after 800; two pictures taken for one cost 0.12
-MORE = {"moco_v2": ["method.out=32", *PATIENT], "simsiam": ["method.out=64", "method.bottleneck=32"]}
+NEAR = {"moco_v2": 0.05, "revd": 0.1}  # MoCo v2 ends at 0.02, and two pictures taken for one cost 0.12
+MORE = {
+    "moco_v2": ["method.out=32", *PATIENT],
+    "simsiam": ["method.out=64", "method.bottleneck=32"],
+    "revd": ["optim.lr=2e-3", "optim.layer_decay=0.3", "epochs=200"],  # at one rate its features become alike
+}
 
 
 def write_patterns(root):
@@ -35,12 +40,14 @@ def test_overfit_reaches_the_floor(name, tmp_path, capsys):
     backbone = ["backbone.stem=cifar"] if name == "revd" else ["backbone=mobilenet_v2", "backbone.width=0.25"]
     words = [TINY[name][0], *(word for word in TINY[name] if word.startswith("augment."))]
     words += [f"data.root={write_patterns(tmp_path / 'pictures')}", "data.size=36", *backbone, *RECIPE]
-    words += [*(f"method.{key}={value}" for key, value in options.items()), *MORE.get(name, [])]
-    words += ["overfit=8", "epochs=400", "save.every=1000", "log_every=1", "device=cpu", "precision=fp32"]
-    words += ["sync_bn=false", f"runs={tmp_path}", "run_name=run"]
+    words += [*(f"method.{key}={value}" for key, value in options.items()), "overfit=8", "epochs=400"]
+    words += ["save.every=1000", "log_every=1", "device=cpu", "precision=fp32", "sync_bn=false"]
+    words += [f"runs={tmp_path}", "run_name=run", *MORE.get(name, [])]
     train_ssl.main(words)
     curve = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [point["loss"] for point in curve if "loss" in point]
-    assert len(losses) == 400 and max(losses) > floor + 5 * near
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["loss"] == losses[-1]
-    assert losses[-1] == pytest.approx(floor, abs=NEAR.get(name, near))
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (results["steps"], results["loss"]) == (len(losses), losses[-1]) and len(losses) >= 200
+    assert max(losses) > floor + 5 * near
+    assert floor - 1e-4 <= losses[-1] <= floor + NEAR.get(name, near)
+    assert curve[-1]["embedding/std"] > 2 * LEAST_STD  # a collapse, too, is at the floor of BYOL, SimSiam and RevD
