@@ -90,7 +90,7 @@ def test_two_processes_on_different_pictures_train_as_one(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("count", [1, 4])
 def test_one_picture_is_learnt_by_heart(name, count):
-    """Alone, in batches of one, and four times."""
+    """Alone, in batches of one, and four times; with the same defects in each epoch."""
     detector, picture = build(name).train(), pictures(name, 1).expand(count, -1, -1, -1).contiguous()
     optimizer = torch.optim.Adam([p for p in detector.parameters() if p.requires_grad], lr=RATE.get(name, 1e-3))
     labels, losses = torch.zeros(count, dtype=torch.int64), []
@@ -98,8 +98,8 @@ def test_one_picture_is_learnt_by_heart(name, count):
         with pytest.raises(UserError, match="batch_size to at least 2"):
             next(detector.steps(TrainingBatch(picture, labels, torch.arange(count), 0, 0)))
         return
-    for epoch in range(15):
-        for inputs in detector.steps(TrainingBatch(picture, labels, torch.arange(count), epoch, 0)):
+    for _ in range(15):
+        for inputs in detector.steps(TrainingBatch(picture, labels, torch.arange(count), 0, 0)):
             loss, _ = detector(*inputs)
             optimizer.zero_grad()
             loss.backward()

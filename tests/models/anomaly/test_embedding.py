@@ -214,7 +214,7 @@ def test_a_state_of_the_other_distance_is_refused():
 def test_identical_training_pictures():
     train = pictures(1).expand(4, -1, -1, -1)
     detector = fitted(train)
-    assert detector.score(train[:1])[1] < 1e-5 < detector.score(pictures(1, seed=1))[1]
+    assert detector.score(train[:1])[1] < 1e-4 < detector.score(pictures(1, seed=1))[1]
     with pytest.raises(UserError, match="singular"):
         fitted(train, **MAHALANOBIS)
 
