@@ -105,6 +105,13 @@ def run(capsys, *words) -> tuple[dict, list[dict], str]:
         return results, list(csv.DictReader(file)), err
 
 
+def peak_is(row: dict, point: torch.Tensor, heat: torch.Tensor) -> bool:
+    """Near the border maps have plateaus, on which rounding alone chooses."""
+    named = int(row["y"]), int(row["x"])
+    expected = tuple(min(max(int(at), 0), size - 1) for at, size in zip(point, heat.shape))
+    return named == expected or heat[named].item() == pytest.approx(heat[expected].item(), rel=1e-5)
+
+
 CROP, PAD = {"size": 64, "fit": "crop", "resize": 72}, {"size": "64,96", "fit": "pad"}
 SHAPES = [(data, n) for data in ({}, CROP, PAD) for n in DETECTORS if data != PAD or not DETECTORS[n].positional]
 
@@ -127,16 +134,12 @@ def test_rows_and_heat_maps_are_what_the_detector_says(name, data, normals, pict
         assert float(row["threshold"]) == state["calibration"]["threshold"]
         assert row["is_anomalous"] == str(int(float(row["score"]) > float(row["threshold"])))
         alarms += int(row["is_anomalous"])
-        number = None if found.pictures is None else int(found.pictures)
-        assert row["nearest_training_picture"] == ("" if number is None else state["names"][number])
+        assert row["nearest_training_picture"] == ("" if found.pictures is None else state["names"][found.pictures])
         if found.peaks is None:
             assert row["y"] == row["x"] == ""
         else:
-            y, x = geometry.to_original_point(found.peaks, torch.tensor([size]))[0].tolist()
-            assert (int(row["y"]), int(row["x"])) == (
-                min(max(int(y), 0), size[0] - 1),
-                min(max(int(x), 0), size[1] - 1),
-            )
+            point = geometry.to_original_point(found.peaks, torch.tensor([size]))[0]
+            assert peak_is(row, point, geometry.to_original(found.maps[0], size))
         drawn = tmp_path / "out" / "heatmaps" / (row["path"] + ".png")
         assert drawn.exists() == (found.maps is not None)
         if found.maps is not None:
@@ -173,16 +176,14 @@ def test_tiles(name, normals, pictures, tmp_path, capsys):
     assert results["pictures"] == 6 and "promise" not in err
     for row in rows:
         whole = decode_whole(str(pictures / row["path"]))
-        sizes = {"tile": 64, "overlap": 32, "batch_size": 3}
-        found = examine_tiles(detector, whole, **sizes, device=torch.device("cpu"))
+        found = examine_tiles(detector, whole, tile=64, overlap=32, batch_size=3, device=torch.device("cpu"))
         assert float(row["score"]) == pytest.approx(float(found.scores), rel=1e-5) and row["threshold"] == "1.5"
         if found.maps is not None:
             drawn = Image.open(tmp_path / "out" / "heatmaps" / (row["path"] + ".png"))
             heat, values = found.maps[0], state["calibration"]
             expected = outline(overlay(whole, heat, values["low"], values["high"]), heat > values["pixel_threshold"])
             assert (np.asarray(drawn) != expected.permute(1, 2, 0).numpy()).mean() < 0.002
-            y, x = found.peaks[0].long().tolist()
-            assert (int(row["y"]), int(row["x"])) == (min(y, whole.shape[1] - 1), min(x, whole.shape[2] - 1))
+            assert peak_is(row, found.peaks[0], heat)
 
 
 def test_tiles_are_refused_where_they_make_no_sense(normals, patchcore, pictures, tmp_path, capsys):
@@ -191,10 +192,9 @@ def test_tiles_are_refused_where_they_make_no_sense(normals, patchcore, pictures
     assert not (tmp_path / "out").exists()
     _, _, err = run(capsys, patchcore, pictures / "a.png", f"out={tmp_path}/out", "tile=64", "overlap=0")
     assert "thresholds were measured on whole pictures" in err
-    for name in DETECTORS:
-        if DETECTORS[name].positional:
-            with pytest.raises(UserError, match="whole pictures only"):
-                run(capsys, write_run(tmp_path / name, normals, name), pictures, "tile=64", "overlap=0")
+    for name in [n for n in DETECTORS if DETECTORS[n].positional]:
+        with pytest.raises(UserError, match="whole pictures only"):
+            run(capsys, write_run(tmp_path / name, normals, name), pictures, "tile=64", "overlap=0")
 
 
 def test_a_run_without_thresholds_scores_only(normals, pictures, tmp_path, capsys):

@@ -53,7 +53,7 @@ def words(name, pictures, runs, *more):
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_run_leaves_everything_behind(name, pictures, tmp_path, capsys):
-    run = words(name, pictures, tmp_path, *(["epochs=30"] if name == "cdo" else []))  # it starts from random weights
+    run = words(name, pictures, tmp_path, *(["epochs=30"] if name in ("cdo", "rd4ad") else []))  # from random weights
     train_anomaly.main(run)
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     folder = tmp_path / "run"
