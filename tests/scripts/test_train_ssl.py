@@ -16,7 +16,7 @@ from models.weights import load_weights
 from tests.pictures import TOP, command, script, write_classes
 from training.errors import UserError
 
-TINY = {  # with LARS 33 pixels: at 24 MobileNetV2 ends in single pixels, whose batch norms can make gradients overflow
+TINY = {  # four at 33 pixels: at 24 MobileNetV2 ends in single pixels, whose batch norms made gradients of 1e5 to inf
     "simclr": ["configs/simclr_demo.yaml", "augment.size=24", "method.out=8"],
     "supcon": ["configs/supcon_neu.yaml", "augment.size=24", "method.out=8"],
     "revd": ["configs/revd_neu.yaml", "augment.size=32"],
