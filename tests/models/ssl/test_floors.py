@@ -27,10 +27,10 @@ def nce(temperature, positives=1, negatives=N - 1, apart=APART):
 SUPCON = math.log(3 + 12 * math.exp((-1 / 3 - 1) / 0.1)) * 0.1 / 0.07  # four classes of two pictures in two views
 QUEUE = 16  # two keys of each picture
 TASK = math.log(QUEUE * (1 + 7 * math.exp(APART - 1)) / 8)  # the shots are each picture's own keys
-# Above the worst that was seen over seeds and instruction sets, here and in tests/scripts/test_overfit.py, and below what
-# two pictures taken for one cost moco_v3 (0.13) and revd (0.12). Rounding alone moves where the methods with a stopped
-# gradient come to rest, which is no minimum of the loss: on twelve seeds here simsiam at 0.001 to 0.019 above its floor,
-# moco_v3 at 0.028 to 0.084, psco at 0.011 to 0.028.
+# Above the worst that was seen over seeds and instruction sets, here and in tests/scripts/test_overfit.py, and below
+# what two pictures taken for one cost moco_v3 (0.13) and revd (0.12). Rounding alone moves where the methods with a
+# stopped gradient come to rest, which is no minimum of the loss: on twelve seeds here simsiam at 0.001 to 0.019 above
+# its floor, moco_v3 at 0.028 to 0.084, psco at 0.011 to 0.028.
 CASES = {  # options, floor, how near
     "simclr": ({"out": 8, "temperature": 0.5}, nce(0.5, 1, 2 * N - 2), 0.01),
     "supcon": ({"out": 8}, SUPCON, 0.02),
