@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torchvision.transforms.functional import pil_to_tensor
 
-from data import DataConfig, DefectConfig, build_dataset
+from data import DataConfig, DefectConfig, build_dataset, what_is_used
 from data.defects import DEFECTS
 from data.loading import Loader
 from evaluation.classification import classification_report, confusion_matrix, confusion_picture
@@ -137,6 +137,7 @@ def measure(raw: dict) -> None:
     backbone.to(device, memory_format=torch.channels_last)
     train_set, test_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "test")
     log.say(f"{name}: {cfg.backbone.name} ({report}), {len(train_set)} training and {len(test_set)} test pictures")
+    log.say(what_is_used(train_set, len(train_set), {}))
     load = {"cache": cfg.data.cache, "workers": cfg.data.workers}
     train, test = (
         extract(backbone, Loader(dataset, cfg.batch_size, device, **load), progress=f"{split} features")

@@ -36,7 +36,8 @@ from tqdm import tqdm
 
 from data import DataConfig, Geometry, build_geometry
 from data.augment import normalize
-from data.images import decode, find_images, picture_size
+from data.image_files import find_images
+from data.images import decode, picture_size
 from evaluation.prediction import ahead, write_heatmap
 from evaluation.tiling import check_tiling, examine_tiles
 from models.anomaly import DETECTORS, DetectorConfig
@@ -180,11 +181,10 @@ def load_run(folder: Path) -> tuple[Detector, Geometry, dict]:
 
 
 def list_pictures(place: Path, out: Path) -> tuple[Path, list[str]]:
-    """The folder that paths in the table are relative to, and the pictures, without heat maps drawn before."""
+    """The folder that paths in the table are relative to, and the pictures, without heat maps of this or other runs."""
     if place.is_file():
         return place.parent, [str(place)]
-    drawn = (out / "heatmaps").resolve()
-    paths = [path for path in find_images(place) if drawn not in Path(path).resolve().parents]
+    paths = find_images(place, leave_out=out / "heatmaps")
     if not paths:
         raise UserError(f"there are no pictures in {place}" if place.is_dir() else f"{place} is not there. {USAGE}")
     return place, paths

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import DataConfig, build_dataset
+from data import DataConfig, build_dataset, what_is_used
 from data.loading import Loader, holdout
 from evaluation.anomaly_report import report
 from evaluation.calibration import calibrate, promise
@@ -129,6 +129,7 @@ def main(argv: list[str]) -> None:
         f"{cfg.run_name}: {cfg.detector.name}{trained}, {cfg.backbone.name} ({weights}), "
         f"{len(train_ids)} normals to learn from"
     )
+    log.say(what_is_used(train_set, len(train_ids), {f"held out for thresholds (holdout={share})": len(held_out)}))
     if finished and log.repeat_results():
         return
 

@@ -17,7 +17,7 @@ from torch import nn
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from data import AugmentConfig, DataConfig, DefectConfig, build_augment, build_dataset, build_geometry
+from data import AugmentConfig, DataConfig, DefectConfig, build_augment, build_dataset, build_geometry, what_is_used
 from data.augment import unnormalize
 from data.defects import DEFECTS
 from data.geometry import as_geometry
@@ -168,6 +168,10 @@ def main(argv: list[str]) -> None:
     parameters = sum(p.numel() for p in method.online.parameters())
     log.say(f"{cfg.run_name}: {cfg.method.name} on {len(train_ids)} pictures, {cfg.backbone.name} ({report}), ")
     log.say(f"{parameters:,} parameters, {epoch_steps} steps an epoch, step {start} of {total}, {world} x {device}")
+
+    unused = {f"held out (holdout={cfg.holdout})": len(held_out)}
+    unused["not in overfit"] = len(train_set) - len(train_ids) - len(held_out)
+    log.say(what_is_used(train_set, len(train_ids), unused))
 
     # ---------------------------------------------------------------- train
     if start == total and log.repeat_results():

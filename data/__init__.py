@@ -75,6 +75,16 @@ def build_dataset(config: DataConfig, split: str):
     return DATASETS[config.name](split, build_geometry(config), **config.options)
 
 
+def what_is_used(dataset, learned: int, others: dict[str, int]) -> str:
+    """One line on how many of a data set's pictures are learned from, and why each of the rest is not.
+
+    `others`: reasons that the data set does not know, such as a hold-out, with the number of pictures.
+    """
+    reasons = {why: count for why, count in {**dataset.left_out, **others}.items() if count}
+    rest = ", ".join(f"{count} {why}" for why, count in reasons.items())
+    return f"data: {learned} of {learned + sum(reasons.values())} pictures to learn from" + (f", {rest}" if rest else "")
+
+
 def build_augment(config: AugmentConfig, seed: int, sizes: Tensor) -> Augment | PatchGrid:
     """What makes the views of an `augment` section, ready to call: `views = augment(images, sample_ids, epoch)`.
 

@@ -43,7 +43,7 @@ class CIFAR10:
                 published = torchvision.datasets.CIFAR10(root, train=split == "train", download=False)
             except RuntimeError as error:
                 raise UserError(f"{batches} is incomplete or damaged: unpack cifar-10-python.tar.gz again") from error
-            self._pixels = published.data  # uint8 (N, 32, 32, 3)
+            self._pixels, self.left_out = published.data, {}  # uint8 (N, 32, 32, 3)
             self.paths = [f"{batches}/{split}#{i}" for i in range(len(self._pixels))]
             self.labels = torch.tensor(published.targets)
             self.classes = list(published.classes)
@@ -51,6 +51,7 @@ class CIFAR10:
             folders = ClassFolder(split, size, root=root)
             self._pixels = None
             self.paths, self.labels, self.classes = folders.paths, folders.labels, folders.classes
+            self.left_out = folders.left_out
         else:
             raise UserError(
                 f"data.root={root} holds no CIFAR-10: expected {batches}/data_batch_1 and so on, "
@@ -61,7 +62,8 @@ class CIFAR10:
             members = [(self.labels == label).nonzero().flatten() for label in range(len(self.classes))]
             if not 1 <= per_class <= min(map(len, members)):
                 raise UserError(f"data.per_class={per_class} must be 1 to {min(map(len, members))}, a class's pictures")
-            self.keep(torch.cat([positions[:per_class] for positions in members]).sort().values.tolist())
+            kept = torch.cat([positions[:per_class] for positions in members]).sort().values.tolist()
+            self.keep(kept, f"beyond data.per_class={per_class}")
 
     @cached_property
     def sizes(self) -> Tensor:
@@ -78,8 +80,10 @@ class CIFAR10:
             image = fitted(Image.fromarray(self._pixels[index]), self.geometry)
         return image, int(self.labels[index]), index
 
-    def keep(self, positions: list[int]) -> None:
-        """Leave out all pictures but these; they are numbered anew, the classes stay."""
+    def keep(self, positions: list[int], why: str) -> None:
+        """Leave out all pictures but these, for the reason `why`; they are numbered anew, the classes stay."""
+        if len(positions) < len(self.paths):
+            self.left_out[why] = len(self.paths) - len(positions)
         self.paths = [self.paths[i] for i in positions]
         self.labels = self.labels[positions]
         if self._pixels is not None:

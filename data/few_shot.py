@@ -8,7 +8,9 @@ import torch
 
 from data.folder import ClassFolder
 from data.geometry import Geometry, as_geometry
+from data.image_files import is_folder, is_junk
 from data.images import OnError
+from data.masks import Masks
 from data.mvtec import MVTec
 from training.errors import UserError
 
@@ -25,7 +27,7 @@ class FewShot(MVTec):
     RegAD's own draws are files of pictures to be downloaded; the draws here only need the data set.
 
     Args:
-        size, category, on_error: as for `MVTec`.
+        size, category, masks, on_error: as for `MVTec`.
         root: folder of the categories.
         shots: size of the support set.
         draw: number of the support set; papers report the mean over several.
@@ -47,6 +49,7 @@ class FewShot(MVTec):
         shots: int,
         draw: int = 0,
         others: str | None = None,
+        masks: Masks = "all",
         on_error: OnError = "fail",
     ):
         if shots < 1 or draw < 0:
@@ -54,21 +57,25 @@ class FewShot(MVTec):
         if split == "others":
             self._learn_from(Path(others or root), Path(root) / category, size, on_error)
             return
-        super().__init__(split, size, root=root, category=category, on_error=on_error)
+        super().__init__(split, size, root=root, category=category, masks=masks, on_error=on_error)
         if split == "train":
             if len(self) < shots:
                 raise UserError(
                     f"data.shots={shots}, but {root}/{category}/train/good has {len(self)} pictures: lower it"
                 )
-            self._keep(sorted(np.random.RandomState(draw).permutation(len(self))[:shots].tolist()))
+            kept = sorted(np.random.RandomState(draw).permutation(len(self))[:shots].tolist())
+            self._keep(kept, f"beyond data.shots={shots}")
 
     def _learn_from(self, root: Path, target: Path, size: int | Geometry, on_error: OnError) -> None:
         """Become the training pictures of all categories below `root` but `target`."""
-        if not root.is_dir():
+        if not is_folder(root):
             raise UserError(f"{root} is not a folder to take other categories from: check data.others")
-        found = sorted(good.parent.parent for good in root.glob("[!.]*/train/good"))
+        found = sorted(good.parent.parent for good in root.glob("*/train/good"))
+        found = [category for category in found if not is_junk(category.name)]
         if found:
             chosen = [folder for folder in found if folder.resolve() != target.resolve()]
+            if len({folder.resolve() for folder in chosen}) < len(chosen):
+                raise UserError(f"a category of {root} is in it twice, by a link: remove the link")
             sets = [MVTec("train", size, root=str(root), category=c.name, on_error=on_error) for c in chosen]
             self.classes, paths = [c.name for c in chosen], [s.paths for s in sets]
         else:
@@ -85,7 +92,7 @@ class FewShot(MVTec):
                     f"category {name} of {root} has {len(its)} training picture, and comparing needs two: add one, or "
                     f"hide the folder (name it .{name})"
                 )
-        self.split, self.geometry, self.has_masks = "others", as_geometry(size), False
+        self.split, self.geometry, self.has_masks, self.left_out = "others", as_geometry(size), False, {}
         self.paths = [path for its in paths for path in its]
         self.labels = torch.tensor([label for label, its in enumerate(paths) for _ in its])
         self.defects = ["good"] * len(self.paths)

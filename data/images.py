@@ -1,4 +1,4 @@
-"""Picture files: finding, decoding to uint8 inputs, sizes from the header, masks, and what to do about broken ones.
+"""Picture files: decoding to uint8 inputs, sizes from the header, masks, and what to do about broken ones.
 
 Letters: H and W height and width of the input, N pictures, h and w the original height and width.
 """
@@ -22,7 +22,6 @@ from training.distributed import is_main
 from training.errors import UserError
 
 Image.MAX_IMAGE_PIXELS = 2**30  # Pillow refuses twice as many; by default 179 million, fewer than line cameras deliver
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".pbm", ".jp2"}
 OnError = Literal["fail", "skip"]
 
 # EXIF orientation -> what brings the stored pixels upright (EXIF 2.3, tag 0x0112); 1 is upright
@@ -35,23 +34,6 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-def find_images(folder: str | Path) -> list[str]:
-    """Paths of all pictures in `folder` and below, sorted; known by extension, in any case.
-
-    Hidden files and folders (a leading dot, so macOS's `._x.jpg` too) and other extensions are ignored; links are
-    followed.
-    """
-    found = []
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            os.path.join(place, name)
-            for name in files
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
-        ]
-    return sorted(found)
 
 
 def decode(path: str | Path, geometry: int | Geometry) -> Tensor:
@@ -86,6 +68,16 @@ def decode_mask(path: str | Path, geometry: int | Geometry | None) -> Tensor:
         if geometry is not None:
             mask = as_geometry(geometry).apply(mask, Image.Resampling.NEAREST)
         return torch.from_numpy(np.array(mask) != 0)
+
+
+def mask_values(path: str | Path) -> np.ndarray:
+    """The stored values of a mask, (h, w) as stored: the largest of its color channels; not turned upright.
+
+    Raises:
+        UserError: as `decode`.
+    """
+    with _naming(path), Image.open(path) as stored:
+        return _mask_values(stored)
 
 
 def picture_size(path: str | Path) -> tuple[int, int]:
@@ -199,8 +191,12 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 
 
 def _not_black(image: Image.Image) -> Image.Image:
-    """255 where a stored pixel is not 0 or black, else 0; a palette counts by its colors, not by its numbers."""
+    """255 where a stored pixel is not 0 or black, else 0."""
+    return Image.fromarray((_mask_values(image) != 0).astype(np.uint8) * 255)
+
+
+def _mask_values(image: Image.Image) -> np.ndarray:
+    """(h, w), the largest of the color channels; a palette counts by its colors, not by its numbers."""
     deep = image.mode == "F" or image.mode.startswith("I")  # 8 bits would turn a 16-bit 1 into 0
     pixels = np.asarray(image if deep else _to_8_bit(image))
-    marked = pixels != 0 if pixels.ndim == 2 else (pixels != 0).any(2)
-    return Image.fromarray(marked.astype(np.uint8) * 255)
+    return pixels if pixels.ndim == 2 else pixels.max(2)

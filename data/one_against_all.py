@@ -42,7 +42,7 @@ class OneAgainstAll:
         *,
         root: str,
         normal: str,
-        test_fraction: float = 0.2,
+        test_fraction: float | None = None,
         on_error: OnError = "fail",
     ):
         if (Path(root) / torchvision.datasets.CIFAR10.base_folder).is_dir():
@@ -55,8 +55,9 @@ class OneAgainstAll:
         if "good" in names and normal != "good":
             raise UserError(f"class 'good' of {root} would be an anomaly, but normal pictures are called so: rename it")
         if split == "train":  # before any is looked at: the other classes are never decoded
-            self._all.keep((self._all.labels == names.index(normal)).nonzero()[:, 0].tolist())
-        self._all.keep(readable(self._all.__getitem__, self._all.paths, on_error))
+            self._all.keep((self._all.labels == names.index(normal)).nonzero()[:, 0].tolist(), "of other classes")
+        self._all.keep(readable(self._all.__getitem__, self._all.paths, on_error), "not readable")
+        self.left_out = self._all.left_out
         self.split, self.geometry, self.paths = split, self._all.geometry, self._all.paths
         self.labels = (self._all.labels != names.index(normal)).long()
         self.defects = ["good" if names[c] == normal else names[c] for c in self._all.labels.tolist()]

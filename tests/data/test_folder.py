@@ -1,5 +1,7 @@
 """Class folders: layouts, the fixed split, and what a user may have got wrong."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -72,17 +74,58 @@ def test_split_of_a_class_does_not_depend_on_other_classes(undivided):
     assert [name for name in after if not name.startswith("aa/")] == before
 
 
-def test_a_flat_folder_is_one_class(tmp_path):
+def test_a_flat_folder_is_one_class_and_trains_on_all_of_it(tmp_path):
     for i in range(5):
         write(tmp_path / f"{i}.png")
     (tmp_path / "notes").mkdir()
-    train = ClassFolder("train", 4, root=str(tmp_path), test_fraction=0)
-    assert train.classes == ["unlabelled"] and train.labels.tolist() == [0] * 5
-    assert len(ClassFolder("test", 4, root=str(tmp_path))) == 1
-    with pytest.raises(UserError, match="test_fraction=0 has no test picture"):
-        ClassFolder("test", 4, root=str(tmp_path), test_fraction=0)
+    train = ClassFolder("train", 4, root=str(tmp_path))
+    assert train.classes == ["unlabelled"] and train.labels.tolist() == [0] * 5 and train.left_out == {}
+    with pytest.raises(UserError, match=r"data\.test_fraction=0\.0 has no test picture"):
+        ClassFolder("test", 4, root=str(tmp_path))
+    given = {"root": str(tmp_path), "test_fraction": 0.2}  # said, so it counts
+    train, test = ClassFolder("train", 4, **given), ClassFolder("test", 4, **given)
+    assert (len(train), len(test)) == (4, 1)
+    assert train.left_out == {"kept for testing (data.test_fraction=0.2)": 1}
+    assert test.left_out == {"kept for training (data.test_fraction=0.2)": 4}
     with pytest.raises(UserError, match=r"not 1\.0"):
         ClassFolder("train", 4, root=str(tmp_path), test_fraction=1.0)
+
+
+def test_a_link_to_the_root_makes_no_second_pictures(undivided):
+    plain = [ClassFolder(split, 4, root=str(undivided)).paths for split in ("train", "test")]
+    os.symlink("..", undivided / "a/up")
+    os.symlink(".", undivided / "z")  # would be a class of everything
+    assert [ClassFolder(split, 4, root=str(undivided)).paths for split in ("train", "test")] == plain
+
+
+def test_one_folder_as_two_classes_or_in_training_and_test(undivided):
+    os.symlink("a", undivided / "aa")
+    with pytest.raises(UserError, match=r"class folder .*/aa is a link to .*/a, whose pictures are in already: remove"):
+        ClassFolder("train", 4, root=str(undivided))
+    (undivided / "aa").unlink()
+    write(undivided / "set/train/a/0.png")
+    write(undivided / "set/train/b/0.png")
+    write(undivided / "set/test/a/1.png")
+    os.symlink("../train/b", undivided / "set/test/b")
+    assert len(ClassFolder("train", 4, root=str(undivided / "set"))) == 2
+    with pytest.raises(UserError, match=r"test/b and .*train/b are the same folder, so the test would be on training"):
+        ClassFolder("test", 4, root=str(undivided / "set"))
+    (undivided / "set/test/b").unlink()
+    (undivided / "set/test/b").mkdir()
+    os.symlink("../../train/b/0.png", undivided / "set/test/b/0.png")  # single files may be linked
+    assert len(ClassFolder("test", 4, root=str(undivided / "set"))) == 2
+
+
+def test_folders_of_runs_and_thumbnails_are_no_classes(undivided, capsys):
+    plain = ClassFolder("train", 4, root=str(undivided))
+    write(undivided / "runs/simclr/views.png")
+    (undivided / "runs/simclr/config.yaml").touch()
+    (undivided / "runs/simclr/metrics.jsonl").touch()
+    write(undivided / "@eaDir/a.png")
+    write(undivided / "a/@eaDir/02.png")
+    again = ClassFolder("train", 4, root=str(undivided))
+    assert again.classes == plain.classes and again.paths == plain.paths
+    assert "2 folders by name (@eaDir), 1 folder of runs" in capsys.readouterr().err
 
 
 def test_flat_pictures_below_train(tmp_path):
@@ -146,6 +189,8 @@ def test_broken_pictures_fail_or_are_skipped(undivided, capsys):
     assert len(skipping.labels) == len(skipping.sizes) == len(skipping) == len(whole) - 1
     assert [skipping[i][2] for i in range(len(skipping))] == list(range(len(skipping)))
     assert broken in capsys.readouterr().err
+    assert skipping.left_out == failing.left_out | {"not readable": 1}
+    assert failing.left_out == {"kept for testing (data.test_fraction=0.2)": 4}
 
 
 def test_neu_steel(real_data):

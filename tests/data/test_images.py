@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.images import decode, decode_mask, find_images, in_threads, picture_size, picture_sizes, readable
+from data.images import decode, decode_mask, in_threads, picture_size, picture_sizes, readable
 from training.errors import UserError
 
 ORIENTATION = 0x0112
@@ -262,25 +262,6 @@ def test_mask_modes(tmp_path):
     assert decode_mask(save(tmp_path / "turned.png", stored, exif=exif), 2).tolist() == [[False, False], [False, True]]
     with pytest.raises(UserError, match="no such file"):
         decode_mask(tmp_path / "missing.png", 2)
-
-
-def test_find_images(tmp_path):
-    for name in (
-        "b.JPG",
-        "a/z.png",
-        "a/deep/er/x.TIFF",
-        "a-b/y.jpeg",
-        ".hidden.png",
-        "._b.jpg",
-        ".git/c.png",
-        "list.txt",
-    ):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "folder.png").mkdir()
-    found = [path[len(str(tmp_path)) + 1 :] for path in find_images(tmp_path)]
-    assert found == ["a-b/y.jpeg", "a/deep/er/x.TIFF", "a/z.png", "b.JPG"]
-    assert find_images(tmp_path / "nowhere") == []
 
 
 def test_threads_keep_the_order_and_pass_errors_on():

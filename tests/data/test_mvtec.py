@@ -1,5 +1,8 @@
 """The MVTec layout: masks by stem, their absence, and what a user may have got wrong."""
 
+import os
+import unicodedata
+
 import numpy as np
 import pytest
 import torch
@@ -87,6 +90,79 @@ def test_missing_mask(root):
     with pytest.raises(UserError, match=r"bolt/test/dent/7\.JPG has no mask .*ground_truth/dent/7_mask\.png: add it"):
         MVTec("test", 8, root=str(root), category="bolt")
     assert len(MVTec("train", 8, root=str(root), category="bolt")) == 3
+
+
+def test_masks_of_some(root, capsys):
+    (root / "bolt/ground_truth/dent/7_mask.png").rename(root / "bolt/ground_truth/dent/8_mask.png")
+    test = MVTec("test", 8, root=str(root), category="bolt", masks="some")
+    assert test.has_masks and test.mask_known.tolist() == [False, True, True, True, True]
+    assert not test[0][1].any() and test.labels.tolist() == [1, 0, 0, 1, 1]
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "warning: 1 (" in err and "of 3 defective images have no mask" in err
+    assert "belong to no image: 1 (" in err and "8_mask.png" in err
+    with pytest.raises(UserError, match=r"data\.masks='few' is not known: choose all or some"):
+        MVTec("test", 8, root=str(root), category="bolt", masks="few")
+
+
+@pytest.mark.parametrize(("stored", "mask"), [("ü", "ü"), ("é_2", "é_2"), ("x", "x")])
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+@pytest.mark.parametrize("suffix", ["_mask.PNG", ".BMP", "_mask.tiff", "_mask.webp"])
+def test_masks_of_any_suffix_and_form(tmp_path, stored, mask, forms, suffix):
+    for i in range(2):
+        write(tmp_path / f"bolt/test/good/{i}.png")
+    names = [unicodedata.normalize(form, name) for form, name in zip(forms, (stored, mask))]
+    write(tmp_path / "bolt/test/dënt" / f"{names[0]}.JPG")
+    folder = tmp_path / "bolt/ground_truth" / unicodedata.normalize("NFD", "dënt")
+    folder.mkdir(parents=True)
+    format = {"bmp": "BMP", "png": "PNG", "tiff": "TIFF", "webp": "WEBP"}[suffix.rpartition(".")[2].lower()]
+    kind = {"lossless": True} if format == "WEBP" else {}
+    Image.fromarray(mask_at(3, 5)).save(folder / f"{names[1]}{suffix}", format, **kind)
+    test = MVTec("test", Geometry(6, 8), root=str(tmp_path), category="bolt")
+    assert test.mask([*test.labels].index(1)).nonzero().tolist() == [[3, 5]]
+
+
+def test_two_masks_for_one_image(root):
+    write(root / "bolt/ground_truth/dent/7.bmp", mask_at(2, 2))
+    with pytest.raises(UserError, match=r"dent/7\.JPG has 2 masks, .*/7_mask\.png and .*/7\.bmp: remove all but one"):
+        MVTec("test", 8, root=str(root), category="bolt")
+
+
+def test_masks_with_more_than_two_values_and_blank_ones(root, capsys):
+    """The marked area by hand: what JPEG leaves around a square, and an index mask of two kinds of defect."""
+    MVTec("test", 8, root=str(root), category="bolt")
+    assert capsys.readouterr().err == ""  # 0 and 255; 0 and 1 of the next one too
+    write(root / "bolt/ground_truth/scratch/001.png", mask_at(1, 1) // 255)
+    MVTec("test", 8, root=str(root), category="bolt")
+    assert capsys.readouterr().err == ""
+    graded = np.zeros((6, 8), dtype=np.uint8)
+    graded[0, :5] = [3, 40, 127, 128, 255]  # 5 not 0, 2 above 127.5
+    write(root / "bolt/ground_truth/scratch/000_mask.png", graded)
+    write(root / "bolt/ground_truth/dent/7_mask.png", np.zeros((6, 8, 3), dtype=np.uint8))
+    test = MVTec("test", 8, root=str(root), category="bolt")
+    assert int(test.mask(3, original=True).sum()) == 5  # every value but 0, as before
+    blank, many = capsys.readouterr().err.splitlines()
+    assert blank.startswith("warning: 1 (") and "7_mask.png) of 3 masks mark no pixel" in blank
+    assert many.startswith("warning: 1 (") and "000_mask.png) of 3 masks have more than two values" in many
+    assert " 2.50 times " in many and "save them as PNG" in many
+
+
+@pytest.mark.parametrize("name", ["Good", "GOOD", "normal", "ok", "OK", "defect-free"])
+def test_good_under_another_name(root, name):
+    (root / "bolt/test/good").rename(root / "bolt/test" / name)
+    with pytest.raises(UserError, match=rf"bolt/test has no folder good, but .*/test/{name}: rename it to good"):
+        MVTec("test", 8, root=str(root), category="bolt")
+    (root / "bolt/train/good").rename(root / "bolt/train" / name)
+    with pytest.raises(UserError, match=rf"no pictures in .*/train/good: .*, but .*/train/{name}: rename it to good"):
+        MVTec("train", 8, root=str(root), category="bolt")
+
+
+def test_training_pictures_linked_into_the_test(root):
+    os.symlink("../train/good", root / "bolt/test/more")
+    with pytest.raises(UserError, match=r"test/more and .*train/good are the same folder"):
+        MVTec("test", 8, root=str(root), category="bolt")
+    (root / "bolt/test/more").unlink()
+    os.symlink("../..", root / "bolt/test/scratch/up")  # the category itself: not followed
+    assert len(MVTec("test", 8, root=str(root), category="bolt")) == 5
 
 
 def test_no_ground_truth_folder(root):

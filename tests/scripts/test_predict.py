@@ -15,7 +15,8 @@ from PIL import Image
 import predict
 from data import DataConfig, build_geometry
 from data.augment import normalize
-from data.images import decode, find_images
+from data.image_files import find_images
+from data.images import decode
 from evaluation.heatmaps import outline, overlay
 from evaluation.prediction import decode_whole
 from evaluation.tiling import examine_tiles
