@@ -136,6 +136,11 @@ def measure(raw: dict) -> None:
     backbone, report = build_backbone(cfg.backbone)
     backbone.to(device, memory_format=torch.channels_last)
     train_set, test_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "test")
+    if len(train_set.labels.unique()) < 2:
+        raise errors.UserError(
+            f"task={cfg.task.name} tells classes apart, but all training pictures of {cfg.data.options['root']} are of "
+            "one: data.root needs a folder for each class, two at least"
+        )
     log.say(f"{name}: {cfg.backbone.name} ({report}), {len(train_set)} training and {len(test_set)} test pictures")
     log.say(what_is_used(train_set, len(train_set), {}))
     load = {"cache": cfg.data.cache, "workers": cfg.data.workers}

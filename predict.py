@@ -47,6 +47,7 @@ from training import checkpoint, config, distributed, errors
 from training.errors import UserError
 from training.files import whole_file
 from training.optim import PRECISIONS
+from training.text import printable
 
 COLUMNS = ("path", "score", "is_anomalous", "threshold", "nearest_training_picture", "y", "x")
 USAGE = "usage: python predict.py <run folder> <pictures: folder or file> [out=results threshold=.. tile=512 ...]"
@@ -214,7 +215,7 @@ def without_broken(
 
 
 def say(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(printable(line), file=sys.stderr)
 
 
 if __name__ == "__main__":

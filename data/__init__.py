@@ -82,7 +82,9 @@ def what_is_used(dataset, learned: int, others: dict[str, int]) -> str:
     """
     reasons = {why: count for why, count in {**dataset.left_out, **others}.items() if count}
     rest = ", ".join(f"{count} {why}" for why, count in reasons.items())
-    return f"data: {learned} of {learned + sum(reasons.values())} pictures to learn from" + (f", {rest}" if rest else "")
+    if not rest:
+        return f"data: all {learned} pictures are learned from"
+    return f"data: {learned} of {learned + sum(reasons.values())} pictures are learned from, {rest}"
 
 
 def build_augment(config: AugmentConfig, seed: int, sizes: Tensor) -> Augment | PatchGrid:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from data.geometry import Geometry, as_geometry
 from training.distributed import is_main
 from training.errors import UserError
+from training.text import printable
 
 Image.MAX_IMAGE_PIXELS = 2**30  # Pillow refuses twice as many; by default 179 million, fewer than line cameras deliver
 OnError = Literal["fail", "skip"]
@@ -119,7 +120,8 @@ def readable(load: Callable[[int], object], paths: list[str], on_error: OnError)
         raise UserError(f"none of the {len(paths)} pictures can be read, the first is {paths[0]}: check the files")
     if broken and is_main():
         names = ", ".join(broken)
-        print(f"warning: left out {len(broken)} of {len(paths)} pictures, not readable: {names}", file=sys.stderr)
+        line = f"warning: left out {len(broken)} of {len(paths)} pictures, not readable: {names}"
+        print(printable(line), file=sys.stderr)
     return [position for position, is_good in zip(positions, good) if is_good]
 
 

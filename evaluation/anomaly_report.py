@@ -17,7 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from evaluation.bootstrap import pixel_histograms
 from evaluation.compare import save_scores
 from evaluation.curves import histogram_picture, roc_pr_picture
-from evaluation.detection import anomaly_results, region_maps, region_masks
+from evaluation.detection import anomaly_results, region_maps, region_masks, without_pixels
 from evaluation.heatmaps import Caption, Row, heat_range, pick, save, sheet
 from evaluation.neighbors import Pair, neighbor_sheet
 from evaluation.report import csv_table, markdown_table, with_interval
@@ -25,6 +25,7 @@ from evaluation.update import names_of
 from models.anomaly.detector import Findings
 from training.files import whole_file
 from training.log import Log
+from training.text import printable
 
 
 def report(
@@ -40,6 +41,8 @@ def report(
     has_masks = found.maps is not None and test_set.has_masks
     maps = None if found.maps is None else region_maps(found.maps, test_set, original=original)
     masks = region_masks(test_set, original=original) if has_masks else None
+    if has_masks:
+        maps, masks = (without_pixels(values, test_set.mask_known) for values in (maps, masks))
     shown = has_masks and any(m.any() for m in masks) and not all(m.all() for m in masks)
     histograms = pixel_histograms(maps, masks) if shown else None
     results = anomaly_results(found.scores, maps, masks, test_set, threshold, seed=seed, histograms=histograms)
@@ -54,12 +57,12 @@ def report(
 
     table = defect_table(results)
     log.text("per defect", table)
-    print(table, file=sys.stderr)
+    print(printable(table), file=sys.stderr)
     defects = np.array(test_set.defects)
     groups = {"training normals": normal.scores} if normal is not None else {}
     groups |= {name: found.scores[defects == name] for name in sorted(set(defects), key=lambda n: (n != "good", n))}
     for name, scores in groups.items():
-        log.writer.add_histogram(f"scores/{name}", scores, 0)
+        log.writer.add_histogram(f"scores/{printable(name)}", scores, 0)
     show(log, "scores", histogram_picture(groups, threshold))
     if results["image_auroc"] is not None:
         show(log, "curves", roc_pr_picture(found.scores, test_set.labels, log.config["run_name"], threshold))
@@ -94,7 +97,7 @@ def show(log: Log, name: str, picture: Image.Image | None = None) -> None:
 
 def picture_row(heat: torch.Tensor, dataset, caption: Caption) -> Row:
     image, mask, *_ = dataset[caption.index]
-    return Row(image, heat, mask if dataset.has_masks else None, caption)
+    return Row(image, heat, mask if dataset.has_masks and dataset.mask_known[caption.index] else None, caption)
 
 
 def neighbor_pair(found: Findings, test_set, train_set, caption: Caption) -> Pair:

@@ -1,10 +1,10 @@
 """Classification figures from scores and labels, and the picture of a confusion matrix."""
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-from evaluation.heatmaps import ascii_only
+from evaluation.lettering import font, lettered, write
 
 MOST_CONFUSED = 10  # pairs listed in a report
 
@@ -98,9 +98,8 @@ def confusion_picture(matrix: Tensor, classes: list[str]) -> Image.Image:
     """
     n_classes = len(classes)
     cell = 62 if n_classes <= 12 else 40 if n_classes <= 40 else 16
-    font, small = ImageFont.load_default(min(15, cell - 3)), ImageFont.load_default(11)
-    names = [_drawable(name) for name in classes]
-    margin = max(int(font.getlength(name)) for name in names) + 14  # for the names
+    size, small = min(15, cell - 3), font(11)
+    margin = max(int(face.getlength(name)) for name, face in (lettered(name, size, 12 * size) for name in classes)) + 14
     left, top, side = 28 + margin, 34, cell * n_classes  # 28 for the word "truth"
     width = left + side + 16
     picture = Image.new("RGB", (max(width, 330), top + side + margin + 28), "white")
@@ -121,31 +120,25 @@ def confusion_picture(matrix: Tensor, classes: list[str]) -> Image.Image:
             ink = "white" if share > 0.3 else INK
             middle = (x + cell / 2, y + cell / 2)
             if n_classes <= 12:
-                draw.text((middle[0], middle[1] - 8), str(count), ink, font=font, anchor="mm")
+                draw.text((middle[0], middle[1] - 8), str(count), ink, font=font(size), anchor="mm")
                 percent = "<1 %" if share < 0.005 else f"{100 * share:.0f} %"
                 draw.text((middle[0], middle[1] + 11), percent, ink, font=small, anchor="mm")
             else:
                 draw.text(middle, str(count), ink, font=small, anchor="mm")
 
-    for i, name in enumerate(names):
+    for i, name in enumerate(classes):
         middle = (i + 0.5) * cell
-        draw.text((left - 7, top + middle), name, INK, font=font, anchor="rm")
-        upright = _turned(name, font, margin)
+        write(draw, (left - 7, top + middle), name, INK, size, anchor="rm", width=12 * size)
+        upright = _turned(name, size, margin)
         picture.paste(upright, (round(left + middle - upright.width / 2), top + side + 5))
-    truth = _turned("truth", font, 60)
+    truth = _turned("truth", size, 60)
     picture.paste(truth, (6, max(0, round(top + side / 2) - 30)))
-    draw.text((left + side / 2, top + side + margin + 12), "predicted", INK, font=font, anchor="mm")
+    draw.text((left + side / 2, top + side + margin + 12), "predicted", INK, font=font(size), anchor="mm")
     return picture
 
 
-def _drawable(name: str) -> str:
-    """At most 24 characters that Pillow's font has."""
-    plain = ascii_only(name)
-    return plain if len(plain) <= 24 else plain[:21] + "..."
-
-
-def _turned(text: str, font: ImageFont.FreeTypeFont, length: int) -> Image.Image:
+def _turned(text: str, size: int, length: int) -> Image.Image:
     """`text` written upwards on white, ending at the upper edge of a picture `length` high."""
-    line = Image.new("RGB", (length, int(font.size) + 6), "white")
-    ImageDraw.Draw(line).text((length - 3, line.height / 2), text, INK, font=font, anchor="rm")
+    line = Image.new("RGB", (length, size + 6), "white")
+    write(ImageDraw.Draw(line), (length - 3, line.height / 2), text, INK, size, anchor="rm", width=12 * size)
     return line.rotate(90, expand=True)

@@ -6,10 +6,11 @@ Blue is normal or usual, orange is what the threshold calls anomalous (Okabe and
 import math
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from evaluation.anomaly_metrics import Array, image_metrics, real_numbers, to_numpy
-from evaluation.heatmaps import INK, MARGIN, PAPER, SOFT, ascii_only, font
+from evaluation.heatmaps import INK, MARGIN, PAPER, SOFT
+from evaluation.lettering import font, write
 
 BLUE, ORANGE, GRID = (0, 114, 178), (213, 94, 0), (226, 226, 226)
 PANEL, LEFT, TOP, DOT = 400, 44, 134, 7  # pixels: side of a plot, room for its numbers, above it, radius of the dot
@@ -30,7 +31,7 @@ def roc_pr_picture(scores: Array, labels: Array, title: str, threshold: float | 
     boxes = [(MARGIN + LEFT + i * (PANEL + LEFT + 2 * MARGIN), TOP, PANEL, PANEL) for i in (0, 1)]
     paper = Image.new("RGB", (boxes[1][0] + PANEL + 2 * MARGIN, TOP + PANEL + 106), PAPER)
     draw = ImageDraw.Draw(paper)
-    draw.text((MARGIN, 18), fitted(title, font(24), paper.width - 2 * MARGIN), INK, font(24))
+    write(draw, (MARGIN, 18), title, INK, 24, width=paper.width - 2 * MARGIN)
     headings = [
         f"{name} undefined" if figures[key] is None else f"{name} {figures[key]:.3f}"
         for name, key in (("ROC: AUROC", "image_auroc"), ("Precision-recall: AP", "image_ap"))
@@ -103,7 +104,7 @@ def histogram_picture(groups: dict[str, Array], threshold: float | None) -> Imag
     for number, (name, values) in enumerate(scores.items()):
         base = top + ROW * (number + 1)
         draw.line((left, base, left + PLOT, base), SOFT)
-        draw.text((MARGIN, base - 14), fitted(name, font(17), NAMES - 20), INK, font(17), anchor="lm")
+        write(draw, (MARGIN, base - 14), name, INK, 17, anchor="lm", width=NAMES - 20)
         above = None if threshold is None else int((values > threshold).sum())
         note = f"n = {len(values)}" if above is None else f"{above} of {len(values)} above"
         note = note if len(values) else "no picture"
@@ -177,13 +178,3 @@ def dashed(draw: ImageDraw.ImageDraw, ends: list[tuple[int, int]], color: tuple[
     for start in np.arange(0, length, 10):
         a, b = start / length, min(1.0, (start + 6) / length)
         draw.line((x0 + a * (x1 - x0), y0 + a * (y1 - y0), x0 + b * (x1 - x0), y0 + b * (y1 - y0)), color, 2)
-
-
-def fitted(text: str, face: ImageFont.FreeTypeFont, width: int) -> str:
-    """`text` in ASCII, as Pillow's own font has no other letters, its middle left out when it is wider than `width`."""
-    text = shown = ascii_only(text)
-    for kept in range(len(text) - 1, 1, -1):
-        if face.getlength(shown) <= width:
-            break
-        shown = f"{text[: kept - kept // 2]}...{text[len(text) - kept // 2 :]}"
-    return shown

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from evaluation.heatmaps import GAP, INK, MARGIN, OUTLINE, PAPER, SOFT, TILE, font, outline
+from evaluation.heatmaps import GAP, INK, MARGIN, OUTLINE, PAPER, SOFT, TILE, outline
+from evaluation.lettering import font, write
 
 SIDE = 150  # pixels of the column of names
 
@@ -20,7 +21,7 @@ def defect_sheet(images: Tensor, kinds: dict[str, tuple[Tensor, Tensor]], title:
     size = 2 * MARGIN + SIDE + len(images) * block - GAP, top + rows * block + len(kinds) * 2 * GAP + MARGIN
     paper = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(paper)
-    pen.text((MARGIN, 18), title, INK, font(24))
+    write(pen, (MARGIN, 18), title, INK, 24)
     pen.rectangle((MARGIN, 60, MARGIN + 22, 76), outline=OUTLINE, width=3)
     pen.text((MARGIN + 30, 58), "where the picture may have changed: the mask", INK, font(16))
     _row(paper, top, _tiles(images))
@@ -32,7 +33,7 @@ def defect_sheet(images: Tensor, kinds: dict[str, tuple[Tensor, Tensor]], title:
         _row(paper, y, tiles := _tiles(made))
         large = F.interpolate(masks[:, None].float().cpu(), (TILE, TILE), mode="nearest-exact")[:, 0] > 0  # (N, T, T)
         _row(paper, y + block, [outline(tile, mask) for tile, mask in zip(tiles, large)])
-        pen.text((MARGIN, y), name, INK, font(19))
+        write(pen, (MARGIN, y), name, INK, 19, width=SIDE - GAP)
         pen.text((MARGIN, y + 30), f"{masks.float().mean():.1%} of pixels", SOFT, font(16))
         y += 2 * block + GAP
     return paper

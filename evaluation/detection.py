@@ -68,6 +68,11 @@ def region_masks(dataset, *, original: bool = False) -> list[Tensor]:
     return region_maps(torch.stack([dataset.mask(i) for i in range(len(dataset))]), dataset)
 
 
+def without_pixels(maps: list[Tensor], known: Tensor) -> list[Tensor]:
+    """`maps` or masks (h, w), cut to none of their pixels where not `known` (N,): they count in no pixel metric."""
+    return [m if is_known else m[:0] for m, is_known in zip(maps, known.tolist())]
+
+
 def anomaly_results(
     scores: Tensor,
     maps: list[Tensor] | None,

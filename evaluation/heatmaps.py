@@ -2,15 +2,15 @@
 glance what a detector finds, misses and wrongly reports. Images are uint8 (3, H, W); Pillow draws."""
 
 import os
-import unicodedata
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from evaluation.anomaly_metrics import Array, real_numbers, to_numpy
+from evaluation.lettering import font, write
 from training.files import whole_file
 
 # Matplotlib's "inferno" (Smith and van der Walt 2015, public domain) at 0, 1/8 .. 1: lightness rises evenly, so it also
@@ -139,7 +139,7 @@ def sheet(rows: list[Row], path: str | os.PathLike, *, low: float, high: float, 
     size = (2 * MARGIN + columns * block, top + lines * (TILE + GAP) + MARGIN - GAP)
     paper = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(paper)
-    draw.text((MARGIN, 18), title, INK, font(24))
+    write(draw, (MARGIN, 18), title, INK, 24, width=size[0] - 2 * MARGIN)
     _legend(paper, low, high)
     for number, row in enumerate(rows):
         line, column = divmod(number, columns)
@@ -149,7 +149,9 @@ def sheet(rows: list[Row], path: str | os.PathLike, *, low: float, high: float, 
         paper.paste(heat, (x + TILE + GAP, y))
         x += 2 * TILE + 2 * GAP + 4
         draw.text((x, y + 4), row.caption.heading, RIGHT if row.caption.correct else WRONG, font(19))
-        draw.multiline_text((x, y + 34), "\n".join(row.caption.lines), INK, font(16), spacing=6)
+        for i, line in enumerate(row.caption.lines):
+            room = CAPTION - GAP if i == 0 else None  # a name may be cut, numbers may not
+            write(draw, (x, y + 34 + 22 * i), line, INK, 16, width=room)
     save(paper, path)
 
 
@@ -185,13 +187,3 @@ def _legend(paper: Image.Image, low: float, high: float) -> None:
 
 def _picture(image: torch.Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())  # (H, W, 3)
-
-
-def ascii_only(text: str) -> str:
-    """Pillow's own font has no other letters: an umlaut loses its dots, what has no such form becomes `?`."""
-    plain = "".join(char for char in unicodedata.normalize("NFKD", text) if not unicodedata.combining(char))
-    return plain.encode("ascii", "replace").decode()
-
-
-def font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaluation.features import extract
+from training.errors import UserError
 
 # DINO's own setting, and the one lightly and most CIFAR tables use; both are always reported.
 KNN_SETTINGS = ({"k": 20, "temperature": 0.07}, {"k": 200, "temperature": 0.1})
@@ -36,6 +37,7 @@ def knn_scores(
     order). With fewer than k training pictures all of them vote, with a warning.
 
     Raises:
+        UserError: one class only, of which every vote is right.
         ValueError: shapes that do not fit, labels outside [0, n_classes), no training picture, values not finite.
     """
     _check(train_features, train_labels, test_features, n_classes)
@@ -101,6 +103,8 @@ def _check(train_features: Tensor, train_labels: Tensor, test_features: Tensor, 
             f"expected train_features (N, D) with N > 0, train_labels (N,) and test_features (M, D), got "
             f"{tuple(train_features.shape)}, {tuple(train_labels.shape)} and {tuple(test_features.shape)}"
         )
+    if n_classes < 2:
+        raise UserError("kNN tells classes apart, and there is only one: give a data set with two classes or more")
     if train_labels.min() < 0 or train_labels.max() >= n_classes:
         raise ValueError(f"train_labels run from {train_labels.min()} to {train_labels.max()}; n_classes={n_classes}")
     for name, features in (("train_features", train_features), ("test_features", test_features)):

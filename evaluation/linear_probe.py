@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.loading import stratified_split
+from training.errors import UserError
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 MOMENTUM = 0.9
@@ -47,6 +48,7 @@ def linear_probe(
         logits (M, n_classes), and {"lr", "holdout_top1", "holdout_top1_by_lr"}; the last two None without a hold-out.
 
     Raises:
+        UserError: one class only, of which every answer is right.
         ValueError: no class has two training pictures (nothing to hold out), or shapes that do not fit.
     """
     if train_features.shape[1:] != test_features.shape[1:] or train_labels.shape != train_features.shape[:1]:
@@ -54,6 +56,8 @@ def linear_probe(
             f"expected train_features (N, D), train_labels (N,) and test_features (M, D), got "
             f"{tuple(train_features.shape)}, {tuple(train_labels.shape)} and {tuple(test_features.shape)}"
         )
+    if n_classes < 2:
+        raise UserError("a linear probe tells classes apart, and there is only one: give a data set with two or more")
     settings = {"n_classes": n_classes, "epochs": epochs, "batch_size": batch_size, "seed": seed}
     report = {"lr": learning_rates[0], "holdout_top1": None, "holdout_top1_by_lr": None}
     if len(learning_rates) > 1:

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from evaluation.heatmaps import GAP, INK, MARGIN, PAPER, SOFT, TILE, WRONG, font, save
+from evaluation.heatmaps import GAP, INK, MARGIN, PAPER, SOFT, TILE, WRONG, save
+from evaluation.lettering import font, write
 
 ZOOM = 0.25  # side of the patch that is shown enlarged, of the picture's shorter side; a patch sees about as much
 
@@ -32,7 +33,7 @@ def neighbor_sheet(pairs: list[Pair], path: str | os.PathLike, *, title: str) ->
     top, block = 104, TILE + GAP
     paper = Image.new("RGB", (2 * MARGIN + 4 * block + 320, top + len(pairs) * block + MARGIN), PAPER)
     draw = ImageDraw.Draw(paper)
-    draw.text((MARGIN, 18), title, INK, font(24))
+    write(draw, (MARGIN, 18), title, INK, 24, width=paper.width - 2 * MARGIN)
     for column, head in enumerate(heads):
         draw.text((MARGIN + column * block, 74), head, SOFT, font(16))
     for row, pair in enumerate(pairs):
@@ -42,7 +43,8 @@ def neighbor_sheet(pairs: list[Pair], path: str | os.PathLike, *, title: str) ->
             paper.paste(tile, (MARGIN + column * block, y))
         x = MARGIN + 4 * block + 4
         draw.text((x, y + 4), pair.lines[0], INK, font(19))
-        draw.multiline_text((x, y + 34), "\n".join(pair.lines[1:]), INK, font(16), spacing=6)
+        for i, line in enumerate(pair.lines[1:]):
+            write(draw, (x, y + 34 + 22 * i), line, INK, 16, width=paper.width - MARGIN - x)
     save(paper, path)
 
 

@@ -4,6 +4,8 @@ import errno
 import os
 import sys
 
+from training.text import printable
+
 
 class UserError(Exception):
     """Something the user can mend. The message says in one line what is wrong, where, and what to do."""
@@ -15,7 +17,7 @@ def run(main) -> None:
         main(sys.argv[1:])
     except UserError as error:
         rank = f" [rank {os.environ['RANK']}]" if "RANK" in os.environ else ""
-        print(f"error{rank}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error{rank}: {' '.join(printable(str(error)).split())}", file=sys.stderr)
         sys.exit(2)
     except ValueError as error:
         if not str(error).startswith("Expected more than 1 value per channel"):

@@ -18,6 +18,7 @@ from training import distributed
 from training.config import flatten
 from training.errors import UserError
 from training.files import whole_file
+from training.text import printable
 
 
 class Log:
@@ -62,7 +63,7 @@ class Log:
     def say(self, line: str) -> None:
         """A line for the person at the terminal, on stderr: stdout's last line is the results."""
         if self.writer:
-            tqdm.write(line, file=sys.stderr)  # above a progress bar, not into it
+            tqdm.write(printable(line), file=sys.stderr)  # above a progress bar, not into it
 
     def warn(self, step: int, warning: str | None) -> None:
         """Say what is wrong when it was so at three points in a row, for a loss may pass through any value; once until
@@ -74,13 +75,14 @@ class Log:
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
         if self.writer:
-            self.writer.add_text(tag, text, step)
+            self.writer.add_text(tag, printable(text), step)
 
     def results(self, results: dict) -> None:
         """Write results.json and TensorBoard's hparams; print the JSON as the script's last line on stdout."""
         if not self.writer:
             return
         hparams = {k: v for k, v in flatten(self.config).items() if isinstance(v, int | float | str | bool)}
+        hparams = {k: printable(v) if isinstance(v, str) else v for k, v in hparams.items()}
         metrics = {f"final/{k}": v for k, v in results.items() if isinstance(v, int | float)}
         self.writer.add_hparams(hparams, metrics, run_name=".")
         self.writer.close()

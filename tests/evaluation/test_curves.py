@@ -15,12 +15,11 @@ from evaluation.curves import (
     ROW,
     TOP,
     bar_edges,
-    fitted,
     histogram_picture,
     roc_pr_picture,
     ticks,
 )
-from evaluation.heatmaps import MARGIN, font
+from evaluation.heatmaps import MARGIN
 from training.errors import UserError
 
 BOXES = [(MARGIN + LEFT, TOP, PANEL, PANEL), (MARGIN + 2 * LEFT + PANEL + 2 * MARGIN, TOP, PANEL, PANEL)]
@@ -130,15 +129,6 @@ def test_ticks_are_round_and_few(low, high):
     values, texts = zip(*ticks(low, high))
     assert 3 <= len(values) <= 8 and low <= min(values) and max(values) <= high
     assert len(set(texts)) == len(texts) and [float(text) for text in texts] == pytest.approx(values)
-
-
-def test_long_names_keep_both_ends_and_fit():
-    name = "manipulated_front_side_scratch_type_b"
-    short = fitted(name, font(17), 200)
-    assert font(17).getlength(short) <= 200
-    assert short.startswith("manipul") and short.endswith("type_b") and "..." in short
-    assert fitted("Lunker-Größe é", font(17), 900) == "Lunker-Gro?e e"
-    assert fitted("", font(17), 10) == ""
 
 
 def test_fifteen_defects_with_long_names_have_rows_of_their_own():

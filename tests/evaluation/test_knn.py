@@ -13,6 +13,7 @@ from evaluation.features import extract
 from evaluation.knn import KNN_SETTINGS, knn_accuracy, knn_scores
 from models import BACKBONES
 from models.weights import load_weights
+from training.errors import UserError
 
 
 def loop_scores(train, labels, test, k, temperature, n_classes):
@@ -105,7 +106,9 @@ def test_chunk_size_changes_nothing(monkeypatch, at_once):
 
 def test_one_picture_one_class_and_no_test_picture():
     one = torch.tensor([[0.3, -2.0]])
-    assert knn_scores(one, torch.tensor([0]), one, k=1, temperature=0.07, n_classes=1).tolist() == [[1.0]]
+    assert knn_scores(one, torch.tensor([0]), one, k=1, temperature=0.07, n_classes=2).tolist() == [[1.0, 0.0]]
+    with pytest.raises(UserError, match="there is only one"):
+        knn_scores(one, torch.tensor([0]), one, k=1, temperature=0.07, n_classes=1)
     none = knn_scores(one, torch.tensor([0]), torch.empty(0, 2), k=1, temperature=0.07, n_classes=3)
     assert none.shape == (0, 3)
 

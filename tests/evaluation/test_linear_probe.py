@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from data.loading import stratified_split
 from evaluation.linear_probe import LEARNING_RATES, linear_probe, train_and_apply
+from training.errors import UserError
 
 
 def clusters(n, dim=12, n_classes=3, noise=0.1, seed=0):
@@ -144,3 +145,8 @@ def test_mistakes():
     assert logits.shape == (6, 3)
     with pytest.raises(ValueError, match=r"\(6, 12\)"):
         linear_probe(train, labels[:4], train, n_classes=3)
+
+
+def test_one_class_is_an_error():
+    with pytest.raises(UserError, match="there is only one"):
+        linear_probe(torch.randn(8, 3), torch.zeros(8, dtype=torch.int64), torch.randn(2, 3), n_classes=1)

@@ -51,6 +51,19 @@ def test_eval_mistakes(pictures, tmp_path):
         evaluate.main(["task=knn", f"checkpoint={tmp_path}/nothing.pt"])
 
 
+@pytest.mark.parametrize("task", ["knn", "linear"])
+def test_one_class_is_no_test(task, tmp_path):
+    """Every picture would be called that class: top-1 1.0, whatever the backbone."""
+    root = write_mvtec(tmp_path / "set")
+    for data in (
+        ["data.name=folder", f"data.root={root}/part/train"],
+        ["data.name=mvtec", f"data.root={root}", "data.category=part"],
+    ):
+        about = [*data, "data.size=32", f"runs={tmp_path}", "device=cpu", "backbone=resnet18", "backbone.weights=null"]
+        with pytest.raises(UserError, match=f"task={task} tells classes apart, but all training pictures .* of one"):
+            evaluate.main([f"task={task}", *about])
+
+
 def test_compare_runs_on_the_same_pictures(tmp_path, capsys):
     write_mvtec(tmp_path / "mvtec")
     about = [f"data.root={tmp_path}/mvtec", "data.category=part", "data.size=32", f"runs={tmp_path}", "device=cpu"]

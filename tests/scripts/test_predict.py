@@ -215,6 +215,18 @@ def test_results_among_the_pictures_are_no_pictures_the_next_time(patchcore, nor
         assert results["pictures"] == 1 and [row["path"] for row in rows] == ["a.png"]
 
 
+def test_what_an_earlier_run_drew_is_not_examined(patchcore, normals, tmp_path, capsys):
+    Image.open(normals[0]).save(tmp_path / "a.png")
+    run(capsys, patchcore, tmp_path, f"out={tmp_path}/monday")
+    (tmp_path / "runs/one").mkdir(parents=True)
+    for name in ("config.yaml", "metrics.jsonl"):
+        (tmp_path / "runs/one" / name).touch()
+    Image.open(normals[0]).save(tmp_path / "runs/one/heatmaps.png")
+    results, rows, err = run(capsys, patchcore, tmp_path, f"out={tmp_path}/tuesday")
+    assert results["pictures"] == 1 and [row["path"] for row in rows] == ["a.png"]
+    assert "left out 1 file of other kinds (1 .csv" in err and "2 folders of runs and heat maps" in err
+
+
 def test_nothing_to_examine(patchcore, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()

@@ -79,6 +79,30 @@ def test_a_run_leaves_everything_behind(name, pictures, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results
 
 
+def test_masks_of_some_defects(pictures, tmp_path, capsys):
+    """Without masks: the same image metrics; pixel metrics are those of the set without these pictures."""
+    for name in ("set", "fewer"):
+        shutil.copytree(pictures, tmp_path / name)
+        shutil.copytree(tmp_path / name / "part/test/spot", tmp_path / name / "part/test/unmarked")
+        (tmp_path / name / "part/ground_truth/spot/003_mask.png").unlink()
+    (tmp_path / "fewer/part/test/spot/003.png").unlink()
+    shutil.rmtree(tmp_path / "fewer/part/test/unmarked")
+    with pytest.raises(UserError, match=r"spot/003\.png has no mask .*data\.masks=some"):
+        train_anomaly.main(words("patchcore", tmp_path / "set", tmp_path / "all"))
+    found = {}
+    for name in ("set", "fewer"):
+        train_anomaly.main(words("patchcore", tmp_path / name, tmp_path / f"runs_{name}", "data.masks=some"))
+        out, err = capsys.readouterr()
+        found[name] = json.loads(out.splitlines()[-1])
+        assert ("warning: 5 (" in err and "of 8 defective images have no mask" in err) == (name == "set")
+        rows = {line.split()[1]: line.split("|")[4:8] for line in err.splitlines() if line.startswith("| ")}
+        assert name == "fewer" or {cell.strip() for cell in rows["unmarked"]} == {"-"}
+    for key in ("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro", "aupro_005", "aupro_001"):
+        assert found["set"][key] == found["fewer"][key]
+        assert found["set"]["per_defect"]["unmarked"][key] is None
+    assert found["set"]["n_test_anomalous"] == 8 and found["set"]["per_defect"]["unmarked"]["image_auroc"] is not None
+
+
 @pytest.mark.parametrize("name", WITH_PROCESSES)
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(name, pictures, tmp_path):
     first = script(["train_anomaly.py", *words(name, pictures, tmp_path / "a")])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -73,6 +74,20 @@ def test_a_checkpoint_ends_a_mean_of_the_curves_and_best_needs_a_figure(pictures
     assert [m["step"] for m in metrics if "loss" in m] == [3, 5, 6, 9, 10, 12]
     with pytest.raises(UserError, match=r"save\.best keeps the best kNN figure"):
         train_ssl.main(words("simclr", pictures, tmp_path, "save.best=true", "holdout=0", "run_name=other"))
+
+
+def test_what_is_left_out_is_said_and_a_flat_folder_is_learned_whole(pictures, tmp_path, capsys):
+    few = ("epochs=1", "augment.size=24")
+    flat, one = tmp_path / "flat", tmp_path / "undivided"
+    flat.mkdir()
+    for i, path in enumerate(sorted((pictures / "train").rglob("*.png"))[:20]):
+        shutil.copy(path, flat / f"{i}.png")
+    train_ssl.main(words("simclr", flat, tmp_path, *few, "run_name=flat"))
+    assert "\ndata: all 20 pictures are learned from\n" in capsys.readouterr().err
+    shutil.copytree(pictures / "train", one)
+    train_ssl.main(words("simclr", one, tmp_path, *few, "run_name=one"))
+    line = "data: 27 of 36 pictures are learned from, 6 kept for testing (data.test_fraction=0.2), 3 held out (holdout"
+    assert line in capsys.readouterr().err
 
 
 def kill_after(words, metrics, step):
