@@ -138,7 +138,7 @@ def measure(raw: dict) -> None:
     train_set, test_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "test")
     if len(train_set.labels.unique()) < 2:
         raise errors.UserError(
-            f"task={cfg.task.name} tells classes apart, but all training pictures of {cfg.data.options['root']} are of "
+            f"task={cfg.task.name} tells classes apart, but all training images of {cfg.data.options['root']} are of "
             "one: data.root needs a folder for each class, two at least"
         )
     log.say(f"{name}: {cfg.backbone.name} ({report}), {len(train_set)} training and {len(test_set)} test pictures")

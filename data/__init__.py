@@ -76,15 +76,15 @@ def build_dataset(config: DataConfig, split: str):
 
 
 def what_is_used(dataset, learned: int, others: dict[str, int]) -> str:
-    """One line on how many of a data set's pictures are learned from, and why each of the rest is not.
+    """One line on how many of a data set's images are learned from, and why each of the rest is not.
 
-    `others`: reasons that the data set does not know, such as a hold-out, with the number of pictures.
+    `others`: reasons that the data set does not know, such as a hold-out, with the number of images.
     """
     reasons = {why: count for why, count in {**dataset.left_out, **others}.items() if count}
     rest = ", ".join(f"{count} {why}" for why, count in reasons.items())
     if not rest:
-        return f"data: all {learned} pictures are learned from"
-    return f"data: {learned} of {learned + sum(reasons.values())} pictures are learned from, {rest}"
+        return f"data: all {learned} images are learned from"
+    return f"data: {learned} of {learned + sum(reasons.values())} images are learned from, {rest}"
 
 
 def build_augment(config: AugmentConfig, seed: int, sizes: Tensor) -> Augment | PatchGrid:

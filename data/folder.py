@@ -30,7 +30,7 @@ class ClassFolder:
     - pictures directly in `<root>` (or `<root>/train`): one class, "unlabelled", enough for pretraining on all of them.
 
     Classes are numbered in the order of their sorted names; pictures may lie at any depth below a class folder.
-    `left_out` says how many pictures of the folder are not in the set, by the reason.
+    `left_out` says how many images of the folder are not in the set, by the reason.
 
     Args:
         size: how pictures become H x W; a number S squashes them to S x S.
@@ -79,7 +79,7 @@ class ClassFolder:
             self.keep({"train": train, "test": test}[split].tolist(), f"kept for {other} (data.test_fraction={share})")
             if not self.paths:
                 raise UserError(
-                    f"{root} with data.test_fraction={share} has no test picture: raise it, or add pictures or classes"
+                    f"{root} with data.test_fraction={share} has no test image: raise it, or add images or classes"
                 )
         self.keep(readable(self.__getitem__, self.paths, on_error), "not readable")
 
@@ -138,5 +138,5 @@ def _pictures_by_class(folder: Path) -> dict[str, list[str]]:
         )
     for link, entered in listing.repeated.items():
         if os.path.dirname(link) == str(folder) and entered in below:
-            raise UserError(f"class folder {link} is a link to {entered}, whose pictures are in already: remove it")
+            raise UserError(f"class folder {link} is a link to {entered}, whose images are in already: remove it")
     return {name: by_class[name] for name in sorted(by_class)}

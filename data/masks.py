@@ -62,7 +62,7 @@ def check_sizes(pairs: list[tuple[str, str]]) -> None:
     for (image, mask), (height, width), (mask_height, mask_width) in zip(pairs, sizes, mask_sizes):
         if (height, width) != (mask_height, mask_width):
             raise UserError(
-                f"mask {mask} is {mask_height} x {mask_width} (height x width), but its picture {image} is "
+                f"mask {mask} is {mask_height} x {mask_width} (height x width), but its image {image} is "
                 f"{height} x {width}: make them equal"
             )
 

@@ -30,18 +30,18 @@ class MVTec:
 
     `defects` says for each picture "good" or its defect's folder; `classes` are ["normal", "anomalous"]. `mask_known`
     (N,) bool: whether it is known which pixels are defective, as it is of all good pictures where there are masks.
-    `left_out` says how many pictures of the folder are not in the set, by the reason.
+    `left_out` says how many images of the folder are not in the set, by the reason.
 
     Args:
         size: how pictures (bilinear) and masks (nearest) become H x W; a number S squashes them to S x S.
         category: folder below `root`, for example bottle.
-        masks: `all` defective test pictures must have one where there is a folder `ground_truth`; `some`: those without
+        masks: `all` defective test images must have one where there is a folder `ground_truth`; `some`: those without
             are left out of the pixel metrics, and only there.
         on_error: `fail` names a broken picture when it is decoded; `skip` looks for them now and leaves them out.
 
     Raises:
-        UserError: a missing or unreadable folder, good pictures under another name, a defective picture with two masks
-            or (masks=all) none, a mask of another size than its picture, training pictures linked into the test.
+        UserError: a missing or unreadable folder, good images under another name, a defective image with two masks
+            or (masks=all) none, a mask of another size than its image, training images linked into the test.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class MVTec:
                     raise UserError(f"{path} lies in no folder good or <defect>, so it has no label: {LAYOUT}")
             self.defects = [defect for defect, _, _ in places]
             if "good" not in self.defects and (renamed := _renamed_good(folder)):
-                raise UserError(f"{folder} has no folder good{renamed}, or its pictures count as defects")
+                raise UserError(f"{folder} has no folder good{renamed}, or its images count as defects")
             refuse_shared_folders(find_images(top / "train" / "good"), self.paths)
         self.classes = ["normal", "anomalous"]
         self.labels = torch.tensor([int(defect != "good") for defect in self.defects])
@@ -124,7 +124,7 @@ class MVTec:
 
 
 def _renamed_good(folder: Path) -> str:
-    """What to do about a folder of good pictures in `folder` that is not called so; empty if there is none."""
+    """What to do about a folder of good images in `folder` that is not called so; empty if there is none."""
     for name in sorted(os.listdir(folder)) if is_folder(folder) else []:
         if name != "good" and name.lower().replace("-", "_").replace(" ", "_") in GOOD:
             return f", but {folder / name}: rename it to good"

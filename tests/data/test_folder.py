@@ -80,7 +80,7 @@ def test_a_flat_folder_is_one_class_and_trains_on_all_of_it(tmp_path):
     (tmp_path / "notes").mkdir()
     train = ClassFolder("train", 4, root=str(tmp_path))
     assert train.classes == ["unlabelled"] and train.labels.tolist() == [0] * 5 and train.left_out == {}
-    with pytest.raises(UserError, match=r"data\.test_fraction=0\.0 has no test picture"):
+    with pytest.raises(UserError, match=r"data\.test_fraction=0\.0 has no test image"):
         ClassFolder("test", 4, root=str(tmp_path))
     given = {"root": str(tmp_path), "test_fraction": 0.2}  # said, so it counts
     train, test = ClassFolder("train", 4, **given), ClassFolder("test", 4, **given)
@@ -100,7 +100,7 @@ def test_a_link_to_the_root_makes_no_second_pictures(undivided):
 
 def test_one_folder_as_two_classes_or_in_training_and_test(undivided):
     os.symlink("a", undivided / "aa")
-    with pytest.raises(UserError, match=r"class folder .*/aa is a link to .*/a, whose pictures are in already: remove"):
+    with pytest.raises(UserError, match=r"class folder .*/aa is a link to .*/a, whose images are in already: remove"):
         ClassFolder("train", 4, root=str(undivided))
     (undivided / "aa").unlink()
     write(undivided / "set/train/a/0.png")

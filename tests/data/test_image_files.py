@@ -96,9 +96,16 @@ def test_the_first_folder_may_be_a_link_and_links_to_files_count(tmp_path):
     os.symlink("../../pool/2.png", tmp_path / "val/a/2.png")
     os.symlink("../../pool/2.png", tmp_path / "val/a/again.png")  # a file may be in twice: that is how splits are made
     os.symlink("nowhere.png", tmp_path / "val/a/broken.png")  # decoding names it
-    os.symlink("../..", tmp_path / "val/a/up")  # above by the path's name, not by the real one's parents
     expected = ["1.png", "2.png", "again.png", "broken.png"]
     assert names(find_images(tmp_path / "test"), tmp_path) == [f"test/a/{name}" for name in expected]
+
+
+def test_folders_above_are_those_of_the_path_and_of_what_it_links_to(tmp_path):
+    touch(tmp_path / "pool/deep/val/a/1.png", tmp_path / "pool/other.png", tmp_path / "set/train/a/2.png")
+    os.symlink("../pool/deep/val", tmp_path / "set/test")
+    os.symlink(tmp_path / "pool", tmp_path / "pool/deep/val/a/up")
+    os.symlink(tmp_path / "set", tmp_path / "pool/deep/val/a/set")
+    assert names(find_images(tmp_path / "set/test"), tmp_path) == ["set/test/a/1.png"]
 
 
 def test_what_is_left_out_is_said_in_one_line(tmp_path, capsys):

@@ -174,7 +174,7 @@ def test_no_ground_truth_folder(root):
 
 def test_mask_of_another_size(root):
     write(root / "bolt/ground_truth/dent/7_mask.png", mask_at(2, 2, size=(8, 6)))
-    with pytest.raises(UserError, match=r"7_mask\.png is 8 x 6 .* picture .*7\.JPG is 6 x 8"):
+    with pytest.raises(UserError, match=r"7_mask\.png is 8 x 6 .* image .*7\.JPG is 6 x 8"):
         MVTec("test", 8, root=str(root), category="bolt")
 
 

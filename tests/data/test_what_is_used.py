@@ -14,38 +14,38 @@ MVTEC = {"part/train/good": 7, "part/test/good": 1, "part/test/dent": 1}
 @pytest.mark.parametrize(
     ("folders", "data", "others", "expected"),
     [
-        ({".": 5}, {"name": "folder"}, {}, "all 5 pictures are learned from"),
+        ({".": 5}, {"name": "folder"}, {}, "all 5 images are learned from"),
         (
             {"a": 10, "b": 5},
             {"name": "folder"},
             {"held out (holdout=0.1)": 2, "not in overfit": 0},
-            "10 of 15 pictures are learned from, 3 kept for testing (data.test_fraction=0.2), 2 held out (holdout=0.1)",
+            "10 of 15 images are learned from, 3 kept for testing (data.test_fraction=0.2), 2 held out (holdout=0.1)",
         ),
         (
             {".": 5},
             {"name": "folder", "test_fraction": 0.4},
             {},
-            "3 of 5 pictures are learned from, 2 kept for testing (data.test_fraction=0.4)",
+            "3 of 5 images are learned from, 2 kept for testing (data.test_fraction=0.4)",
         ),
-        (DIVIDED, {"name": "folder"}, {}, "all 10 pictures are learned from"),
+        (DIVIDED, {"name": "folder"}, {}, "all 10 images are learned from"),
         (
             DIVIDED,
             {"name": "one_against_all", "normal": "b"},
             {},
-            "4 of 10 pictures are learned from, 6 of other classes",
+            "4 of 10 images are learned from, 6 of other classes",
         ),
         (
             DIVIDED,
             {"name": "cifar10", "per_class": 3},
             {},
-            "6 of 10 pictures are learned from, 4 beyond data.per_class=3",
+            "6 of 10 images are learned from, 4 beyond data.per_class=3",
         ),
-        (MVTEC, {"name": "mvtec", "category": "part"}, {}, "all 7 pictures are learned from"),
+        (MVTEC, {"name": "mvtec", "category": "part"}, {}, "all 7 images are learned from"),
         (
             MVTEC,
             {"name": "few_shot", "category": "part", "shots": 2},
             {},
-            "2 of 7 pictures are learned from, 5 beyond data.shots=2",
+            "2 of 7 images are learned from, 5 beyond data.shots=2",
         ),
     ],
 )
@@ -65,4 +65,4 @@ def test_broken_pictures_are_counted(tmp_path):
     (tmp_path / "4.png").write_bytes(b"")
     section = {"name": "folder", "root": str(tmp_path), "size": 8, "on_error": "skip"}
     dataset = build_dataset(config.build(DataConfig, section), "train")
-    assert what_is_used(dataset, 4, {}) == "data: 4 of 5 pictures are learned from, 1 not readable"
+    assert what_is_used(dataset, 4, {}) == "data: 4 of 5 images are learned from, 1 not readable"

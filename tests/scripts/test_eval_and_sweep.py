@@ -60,7 +60,7 @@ def test_one_class_is_no_test(task, tmp_path):
         ["data.name=mvtec", f"data.root={root}", "data.category=part"],
     ):
         about = [*data, "data.size=32", f"runs={tmp_path}", "device=cpu", "backbone=resnet18", "backbone.weights=null"]
-        with pytest.raises(UserError, match=f"task={task} tells classes apart, but all training pictures .* of one"):
+        with pytest.raises(UserError, match=f"task={task} tells classes apart, but all training images .* of one"):
             evaluate.main([f"task={task}", *about])
 
 

@@ -83,10 +83,10 @@ def test_what_is_left_out_is_said_and_a_flat_folder_is_learned_whole(pictures, t
     for i, path in enumerate(sorted((pictures / "train").rglob("*.png"))[:20]):
         shutil.copy(path, flat / f"{i}.png")
     train_ssl.main(words("simclr", flat, tmp_path, *few, "run_name=flat"))
-    assert "\ndata: all 20 pictures are learned from\n" in capsys.readouterr().err
+    assert "\ndata: all 20 images are learned from\n" in capsys.readouterr().err
     shutil.copytree(pictures / "train", one)
     train_ssl.main(words("simclr", one, tmp_path, *few, "run_name=one"))
-    line = "data: 27 of 36 pictures are learned from, 6 kept for testing (data.test_fraction=0.2), 3 held out (holdout"
+    line = "data: 27 of 36 images are learned from, 6 kept for testing (data.test_fraction=0.2), 3 held out (holdout"
     assert line in capsys.readouterr().err
 
 
