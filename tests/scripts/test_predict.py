@@ -47,16 +47,15 @@ def write_run(folder: Path, normals: list[str], name: str, *, scale=True, backbo
     images = normalize(torch.stack([decode(path, geometry) for path in normals]))
     if hasattr(detector, "fit"):
         detector.fit([Batch(images, None, torch.arange(len(images)))], len(images))
-    found, calibration = detector.examine(images), dict(CALIBRATION)
+    found, values = detector.examine(images), dict(CALIBRATION)
     if scale:
-        calibration["threshold"] = float(found.scores.median())
+        values["threshold"] = float(found.scores.median())
     if scale and found.maps is not None:
         low, middle, high = (float(found.maps.quantile(q)) for q in (0.2, 0.7, 0.99))
-        calibration |= {"low": low, "high": high, "pixel_threshold": middle}
+        values |= {"low": low, "high": high, "pixel_threshold": middle}
     folder.mkdir(parents=True)
     names = [f"part/train/good/{i:03d}.png" for i in range(len(images))]
-    about = {"step": 1, "config": resolved, "names": names, "calibration": calibration}
-    checkpoint.save(folder / "last.pt", {"model": detector}, **about)
+    checkpoint.save(folder / "last.pt", {"model": detector}, step=1, config=resolved, names=names, calibration=values)
     return folder
 
 
@@ -213,18 +212,6 @@ def test_results_among_the_pictures_are_no_pictures_the_next_time(patchcore, nor
     for _ in range(2):
         results, rows, _ = run(capsys, patchcore, tmp_path, f"out={tmp_path}")
         assert results["pictures"] == 1 and [row["path"] for row in rows] == ["a.png"]
-
-
-def test_what_an_earlier_run_drew_is_not_examined(patchcore, normals, tmp_path, capsys):
-    Image.open(normals[0]).save(tmp_path / "a.png")
-    run(capsys, patchcore, tmp_path, f"out={tmp_path}/monday")
-    (tmp_path / "runs/one").mkdir(parents=True)
-    for name in ("config.yaml", "metrics.jsonl"):
-        (tmp_path / "runs/one" / name).touch()
-    Image.open(normals[0]).save(tmp_path / "runs/one/heatmaps.png")
-    results, rows, err = run(capsys, patchcore, tmp_path, f"out={tmp_path}/tuesday")
-    assert results["pictures"] == 1 and [row["path"] for row in rows] == ["a.png"]
-    assert "left out 1 file of other kinds (1 .csv" in err and "2 folders of runs and heat maps" in err
 
 
 def test_nothing_to_examine(patchcore, tmp_path, capsys):

@@ -34,6 +34,12 @@ def test_scores_alarms_and_neighbors_are_those_of_the_run(tmp_path, capsys):
         assert now["nearest_training_picture"].startswith("part/train/good/")
     assert results["anomalous"] == sum(row["is_anomalous"] == "1" for row in tables[0])
 
+    # beside the set lie the run and what predict.py drew: neither is examined
+    predict.main([str(tmp_path / "run"), str(tmp_path), f"out={tmp_path / 'tuesday'}", "batch_size=3", "device=cpu"])
+    out, err = capsys.readouterr()
+    assert json.loads(out.splitlines()[-1])["pictures"] == 12 + 8 + 4  # training and test images, and the masks
+    assert "left out 1 file of other kinds (1 .csv" in err and "2 folders of runs and heat maps" in err
+
 
 def test_a_detector_of_positions_refuses_pictures_that_would_be_padded(tmp_path):
     root = write_mvtec(tmp_path / "set")
