@@ -12,16 +12,7 @@ from training.config import flatten
 from training.errors import UserError
 
 SECTIONS = ("backbone", "detector", "data", "precision")  # of the config: must be what the old run had,
-FREE = (  # but for where things are, how much memory they may take, and what is scored
-    "backbone.weights",
-    "backbone.part",
-    "data.root",
-    "data.on_error",
-    "data.cache",
-    "data.workers",
-    "detector.memory_limit",
-    "detector.image_score",
-)
+FREE = ("backbone.weights", "backbone.part", "detector.image_score")  # but for where weights are and what is scored
 
 
 def names_of(dataset, root: str) -> list[str]:
@@ -48,12 +39,12 @@ def load_memory(path: str, resolved: dict, detector: nn.Module) -> dict:
     old = checkpoint.load(path)
     if "calibration" not in old:
         raise UserError(f"update={path} is not the last.pt of a finished run of train_anomaly.py")
-    sections = [flatten({s: c[s] for s in SECTIONS}) for c in (old["config"], resolved)]
-    for key in sorted({*sections[0], *sections[1]} - {*FREE}):
-        if sections[0].get(key) != sections[1].get(key):
+    before, now = ({section: c[section] for section in SECTIONS} for c in (old["config"], resolved))
+    for key in checkpoint.config_changes(before, now):
+        if key not in FREE:
             raise UserError(
-                f"update={path} was fitted with {key}={sections[0].get(key)}, this config says "
-                f"{sections[1].get(key)}: make them equal, or fit anew without update"
+                f"update={path} was fitted with {key}={flatten(before).get(key)}, this config says "
+                f"{flatten(now).get(key)}: make them equal, or fit anew without update"
             )
     for name, tensor in detector.backbone.state_dict().items():
         if not torch.equal(tensor.cpu(), old["model"][f"backbone.{name}"]):

@@ -16,7 +16,20 @@ from training.config import flatten
 from training.errors import UserError
 
 LAST = "last.pt"
-ABOUT_PROGRESS = ("resume",)  # keys that may differ between a checkpoint's config and this run's
+CHANGES_NOTHING = (  # keys that cannot change weights or metrics, so they may differ when a run is resumed: where
+    "runs",  # things are,
+    "run_name",
+    "data.root",  # as long as the images' names below it are the same, which the scripts check,
+    "data.on_error",  # likewise: an image that is left out is a name less;
+    "data.cache",  # how much memory they take,
+    "data.workers",
+    "detector.memory_limit",
+    "log_every",  # where the curves have points (the last point's mean is the loss in results.json),
+    "save_every",
+    "save.every",
+    "save.keep_last",
+    "resume",
+)  # and `device` between auto and what it is here, or another GPU
 
 
 def save(path: str | Path, parts: dict, **about) -> None:
@@ -75,19 +88,31 @@ def load(path: str | Path) -> dict:
     return state
 
 
+def config_changes(old: dict, new: dict) -> list[str]:
+    """The dotted keys, sorted, in which two resolved configs differ and that may change the result."""
+
+    def settings(config: dict) -> dict:
+        flat = {key: value for key, value in flatten(config).items() if key not in CHANGES_NOTHING}
+        if flat.get("device") == "auto":
+            flat["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+        return flat | ({"device": flat["device"].partition(":")[0]} if "device" in flat else {})
+
+    old, new = settings(old), settings(new)
+    return sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+
+
 def open_run(folder: str | Path, config: dict, *, resume: str = "auto") -> dict | None:
     """Make the run folder and write config.yaml; returns the state to go on from, or None for a fresh start.
 
-    resume `auto`: a folder with a checkpoint of the same config goes on; of another config is an error that names the
-    keys. resume `never`: a run that is there is removed first. Call it when everything else of the config has proved
-    right, for it may delete.
+    resume `auto`: a folder with a checkpoint of the same config goes on; one that `config_changes` tells apart is an
+    error that names the keys. resume `never`: a run that is there is removed first. Call it when everything else of
+    the config has proved right, for it may delete.
     """
     folder, state = Path(folder), None
     if resume == "auto" and (folder / LAST).exists():
         state = load(folder / LAST)
-        old, new = flatten(state["config"]), flatten(config)
-        keys = [k for k in sorted({*old, *new}) if k not in ABOUT_PROGRESS and old.get(k) != new.get(k)]
-        if keys:
+        if keys := config_changes(state["config"], config):
+            old, new = flatten(state["config"]), flatten(config)
             changes = ", ".join(f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys[:4])
             raise UserError(
                 f"{folder} holds a run with another config ({changes}{', ...' if len(keys) > 4 else ''}); "

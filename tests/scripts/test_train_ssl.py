@@ -14,7 +14,9 @@ import train_ssl
 from models import BACKBONES
 from models.weights import load_weights
 from tests.pictures import TOP, command, script, write_classes
+from training import checkpoint
 from training.errors import UserError
+from training.log import Window
 
 TINY = {  # four at 33 pixels: at 24 MobileNetV2 ends in single pixels, whose batch norms made gradients of 1e5 to inf
     "simclr": ["configs/simclr_demo.yaml", "augment.size=24", "method.out=8"],
@@ -102,6 +104,39 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(name, pictures, tmp
         assert torch.equal(value, resumed["model"][key]), key
     assert str(whole["optimizer"]) == str(resumed["optimizer"])
     assert losses(tmp_path / "a" / "run") == losses(tmp_path / "b" / "run")
+
+
+def test_what_cannot_change_the_result_may_change_on_resume(pictures, tmp_path, monkeypatch):
+    train_ssl.main(words("simclr", pictures, tmp_path / "a"))
+    with monkeypatch.context() as patch:
+        interrupt_at(5, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train_ssl.main(words("simclr", pictures, tmp_path / "b"))
+    (tmp_path / "link").symlink_to(pictures)
+    (tmp_path / "b").rename(tmp_path / "moved")
+    own = ["data.cache=none", "data.workers=1", "log_every=2", "save.every=5", "save.keep_last=1"]
+    own += [] if torch.cuda.is_available() else ["device=auto"]
+    train_ssl.main(words("simclr", tmp_path / "link", tmp_path / "moved", *own))
+    whole, resumed = (checkpoint.load(tmp_path / x / "run" / "last.pt") for x in ("a", "moved"))
+    assert whole["model"].keys() == resumed["model"].keys() and str(whole["optimizer"]) == str(resumed["optimizer"])
+    for key, value in whole["model"].items():
+        assert torch.equal(value, resumed["model"][key]), key
+    assert sorted(losses(tmp_path / "moved" / "run")) == [1, 2, 3, 4, 5, 6, 8, 10, 12]  # 1 to 3 were before the kill
+    for change in ("optim.lr=1", "save.best=true", "data.size=40", "eval_every=1"):
+        with pytest.raises(UserError, match=change.partition("=")[0]):
+            train_ssl.main(words("simclr", pictures, tmp_path / "moved", change))
+
+
+def interrupt_at(step, patch):
+    """Ctrl-C in the given step of train_ssl.py or train_anomaly.py."""
+    add, losses = Window.add, iter(range(1, step))
+
+    def interrupted(window, loss):
+        if next(losses, None) is None:
+            raise KeyboardInterrupt
+        add(window, loss)
+
+    patch.setattr(Window, "add", interrupted)
 
 
 def losses(folder):

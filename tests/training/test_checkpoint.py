@@ -82,6 +82,19 @@ def test_open_run(tmp_path):
     assert os.listdir(folder) == ["config.yaml"]
 
 
+@pytest.mark.parametrize("cuda", [False, True])
+def test_what_may_change_the_result(cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    here, elsewhere = ("cuda:1", "cpu") if cuda else ("cpu", "cuda")
+    old = {"data": {"root": "a", "size": [64], "cache": "auto"}, "device": "auto", "log_every": 1, "sam": None, "b": 0}
+    free = {"data": {"root": "/b", "size": [64], "cache": "none", "workers": 0}, "device": here, "log_every": 5, "b": 0}
+    assert checkpoint.config_changes(old, free | {"save": {"every": 7}, "runs": "x", "resume": "never"}) == []
+    assert checkpoint.config_changes(old, free | {"device": elsewhere}) == ["device"]
+    changed = free | {"data": {"root": "a", "size": [32]}, "sam": {"rho": 0.1}, "a": 0, "save": {"best": True}}
+    assert checkpoint.config_changes(old, changed) == ["a", "data.size", "sam.rho", "save.best"]
+    assert checkpoint.config_changes({}, {"runs": "a"}) == checkpoint.config_changes({}, {}) == []
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write run folder"):
