@@ -1,7 +1,5 @@
 """Change the training pictures of a fitted detector: learn what was added, forget what is gone, leave the rest."""
 
-import os
-
 import torch
 from torch import nn
 
@@ -13,21 +11,6 @@ from training.errors import UserError
 
 SECTIONS = ("backbone", "detector", "data", "precision")  # of the config: must be what the old run had,
 FREE = ("backbone.weights", "backbone.part", "detector.image_score")  # but for where weights are and what is scored
-
-
-def names_of(dataset, root: str) -> list[str]:
-    """The pictures' paths below `root`: what a picture is known by in later runs."""
-    return [os.path.relpath(path, root) for path in dataset.paths]
-
-
-def same_pictures(state: dict, about: dict, folder: str) -> None:
-    """UserError when a run that goes on was begun with other training pictures: its numbers would mean others now."""
-    if state["names"] != about["names"] or state["learned"] != about["learned"]:
-        changed = sorted({*state["names"]} ^ {*about["names"]})
-        raise UserError(
-            f"the training pictures of {folder} changed since it began ({', '.join(changed[:3]) or 'their order'}): "
-            "choose another run_name (with update= where the detector can), or resume=never to start afresh"
-        )
 
 
 def load_memory(path: str, resolved: dict, detector: nn.Module) -> dict:

@@ -4,6 +4,13 @@ import errno
 import os
 import sys
 
+ADVICE = {  # for what can only happen while writing
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
+}
+
 
 class UserError(Exception):
     """Something the user can mend. The message says in one line what is wrong, where, and what to do."""
@@ -28,9 +35,10 @@ def run(main) -> None:
         print("error: the GPU's memory is full: lower batch_size or data.size, or set precision=bf16", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.errno not in ADVICE:
             raise
-        print(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}; make room", file=sys.stderr)
+        what = f"{error.filename or 'a file'} cannot be written: {error.strerror}"
+        print(f"error: {what}; {ADVICE[error.errno]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; where there is a checkpoint, the same command goes on from it", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -127,16 +128,47 @@ def test_what_cannot_change_the_result_may_change_on_resume(pictures, tmp_path, 
             train_ssl.main(words("simclr", pictures, tmp_path / "moved", change))
 
 
+def test_a_run_does_not_resume_with_other_images(pictures, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "pictures"
+    shutil.copytree(pictures, copy)
+    with monkeypatch.context() as patch:
+        interrupt_at(5, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train_ssl.main(words("simclr", copy, tmp_path))
+    state = checkpoint.load(tmp_path / "run" / "last.pt")
+    expected = sorted(str(path.relative_to(copy)) for path in (copy / "train").rglob("*.png"))
+    assert state["names"] == expected and len(state["learned"]) == 33 and set(state["learned"]) < set(range(36))
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+
+    def refused(text):
+        with pytest.raises(UserError, match=text):
+            train_ssl.main(words("simclr", copy, tmp_path))
+        assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+    class0 = copy / "train" / "class0"
+    shutil.copy(class0 / "000.png", class0 / "0000.png")
+    refused(r"changed since it began \(1 added: train/class0/0000\.png\): choose another run_name, or resume=never")
+    (class0 / "000.png").unlink()
+    refused(r"\(1 added: train/class0/0000\.png; 1 removed: train/class0/000\.png\)")
+    (class0 / "0000.png").rename(class0 / "000.png")
+    train_ssl.main(words("simclr", copy, tmp_path))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 12
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    (class0 / "000.png").unlink()  # of a run that is done
+    refused(r"changed since its results \(1 removed: train/class0/000\.png\)")
+    train_ssl.main(words("simclr", copy, tmp_path, "resume=never"))
+
+
 def interrupt_at(step, patch):
     """Ctrl-C in the given step of train_ssl.py or train_anomaly.py."""
-    add, losses = Window.add, iter(range(1, step))
+    read, batches = Window.next, iter(range(1, step))
 
-    def interrupted(window, loss):
-        if next(losses, None) is None:
+    def interrupted(window, loader):
+        if next(batches, None) is None:
             raise KeyboardInterrupt
-        add(window, loss)
+        return read(window, loader)
 
-    patch.setattr(Window, "add", interrupted)
+    patch.setattr(Window, "next", interrupted)
 
 
 def losses(folder):

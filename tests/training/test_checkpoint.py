@@ -2,12 +2,14 @@
 
 import os
 import pickle
+import subprocess
 
 import pytest
 import torch
 import yaml
 from torch import nn
 
+from tests.pictures import TOP, command
 from training import checkpoint
 from training.errors import UserError
 
@@ -33,10 +35,59 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match=r"No space left on device.*the previous one is untouched"):
+    with pytest.raises(UserError, match=r"No space left on device.*nothing under that name was changed"):
         checkpoint.save(tmp_path / "last.pt", {}, step=2, config={})
     assert os.listdir(tmp_path) == ["last.pt"]
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 1
+
+
+def test_a_checkpoint_above_the_limit_of_a_file_keeps_the_old_one(tmp_path):
+    code = """
+import resource, sys, torch
+from training import checkpoint, errors
+def main(argv):
+    for step, size in ((1, 10), (2, 100_000)):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+        checkpoint.save(argv[0], {"model": torch.nn.Linear(size, 1)}, step=step, config={})
+errors.run(main)
+"""
+    words = command(["-c", code, str(tmp_path / "last.pt")])
+    done = subprocess.run(words, cwd=TOP, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert f"error: cannot write {tmp_path}/last.pt: " in done.stderr
+    assert os.listdir(tmp_path) == ["last.pt"] and checkpoint.load(tmp_path / "last.pt")["step"] == 1
+
+
+def test_images_of_a_run_that_resumes(tmp_path):
+    folder, images = tmp_path / "run", {"names": list("abcde"), "learned": [0, 2], "tested": ["t"]}
+
+    def resume(**changes):
+        return checkpoint.open_run(folder, {}, images=images | changes)
+
+    def error(**changes):
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(UserError) as caught:
+            resume(**changes)
+        assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+        return str(caught.value)
+
+    assert resume() is None
+    checkpoint.save(folder / "last.pt", {}, step=7, config={}, **images)
+    assert resume()["step"] == 7
+    assert "2 added: f, g; 5 removed: a, b, c, ...)" in error(names=list("fg"))
+    assert "training images" in error(names=list("abcdea")) and "(their order)" in error(names=list("edcba"))
+    assert "held out" in error(learned=[0, 3])
+    assert resume(tested=["t", "u"])["step"] == 7  # it has tested none yet
+    (folder / "results.json").write_text("{}")
+    assert resume()["step"] == 7
+    said = error(tested=["t", "u"])
+    assert f"the test images of {folder} changed since its results (1 added: u): choose another run_name" in said
+    assert "update=" not in said and "resume=never" in said
+    assert "update=" not in error(names=["a"])
+    checkpoint.save(folder / "last.pt", {}, step=7, config={}, calibration={}, **images)
+    assert f"update={folder}/last.pt" in error(names=["a"])
+    checkpoint.save(folder / "last.pt", {}, step=7, config={})  # of a version that stored no names
+    assert resume(names=["a"])["step"] == 7
 
 
 class Malicious:
