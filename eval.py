@@ -149,7 +149,7 @@ def measure(raw: dict) -> None:
     if distributed.is_main():
         matrix = confusion_matrix(scores.argmax(1), test[1], len(train_set.classes))
         picture = confusion_picture(matrix, train_set.classes)
-        picture.save(folder / "confusion.png")
+        save(picture, folder / "confusion.png")
         log.picture("confusion", pil_to_tensor(picture))
     log.results(results | {"seconds": time.perf_counter() - began, "version": checkpoint.code_version()})
     distributed.cleanup()

@@ -140,7 +140,7 @@ def open_run(
     is removed first. Call it when everything else of the config has proved right, for it may delete.
     """
     folder, state = Path(folder), None
-    if resume == "auto" and (folder / LAST).exists():
+    if resume == "auto" and os.path.exists(folder / LAST):  # of a name that is too long it says no
         state = load(folder / LAST)
         if keys := config_changes(state["config"], config):
             old, new = flatten(state["config"]), flatten(config)
@@ -153,13 +153,14 @@ def open_run(
     distributed.barrier()  # all ranks have looked before rank 0 changes anything
     if distributed.is_main():
         try:
-            if resume == "never" and folder.exists():
+            if resume == "never" and os.path.exists(folder):
                 if any(folder.iterdir()) and not (folder / "config.yaml").exists():
                     raise UserError(f"{folder} is not a run folder (it has no config.yaml), so it is not removed")
                 shutil.rmtree(folder)
             folder.mkdir(parents=True, exist_ok=True)
             remove_unfinished(folder)
-            (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+            with whole_file(folder / "config.yaml") as file:
+                yaml.safe_dump(config, file, sort_keys=False)
         except OSError as error:
             raise UserError(f"cannot write run folder {folder}: {error.strerror}") from None
     distributed.barrier()

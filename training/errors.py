@@ -4,11 +4,14 @@ import errno
 import os
 import sys
 
-ADVICE = {  # for what can only happen while writing
+ADVICE = {  # for what the system refuses
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room",
-    errno.EROFS: "choose a folder that can be written",
     errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
+    errno.EROFS: "choose another place",
+    errno.EACCES: "choose another place, or change who may use it",
+    errno.ENOTDIR: "choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
 }
 
 
@@ -37,7 +40,7 @@ def run(main) -> None:
     except OSError as error:
         if error.errno not in ADVICE:
             raise
-        what = f"{error.filename or 'a file'} cannot be written: {error.strerror}"
+        what = f"cannot use {error.filename or 'a file'}: {error.strerror}"
         print(f"error: {what}; {ADVICE[error.errno]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

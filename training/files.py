@@ -5,6 +5,7 @@ import hashlib
 import os
 import platform
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,11 +26,12 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
     path, temporary = Path(path), None
     text = {} if "b" in mode else {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # a file in the folder's place, which the next line names better
+            path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
             if stat.S_ISDIR(path.stat().st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        temporary = _temporary(path)
+        temporary = temporary_name(path)
         with open(temporary, mode, **text) as file:
             yield file
         os.replace(temporary, path)
@@ -43,18 +45,22 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
 
 
 def remove_unfinished(folder: Path, *, below: bool = False) -> None:
-    """Remove what killed processes left of a `whole_file` in this folder, and with `below` in the folders in it.
+    """Remove what killed processes left under a `temporary_name` in this folder, and with `below` in those in it.
 
     Only its own machine knows whether a process still runs, so files of other machines stay.
     """
-    for path in folder.glob(f"{'**/' if below else ''}*.unfinished-*"):
+    found = folder.glob(f"{'**/' if below else ''}*.unfinished-*") if os.path.isdir(folder) else ()
+    for path in found:
         writer = re.fullmatch(r".*\.unfinished-(.+)-(\d+)", path.name, re.DOTALL)
         if writer and writer[1] == platform.node() and not _runs(int(writer[2])):
-            with suppress(OSError):
-                path.unlink()
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    path.unlink()
 
 
-def _temporary(path: Path) -> Path:
+def temporary_name(path: Path) -> Path:
     """A name beside `path` that says which process writes it; short where the folder allows no longer one."""
     mark = f".unfinished-{platform.node()}-{os.getpid()}"
     if len(os.fsencode(path.name + mark)) <= os.pathconf(path.parent, "PC_NAME_MAX"):

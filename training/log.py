@@ -102,8 +102,7 @@ class Log:
         metrics = {f"final/{k}": v for k, v in results.items() if isinstance(v, int | float)}
         with self._writing():
             self.writer.add_hparams(hparams, metrics, run_name=".")
-            self.writer.flush()  # `close` does not say that something was not written
-            self.writer.close()
+            self.writer.close()  # waits for the thread
         with whole_file(self.folder / "results.json") as file:
             file.write(json.dumps(results) + "\n")
         print(json.dumps(results), flush=True)

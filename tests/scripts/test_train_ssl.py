@@ -60,7 +60,7 @@ def test_a_run_leaves_everything_behind(name, pictures, tmp_path, capsys):
     assert results["steps"] == 12 and 0 <= results["knn20_top1"] <= 1 and isfinite(results["loss"])
     names = {p.name for p in folder.iterdir()}
     assert {"config.yaml", "last.pt", "best.pt", "metrics.jsonl", "step_00000009.pt", "step_00000012.pt"} <= names
-    assert not any(".tmp" in n for n in names) and "step_00000006.pt" not in names
+    assert not any("unfinished" in n for n in names) and "step_00000006.pt" not in names
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics if "loss" in m] == list(range(1, 13))
     state = torch.load(folder / "last.pt", weights_only=True)

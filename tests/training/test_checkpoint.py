@@ -146,7 +146,16 @@ def test_what_may_change_the_result(cuda, monkeypatch):
     assert checkpoint.config_changes({}, {"runs": "a"}) == checkpoint.config_changes({}, {}) == []
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_folder_that_cannot_be_made(resume, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write run folder"):
-        checkpoint.open_run(tmp_path / "file" / "run", {})
+    for folder, why in (
+        (tmp_path / "file" / "run", "Not a directory"),
+        (tmp_path / "file", "is not a run folder|Not a directory|File exists"),
+        (tmp_path / ("x" * 300), "File name too long"),
+        (tmp_path / "/".join(["x" * 200] * 30), "File name too long"),
+        ("/proc/runs/a", "No such file"),
+    ):
+        with pytest.raises(UserError, match=why):
+            checkpoint.open_run(folder, {}, resume=resume)
+    assert (tmp_path / "file").read_text() == ""

@@ -9,7 +9,7 @@ import pytest
 
 from tests.pictures import TOP
 from training.errors import UserError
-from training.files import remove_unfinished, whole_file
+from training.files import remove_unfinished, temporary_name, whole_file
 
 WRITER = """
 import sys, time
@@ -109,5 +109,6 @@ def test_leftovers_with_the_number_of_this_very_process_are_removed(tmp_path):
         raise ValueError("now")
     with open(left, "w") as file:
         file.write("of a process before")
+    (temporary_name(tmp_path / "set") / "folder").mkdir(parents=True)  # as data.demo makes one
     remove_unfinished(tmp_path)
     assert not os.listdir(tmp_path)
