@@ -92,12 +92,12 @@ def main(argv):
     log = Log(f"{argv[0]}/{when}", {})
     checkpoint.save(f"{argv[0]}/{when}/last.pt", {}, step=1, config={})
     if when == "at the end":
-        add = log.writer.add_hparams
-        log.writer.add_hparams = lambda *a, **k: (log.writer.add_image("x", torch.rand(3, 200, 200)), add(*a, **k))
-        log.results({"done": 1})
+        waiting, close = log.writer.file_writer.event_writer._async_writer._byte_queue, log.writer.close
+        log.writer.close = lambda: (waiting.put(bytes(100_000)), close())  # nobody asks how it went
+        return log.results({"done": 1})
     if when == "in hparams":
         log.config = {str(i): "x" * 2000 for i in range(40)}
-        log.results({"done": 1})
+        return log.results({"done": 1})
     for step in range(1, 1000):
         log.scalars(step, {"loss": step})
         if step == 3:
