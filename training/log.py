@@ -37,18 +37,16 @@ class Log:
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         with whole_file(self._metrics) as file:
             file.writelines(line + "\n" for line in kept)
-        threading.excepthook, _LOST[:] = _keep_lost, []
+        threading.excepthook = _without_tensorboard
         with self._writing():
             self.writer = SummaryWriter(self.folder, purge_step=step + 1)
         self.text("config", "```yaml\n" + yaml.safe_dump(config, sort_keys=False) + "```")
 
     @contextmanager
     def _writing(self):
-        """An error of what is written inside, or of TensorBoard's thread before, is a `UserError`."""
+        """What cannot be written inside, or by TensorBoard's thread before, is a `UserError`."""
         try:
             yield
-            if _LOST:
-                raise _LOST[0]
         except OSError as error:
             what = f"cannot write the curves in {self.folder}: {error.strerror or error}"
             advice = f"{ADVICE.get(error.errno, 'make it possible')}, then the same command resumes"
@@ -102,7 +100,7 @@ class Log:
         metrics = {f"final/{k}": v for k, v in results.items() if isinstance(v, int | float)}
         with self._writing():
             self.writer.add_hparams(hparams, metrics, run_name=".")
-            self.writer.close()  # waits for the thread
+            self.writer.close()
         with whole_file(self.folder / "results.json") as file:
             file.write(json.dumps(results) + "\n")
         print(json.dumps(results), flush=True)
@@ -116,14 +114,9 @@ class Log:
         return path.exists()
 
 
-_LOST: list[Exception] = []  # what TensorBoard's threads could not write
-
-
-def _keep_lost(failed: threading.ExceptHookArgs) -> None:
-    """threading.excepthook: of TensorBoard's threads keep the error, for the next call of the log to raise."""
-    if type(failed.thread).__module__.startswith("tensorboard."):
-        _LOST.append(failed.exc_value)
-    else:
+def _without_tensorboard(failed: threading.ExceptHookArgs) -> None:
+    """threading.excepthook: what TensorBoard's thread could not write its writer raises again, so no traceback here."""
+    if not type(failed.thread).__module__.startswith("tensorboard."):
         threading.__excepthook__(failed)
 
 
