@@ -41,6 +41,7 @@ from models.build import BackboneConfig, build_backbone
 from training import checkpoint, config, distributed, errors
 from training.log import Log
 from training.optim import PRECISIONS
+from training.version import code_version
 
 
 def knn(train, test, classes: list[str], *, k: int = 20, temperature: float = 0.07) -> tuple[torch.Tensor, dict]:
@@ -151,7 +152,7 @@ def measure(raw: dict) -> None:
         picture = confusion_picture(matrix, train_set.classes)
         save(picture, folder / "confusion.png")
         log.picture("confusion", pil_to_tensor(picture))
-    log.results(results | {"seconds": time.perf_counter() - began, "version": checkpoint.code_version()})
+    log.results(results | {"seconds": time.perf_counter() - began, "version": code_version()})
     distributed.cleanup()
 
 
@@ -169,7 +170,7 @@ def compare(raw: dict) -> None:
     table = markdown_table(*compare_table(result))
     log.text("compare", table)
     log.say(table)
-    log.results({"task": "compare"} | result | {"version": checkpoint.code_version()})
+    log.results({"task": "compare"} | result | {"version": code_version()})
 
 
 def defects(raw: dict) -> None:
@@ -215,7 +216,7 @@ def describe(raw: dict) -> None:
     table = markdown_table(*description_table(described))
     log.text("describe", table)
     log.say(table)
-    log.results({"task": "describe", "backbones": described, "version": checkpoint.code_version()})
+    log.results({"task": "describe", "backbones": described, "version": code_version()})
     distributed.cleanup()
 
 

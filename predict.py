@@ -47,6 +47,7 @@ from training import checkpoint, config, distributed, errors
 from training.errors import UserError
 from training.files import remove_unfinished, whole_file
 from training.optim import PRECISIONS
+from training.version import another_version
 
 COLUMNS = ("path", "score", "is_anomalous", "threshold", "nearest_training_picture", "y", "x")
 USAGE = "usage: python predict.py <run folder> <pictures: folder or file> [out=results threshold=.. tile=512 ...]"
@@ -83,6 +84,8 @@ def main(argv: list[str]) -> None:
     if distributed.world_size() > 1:
         raise UserError("predict.py runs in one process: start it without torchrun, once for each folder")
     detector, geometry, state = load_run(Path(cfg.run))
+    if other := another_version(state.get("version"), with_script=False):
+        say(f"warning: {cfg.run} was made by {other}, so scores may differ from its own")
     detector.to(device, memory_format=torch.channels_last).eval()
     cfg.precision = cfg.precision or state["config"]["precision"]
     if cfg.tile:

@@ -30,6 +30,7 @@ from models.build import BackboneConfig, build_backbone
 from training import checkpoint, config, distributed, errors
 from training.log import Log, Window
 from training.optim import PRECISIONS, OptimConfig, build_optimizer, clip_gradients, set_rates
+from training.version import code_version
 
 
 @dataclass(kw_only=True)
@@ -221,7 +222,7 @@ def main(argv: list[str]) -> None:
         results = {"detector": cfg.detector.name, "backbone": cfg.backbone.name, "n_train": len(train_ids)}
         results |= detector.facts() | speed
         results |= report(log, found, test_set, normal, normals, calibration, original=cfg.pixels == "original")
-        log.results(results | {"version": checkpoint.code_version()})
+        log.results(results | {"version": code_version()})
     distributed.barrier()
     distributed.cleanup()
 

@@ -37,6 +37,7 @@ from training.log import Log, Window
 from training.optim import PRECISIONS, OptimConfig, build_optimizer, clip_gradients, set_rates
 from training.sam import SAMConfig, climbed, frozen_statistics
 from training.schedule import warmup_cosine
+from training.version import code_version
 
 
 @dataclass(kw_only=True)
@@ -245,7 +246,7 @@ def main(argv: list[str]) -> None:
     # ---------------------------------------------------------------- results
     about = {"method": cfg.method.name, "backbone": cfg.backbone.name, "parameters": parameters, "steps": total}
     results = about | {"loss": curves.get("loss")} | figures | {"seconds": time.perf_counter() - began}
-    log.results(results | {"version": checkpoint.code_version()})
+    log.results(results | {"version": code_version()})
     distributed.cleanup()
 
 

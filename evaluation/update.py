@@ -8,6 +8,7 @@ from evaluation.detection import batches_of
 from training import checkpoint
 from training.config import flatten
 from training.errors import UserError
+from training.version import another_version
 
 SECTIONS = ("backbone", "detector", "data", "precision")  # of the config: must be what the old run had,
 FREE = ("backbone.weights", "backbone.part", "detector.image_score")  # but for where weights are and what is scored
@@ -53,4 +54,6 @@ def update_memory(detector: nn.Module, old: dict, names: list[str], loader: Load
             loader.dataset, loader.batch_size, loader.device, indices=new, cache=loader.cache, workers=loader.workers
         )
         detector.add(batches_of(added, "new pictures"), len(new))
-    return f"update: {len(new)} pictures added, {len(learned - set(number))} removed, {len(number)} in all"
+    other = another_version(old.get("version"), with_script=False)
+    kept = other and f"; those from before were learned by {other}, without update all are learned anew"
+    return f"update: {len(new)} pictures added, {len(learned - set(number))} removed, {len(number)} in all{kept}"

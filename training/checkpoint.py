@@ -1,11 +1,10 @@
 """Run folders and checkpoints: written whole or not at all, read without running code, resumed when configs agree."""
 
 import argparse
-import functools
 import os
 import re
 import shutil
-import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from training import distributed
 from training.config import flatten
 from training.errors import UserError
 from training.files import remove_unfinished, whole_file
+from training.version import another_version, code_version, goes_on_from
 
 LAST = "last.pt"
 CHANGES_NOTHING = (  # keys that cannot change weights or metrics, so they may differ when a run is resumed: where
@@ -150,6 +150,10 @@ def open_run(
                 "choose another run_name, or resume=never to start this one afresh"
             )
         require_same_images(state, images or {}, folder)
+    goes_on_from(state and state.get("version"))
+    other = another_version(state.get("version")) if state else ""
+    if other and distributed.is_main() and not (folder / "results.json").exists():  # else Log.repeat_results says it
+        print(f"{folder} goes on from a checkpoint of {other}; resume=never starts afresh", file=sys.stderr)
     distributed.barrier()  # all ranks have looked before rank 0 changes anything
     if distributed.is_main():
         try:
@@ -180,14 +184,3 @@ def keep_copy(folder: str | Path, step: int, count: int) -> None:
             shutil.copyfileobj(last, file)
         for path in sorted(Path(folder).glob("step_*.pt"))[:-count]:
             path.unlink()
-
-
-@functools.cache
-def code_version() -> str:
-    """Commit of this code, with `+` when the tree has changes; `unknown` outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=10"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()

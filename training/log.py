@@ -19,6 +19,7 @@ from training import checkpoint, distributed
 from training.config import flatten
 from training.errors import ADVICE, UserError
 from training.files import whole_file
+from training.version import another_version
 
 
 class Log:
@@ -109,7 +110,9 @@ class Log:
         """Whether this run had its results written already; prints them again."""
         path = self.folder / "results.json"
         if path.exists() and self.writer:
-            self.say(f"done before: these are the results in {path} (resume=never starts afresh)")
+            other = another_version(json.loads(path.read_text()).get("version"))
+            other = other and f", by {other}"
+            self.say(f"done before{other}: these are the results in {path} (resume=never starts afresh)")
             print(path.read_text().strip(), flush=True)
         return path.exists()
 
