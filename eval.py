@@ -120,6 +120,13 @@ def main(argv: list[str]) -> None:
     OTHERS.get(task, measure)(raw)
 
 
+def schema(argv: list[str]) -> type | None:
+    """The dataclass of a command line's keys, for sweep.py; None of tasks with another, or with a checkpoint's keys."""
+    raw = config.read(argv)
+    task = raw["task"].get("name") if isinstance(raw.get("task"), dict) else raw.get("task")
+    return None if task in OTHERS or raw.get("checkpoint") else Config
+
+
 def measure(raw: dict) -> None:
     """task=knn and task=linear: figures of one backbone's features."""
     cfg = config.build(Config, from_checkpoint(raw))

@@ -23,12 +23,13 @@ TOP = Path(__file__).resolve().parent.parent
 NO_PART = ("tests", "benchmarks", "docs")  # folders whose code is no part of a result
 
 
-def code_version() -> str:
-    """The version of this code with the script that runs; of a run that another version began, `theirs, then ours`."""
-    here = _here(sys.argv[0])
-    if _earlier and not _earlier.endswith(here.split()[1]):
-        return f"{_earlier}, then {here}"
-    return _earlier or here
+def code_version(script: str | Path | None = None) -> str:
+    """The version of this code with the script that runs; of a run that another version began, `theirs, then ours`.
+    With `script`: what the version of a fresh run of that one would be."""
+    here = f"{_commit()} {_PACKAGES}.{_script_hash(Path(script or sys.argv[0]).resolve())}"
+    if script or not _earlier:
+        return here
+    return _earlier if _earlier.endswith(here.split()[1]) else f"{_earlier}, then {here}"
 
 
 def goes_on_from(made_by: str | None) -> None:
@@ -44,14 +45,10 @@ def another_version(made_by: str | None, script: str | Path | None = None, *, wi
         made_by: of a checkpoint or of results. None, or one without hashes (of old runs), is another one.
         script: the one that made it, if that is not the one that runs. `with_script` false: packages alone count.
     """
-    here = _here(script or sys.argv[0])
+    here = code_version(script or sys.argv[0])
     if _hashes(made_by or "", with_script) == _hashes(here, with_script):
         return ""
     return f"another version of the code ({made_by or 'unknown'}; here is {here})"
-
-
-def _here(script: str | Path) -> str:
-    return f"{_commit()} {_PACKAGES}.{_script_hash(Path(script).resolve())}"
 
 
 def _hashes(version: str, with_script: bool) -> set[str]:
