@@ -95,7 +95,9 @@ def main(argv: list[str]) -> None:
             version = known["version"] if known and not anew else code_version(script)
             with whole_file(note) as file:
                 json.dump(record | {"version": version}, file)
-            if error := scripts.run(words, cfg.launcher, server):
+            error = scripts.run(words, cfg.launcher, server)
+            if error or not results_of(folder):
+                error = error or f"{words[0]} wrote no results.json in {folder}"
                 outcomes[name] = Outcome({"error": error}, keys)
                 print(f"    failed: {error}", file=sys.stderr)
                 continue
