@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
             continue
         pretrained = results_of(top / needs).read_text() if needs else None
         record = {"script": words[0], "config": configs[name], "pretraining": pretrained}
-        known = json.loads(note.read_text()) if note.exists() else None
+        known = json.loads(note.read_text()) if os.path.exists(note) else None  # of a name too long: no
         stale = another_version(made_by(folder, known), script) if known else ""
         anew = known is not None and (is_another(known, record) or (stale != "" and cfg.stale == "rerun"))
         if known and results_of(folder) and not anew and not script_decides(known, record, words):
