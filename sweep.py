@@ -29,6 +29,7 @@ from pathlib import Path
 from evaluation.report import csv_table, markdown_table, with_interval
 from training import config, errors
 from training.files import whole_file
+from training.values import PathText
 
 SCRIPTS = ["train_ssl", "train_anomaly", "eval"]
 
@@ -43,7 +44,7 @@ class Config:
     metrics: list[str] = ("image_auroc",)
     mean: bool = False  # add rows with the mean over the tasks, for one class after the other as the normal one
     launcher: str = ""  # for example torchrun --nproc_per_node=4; empty: one process for each cell
-    runs: str = "runs"
+    runs: PathText = "runs"
     run_name: str
 
 
@@ -88,7 +89,8 @@ def plan(cfg: Config) -> list[tuple[str, list[str], str | None]]:
         words = shlex.split(text)
         if words and words[0].endswith((".yaml", ".yml")):
             name = f"pretraining/{pretraining}{end}"
-            commands.append((name, ["train_ssl.py", *words, *also, *seed, *place(cfg, name)], None))
+            words = config.overlay(words, also, seed, place(cfg, name))
+            commands.append((name, ["train_ssl.py", *words], None))
             words, needs = [f"backbone.weights={Path(cfg.runs) / cfg.run_name / name / 'last.pt'}"], name
         else:
             needs = None
@@ -97,7 +99,7 @@ def plan(cfg: Config) -> list[tuple[str, list[str], str | None]]:
         for pretraining, (end, seed) in itertools.product(cfg.pretraining, repeats(cfg)):
             backbone, needs = weights[pretraining, end]
             name = f"{task}/{detector}/{pretraining}{end}"
-            words = [*shlex.split(text), *shlex.split(its_words), *backbone, *also, *seed, *place(cfg, name)]
+            words = config.overlay(shlex.split(text), shlex.split(its_words), backbone, also, seed, place(cfg, name))
             script = [] if words[0].endswith(".py") else ["train_anomaly.py"]
             commands.append((name, [*script, *words], needs))
     return commands
