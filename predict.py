@@ -47,6 +47,7 @@ from training import checkpoint, config, distributed, errors
 from training.errors import UserError
 from training.files import remove_unfinished, whole_file
 from training.optim import PRECISIONS
+from training.values import PathText
 from training.version import another_version
 
 COLUMNS = ("path", "score", "is_anomalous", "threshold", "nearest_training_picture", "y", "x")
@@ -56,9 +57,9 @@ THREADS = min(16, os.cpu_count() or 1)  # that decode and draw; each holds a pic
 
 @dataclass(kw_only=True)
 class Config:
-    run: str  # folder of a finished run
-    pictures: str  # a folder or a file
-    out: str = "results"
+    run: PathText  # folder of a finished run
+    pictures: PathText  # a folder or a file
+    out: PathText = "results"
     threshold: float | None = None  # of the score; none: the run's own
     tile: int = 0  # side of square tiles in pixels; 0: whole pictures, as in training
     overlap: int = 64  # pixels that neighbouring tiles share
@@ -78,7 +79,7 @@ def main(argv: list[str]) -> None:
     # ---------------------------------------------------------------- configuration, detector, pictures
     if len(argv) < 2 or not all("=" in word for word in argv[2:]):
         raise UserError(USAGE)
-    cfg = config.build(Config, config.read(argv[2:]) | {"run": argv[0], "pictures": argv[1]})
+    cfg = config.build(Config, config.merge(Config, *config.read([f"run={argv[0]}", f"pictures={argv[1]}", *argv[2:]])))
     config.at_least_one(cfg, "batch_size")
     device = distributed.setup(cfg.device)
     if distributed.world_size() > 1:

@@ -40,6 +40,7 @@ from evaluation.sweep_table import Axes, Outcome, write_tables
 from training import checkpoint, config, errors, scripts
 from training.files import whole_file
 from training.grid import variants
+from training.values import PathText
 from training.version import TOP, another_version, code_version
 
 
@@ -55,7 +56,7 @@ class Config:
     metrics: list[str] = ("image_auroc",)
     mean: bool = False  # add rows with the mean over the tasks, for one class after the other as the normal one
     launcher: str = ""  # for example torchrun --nproc_per_node=4; empty: one process for each cell
-    runs: str = "runs"
+    runs: PathText = "runs"
     run_name: str
 
 
@@ -122,7 +123,7 @@ def load(argv: list[str]) -> Config:
     """The config, the command line's `also=` added to the YAML's, the grid's seeds moved to where seeds are."""
     further = [word.removeprefix("also=") for word in argv if word.startswith("also=")]
     cfg = config.load(Config, [word for word in argv if not word.startswith("also=")])
-    cfg.also = shlex.join(overlay(*map(split, [cfg.also, *further])))
+    cfg.also = shlex.join(config.overlay(*map(split, [cfg.also, *further])))
     cfg.grid = config.flatten(cfg.grid)  # sections are dotted keys as well
     if "seeds" in cfg.grid:
         if cfg.seeds:
@@ -144,7 +145,7 @@ def plan(cfg: Config) -> tuple[Axes, list[Cell]]:
         weights, needs = "any", None
         if begins_with_file(words):
             needs, script = f"pretraining/{pretraining}{end}", [] if words[0].endswith(".py") else ["train_ssl.py"]
-            words = overlay(words, also, variant, seed, [f"runs={cfg.runs}", f"run_name={cfg.run_name}/{needs}"])
+            words = config.overlay(words, also, variant, seed, [f"runs={cfg.runs}", f"run_name={cfg.run_name}/{needs}"])
             cells.append(Cell(needs, [*script, *words]))
             weights = str(place / needs / "last.pt")
             words = [f"backbone.weights={weights}", *(w for w in variant if re.match(r"backbone[.=]", w))]
@@ -156,7 +157,7 @@ def plan(cfg: Config) -> tuple[Axes, list[Cell]]:
             words, needs, weights = backbones[pretraining, end]
             name = f"{task}/{detector}/{pretraining}{end}"
             there = [f"runs={cfg.runs}", f"run_name={cfg.run_name}/{name}"]
-            words = overlay(own, split(text), words, also, variant, seed, there)
+            words = config.overlay(own, split(text), words, also, variant, seed, there)
             script = [] if words[0].endswith(".py") else ["train_anomaly.py"]
             cells.append(Cell(name, [*script, *words], needs, weights))
     names = ({name: variant for name, (_, variant) in some.items()} for some in (detectors, pretrainings))
@@ -176,16 +177,6 @@ def varied(texts: dict[str, str], which: list[str], grid: dict) -> dict[str, tup
                 raise errors.UserError(f"two of the sweep's cells would be called {name + end}: rename one")
             found[name + end] = split(text), words
     return found
-
-
-def overlay(*pieces: list[str]) -> list[str]:
-    """Pieces of a command line as one, in which a key of a later piece replaces the same key of an earlier one."""
-    words, own = [], set()
-    for piece in reversed(pieces):
-        keys = [word.partition("=")[0].removesuffix(".name") if "=" in word else None for word in piece]
-        words = [word for word, key in zip(piece, keys) if key is None or key not in own] + words
-        own.update(keys)
-    return words
 
 
 def split(text: str) -> list[str]:

@@ -30,6 +30,7 @@ from models.build import BackboneConfig, build_backbone
 from training import checkpoint, config, distributed, errors
 from training.log import Log, Window
 from training.optim import PRECISIONS, OptimConfig, build_optimizer, clip_gradients, set_rates
+from training.values import PathText
 from training.version import code_version
 
 
@@ -41,7 +42,7 @@ class Config:
     optim: OptimConfig | None = None  # for detectors trained by gradients; the others are fitted in one pass
     epochs: int = 1
     batch_size: int = 16  # pictures a step, over all processes
-    update: str | None = None  # last.pt of a fitted run: only learn what was added to its pictures or taken away
+    update: PathText | None = None  # last.pt of a fitted run: only learn what was added to its pictures or taken away
     holdout: float | None = None  # share of normals kept for thresholds; none: 0.1, 0 if few or each can be left out
     false_alarm_rate: float = 0.01  # what the thresholds promise; below 1 / (normals + 1) nothing can
     pixels: Literal["input", "original"] = "input"  # resolution of the pixel figures
@@ -53,7 +54,7 @@ class Config:
     compile: bool = False  # the training by gradients
     sync_bn: bool = False  # BatchNorm over all processes; CUDA only
     resume: Literal["auto", "never"] = "auto"
-    runs: str = "runs"
+    runs: PathText = "runs"
     run_name: str
 
 

@@ -37,6 +37,7 @@ from training.log import Log, Window
 from training.optim import PRECISIONS, OptimConfig, build_optimizer, clip_gradients, set_rates
 from training.sam import SAMConfig, climbed, frozen_statistics
 from training.schedule import warmup_cosine
+from training.values import PathText
 from training.version import code_version
 
 
@@ -87,7 +88,7 @@ class Config:
     compile: bool = False
     sync_bn: bool = False  # BatchNorm over all processes; CUDA only
     resume: Literal["auto", "never"] = "auto"
-    runs: str = "runs"
+    runs: PathText = "runs"
     run_name: str
 
 

@@ -11,6 +11,7 @@ from data.geometry import Geometry, as_geometry
 from data.images import OnError
 from data.mvtec import MVTec
 from training.errors import UserError
+from training.values import PathText
 
 
 class FewShot(MVTec):
@@ -42,11 +43,11 @@ class FewShot(MVTec):
         split: Literal["train", "test", "others"],
         size: int | Geometry,
         *,
-        root: str,
+        root: PathText,
         category: str,
         shots: int,
         draw: int = 0,
-        others: str | None = None,
+        others: PathText | None = None,
         on_error: OnError = "fail",
     ):
         if shots < 1 or draw < 0:

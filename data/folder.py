@@ -12,6 +12,7 @@ from data.geometry import Geometry, as_geometry
 from data.images import OnError, decode, find_images, picture_sizes, readable
 from data.loading import stratified_split
 from training.errors import UserError
+from training.values import PathText
 
 LAYOUT = (
     "expected <root>/<class>/*.jpg, or <root>/train/<class>/*.jpg and <root>/test/<class>/*.jpg, "
@@ -44,7 +45,7 @@ class ClassFolder:
         split: Literal["train", "test"],
         size: int | Geometry,
         *,
-        root: str,
+        root: PathText,
         test_fraction: float = 0.2,
         on_error: OnError = "fail",
     ):

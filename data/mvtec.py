@@ -10,6 +10,7 @@ from torch import Tensor
 from data.geometry import Geometry, as_geometry
 from data.images import OnError, decode, decode_mask, find_images, picture_sizes, readable
 from training.errors import UserError
+from training.values import PathText
 
 LAYOUT = (
     "expected <root>/<category>/train/good/*, <root>/<category>/test/<good or a defect>/* "
@@ -41,7 +42,7 @@ class MVTec:
         split: Literal["train", "test"],
         size: int | Geometry,
         *,
-        root: str,
+        root: PathText,
         category: str,
         on_error: OnError = "fail",
     ):

@@ -73,7 +73,7 @@ def test_every_command_of_the_readme_runs_at_small_size(place, monkeypatch):
         if name == "predict.py":
             words += SMALL[name]
         elif "task=compare" not in words:
-            words += SMALL[name] + FURTHER.get(words[0], []) + [f"runs={place}/runs"]
+            words = config.overlay(words, SMALL[name], FURTHER.get(words[0], []), [f"runs={place}/runs"])
         if processes > 1:
             script([name, *words], processes=processes)
         else:

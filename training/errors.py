@@ -2,6 +2,7 @@
 
 import errno
 import os
+import reprlib
 import sys
 
 ADVICE = {  # for what the system refuses
@@ -13,10 +14,23 @@ ADVICE = {  # for what the system refuses
     errno.ENOTDIR: "choose another place",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
+SHORT = reprlib.Repr()  # of any value: neither its depth nor its length costs more than a line
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 90
+SHORT.maxlevel = 3
 
 
 class UserError(Exception):
     """Something the user can mend. The message says in one line what is wrong, where, and what to do."""
+
+
+def shown(value) -> str:
+    """A value of the user's in a message: as Python writes it, cut to 90 characters."""
+    return cut(SHORT.repr(value))
+
+
+def cut(text: str, width: int = 90) -> str:
+    """At most `width` characters: of a longer text the beginning and the end."""
+    return text if len(text) <= width else f"{text[: width - 33]}...{text[-30:]}"
 
 
 def run(main) -> None:

@@ -289,7 +289,9 @@ def test_mistakes_are_one_line(pictures, tmp_path):
     assert "missing key 'spd.name'; one of: cutpaste" in error("spd.weight=0.1")
     assert "spd.weight=-1.0 must not be negative" in error("spd=smooth_blend", "spd.weight=-1")
     assert "pictures of 24 x 24 pixels are too small for Scar" in error("spd=scar")
-    assert "unknown key 'spd.soft', did you mean 'softness'" in error("spd=smooth_blend", "spd.soft=1")
+    assert "unknown key 'spd.soft' (spd=smooth_blend), did you mean 'softness'" in error(
+        "spd=smooth_blend", "spd.soft=1"
+    )
     for geometry in (["data.size=32,40"], ["data.fit=pad"], ["data.fit=crop", "data.resize=40"]):
         assert "whole pictures in squares" in error(*geometry)
     assert torch.cuda.is_available() or "no CUDA device" in error("device=cuda")
