@@ -41,6 +41,8 @@ from models.build import BackboneConfig, build_backbone
 from training import checkpoint, config, distributed, errors
 from training.log import Log
 from training.optim import PRECISIONS
+from training.values import PathText, coerce
+from training.version import code_version
 
 
 def knn(train, test, classes: list[str], *, k: int = 20, temperature: float = 0.07) -> tuple[torch.Tensor, dict]:
@@ -73,18 +75,18 @@ class Config:
     task: TaskConfig
     data: DataConfig
     backbone: BackboneConfig
-    checkpoint: str | None = None
+    checkpoint: PathText | None = None  # last.pt, best.pt or step_*.pt of a run; none: the backbone of these keys
     batch_size: int = 64
     seed: int = 0  # of a backbone without weights
     device: str = "auto"
-    runs: str = "runs"
+    runs: PathText = "runs"
     run_name: str = "eval"
 
 
 @dataclass(kw_only=True)
 class CompareConfig:
     task: str
-    runs: list[str]  # folders of train_anomaly.py; the first is what the others are compared with
+    runs: list[PathText]  # folders of train_anomaly.py; the first is what the others are compared with
     seed: int = 0
 
 
@@ -96,7 +98,7 @@ class DefectsConfig:
     pictures: int = 6
     seed: int = 0
     device: str = "auto"
-    runs: str = "runs"
+    runs: PathText = "runs"
     run_name: str = "eval"
 
 
@@ -108,20 +110,27 @@ class DescribeConfig:
     batch_size: int = 16
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = "auto"
-    runs: str = "runs"
+    runs: PathText = "runs"
     run_name: str = "eval"
 
 
 def main(argv: list[str]) -> None:
-    raw = config.read(argv)
-    task = raw["task"].get("name") if isinstance(raw.get("task"), dict) else raw.get("task")
+    layers = config.read(argv)
+    task = config.chosen(layers, "task")
     config.pick({**MEASURES, **OTHERS}, task, "task")
-    OTHERS.get(task, measure)(raw)
+    OTHERS.get(task, measure)(layers)
 
 
-def measure(raw: dict) -> None:
+def schema(argv: list[str]) -> type | None:
+    """The dataclass of a command line's keys, for sweep.py; None of tasks with another, or with a checkpoint's keys."""
+    layers = config.read(argv)
+    foreign = config.chosen(layers, "task") in OTHERS or any(layer.get("checkpoint") for layer in layers)
+    return None if foreign else Config
+
+
+def measure(layers: list[dict]) -> None:
     """task=knn and task=linear: figures of one backbone's features."""
-    cfg = config.build(Config, from_checkpoint(raw))
+    cfg = config.build(Config, config.merge(Config, *from_checkpoint(layers)))
     device = distributed.setup(cfg.device)
     name = f"eval_{cfg.task.name}"
     folder = config.run_folder(cfg) / name
@@ -155,16 +164,15 @@ def measure(raw: dict) -> None:
     if distributed.is_main():
         matrix = confusion_matrix(scores.argmax(1), test[1], len(train_set.classes))
         picture = confusion_picture(matrix, train_set.classes)
-        picture.save(folder / "confusion.png")
+        save(picture, folder / "confusion.png")
         log.picture("confusion", pil_to_tensor(picture))
-    log.results(results | {"seconds": time.perf_counter() - began, "version": checkpoint.code_version()})
+    log.results(results | {"seconds": time.perf_counter() - began, "version": code_version()})
     distributed.cleanup()
 
 
-def compare(raw: dict) -> None:
+def compare(layers: list[dict]) -> None:
     """task=compare: paired bootstrap between runs, as a table and in <first run>/eval_compare/."""
-    raw.pop("run_name", None)
-    cfg = config.build(CompareConfig, raw)
+    cfg = config.build(CompareConfig, config.merge(CompareConfig, *layers[1:]))  # it has no run_name
     distributed.setup("cpu")
     if len(cfg.runs) < 2:
         raise errors.UserError(f"task=compare needs two run folders or more, not {len(cfg.runs)}: runs=runs/a,runs/b")
@@ -175,12 +183,12 @@ def compare(raw: dict) -> None:
     table = markdown_table(*compare_table(result))
     log.text("compare", table)
     log.say(table)
-    log.results({"task": "compare"} | result | {"version": checkpoint.code_version()})
+    log.results({"task": "compare"} | result | {"version": code_version()})
 
 
-def defects(raw: dict) -> None:
+def defects(layers: list[dict]) -> None:
     """task=defects: a sheet of synthetic defects on training pictures, spread evenly over the set."""
-    cfg = config.build(DefectsConfig, raw)
+    cfg = config.build(DefectsConfig, config.merge(DefectsConfig, *layers))
     config.at_least_one(cfg, "pictures")
     device = distributed.setup(cfg.device)
     dataset = build_dataset(cfg.data, "train")
@@ -200,15 +208,15 @@ def defects(raw: dict) -> None:
     distributed.cleanup()
 
 
-def describe(raw: dict) -> None:
+def describe(layers: list[dict]) -> None:
     """task=describe: parameters, operations, maps and speed of a list of backbones, in a table."""
-    cfg = config.build(DescribeConfig, raw)
+    cfg = config.build(DescribeConfig, config.merge(DescribeConfig, *layers))
     config.at_least_one(cfg, "size", "batch_size")
     if not cfg.backbones:
         raise errors.UserError("task=describe needs backbones: names with their options, or all")
     device = distributed.setup(cfg.device)
     asked = list(BACKBONES) if cfg.backbones == ["all"] else cfg.backbones
-    sections = [config.read([f"name={name}", *options]) for name, *options in map(str.split, asked)]
+    sections = [config.read([f"name={name}", *options])[-1] for name, *options in map(str.split, asked)]
     backbones = [config.build(BackboneConfig, section, "backbones.") for section in sections]
     folder = config.run_folder(cfg) / "eval_describe"
     checkpoint.open_run(folder, config.as_dict(cfg))
@@ -221,27 +229,20 @@ def describe(raw: dict) -> None:
     table = markdown_table(*description_table(described))
     log.text("describe", table)
     log.say(table)
-    log.results({"task": "describe", "backbones": described, "version": checkpoint.code_version()})
+    log.results({"task": "describe", "backbones": described, "version": code_version()})
     distributed.cleanup()
 
 
 OTHERS = {"compare": compare, "defects": defects, "describe": describe}  # tasks that are no measure of one backbone
 
 
-def from_checkpoint(raw: dict) -> dict:
-    """`raw` with the data and backbone sections of the checkpoint's config under its own keys."""
-    if not raw.get("checkpoint"):
-        return raw
-    stored = checkpoint.load(raw["checkpoint"])["config"]
-    stored["backbone"] = {**stored["backbone"], "weights": raw["checkpoint"], "part": "auto"}
-    for section in ("data", "backbone"):
-        own = raw.get(section) or {}
-        own = {"name": own} if isinstance(own, str) else own
-        raw[section] = {
-            **({} if own.get("name", stored[section]["name"]) != stored[section]["name"] else stored[section]),
-            **own,
-        }
-    return raw
+def from_checkpoint(layers: list[dict]) -> list[dict]:
+    """`layers` above the data and backbone sections of the config of the checkpoint that they name, and its weights."""
+    named = [layer["checkpoint"] for layer in layers if "checkpoint" in layer]
+    if not named or (path := coerce(named[-1], PathText | None, "checkpoint")) is None:
+        return layers
+    stored = checkpoint.load(path)["config"]
+    return [{"data": stored["data"], "backbone": stored["backbone"] | {"weights": path, "part": "auto"}}, *layers]
 
 
 if __name__ == "__main__":

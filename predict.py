@@ -13,7 +13,8 @@ heatmaps/<path>.png: the original in grey under its anomaly map, regions above t
 
 `tile`: pictures are not fitted into the input but cut into squares at their own resolution; the score is the largest of
 all tiles' scores. The stored thresholds were measured on whole pictures in the input's size, so with tiles they promise
-nothing: give one. A picture that cannot be read is named on stderr and in the JSON on the last line, and skipped.
+nothing: give one. A picture that cannot be read is named on stderr and in the JSON on the last line, and skipped. One
+whose heat map cannot be written is named in the same way and keeps its row; the exit status is then 1.
 """
 
 import csv
@@ -45,9 +46,11 @@ from models.anomaly.detector import Detector, Findings
 from models.build import BackboneConfig, build_backbone
 from training import checkpoint, config, distributed, errors
 from training.errors import UserError
-from training.files import whole_file
+from training.files import remove_unfinished, whole_file
 from training.optim import PRECISIONS
 from training.text import printable
+from training.values import PathText
+from training.version import another_version
 
 COLUMNS = ("path", "score", "is_anomalous", "threshold", "nearest_training_picture", "y", "x")
 USAGE = "usage: python predict.py <run folder> <pictures: folder or file> [out=results threshold=.. tile=512 ...]"
@@ -56,9 +59,9 @@ THREADS = min(16, os.cpu_count() or 1)  # that decode and draw; each holds a pic
 
 @dataclass(kw_only=True)
 class Config:
-    run: str  # folder of a finished run
-    pictures: str  # a folder or a file
-    out: str = "results"
+    run: PathText  # folder of a finished run
+    pictures: PathText  # a folder or a file
+    out: PathText = "results"
     threshold: float | None = None  # of the score; none: the run's own
     tile: int = 0  # side of square tiles in pixels; 0: whole pictures, as in training
     overlap: int = 64  # pixels that neighbouring tiles share
@@ -78,12 +81,14 @@ def main(argv: list[str]) -> None:
     # ---------------------------------------------------------------- configuration, detector, pictures
     if len(argv) < 2 or not all("=" in word for word in argv[2:]):
         raise UserError(USAGE)
-    cfg = config.build(Config, config.read(argv[2:]) | {"run": argv[0], "pictures": argv[1]})
+    cfg = config.build(Config, config.merge(Config, *config.read([f"run={argv[0]}", f"pictures={argv[1]}", *argv[2:]])))
     config.at_least_one(cfg, "batch_size")
     device = distributed.setup(cfg.device)
     if distributed.world_size() > 1:
         raise UserError("predict.py runs in one process: start it without torchrun, once for each folder")
     detector, geometry, state = load_run(Path(cfg.run))
+    if other := another_version(state.get("version"), with_script=False):
+        say(f"warning: {cfg.run} was made by {other}, so scores may differ from its own")
     detector.to(device, memory_format=torch.channels_last).eval()
     cfg.precision = cfg.precision or state["config"]["precision"]
     if cfg.tile:
@@ -95,20 +100,30 @@ def main(argv: list[str]) -> None:
         say("warning: the run's thresholds were measured on whole pictures, not on tiles: give threshold=")
     out = Path(cfg.out)
     root, paths = list_pictures(Path(cfg.pictures), out)
+    if os.path.isfile(out / "heatmaps"):
+        raise UserError(f"{out / 'heatmaps'} is no folder: remove it or choose another out=")
+    remove_unfinished(out)
+    remove_unfinished(out / "heatmaps", below=True)
 
     # ---------------------------------------------------------------- read, examine, draw, write: all while going
-    began, skipped, n_rows, n_anomalous = time.perf_counter(), [], 0, 0
+    began, skipped, not_drawn, n_rows, n_anomalous = time.perf_counter(), [], [], 0, 0
     load = partial(load_picture, geometry=None if cfg.tile else geometry)
     finish = partial(row_and_heatmap, root=root, out=out, threshold=threshold, state=state)
-    bar = tqdm(total=len(paths), desc="pictures", unit="picture")
-    with whole_file(out / "predictions.csv") as file, bar, ThreadPoolExecutor(THREADS) as pool:
+    with (
+        whole_file(out / "predictions.csv") as file,
+        tqdm(total=len(paths), desc="pictures", unit="picture") as bar,
+        ThreadPoolExecutor(THREADS) as pool,
+    ):
         table = csv.writer(file)
         table.writerow(COLUMNS)
         loaded = ahead(load, paths, pool, THREADS if cfg.tile else THREADS + cfg.batch_size)
         examined = examine(detector, without_broken(loaded, skipped, bar), device, cfg)
-        for row in ahead(finish, examined, pool, THREADS):
+        for row, problem in ahead(finish, examined, pool, THREADS):
             table.writerow(row)
             file.flush()
+            if problem is not None:
+                not_drawn.append(str(root / row[0]))
+                say(f"no heat map of {not_drawn[-1]}: {problem}")
             n_rows, n_anomalous = n_rows + 1, n_anomalous + (row[2] == 1)
             bar.update()
         if not n_rows:
@@ -117,8 +132,11 @@ def main(argv: list[str]) -> None:
     # ---------------------------------------------------------------- what was done
     seconds = time.perf_counter() - began
     results = {"pictures": n_rows, "anomalous": None if threshold is None else n_anomalous, "skipped": skipped}
+    results |= {"without_heatmap": not_drawn}
     results |= {"seconds": seconds, "images_per_second": n_rows / seconds, "out": str(out)}
     print(json.dumps(results), flush=True)
+    if not_drawn:
+        sys.exit(1)
 
 
 def examine(
@@ -145,15 +163,18 @@ def examine(
 
 def row_and_heatmap(
     examined: tuple[Picture, Findings], *, root: Path, out: Path, threshold: float | None, state: dict
-) -> list:
-    """Draw a picture's heat map, if its detector has maps; returns its row of the table."""
+) -> tuple[list, UserError | None]:
+    """Draw a picture's heat map, if its detector has maps; returns its row of the table, and why it is not drawn."""
     (path, size, geometry, _), found = examined
-    score, name, (y, x) = float(found.scores), "", ("", "")
+    score, name, (y, x), problem = float(found.scores), "", ("", ""), None
     if not math.isfinite(score):
         raise UserError(f"the score of {path} is {score}: use precision=fp32; if it is, the run has diverged")
     if found.maps is not None and state["calibration"]["low"] is not None:
         target = out / "heatmaps" / f"{os.path.relpath(path, root)}.png"  # of a.jpg and of a.png: two files
-        write_heatmap(path, geometry.to_original(found.maps[0], size), target, state["calibration"])
+        try:
+            write_heatmap(path, geometry.to_original(found.maps[0], size), target, state["calibration"])
+        except UserError as error:
+            problem = error
     if found.pictures is not None:
         name = state["names"][int(found.pictures)]
     if found.peaks is not None:
@@ -161,7 +182,7 @@ def row_and_heatmap(
         y, x = (min(max(int(p), 0), side - 1) for p, side in zip(point, size))  # a patch may stick out
     alarm = "" if threshold is None else int(score > threshold)
     limit = "" if threshold is None else threshold
-    return [os.path.relpath(path, root), score, alarm, limit, name, y, x]
+    return [os.path.relpath(path, root), score, alarm, limit, name, y, x], problem
 
 
 def load_run(folder: Path) -> tuple[Detector, Geometry, dict]:

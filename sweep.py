@@ -1,36 +1,47 @@
 """Run a grid of pretraining x detector x task, skip what is done, and write one table.
 
     python sweep.py configs/sweep_demo.yaml
-    python sweep.py configs/sweep_demo.yaml launcher="torchrun --nproc_per_node=4"
+    python sweep.py configs/sweep_demo.yaml launcher="torchrun --nproc_per_node=4" also="data.size=64"
 
-Every value in the grid is a piece of a command line. A pretraining that begins with a YAML file is a run of
-train_ssl.py, whose last.pt the detectors then get as backbone.weights; any other is overrides for the detectors (none:
-random weights). A detector may also be `eval.py task=knn ...`: what is measured is then the backbone itself. Writes
-runs/<run_name>/results.md and results.csv, and a run folder for every cell, heat maps in it. A cell that fails stands
-in the table with its error, the rest goes on.
+Every value is a piece of a command line. A pretraining that begins with a YAML file is a run of train_ssl.py, or of the
+script before it (`my_train.py configs/simclr_demo.yaml ...`), whose last.pt the detectors then get as backbone.weights;
+any other is overrides for the detectors (none: random weights). A detector may have a script before its YAML file too,
+or be `eval.py task=knn ...`: what is measured is then the backbone itself. Words with the same key replace one another
+in the order detector, task, pretraining, `also`, grid, seed; `also=` on the command line adds to the YAML's.
+
+    grid: {optim.lr: [0.03, 0.3], method: [simclr, byol], seeds: [0, 1]}
+
+makes a variant of every combination of values: of the pretraining runs, if there are any (and then their detectors get
+the variant's `backbone` keys as well), else of the detectors. `seeds` in it are the sweep's.
+
+Before the first cell runs, the config of every cell is built and checked: for mistakes, for the weights that its
+pretraining means, and that no two cells are the same. A cell is done if its results are there and its config has no
+other value of a key that may change them, nor its pretraining other results; else it runs anew. Results of another
+version of the code (training/version.py) are kept and marked with a star, or with stale=rerun made anew.
+
+Writes runs/<run_name>/results.md and results.csv, and a run folder for every cell, heat maps in it. A cell that fails
+stands in the table with its error, the rest goes on.
 """
 
-import contextlib
-import importlib
 import itertools
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
-import statistics
-import subprocess
 import sys
 import time
-import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, NamedTuple
 
-from evaluation.report import csv_table, markdown_table, with_interval
-from training import config, errors
+from evaluation.sweep_table import Axes, Outcome, write_tables
+from training import checkpoint, config, errors, scripts
 from training.files import whole_file
-
-SCRIPTS = ["train_ssl", "train_anomaly", "eval"]
+from training.grid import variants
+from training.values import PathText
+from training.version import TOP, another_version, code_version
 
 
 @dataclass(kw_only=True)
@@ -39,68 +50,203 @@ class Config:
     detectors: dict[str, str]
     tasks: dict[str, str]
     also: str = ""  # further overrides for every command
+    grid: dict = field(default_factory=dict)  # {key: list of values} of which every combination is run
     seeds: list[int] = ()  # run every cell, pretraining included, with each of these; the table has mean and deviation
+    stale: Literal["keep", "rerun"] = "keep"  # what happens to cells that another version of the code made
     metrics: list[str] = ("image_auroc",)
     mean: bool = False  # add rows with the mean over the tasks, for one class after the other as the normal one
     launcher: str = ""  # for example torchrun --nproc_per_node=4; empty: one process for each cell
-    runs: str = "runs"
+    runs: PathText = "runs"
     run_name: str
 
 
+class Cell(NamedTuple):
+    name: str  # its run folder below the sweep's
+    words: list[str]  # of its command line: script, YAML file, overrides
+    needs: str | None = None  # the pretraining run that must be there first
+    weights: str | None = "any"  # what backbone.weights must be in its config; any: no pretraining says
+
+
 def main(argv: list[str]) -> None:
-    cfg = config.load(Config, argv)
-    top = config.run_folder(cfg)
-    try:
-        commands = plan(cfg)
-    except ValueError as error:  # of shlex
-        raise errors.UserError(f"a command line of the sweep cannot be split into words: {error}") from None
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(SCRIPTS)  # torch is imported once, not once a cell
+    cfg = load(argv)
+    top, (axes, cells) = config.run_folder(cfg), plan(cfg)
+    configs = check(cells)
+    server = multiprocessing.get_context("forkserver")  # each cell a fresh process, but torch and ours imported once
+    ours = [name for name in sys.modules if (TOP / name.partition(".")[0] / "__init__.py").exists()]
+    server.set_forkserver_preload(ours)
     began, outcomes = time.perf_counter(), {}
-    for number, (name, words, needs) in enumerate(commands, 1):
-        folder = top / name
-        # a cell is its command, its YAML, and those of the pretraining here that it needs: a change makes it run anew
-        record = "".join(describe(w) for n, w, _ in commands if n in (name, needs))
-        known = (folder / "command.txt").read_text() if (folder / "command.txt").exists() else None
-        if known == record and results_of(folder):
-            say(number, commands, began, f"{name}: done before")
-        elif needs and "error" in outcomes[needs]:
-            outcomes[name] = {"error": f"its pretraining {needs} failed"}
+    for number, (name, words, needs, _) in enumerate(cells, 1):
+        folder, script = top / name, scripts.path_of(words[0])
+        note = top / ".cells" / f"{name}.json"  # what is in the folder; not in it, for resume=never removes that
+        keys = config.flatten(configs[name])
+        if needs and "error" in outcomes[needs].results:
+            outcomes[name] = Outcome({"error": f"its pretraining {needs} failed"}, keys)
             continue
+        pretrained = results_of(top / needs).read_text() if needs else None
+        record = {"script": words[0], "config": configs[name], "pretraining": pretrained}
+        known = json.loads(note.read_text()) if os.path.exists(note) else None  # of a name too long: no
+        stale = another_version(made_by(folder, known), script) if known else ""
+        anew = known is not None and (is_another(known, record) or (stale != "" and cfg.stale == "rerun"))
+        if known and results_of(folder) and not anew and not script_decides(known, record, words):
+            say(number, cells, began, f"{name}: done before{stale and f', by {stale}; stale=rerun runs it anew'}")
         else:
-            say(number, commands, began, f"{name}: python {shlex.join(words)}")
-            if known not in (None, record):
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "command.txt").write_text(record)
-            if error := run(words, cfg.launcher, server):
-                outcomes[name] = {"error": error}
+            say(number, cells, began, f"{name}: python {shlex.join(words)}")
+            if anew:
+                shutil.rmtree(folder, ignore_errors=True)
+            version = known["version"] if known and not anew else code_version(script)
+            with whole_file(note) as file:
+                json.dump(record | {"version": version}, file)
+            error = scripts.run(words, cfg.launcher, server)
+            if error or not results_of(folder):
+                error = error or f"{words[0]} wrote no results.json in {folder}"
+                outcomes[name] = Outcome({"error": error}, keys)
                 print(f"    failed: {error}", file=sys.stderr)
                 continue
-        outcomes[name] = json.loads(results_of(folder).read_text())
-    write(cfg, top, outcomes)
+            stale = another_version(made_by(folder, {"version": version}), script)
+        results = json.loads(results_of(folder).read_text())
+        outcomes[name] = Outcome(results, keys, bool(stale or (needs and outcomes[needs].stale)))
+
+    print(write_tables(top, cfg.run_name, axes, outcomes, cfg.metrics, cfg.mean))
+    pictures = f"{top}/*/*/*{'/*' if cfg.seeds else ''}/heatmaps.png"
+    print(f"{top}/results.md, {top}/results.csv; pictures: {pictures}; curves: tensorboard --logdir {top}")
+    failed = [name for name, outcome in outcomes.items() if "error" in outcome.results]
+    stale = [name for name, outcome in outcomes.items() if outcome.stale]
+    print(json.dumps({"cells": len(outcomes), "failed": failed, "stale": stale, "table": str(top / "results.md")}))
+    if failed:
+        sys.exit(1)
 
 
-def plan(cfg: Config) -> list[tuple[str, list[str], str | None]]:
-    """(run folder below the sweep's, command, the pretraining run that must be there first) of every cell, in order."""
-    also, commands, weights = shlex.split(cfg.also), [], {}
-    for (pretraining, text), (end, seed) in itertools.product(cfg.pretraining.items(), repeats(cfg)):
-        words = shlex.split(text)
-        if words and words[0].endswith((".yaml", ".yml")):
-            name = f"pretraining/{pretraining}{end}"
-            commands.append((name, ["train_ssl.py", *words, *also, *seed, *place(cfg, name)], None))
-            words, needs = [f"backbone.weights={Path(cfg.runs) / cfg.run_name / name / 'last.pt'}"], name
-        else:
-            needs = None
-        weights[pretraining, end] = words, needs
-    for (task, its_words), (detector, text) in itertools.product(cfg.tasks.items(), cfg.detectors.items()):
-        for pretraining, (end, seed) in itertools.product(cfg.pretraining, repeats(cfg)):
-            backbone, needs = weights[pretraining, end]
+# -------------------------------------------------------------------- what is to be run
+
+
+def load(argv: list[str]) -> Config:
+    """The config, the command line's `also=` added to the YAML's, the grid's seeds moved to where seeds are."""
+    further = [word.removeprefix("also=") for word in argv if word.startswith("also=")]
+    cfg = config.load(Config, [word for word in argv if not word.startswith("also=")])
+    cfg.also = shlex.join(config.overlay(*map(split, [cfg.also, *further])))
+    cfg.grid = config.flatten(cfg.grid)  # sections are dotted keys as well
+    if "seeds" in cfg.grid:
+        if cfg.seeds:
+            raise errors.UserError("seeds and grid.seeds are the same key: give one of them")
+        cfg.seeds = config.coerce(cfg.grid.pop("seeds"), list[int], "grid.seeds")
+    return cfg
+
+
+def plan(cfg: Config) -> tuple[Axes, list[Cell]]:
+    """What the table goes over, and every cell in the order in which they run."""
+    also, place = split(cfg.also), Path(cfg.runs) / cfg.run_name
+    trained = [name for name, text in cfg.pretraining.items() if begins_with_file(split(text))]
+    pretrainings = varied(cfg.pretraining, trained, cfg.grid)
+    detectors = varied(cfg.detectors, [] if trained else list(cfg.detectors), cfg.grid)
+    repeats = [(f"/seed{seed}", [f"seed={seed}"]) for seed in cfg.seeds] or [("", [])]
+    given = any("backbone.weights=" in text for text in cfg.pretraining.values())
+    cells, backbones = [], {}
+    for (pretraining, (words, variant)), (end, seed) in itertools.product(pretrainings.items(), repeats):
+        weights, needs = "any", None
+        if begins_with_file(words):
+            needs, script = f"pretraining/{pretraining}{end}", [] if words[0].endswith(".py") else ["train_ssl.py"]
+            words = config.overlay(words, also, variant, seed, [f"runs={cfg.runs}", f"run_name={cfg.run_name}/{needs}"])
+            cells.append(Cell(needs, [*script, *words]))
+            weights = str(place / needs / "last.pt")
+            words = [f"backbone.weights={weights}", *(w for w in variant if re.match(r"backbone[.=]", w))]
+        elif trained or given:
+            weights = next((w.partition("=")[2] for w in reversed(words) if w.startswith("backbone.weights=")), None)
+        backbones[pretraining, end] = words, needs, weights
+    for (task, text), (detector, (own, variant)) in itertools.product(cfg.tasks.items(), detectors.items()):
+        for pretraining, (end, seed) in itertools.product(pretrainings, repeats):
+            words, needs, weights = backbones[pretraining, end]
             name = f"{task}/{detector}/{pretraining}{end}"
-            words = [*shlex.split(text), *shlex.split(its_words), *backbone, *also, *seed, *place(cfg, name)]
+            there = [f"runs={cfg.runs}", f"run_name={cfg.run_name}/{name}"]
+            words = config.overlay(own, split(text), words, also, variant, seed, there)
             script = [] if words[0].endswith(".py") else ["train_anomaly.py"]
-            commands.append((name, [*script, *words], needs))
-    return commands
+            cells.append(Cell(name, [*script, *words], needs, weights))
+    names = ({name: variant for name, (_, variant) in some.items()} for some in (detectors, pretrainings))
+    return Axes(list(cfg.tasks), *names, list(cfg.seeds)), cells
+
+
+def begins_with_file(words: list[str]) -> bool:
+    return bool(words) and words[0].endswith((".yaml", ".yml", ".py"))
+
+
+def varied(texts: dict[str, str], which: list[str], grid: dict) -> dict[str, tuple[list[str], list[str]]]:
+    """{name: (its words, the grid's)}; `which` of the names are there once for each variant."""
+    found = {}
+    for name, text in texts.items():
+        for end, words in variants(grid if name in which else {}):
+            if name + end in found:
+                raise errors.UserError(f"two of the sweep's cells would be called {name + end}: rename one")
+            found[name + end] = split(text), words
+    return found
+
+
+def split(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise errors.UserError(f"`{text}` cannot be split into words: {error}") from None
+
+
+# -------------------------------------------------------------------- what is known before it runs
+
+
+def check(cells: list[Cell]) -> dict[str, dict]:
+    """{cell: its config}, resolved without running it; of a script that has none, its words and its YAML file's text.
+
+    Raises:
+        UserError: a config with a mistake, weights that its pretraining does not mean, or a cell that is there twice.
+    """
+    configs, seen, unknown = {}, {}, {}
+    for name, words, needs, weights in cells:
+        try:
+            found = scripts.config_of(words)
+        except errors.UserError as error:
+            raise errors.UserError(f"{name}: {error}") from None
+        if found is None:
+            unknown.setdefault(words[0], []).append(name)
+            text = Path(words[1]).read_text() if len(words) > 1 and Path(words[1]).is_file() else ""
+            found = {"words": [w for w in words if not w.startswith(("runs=", "run_name="))], "file": text}
+        elif backbone := backbone_of(found):
+            about = " ".join(w for w in words if re.match(r"backbone(\.name|\.weights)?=", w)) or "its YAML file"
+            if weights != "any" and as_path(backbone["weights"]) != as_path(weights):
+                raise errors.UserError(
+                    f"{name}: backbone.weights would be {backbone['weights'] or 'none'}, but its pretraining means "
+                    f"{weights or 'none'}; {about} does that: take it out of also, the detector or the task"
+                )
+            there = backbone_of(configs.get(needs, {})).get("name", backbone["name"])
+            if backbone["name"] != there:
+                raise errors.UserError(f"{name} has the backbone {backbone['name']}, its pretraining {there} ({about})")
+            backbone["weights"] = needs or backbone["weights"]
+        same = json.dumps([words[0], {key: value for key, value in found.items() if key not in ("runs", "run_name")}])
+        if same in seen:
+            raise errors.UserError(f"{name} and {seen[same]} are the same: something replaces what tells them apart")
+        configs[name], seen[same] = found, name
+    for script, names in unknown.items():
+        line = f"{script} does not show its config: {len(names)} cells are not checked before they run"
+        print(line, file=sys.stderr)
+    return configs
+
+
+def backbone_of(resolved: dict) -> dict:
+    """The backbone's section of a config, {} where there is none."""
+    backbone = resolved.get("backbone")
+    return backbone if isinstance(backbone, dict) and {"name", "weights"} <= {*backbone} else {}
+
+
+def as_path(weights: str | None) -> Path | None:
+    return None if weights is None or weights.lower() in ("none", "null", "") else Path(weights).expanduser()
+
+
+def is_another(known: dict, record: dict) -> bool:
+    """Whether a run folder holds another cell than the record: keys that cannot change the result may differ."""
+    if any(known[part] != record[part] for part in ("script", "pretraining")):
+        return True
+    return bool(checkpoint.config_changes(known["config"], record["config"]))
+
+
+def script_decides(known: dict, record: dict, words: list[str]) -> bool:
+    """Whether a cell that is done is given to its script, which repeats its results only if its images are the same."""
+    roots = [config.flatten(of["config"]).get("data.root") or "" for of in (known, record)]
+    return os.path.realpath(roots[0]) != os.path.realpath(roots[1]) or "resume=never" in words
 
 
 def results_of(folder: Path) -> Path | None:
@@ -108,137 +254,15 @@ def results_of(folder: Path) -> Path | None:
     return next(iter(sorted(folder.glob("results.json")) + sorted(folder.glob("eval_*/results.json"))), None)
 
 
-def repeats(cfg: Config) -> list[tuple[str, list[str]]]:
-    """(end of the run folder's name, words of the command line) of each seed; one of nothing without seeds."""
-    return [(f"/seed{seed}", [f"seed={seed}"]) for seed in cfg.seeds] or [("", [])]
+def made_by(folder: Path, known: dict) -> str:
+    """The version of the code that ended a cell, or of one that has not ended or does not say so, that began it."""
+    results = results_of(folder)
+    return (json.loads(results.read_text()).get("version") if results else None) or known["version"]
 
 
-def describe(words: list[str]) -> str:
-    """A command and the text of the config file in it."""
-    file = Path(words[1])
-    return shlex.join(words) + "\n" + (file.read_text() if file.is_file() else "")
-
-
-def place(cfg: Config, name: str) -> list[str]:
-    return [f"runs={cfg.runs}", f"run_name={cfg.run_name}/{name}"]
-
-
-def run(words: list[str], launcher: str, server) -> str | None:
-    """Run one command; what it did wrong in one line, or None. Its progress goes to the terminal."""
-    if launcher:
-        try:
-            done = subprocess.run([*shlex.split(launcher), *words], stdout=subprocess.DEVNULL)
-        except OSError as error:
-            raise errors.UserError(f"launcher={launcher} cannot be started: {error.strerror}") from None
-        return f"exit status {done.returncode}; run it by itself to see why" if done.returncode else None
-    receive, send = server.Pipe(duplex=False)
-    process = server.Process(target=call_script, args=(words, send))
-    process.start()
-    send.close()
-    try:
-        error = receive.recv()
-    except EOFError:  # killed before it could say anything
-        process.join()
-        error = f"the process died (exit code {process.exitcode}); out of memory?"
-    process.join()
-    return error
-
-
-def call_script(words: list[str], send) -> None:
-    """In a fresh process: `main` of the script, its errors sent back as one line."""
-    error = None
-    try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            importlib.import_module(words[0].removesuffix(".py")).main(words[1:])
-    except errors.UserError as problem:
-        error = str(problem)
-    except Exception as problem:
-        traceback.print_exc()
-        error = f"{type(problem).__name__}: {problem}"
-    send.send(error and " ".join(error.split()))
-
-
-def say(number: int, commands: list, began: float, text: str) -> None:
+def say(number: int, cells: list[Cell], began: float, text: str) -> None:
     minutes, seconds = divmod(int(time.perf_counter() - began), 60)
-    print(f"[{number}/{len(commands)}, {minutes}:{seconds:02d}] {text}", file=sys.stderr)
-
-
-def write(cfg: Config, top: Path, outcomes: dict[str, dict]) -> None:
-    """results.md and results.csv; the tables also on the terminal, results.json's line last."""
-    rows, ends = [], [end for end, _ in repeats(cfg)]
-
-    def cell(metric: str, *place: str) -> str:
-        """The figure of one cell: with its interval, or mean and deviation over the seeds."""
-        found = [outcomes["/".join(place) + end] for end in ends]
-        if errors := [outcome["error"] for outcome in found if "error" in outcome]:
-            return errors[0]
-        return spread([outcome.get(metric) for outcome in found]) if cfg.seeds else with_interval(found[0], metric)
-
-    for task, detector, metric in itertools.product(cfg.tasks, cfg.detectors, cfg.metrics):
-        shown = [cell(metric, task, detector, p) for p in cfg.pretraining]
-        if any(text != "-" for text in shown):
-            rows.append([task, detector, metric, *shown])
-    rows += mean_rows(cfg, outcomes) if cfg.mean else []
-    table = markdown_table(["task", "detector", "figure", *cfg.pretraining], rows)
-    pretrained = [name for name in outcomes if name.startswith("pretraining/")]
-    keys = ["method", "steps", "loss", "knn20_top1", "seconds", "error"]
-    shown = [[n.removeprefix("pretraining/")] + [short(outcomes[n].get(key)) for key in keys] for n in pretrained]
-    table = f"{markdown_table(['pretraining', *keys], shown)}\n{table}" if shown else table
-    if cfg.seeds:
-        brackets = "Mean ± standard deviation over seeds " + ", ".join(map(str, cfg.seeds))
-    else:
-        brackets = "In brackets: 95 % bootstrap intervals over test pictures"
-        brackets += "; of a mean ± standard deviation over the tasks" if cfg.mean else ""
-    with whole_file(top / "results.md") as file:
-        file.write(f"# {cfg.run_name}\n\n{brackets}.\n\n{table}")
-    with whole_file(top / "results.csv") as file:
-        file.write(csv_table([{"run": name} | plain(outcome) for name, outcome in outcomes.items()]))
-    print(table)
-    cells = f"{top}/*/*/*{'/*' if cfg.seeds else ''}"
-    print(f"{top}/results.md, {top}/results.csv; pictures: {cells}/heatmaps.png; curves: tensorboard --logdir {top}")
-    failed = [name for name, outcome in outcomes.items() if "error" in outcome]
-    print(json.dumps({"cells": len(outcomes), "failed": failed, "table": str(top / "results.md")}))
-    if failed:
-        sys.exit(1)
-
-
-def mean_rows(cfg: Config, outcomes: dict[str, dict]) -> list[list[str]]:
-    """Mean over the tasks of each figure, with its deviation over the seeds, or without seeds over the tasks; a dash
-    where a cell failed or has none."""
-    rows = []
-    for detector, metric in itertools.product(cfg.detectors, cfg.metrics):
-        shown = []
-        for pretraining in cfg.pretraining:
-            values = [  # a list of the tasks for each seed
-                [outcomes[f"{task}/{detector}/{pretraining}{end}"].get(metric) for task in cfg.tasks]
-                for end, _ in repeats(cfg)
-            ]
-            if any(None in each for each in values):
-                shown.append("-")
-            else:
-                shown.append(spread([statistics.fmean(each) for each in values] if cfg.seeds else values[0]))
-        if any(text != "-" for text in shown):
-            rows.append(["mean", detector, metric, *shown])
-    return rows
-
-
-def spread(values: list[float | None]) -> str:
-    """`0.943 ± 0.012`, mean and standard deviation (of the population that these are drawn from), or the one value."""
-    if None in values:
-        return "-"
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{deviation}"
-
-
-def short(value) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def plain(outcome: dict) -> dict:
-    """Single values and the ends of intervals, for CSV."""
-    flat = {key: value for key, value in outcome.items() if not isinstance(value, dict | list)}
-    intervals = {k: v for k, v in outcome.items() if k.endswith("_interval") and v}
-    return flat | {f"{key}_{end}": v[i] for key, v in intervals.items() for i, end in enumerate(("low", "high"))}
+    print(f"[{number}/{len(cells)}, {minutes}:{seconds:02d}] {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -19,17 +19,19 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import DataConfig, build_dataset, what_is_used
-from data.loading import Loader, holdout
+from data.loading import Loader, holdout, names_of
 from evaluation.anomaly_report import report
 from evaluation.calibration import calibrate, promise
 from evaluation.detection import batches_of, examine_set
-from evaluation.update import load_memory, names_of, same_pictures, update_memory
+from evaluation.update import load_memory, update_memory
 from models.anomaly import DetectorConfig, build_detector
 from models.anomaly.detector import TrainingBatch
 from models.build import BackboneConfig, build_backbone
 from training import checkpoint, config, distributed, errors
 from training.log import Log, Window
 from training.optim import PRECISIONS, OptimConfig, build_optimizer, clip_gradients, set_rates
+from training.values import PathText
+from training.version import code_version
 
 
 @dataclass(kw_only=True)
@@ -40,7 +42,7 @@ class Config:
     optim: OptimConfig | None = None  # for detectors trained by gradients; the others are fitted in one pass
     epochs: int = 1
     batch_size: int = 16  # pictures a step, over all processes
-    update: str | None = None  # last.pt of a fitted run: only learn what was added to its pictures or taken away
+    update: PathText | None = None  # last.pt of a fitted run: only learn what was added to its pictures or taken away
     holdout: float | None = None  # share of normals kept for thresholds; none: 0.1, 0 if few or each can be left out
     false_alarm_rate: float = 0.01  # what the thresholds promise; below 1 / (normals + 1) nothing can
     pixels: Literal["input", "original"] = "input"  # resolution of the pixel figures
@@ -52,7 +54,7 @@ class Config:
     compile: bool = False  # the training by gradients
     sync_bn: bool = False  # BatchNorm over all processes; CUDA only
     resume: Literal["auto", "never"] = "auto"
-    runs: str = "runs"
+    runs: PathText = "runs"
     run_name: str
 
 
@@ -108,6 +110,7 @@ def main(argv: list[str]) -> None:
         order = {"shuffle": True, "drop_last": True, "by_label": detector.by_label}
         loader = Loader(lessons, **sizes, **order, indices=own, **load)
         epoch_steps = len(loader) if cfg.epochs else 0
+        detector.check_count(len(train_ids))
     total = cfg.epochs * epoch_steps if by_gradient else 1
 
     # ---------------------------------------------------------------- what a killed run left
@@ -116,12 +119,16 @@ def main(argv: list[str]) -> None:
     if by_gradient:
         optimizer = build_optimizer(cfg.optim, detector)
         parts |= {"optimizer": optimizer, "scaler": scaler}
-    state = checkpoint.open_run(folder, resolved, resume=cfg.resume)
-    start, finished = (state["step"], state["step"] == total) if state else (0, False)
-    about = {"config": resolved, "learned": train_ids.tolist()}  # pictures by the numbers that a detector remembers
-    about["names"] = names_of(train_set, cfg.data.options["root"])
+    root = cfg.data.options["root"]
+    images = {"names": names_of(train_set, root), "learned": train_ids.tolist(), "tested": names_of(test_set, root)}
+    if lessons is not train_set:
+        images["elsewhere"] = names_of(lessons, cfg.data.options.get("others") or root)
+    elif fits and detector.fitted_on == "test":
+        images["elsewhere"] = images["tested"]
+    state = checkpoint.open_run(folder, resolved, resume=cfg.resume, images=images)
+    start, finished = (state["step"], state["step"] == total and state.get("fitted", True)) if state else (0, False)
+    about = images | {"config": resolved}  # images by the numbers that a detector remembers
     if state:
-        same_pictures(state, about, folder)
         checkpoint.restore(state, parts)
     log, window, began = Log(folder, resolved, start), Window(device), time.perf_counter()
     before = state["seconds_fit"] if state else 0.0  # of the sessions before this one
@@ -174,23 +181,29 @@ def main(argv: list[str]) -> None:
                 curves = window.read() | {"lr": lr, "grad_norm": grad_norm, "epoch": done / epoch_steps}
                 curves = log.scalars(done, curves | {f"stats/{name}": value for name, value in stats.items()})
                 bar.set_postfix_str(f"loss {curves['loss']:.3f}, {curves['speed/images_per_second']:.0f} images/s")
-            if save_due and done < total:
+            if save_due and (done < total or fits):
                 about["seconds_fit"] = before + time.perf_counter() - began
-                checkpoint.save(folder / checkpoint.LAST, parts, step=done, **about)
+                checkpoint.save(folder / checkpoint.LAST, parts, step=done, fitted=False, **about)
 
         distributed.share_buffers(detector)
 
     # ---------------------------------------------------------------- fit
     if fits and not finished:
-        with autocast:
-            if cfg.update:
-                log.say(update_memory(detector, old, about["names"], learned))
-            else:
-                source = learned if detector.fitted_on == "train" else Loader(test_set, **sizes, **load)
-                detector.fit(batches_of(source, "features"), len(source.indices))
+        torch.manual_seed(cfg.seed + 1_000_003 * total + distributed.rank())
+        source = learned if detector.fitted_on == "train" else Loader(test_set, **sizes, **load)
+        try:
+            with autocast:
+                if cfg.update:
+                    log.say(update_memory(detector, old, about["names"], learned))
+                else:
+                    detector.fit(batches_of(source, "features"), len(source.indices))
+        except errors.UserError as error:
+            last = checkpoint.last_good(folder)
+            kept = f"; {last}: as detector.weights, with epochs=0, it is fitted with other options" if total > 1 else ""
+            raise errors.UserError(f"{error}{kept}") from None
     about["seconds_fit"] = before if finished else before + time.perf_counter() - began
     if not finished:
-        checkpoint.save(folder / checkpoint.LAST, parts, step=total, **about)
+        checkpoint.save(folder / checkpoint.LAST, parts, step=total, fitted=True, **about)
 
     # ---------------------------------------------------------------- thresholds from normals, then the test, once
     began = time.perf_counter()
@@ -202,7 +215,7 @@ def main(argv: list[str]) -> None:
         calibration = calibrate(normal, normals, cfg.false_alarm_rate)
         if calibration["promised_false_alarm_rate"] != cfg.false_alarm_rate:
             log.say(promise(calibration))
-        checkpoint.save(folder / checkpoint.LAST, parts, step=total, **about, calibration=calibration)
+        checkpoint.save(folder / checkpoint.LAST, parts, step=total, fitted=True, **about, calibration=calibration)
         seconds_threshold, began = time.perf_counter() - began, time.perf_counter()
         found = examine_set(detector, Loader(test_set, **sizes, **load), "test pictures")
     speed = {"seconds_fit": about["seconds_fit"], "seconds_threshold": seconds_threshold}
@@ -211,7 +224,7 @@ def main(argv: list[str]) -> None:
         results = {"detector": cfg.detector.name, "backbone": cfg.backbone.name, "n_train": len(train_ids)}
         results |= detector.facts() | speed
         results |= report(log, found, test_set, normal, normals, calibration, original=cfg.pixels == "original")
-        log.results(results | {"version": checkpoint.code_version()})
+        log.results(results | {"version": code_version()})
     distributed.barrier()
     distributed.cleanup()
 

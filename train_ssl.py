@@ -21,7 +21,7 @@ from data import AugmentConfig, DataConfig, DefectConfig, build_augment, build_d
 from data.augment import unnormalize
 from data.defects import DEFECTS
 from data.geometry import as_geometry
-from data.loading import Loader, holdout
+from data.loading import Loader, holdout, names_of
 from data.negatives import DefectiveView
 from data.spd import SpotTheDifference
 from evaluation.collapse import collapse_warning, embedding_health
@@ -37,6 +37,8 @@ from training.log import Log, Window
 from training.optim import PRECISIONS, OptimConfig, build_optimizer, clip_gradients, set_rates
 from training.sam import SAMConfig, climbed, frozen_statistics
 from training.schedule import warmup_cosine
+from training.values import PathText
+from training.version import code_version
 
 
 @dataclass(kw_only=True)
@@ -86,7 +88,7 @@ class Config:
     compile: bool = False
     sync_bn: bool = False  # BatchNorm over all processes; CUDA only
     resume: Literal["auto", "never"] = "auto"
-    runs: str = "runs"
+    runs: PathText = "runs"
     run_name: str
 
 
@@ -158,7 +160,8 @@ def main(argv: list[str]) -> None:
         raise errors.UserError(f"accumulate={cfg.accumulate} is more than the {len(loader)} batches of an epoch")
     start, total, best, curves, figures = 0, cfg.epochs * epoch_steps, -1.0, {}, {}
     parts = {"model": method, "optimizer": optimizer, "scaler": scaler}
-    state, began = checkpoint.open_run(folder, resolved, resume=cfg.resume), time.perf_counter()
+    images = {"names": names_of(train_set, cfg.data.options["root"]), "learned": train_ids.tolist()}
+    state, began = checkpoint.open_run(folder, resolved, resume=cfg.resume, images=images), time.perf_counter()
     if state is not None:
         checkpoint.restore(state, parts)
         start, best, curves, figures = (state[key] for key in ("step", "best", "curves", "figures"))
@@ -242,13 +245,13 @@ def main(argv: list[str]) -> None:
             about = {"step": done, "best": best, "config": resolved, "part": method.kept}
             about |= {"curves": curves, "figures": figures, "seconds": time.perf_counter() - began}
             with window.paused():
-                checkpoint.save(folder / checkpoint.LAST, parts, **about)
+                checkpoint.save(folder / checkpoint.LAST, parts, **about, **images)
                 checkpoint.keep_copy(folder, done, cfg.save.keep_last)
 
     # ---------------------------------------------------------------- results
     about = {"method": cfg.method.name, "backbone": cfg.backbone.name, "parameters": parameters, "steps": total}
     results = about | {"loss": curves.get("loss")} | figures | {"seconds": time.perf_counter() - began}
-    log.results(results | {"version": checkpoint.code_version()})
+    log.results(results | {"version": code_version()})
     distributed.cleanup()
 
 

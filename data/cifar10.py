@@ -13,6 +13,7 @@ from data.folder import ClassFolder
 from data.geometry import Geometry, as_geometry
 from data.images import decode, fitted, picture_sizes
 from training.errors import UserError
+from training.values import PathText
 
 
 class CIFAR10:
@@ -33,7 +34,7 @@ class CIFAR10:
         split: Literal["train", "test"],
         size: int | Geometry = 32,
         *,
-        root: str,
+        root: PathText,
         per_class: int | None = None,
     ):
         self.geometry = as_geometry(size)

@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import tempfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -31,6 +30,7 @@ from data.demo_light import expose, sense, soil
 from data.demo_outliers import outlier
 from data.demo_parts import PARTS, SEEN_PARTS
 from training.errors import UserError, run
+from training.files import remove_unfinished, temporary_name
 
 VERSION = 1  # raise it when the pictures change
 VIEWS = {"scavport": {"turn": 0.6, "zoom": (0.75, 1.5), "shift": 0.3, "tilt": 0.25},
@@ -99,8 +99,10 @@ def generate(root: str | Path, *, seed: int = 0, scale: float = 1.0, workers: in
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     paths = layout(scale)
     root.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
+    remove_unfinished(root.parent)
+    unfinished = temporary_name(root)
     try:
+        unfinished.mkdir()
         job = partial(write, root=unfinished, seed=seed)
         bar = partial(tqdm, total=len(paths), desc=f"drawing {root}", unit=" pictures")
         if workers:
@@ -111,7 +113,6 @@ def generate(root: str | Path, *, seed: int = 0, scale: float = 1.0, workers: in
             for path in bar(paths):
                 job(path)
         (unfinished / "demo.json").write_text(json.dumps(identity) + "\n")
-        unfinished.chmod(0o755)
         if not is_there(root, identity):  # another process may have been quicker
             unfinished.rename(root)
     finally:

@@ -13,6 +13,7 @@ from data.images import OnError
 from data.masks import Masks
 from data.mvtec import MVTec
 from training.errors import UserError
+from training.values import PathText
 
 
 class FewShot(MVTec):
@@ -44,11 +45,11 @@ class FewShot(MVTec):
         split: Literal["train", "test", "others"],
         size: int | Geometry,
         *,
-        root: str,
+        root: PathText,
         category: str,
         shots: int,
         draw: int = 0,
-        others: str | None = None,
+        others: PathText | None = None,
         masks: Masks = "all",
         on_error: OnError = "fail",
     ):

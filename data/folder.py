@@ -13,6 +13,7 @@ from data.image_files import is_folder, list_images, refuse_shared_folders
 from data.images import OnError, decode, picture_sizes, readable
 from data.loading import stratified_split
 from training.errors import UserError
+from training.values import PathText
 
 LAYOUT = (
     "expected <root>/<class>/*.jpg, or <root>/train/<class>/*.jpg and <root>/test/<class>/*.jpg, "
@@ -47,7 +48,7 @@ class ClassFolder:
         split: Literal["train", "test"],
         size: int | Geometry,
         *,
-        root: str,
+        root: PathText,
         test_fraction: float | None = None,
         on_error: OnError = "fail",
     ):

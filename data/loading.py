@@ -3,6 +3,7 @@
 Letters: N items, B batch of this process, W processes, h and w a picture's height and width.
 """
 
+import os
 from collections.abc import Iterator
 from typing import Literal
 from weakref import WeakKeyDictionary
@@ -41,6 +42,11 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
 def holdout(dataset, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """(train indices, held-out indices) of the dataset, stratified by label: `stratified_split` of its labels."""
     return stratified_split(dataset.labels, fraction, seed)
+
+
+def names_of(dataset, root: str) -> list[str]:
+    """The images' paths below `root`: what an image is known by in later runs, wherever the data lie."""
+    return [os.path.relpath(path, root) for path in dataset.paths]
 
 
 class Loader:

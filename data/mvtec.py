@@ -13,6 +13,7 @@ from data.image_files import find_images, is_folder, refuse_shared_folders
 from data.images import OnError, decode, decode_mask, picture_sizes, readable
 from data.masks import Masks, check_sizes, masks_of, warn_of_values
 from training.errors import UserError
+from training.values import PathText
 
 LAYOUT = (
     "expected <root>/<category>/train/good/*, <root>/<category>/test/<good or a defect>/* "
@@ -49,7 +50,7 @@ class MVTec:
         split: Literal["train", "test"],
         size: int | Geometry,
         *,
-        root: str,
+        root: PathText,
         category: str,
         masks: Masks = "all",
         on_error: OnError = "fail",

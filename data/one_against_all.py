@@ -12,6 +12,7 @@ from data.folder import ClassFolder
 from data.geometry import Geometry
 from data.images import OnError, readable
 from training.errors import UserError
+from training.values import PathText
 
 
 class OneAgainstAll:
@@ -40,7 +41,7 @@ class OneAgainstAll:
         split: Literal["train", "test"],
         size: int | Geometry,
         *,
-        root: str,
+        root: PathText,
         normal: str,
         test_fraction: float | None = None,
         on_error: OnError = "fail",

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+from data.loading import names_of
 from evaluation.bootstrap import pixel_histograms
 from evaluation.compare import save_scores
 from evaluation.curves import histogram_picture, roc_pr_picture
@@ -21,7 +22,6 @@ from evaluation.detection import anomaly_results, region_maps, region_masks, wit
 from evaluation.heatmaps import Caption, Row, heat_range, pick, save, sheet
 from evaluation.neighbors import Pair, neighbor_sheet
 from evaluation.report import csv_table, markdown_table, with_interval
-from evaluation.update import names_of
 from models.anomaly.detector import Findings
 from training.files import whole_file
 from training.log import Log

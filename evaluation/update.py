@@ -1,7 +1,5 @@
 """Change the training pictures of a fitted detector: learn what was added, forget what is gone, leave the rest."""
 
-import os
-
 import torch
 from torch import nn
 
@@ -10,33 +8,10 @@ from evaluation.detection import batches_of
 from training import checkpoint
 from training.config import flatten
 from training.errors import UserError
+from training.version import another_version
 
 SECTIONS = ("backbone", "detector", "data", "precision")  # of the config: must be what the old run had,
-FREE = (  # but for where things are, how much memory they may take, and what is scored
-    "backbone.weights",
-    "backbone.part",
-    "data.root",
-    "data.on_error",
-    "data.cache",
-    "data.workers",
-    "detector.memory_limit",
-    "detector.image_score",
-)
-
-
-def names_of(dataset, root: str) -> list[str]:
-    """The pictures' paths below `root`: what a picture is known by in later runs."""
-    return [os.path.relpath(path, root) for path in dataset.paths]
-
-
-def same_pictures(state: dict, about: dict, folder: str) -> None:
-    """UserError when a run that goes on was begun with other training pictures: its numbers would mean others now."""
-    if state["names"] != about["names"] or state["learned"] != about["learned"]:
-        changed = sorted({*state["names"]} ^ {*about["names"]})
-        raise UserError(
-            f"the training pictures of {folder} changed since it began ({', '.join(changed[:3]) or 'their order'}): "
-            "choose another run_name (with update= where the detector can), or resume=never to start afresh"
-        )
+FREE = ("backbone.weights", "backbone.part", "detector.image_score")  # but for where weights are and what is scored
 
 
 def load_memory(path: str, resolved: dict, detector: nn.Module) -> dict:
@@ -48,12 +23,12 @@ def load_memory(path: str, resolved: dict, detector: nn.Module) -> dict:
     old = checkpoint.load(path)
     if "calibration" not in old:
         raise UserError(f"update={path} is not the last.pt of a finished run of train_anomaly.py")
-    sections = [flatten({s: c[s] for s in SECTIONS}) for c in (old["config"], resolved)]
-    for key in sorted({*sections[0], *sections[1]} - {*FREE}):
-        if sections[0].get(key) != sections[1].get(key):
+    before, now = ({section: c[section] for section in SECTIONS} for c in (old["config"], resolved))
+    for key in checkpoint.config_changes(before, now):
+        if key not in FREE:
             raise UserError(
-                f"update={path} was fitted with {key}={sections[0].get(key)}, this config says "
-                f"{sections[1].get(key)}: make them equal, or fit anew without update"
+                f"update={path} was fitted with {key}={flatten(before).get(key)}, this config says "
+                f"{flatten(now).get(key)}: make them equal, or fit anew without update"
             )
     for name, tensor in detector.backbone.state_dict().items():
         if not torch.equal(tensor.cpu(), old["model"][f"backbone.{name}"]):
@@ -79,4 +54,6 @@ def update_memory(detector: nn.Module, old: dict, names: list[str], loader: Load
             loader.dataset, loader.batch_size, loader.device, indices=new, cache=loader.cache, workers=loader.workers
         )
         detector.add(batches_of(added, "new pictures"), len(new))
-    return f"update: {len(new)} pictures added, {len(learned - set(number))} removed, {len(number)} in all"
+    other = another_version(old.get("version"), with_script=False)
+    kept = other and f"; those from before were learned by {other}, without update all are learned anew"
+    return f"update: {len(new)} pictures added, {len(learned - set(number))} removed, {len(number)} in all{kept}"

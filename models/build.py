@@ -9,6 +9,7 @@ from models.channels import Channel, OneChannel, take_channel
 from models.weights import load_weights
 from training.config import choice
 from training.errors import UserError
+from training.values import PathText
 
 
 @dataclass(kw_only=True)
@@ -16,7 +17,7 @@ class BackboneConfig:
     """`backbone.*`: these keys, and the keyword-only arguments of the chosen backbone."""
 
     name: str = choice(BACKBONES)
-    weights: str | None = None  # a checkpoint: torchvision's, DINO's, MoCo's, ..., or one of ours; none: random weights
+    weights: PathText | None = None  # a checkpoint: torchvision's, DINO's, MoCo's, ..., or ours; none: random weights
     part: str = "auto"  # which network of a checkpoint that holds several
     channel: Channel = "all"  # of the pictures; red, green or blue: that one alone
     one_channel: OneChannel = "copy"  # how it reaches a stem of three channels; with in_channels=1 it needs no way

@@ -73,7 +73,7 @@ def test_every_command_of_the_readme_runs_at_small_size(place, monkeypatch):
         if name == "predict.py":
             words += SMALL[name]
         elif "task=compare" not in words:
-            words += SMALL[name] + FURTHER.get(words[0], []) + [f"runs={place}/runs"]
+            words = config.overlay(words, SMALL[name], FURTHER.get(words[0], []), [f"runs={place}/runs"])
         if processes > 1:
             script([name, *words], processes=processes)
         else:
@@ -104,12 +104,15 @@ def test_the_command_of_every_config_is_understood(path, monkeypatch):
     cfg, backbones = config.load(SCHEMAS[name], words), {}
     if name == "train_ssl.py":
         pretraining_gets_its_views(cfg)
-    for cell, (script_name, *its_words), needs in sweep.plan(cfg) if name == "sweep.py" else ():
+    for cell in sweep.plan(sweep.load(words))[1] if name == "sweep.py" else ():
+        script_name, *its_words = cell.words
         its = config.load(SCHEMAS[script_name], its_words)
-        backbones[cell] = its.backbone.name
-        assert needs is None or backbones[cell] == backbones[needs], cell
+        backbones[cell.name] = its.backbone.name
+        assert cell.needs is None or backbones[cell.name] == backbones[cell.needs], cell
         if script_name == "train_ssl.py":
             pretraining_gets_its_views(its)
+    if name == "sweep.py":
+        assert sweep.check(sweep.plan(sweep.load(words))[1]).keys() == backbones.keys()
 
 
 def pretraining_gets_its_views(cfg: train_ssl.Config) -> None:
@@ -123,9 +126,9 @@ def pretraining_gets_its_views(cfg: train_ssl.Config) -> None:
 def test_the_demo_sweep_names_configs_and_folders_that_exist(tmp_path):
     generate(tmp_path / "demo", scale=0.02, workers=0)
     cfg = config.load(sweep.Config, [str(TOP / "configs" / "sweep_demo.yaml")])
-    plan = sweep.plan(cfg)
+    _, plan = sweep.plan(cfg)
     assert len(plan) == 2 + len(cfg.detectors) * len(cfg.pretraining) * len(cfg.tasks)
-    for _, (name, *words), _ in plan:
+    for name, *words in (cell.words for cell in plan):
         full = config.load(SCHEMAS[name], words)
         root = Path(full.data.options["root"].replace("datasets/demo", str(tmp_path / "demo")))
         assert (root / full.data.options.get("category", "train")).is_dir()

@@ -1,11 +1,10 @@
 """Run folders and checkpoints: written whole or not at all, read without running code, resumed when configs agree."""
 
 import argparse
-import functools
 import os
 import re
 import shutil
-import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -14,13 +13,28 @@ import yaml
 from training import distributed
 from training.config import flatten
 from training.errors import UserError
+from training.files import remove_unfinished, whole_file
+from training.version import another_version, code_version, goes_on_from
 
 LAST = "last.pt"
-ABOUT_PROGRESS = ("resume",)  # keys that may differ between a checkpoint's config and this run's
+CHANGES_NOTHING = (  # keys that cannot change weights or metrics, so they may differ when a run is resumed: where
+    "runs",  # things are,
+    "run_name",
+    "data.root",  # as long as the images' names below it are the same, which the scripts check,
+    "data.on_error",  # likewise: an image that is left out is a name less;
+    "data.cache",  # how much memory they take,
+    "data.workers",
+    "detector.memory_limit",
+    "log_every",  # where the curves have points (the last point's mean is the loss in results.json),
+    "save_every",
+    "save.every",
+    "save.keep_last",
+    "resume",
+)  # and `device` between auto and what it is here, or another GPU
 
 
 def save(path: str | Path, parts: dict, **about) -> None:
-    """Write {name: part.state_dict()} and `about` (step, config, ...) on rank 0, whole or not at all.
+    """Write {name: part.state_dict()} and `about` (step, config, ...) on rank 0, atomically.
 
     Every rank calls it: a part that is spread over processes is gathered by its state_dict. A temporary file, fsync,
     then rename: a process killed in between leaves the old checkpoint or the new one.
@@ -28,17 +42,14 @@ def save(path: str | Path, parts: dict, **about) -> None:
     state = {name: part.state_dict() for name, part in parts.items()} | about | {"version": code_version()}
     if not distributed.is_main():
         return
-    temporary = f"{path}.tmp{os.getpid()}"
     try:
-        with open(temporary, "wb") as file:
+        with whole_file(path, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        Path(temporary).unlink(missing_ok=True)
-        why = error if isinstance(error, OSError) else f"{error} (is the disk full?)"  # torch's writer loses the errno
-        raise UserError(f"cannot write checkpoint {path}: {why}; the previous one is untouched") from None
+    except RuntimeError as error:  # of torch's writer, which loses the errno
+        why = f"{error} (is the disk full, or the file too large?)"
+        raise UserError(f"cannot write {path}: {why}; nothing under that name was changed") from None
 
 
 def restore(state: dict, parts: dict) -> None:
@@ -75,35 +86,85 @@ def load(path: str | Path) -> dict:
     return state
 
 
-def open_run(folder: str | Path, config: dict, *, resume: str = "auto") -> dict | None:
+def config_changes(old: dict, new: dict) -> list[str]:
+    """The dotted keys, sorted, in which two resolved configs differ and that may change the result."""
+
+    def settings(config: dict) -> dict:
+        flat = {key: value for key, value in flatten(config).items() if key not in CHANGES_NOTHING}
+        if flat.get("device") == "auto":
+            flat["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+        return flat | ({"device": flat["device"].partition(":")[0]} if "device" in flat else {})
+
+    old, new = settings(old), settings(new)
+    return sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+
+
+IMAGES = {  # of a run, under these keys of its checkpoint
+    "names": "training images",
+    "learned": "numbers of the training images that are not held out",
+    "elsewhere": "images of another set that it learns from",
+    "tested": "test images",
+}
+
+
+def require_same_images(state: dict, images: dict[str, list], folder: Path) -> None:
+    """UserError when a run that resumes was begun with other images, or has results of others.
+
+    `images` are names, by the keys of `IMAGES`; the test images count once there are results.
+    """
+    finished = (folder / "results.json").exists()
+    for key, now in images.items():
+        before = state.get(key, now)  # what older checkpoints do not have
+        if before == now or (key == "tested" and not finished):
+            continue
+        changes = []
+        for change, names in (("added", {*now} - {*before}), ("removed", {*before} - {*now})):
+            if names:
+                some = ", ".join(map(str, sorted(names)[:3]))
+                changes.append(f"{len(names)} {change}: {some}{', ...' if len(names) > 3 else ''}")
+        update = f" (with update={folder / LAST} where the detector can)" if "calibration" in state else ""
+        raise UserError(
+            f"the {IMAGES[key]} of {folder} changed since {'its results' if finished else 'it began'} "
+            f"({'; '.join(changes) or 'their order'}): choose another run_name{update}, "
+            "or resume=never to start this one afresh"
+        )
+
+
+def open_run(
+    folder: str | Path, config: dict, *, resume: str = "auto", images: dict[str, list] | None = None
+) -> dict | None:
     """Make the run folder and write config.yaml; returns the state to go on from, or None for a fresh start.
 
-    resume `auto`: a folder with a checkpoint of the same config goes on; of another config is an error that names the
-    keys. resume `never`: a run that is there is removed first. Call it when everything else of the config has proved
-    right, for it may delete.
+    resume `auto`: a folder with a checkpoint of the same config goes on; one that `config_changes` tells apart is an
+    error that names the keys, and so are other `images` (`require_same_images`). resume `never`: a run that is there
+    is removed first. Call it when everything else of the config has proved right, for it may delete.
     """
     folder, state = Path(folder), None
-    if resume == "auto" and (folder / LAST).exists():
+    if resume == "auto" and os.path.exists(folder / LAST):  # of a name that is too long it says no
         state = load(folder / LAST)
-        old, new = flatten(state["config"]), flatten(config)
-        keys = [k for k in sorted({*old, *new}) if k not in ABOUT_PROGRESS and old.get(k) != new.get(k)]
-        if keys:
+        if keys := config_changes(state["config"], config):
+            old, new = flatten(state["config"]), flatten(config)
             changes = ", ".join(f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys[:4])
             raise UserError(
                 f"{folder} holds a run with another config ({changes}{', ...' if len(keys) > 4 else ''}); "
                 "choose another run_name, or resume=never to start this one afresh"
             )
+        require_same_images(state, images or {}, folder)
+    goes_on_from(state and state.get("version"))
+    other = another_version(state.get("version")) if state else ""
+    if other and distributed.is_main() and not (folder / "results.json").exists():  # else Log.repeat_results says it
+        print(f"{folder} goes on from a checkpoint of {other}; resume=never starts afresh", file=sys.stderr)
     distributed.barrier()  # all ranks have looked before rank 0 changes anything
     if distributed.is_main():
         try:
-            if resume == "never" and folder.exists():
+            if resume == "never" and os.path.exists(folder):
                 if any(folder.iterdir()) and not (folder / "config.yaml").exists():
                     raise UserError(f"{folder} is not a run folder (it has no config.yaml), so it is not removed")
                 shutil.rmtree(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob("*.tmp*"):  # of a process killed while it wrote
-                left.unlink()
-            (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+            remove_unfinished(folder)
+            with whole_file(folder / "config.yaml") as file:
+                yaml.safe_dump(config, file, sort_keys=False)
         except OSError as error:
             raise UserError(f"cannot write run folder {folder}: {error.strerror}") from None
     distributed.barrier()
@@ -118,19 +179,8 @@ def last_good(folder: Path) -> str:
 def keep_copy(folder: str | Path, step: int, count: int) -> None:
     """Keep this step's last.pt as step_<step>.pt and, with it, the `count` newest such copies."""
     if count and distributed.is_main():
-        copy = Path(folder) / f"step_{step:08d}.pt.tmp"
-        shutil.copyfile(Path(folder) / LAST, copy)
-        os.replace(copy, copy.with_suffix(""))
+        copy = Path(folder) / f"step_{step:08d}.pt"
+        with open(Path(folder) / LAST, "rb") as last, whole_file(copy, "wb") as file:
+            shutil.copyfileobj(last, file)
         for path in sorted(Path(folder).glob("step_*.pt"))[:-count]:
             path.unlink()
-
-
-@functools.cache
-def code_version() -> str:
-    """Commit of this code, with `+` when the tree has changes; `unknown` outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=10"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()

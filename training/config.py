@@ -5,18 +5,25 @@ its own; every further key must be a keyword-only argument of the chosen constru
 defaults filled in, in the section's `options`. So a method's signature is its schema, and a default exists once:
 
     method: {name: simclr, temperature: 0.5}     ->     MethodConfig(name="simclr", options={"temperature": 0.5, ...})
+
+`method=moco_v2` is short for `method.name=moco_v2`, in YAML too. The order of overrides does not matter. Where one
+changes a name, all other keys of the section stay as the YAML has them, shared options too (moco_v2 gets simclr's
+`temperature: 0.5`), and only options that moco_v2 does not have are dropped, which one line on stderr says.
 """
 
 import dataclasses
 import difflib
+import functools
 import inspect
+import os
+import sys
 import types
 import typing
 from pathlib import Path
 
-import yaml
-
-from training.errors import UserError
+from training.errors import UserError, cut, shown
+from training.values import NULL, coerce, path_text
+from training.yaml_text import read_yaml
 
 
 def choice(table: dict):
@@ -30,66 +37,64 @@ def load(schema: type, argv: list[str]):
     Raises:
         UserError: unknown, missing or duplicate key, unknown name, wrong type, unreadable file. Always one line.
     """
-    return build(schema, read(argv))
+    return build(schema, merge(schema, *read(argv)))
 
 
-def read(argv: list[str]) -> dict:
-    """The raw nested dict of a command line: the YAML file, if one is named first, with the overrides applied."""
-    raw = {}
+def read(argv: list[str]) -> list[dict]:
+    """The layers of a command line as raw nested dicts of texts: run_name from the YAML file's name, the file, if one
+    is named first, and the overrides.
+
+    A single value and keys below the same name, `method=simclr method.bank=0`, become {"": "simclr", "bank": "0"}.
+    """
+    default, file, typed, seen = {}, {}, {}, {}
     if argv and "=" not in argv[0]:
-        raw = read_yaml(argv[0])
-        raw.setdefault("run_name", Path(argv[0]).stem)
+        file = read_yaml(argv[0])
+        default = {"run_name": Path(argv[0]).stem}
         argv = argv[1:]
     for argument in argv:
         key, equals, value = argument.partition("=")
-        if not equals or not key:
-            raise UserError(f"argument '{argument}' is not key=value (the YAML file comes first)")
-        section = raw
         *parents, last = key.split(".")
+        if not equals or "" in (*parents, last):
+            raise UserError(f"argument {shown(argument)} is not key=value (the YAML file comes first)")
+        if key in seen:
+            raise UserError(f"{cut(key)} is given twice: {cut(seen[key])} and {cut(argument)}; remove one")
+        seen[key], section = argument, typed
         for parent in parents:
-            if isinstance(section.get(parent), str):  # `method: simclr` is short for `method: {name: simclr}`
-                section[parent] = {"name": section[parent]}
-            section = section.setdefault(parent, {})
-            if not isinstance(section, dict):
-                raise UserError(f"{key}: '{parent}' is a single value, not a section")
+            if not isinstance(section.setdefault(parent, {}), dict):
+                section[parent] = {"": section[parent]}
+            section = section[parent]
+        if isinstance(section.get(last), dict):
+            section, last = section[last], ""
         section[last] = value
-    return raw
+    return [default, file, typed]
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, which YAML's own loader silently lets win."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise UserError(f"{key.start_mark.name}:{key.start_mark.line + 1}: key '{key.value}' is given twice")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+def overlay(*pieces: list[str]) -> list[str]:
+    """Several pieces of a command line as one, in which a key of a later piece replaces the same key of an earlier."""
+    words, own = [], set()
+    for piece in reversed(pieces):
+        keys = [word.partition("=")[0].removesuffix(".name") if "=" in word else None for word in piece]
+        words = [word for word, key in zip(piece, keys) if key is None or key not in own] + words
+        own.update(keys)
+    return words
 
 
-def read_yaml(path: str | Path) -> dict:
-    """A YAML file that must be a mapping without duplicate keys; an empty file is an empty mapping."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            raw = yaml.load(file, _UniqueKeys)
-    except OSError as error:
-        raise UserError(f"cannot read config file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    if raw is None:
-        return {}
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} must be a mapping of keys to values, not a {type(raw).__name__}")
-    return raw
+def chosen(layers: list[dict], section: str):
+    """The name that a section has in raw layers, or None: what a script must know before it can choose a schema."""
+    for layer in reversed(layers):
+        name = layer.get(section)
+        name = name.get("", name.get("name")) if isinstance(name, dict) else name
+        if name is not None:
+            return name
+    return None
 
 
 def run_folder(config) -> Path:
     """<runs>/<run_name>; a name that is empty or leads out of `runs` is an error, for run folders can be removed."""
     name = Path(config.run_name)
     if not name.parts or name.is_absolute() or ".." in name.parts:
-        raise UserError(f"run_name={config.run_name!r} must name a folder below runs={config.runs}")
-    return Path(config.runs) / name
+        raise UserError(f"run_name={shown(config.run_name)} must name a folder below runs={cut(config.runs)}")
+    return Path(path_text(f"{config.runs}/{name}", "run_name"))
 
 
 def at_least_one(config, *keys: str) -> None:
@@ -99,15 +104,76 @@ def at_least_one(config, *keys: str) -> None:
             raise UserError(f"{key}={getattr(config, key)} must be at least 1")
 
 
+def merge(schema: type, *layers: dict) -> dict:
+    """One raw dict of several, a later one's keys over those of the earlier ones, whatever their order inside.
+
+    Options of an earlier layer that the name of a later one does not have are left out and named in a line on stderr.
+    """
+    dropped = []
+    raw = functools.reduce(lambda lower, upper: _lay(schema, lower, upper, "", dropped), layers, {})
+    if dropped and os.environ.get("RANK", "0") == "0":  # the processes have not met yet
+        print(f"note: dropped options that a new choice does not have: {', '.join(dropped)}", file=sys.stderr)
+    return raw
+
+
+def _lay(schema: type, lower: dict, upper: dict, where: str, dropped: list[str]) -> dict:
+    """`upper`'s keys over `lower`'s, in sections too; adds `key=value (section=name)` to `dropped`."""
+    lower, chooser = dict(lower), _chooser(schema)
+    if chooser and (new := options_of(chooser, upper.get(chooser.name))) is not None:
+        old = options_of(chooser, lower.get(chooser.name)) or {}
+        known, choice = {*new, *upper, *(f.name for f in dataclasses.fields(schema))}, upper[chooser.name]
+        for key in [key for key in lower if key in old and key not in known]:
+            value = cut(str(lower.pop(key)), 40)
+            dropped.append(f"{where}{key}={value} ({where[:-1] or chooser.name}={choice})")
+    merged = lower | upper
+    for name, kind in typing.get_type_hints(schema).items():
+        if (section := _section(kind)) and name in upper:
+            below, above = (_spelled_out(kind, raw.get(name), f"{where}{name}") for raw in (lower, upper))
+            both = isinstance(above, dict) and isinstance(below, dict)
+            merged[name] = _lay(section, below, above, f"{where}{name}.", dropped) if both else above
+    return merged
+
+
+def _chooser(schema: type) -> dataclasses.Field | None:
+    return next((field for field in dataclasses.fields(schema) if "choices" in field.metadata), None)
+
+
+def options_of(chooser: dataclasses.Field, name) -> dict[str, tuple] | None:
+    """`option_types` of the constructor that a chooser's name stands for; None for a name that it does not know."""
+    table = chooser.metadata["choices"]
+    return option_types(table[name]) if isinstance(name, str) and name in table else None
+
+
+def _spelled_out(kind, raw, where: str) -> dict | None:
+    """The raw keys of a field declared as `Section` or `Section | None`; None for the latter left out."""
+    rest = {key: value for key, value in raw.items() if key} if isinstance(raw, dict) else {}
+    short = raw.get("") if isinstance(raw, dict) else raw
+    if isinstance(raw, dict) and short is None:
+        return rest
+    if isinstance(kind, types.UnionType) and (short is None or (isinstance(short, str) and short.lower() in NULL)):
+        if rest:
+            key, value = next(iter(rest.items()))
+            raise UserError(f"{where}={short} leaves out the section that {where}.{key}={cut(str(value))} is for")
+        return None
+    chooser = _chooser(_section(kind))
+    if short is None:
+        return rest
+    if not chooser or not isinstance(short, str):
+        raise UserError(f"{where} must be a section of keys, not {shown(short)}")
+    if chooser.name in rest:
+        name = f"{where}.{chooser.name}"
+        raise UserError(
+            f"{name} is given twice: {where}={cut(short)} and {name}={cut(str(rest[chooser.name]))}; remove one"
+        )
+    return {chooser.name: short} | rest
+
+
 def build(schema: type, raw: dict, where: str = ""):
     """An instance of dataclass `schema` from a raw dict; `where` is the dotted prefix that errors name."""
     hints = typing.get_type_hints(schema)
     fields = {f.name: f for f in dataclasses.fields(schema)}
-    chooser = next((f for f in fields.values() if "choices" in f.metadata), None)
-    if chooser and isinstance(raw, str):
-        raw = {chooser.name: raw}
-    if not isinstance(raw, dict):
-        raise UserError(f"{where.rstrip('.') or 'the config'} must be a section of keys, not {raw!r}")
+    chooser = _chooser(schema)
+    raw = _spelled_out(schema, raw, where.rstrip(".") or "the config")
     options = {}
     if chooser:
         name = raw.get(chooser.name)
@@ -117,7 +183,8 @@ def build(schema: type, raw: dict, where: str = ""):
     known = [n for n in fields if not (chooser and n == "options")] + list(options)
     for key in raw:
         if key not in known:
-            raise UserError(f"unknown key '{where}{key}'{suggest(key, known)}")
+            of = f" ({where[:-1] or chooser.name}={raw[chooser.name]})" if chooser else ""
+            raise UserError(f"unknown key '{cut(where + str(key))}'{of}{suggest(str(key), known)}")
     values = {}
     for name, field in fields.items():
         if chooser and name == "options":
@@ -125,8 +192,9 @@ def build(schema: type, raw: dict, where: str = ""):
                 key: coerce(raw[key], kind, where + key) if key in raw else required(default, where + key)
                 for key, (kind, default) in options.items()
             }
-        elif (section := _section(hints[name])) and (raw.get(name) is not None or field.default is not None):
-            values[name] = build(section, raw.get(name, {}), f"{where}{name}.")
+        elif (section := _section(hints[name])) and (name in raw or field.default is not None):
+            its = _spelled_out(hints[name], raw.get(name, {}), where + name)
+            values[name] = None if its is None else build(section, its, f"{where}{name}.")
         elif name in raw:
             values[name] = coerce(raw[name], hints[name], where + name)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
@@ -141,8 +209,9 @@ def _section(kind) -> type | None:
 
 def pick(table: dict, name: str, where: str):
     """`table[name]`, or an error that lists the valid names."""
-    if name not in table:
-        raise UserError(f"{where}={name!r} is unknown{suggest(str(name), table)}; one of: {', '.join(table)}")
+    if not isinstance(name, str) or name not in table:
+        near = suggest(name, table) if isinstance(name, str) else ""
+        raise UserError(f"{where}={shown(name)} is unknown{near}; one of: {', '.join(table)}")
     return table[name]
 
 
@@ -162,68 +231,6 @@ def required(default, where: str):
 def suggest(key: str, known) -> str:
     near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     return f", did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}"
-
-
-def coerce(value, kind, where: str):
-    """`value`, from YAML or from the command line, as type `kind`; `where` names the key in errors."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    wrong = UserError(f"{where}={value!r} is not a valid {_words(kind)}")
-    if origin in (typing.Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "")):
-            return None
-        return coerce(value, next(a for a in args if a is not type(None)), where)
-    if origin is typing.Literal:
-        match = [a for a in args if str(a) == str(value)]
-        if not match:
-            raise UserError(f"{where}={value!r} is unknown; one of: {', '.join(map(str, args))}")
-        return match[0]
-    if origin in (tuple, list):
-        if isinstance(value, str):
-            value = [part.strip() for part in value.strip("()[] ").split(",") if part.strip()]
-        elif isinstance(value, int | float):  # from YAML; one number is a tuple of one, as on the command line
-            value = [value]
-        if not isinstance(value, list | tuple):
-            raise wrong
-        fixed = origin is tuple and Ellipsis not in args
-        if fixed and len(value) != len(args):
-            raise wrong
-        return origin(coerce(v, args[i] if fixed else args[0], f"{where}[{i}]") for i, v in enumerate(value))
-    if kind is dict or origin is dict:
-        if not isinstance(value, dict):
-            raise wrong
-        return {k: coerce(v, args[1], f"{where}.{k}") for k, v in value.items()} if args else value
-    if kind is bool:
-        words = {
-            "true": True,
-            "yes": True,
-            "on": True,
-            "1": True,
-            "false": False,
-            "no": False,
-            "off": False,
-            "0": False,
-        }
-        if str(value).lower() not in words:
-            raise wrong
-        return words[str(value).lower()]
-    if isinstance(value, bool | dict | list) or value is None:
-        raise wrong
-    try:
-        number = value if kind is str else float(value)
-    except ValueError:
-        raise wrong from None
-    if kind is int:
-        if number != number or number in (float("inf"), -float("inf")) or number != int(number):
-            raise wrong
-        return int(value) if isinstance(value, int) or str(value).lstrip("+-").isdigit() else int(number)
-    return kind(number)
-
-
-def _words(kind) -> str:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is tuple:
-        return "list of numbers" if Ellipsis in args else f"list of {len(args)} values, like 0.2,1.0"
-    return {bool: "true or false", int: "whole number", float: "number", str: "text"}.get(kind, str(kind))
 
 
 def as_dict(config) -> dict:

@@ -2,13 +2,37 @@
 
 import errno
 import os
+import reprlib
 import sys
 
 from training.text import printable
 
+ADVICE = {  # for what the system refuses
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
+    errno.EROFS: "choose another place",
+    errno.EACCES: "choose another place, or change who may use it",
+    errno.ENOTDIR: "choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+SHORT = reprlib.Repr()  # of any value: neither its depth nor its length costs more than a line
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 90
+SHORT.maxlevel = 3
+
 
 class UserError(Exception):
     """Something the user can mend. The message says in one line what is wrong, where, and what to do."""
+
+
+def shown(value) -> str:
+    """A value of the user's in a message: as Python writes it, cut to 90 characters."""
+    return cut(SHORT.repr(value))
+
+
+def cut(text: str, width: int = 90) -> str:
+    """At most `width` characters: of a longer text the beginning and the end."""
+    return text if len(text) <= width else f"{text[: width - 33]}...{text[-30:]}"
 
 
 def run(main) -> None:
@@ -30,9 +54,10 @@ def run(main) -> None:
         print("error: the GPU's memory is full: lower batch_size or data.size, or set precision=bf16", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.errno not in ADVICE:
             raise
-        print(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}; make room", file=sys.stderr)
+        what = f"cannot use {error.filename or 'a file'}: {error.strerror}"
+        print(f"error: {what}; {ADVICE[error.errno]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; where there is a checkpoint, the same command goes on from it", file=sys.stderr)

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +15,12 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from training import distributed
+from training import checkpoint, distributed
 from training.config import flatten
-from training.errors import UserError
+from training.errors import ADVICE, UserError
 from training.files import whole_file
 from training.text import printable
+from training.version import another_version
 
 
 class Log:
@@ -37,8 +39,20 @@ class Log:
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         with whole_file(self._metrics) as file:
             file.writelines(line + "\n" for line in kept)
-        self.writer = SummaryWriter(self.folder, purge_step=step + 1)
+        threading.excepthook = _without_tensorboard
+        with self._writing():
+            self.writer = SummaryWriter(self.folder, purge_step=step + 1)
         self.text("config", "```yaml\n" + yaml.safe_dump(config, sort_keys=False) + "```")
+
+    @contextmanager
+    def _writing(self):
+        """What cannot be written inside, or by TensorBoard's thread before, is a `UserError`."""
+        try:
+            yield
+        except OSError as error:
+            what = f"cannot write the curves in {self.folder}: {error.strerror or error}"
+            advice = f"{ADVICE.get(error.errno, 'make it possible')}, then the same command resumes"
+            raise UserError(f"{what}; {advice}; {checkpoint.last_good(self.folder)}") from None
 
     @property
     def _metrics(self) -> Path:
@@ -48,17 +62,19 @@ class Log:
         """Write one line and one point a value; tensors are read here, which waits for the device. Returns floats."""
         values = {key: float(value) for key, value in values.items() if value is not None}
         if self.writer:
-            for key, value in values.items():
-                self.writer.add_scalar(key, value, step)
             finite = {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
-            with open(self._metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **finite}) + "\n")
+            with self._writing():
+                for key, value in values.items():
+                    self.writer.add_scalar(key, value, step)
+                with open(self._metrics, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": step, **finite}) + "\n")
         return values
 
     def picture(self, tag: str, image: Tensor, step: int = 0) -> None:
         """A (3, H, W) picture, uint8 or float in [0, 1]."""
         if self.writer:
-            self.writer.add_image(tag, image, step)
+            with self._writing():
+                self.writer.add_image(tag, image, step)
 
     def say(self, line: str) -> None:
         """A line for the person at the terminal, on stderr: stdout's last line is the results."""
@@ -75,7 +91,8 @@ class Log:
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
         if self.writer:
-            self.writer.add_text(tag, printable(text), step)
+            with self._writing():
+                self.writer.add_text(tag, printable(text), step)
 
     def results(self, results: dict) -> None:
         """Write results.json and TensorBoard's hparams; print the JSON as the script's last line on stdout."""
@@ -84,8 +101,9 @@ class Log:
         hparams = {k: v for k, v in flatten(self.config).items() if isinstance(v, int | float | str | bool)}
         hparams = {k: printable(v) if isinstance(v, str) else v for k, v in hparams.items()}
         metrics = {f"final/{k}": v for k, v in results.items() if isinstance(v, int | float)}
-        self.writer.add_hparams(hparams, metrics, run_name=".")
-        self.writer.close()
+        with self._writing():
+            self.writer.add_hparams(hparams, metrics, run_name=".")
+            self.writer.close()
         with whole_file(self.folder / "results.json") as file:
             file.write(json.dumps(results) + "\n")
         print(json.dumps(results), flush=True)
@@ -94,9 +112,17 @@ class Log:
         """Whether this run had its results written already; prints them again."""
         path = self.folder / "results.json"
         if path.exists() and self.writer:
-            self.say(f"done before: these are the results in {path} (resume=never starts afresh)")
+            other = another_version(json.loads(path.read_text()).get("version"))
+            other = other and f", by {other}"
+            self.say(f"done before{other}: these are the results in {path} (resume=never starts afresh)")
             print(path.read_text().strip(), flush=True)
         return path.exists()
+
+
+def _without_tensorboard(failed: threading.ExceptHookArgs) -> None:
+    """threading.excepthook: what TensorBoard's thread could not write its writer raises again, so no traceback here."""
+    if not type(failed.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(failed)
 
 
 class Window:

@@ -17,6 +17,7 @@ from models.anomaly.regad import RegAD
 from training import checkpoint
 from training.config import choice
 from training.errors import UserError
+from training.values import PathText
 
 DETECTORS = {
     "cdo": CDO,
@@ -36,7 +37,7 @@ class DetectorConfig:
     """`detector.*`: these keys, and the keyword-only arguments of the chosen detector."""
 
     name: str = choice(DETECTORS)
-    weights: str | None = None  # what a run of the same detector has trained (its last.pt), or an official checkpoint
+    weights: PathText | None = None  # last.pt of a run of the same detector, or an official checkpoint
     options: dict = field(default_factory=dict)
 
 

@@ -128,6 +128,13 @@ class CutPaste(Detector):
             loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), classes)
         return loss, {"accuracy": (logits.argmax(1) == classes).float().mean()}
 
+    def check_count(self, n_images: int) -> None:
+        if self.density == "gaussian" and n_images < 3:  # with 2 the shrinkage is exactly 0
+            raise UserError(
+                f"cutpaste density=gaussian needs 3 training images for a covariance, there are {n_images}: "
+                "add some, lower holdout or set detector.density=kde"
+            )
+
     @torch.no_grad()
     def fit(self, batches: Iterable[Batch], n_images: int) -> None:  # noqa: ARG002
         """Learn the embeddings of the normal pictures of all processes, in eval mode, in which it stays."""
@@ -143,7 +150,7 @@ class CutPaste(Detector):
             self.bank = embeddings
             return
         self.mean, self.cholesky, _, failed = shrunk_gaussian(embeddings)
-        if failed:  # with 2 pictures the shrinkage is exactly 0, with equal ones the covariance is
+        if failed:  # fewer than 3 images, or all alike
             raise UserError(
                 f"cutpaste: the covariance of {len(embeddings)} training picture(s) is singular; "
                 "give more, and different, pictures or set density=kde"

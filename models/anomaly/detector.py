@@ -150,6 +150,9 @@ class Detector(nn.Module):
                 f"{'; '.join(fault.strip() for fault in faults)}"
             ) from None
 
+    def check_count(self, n_images: int) -> None:
+        """Raise `UserError` where `fit` needs more training images, over all processes; asked before the training."""
+
     def facts(self) -> dict[str, int | float | str]:
         """What results.json should say about the fitted state."""
         return {}

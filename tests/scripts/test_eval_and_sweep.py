@@ -12,6 +12,7 @@ import eval as evaluate
 import sweep
 import train_anomaly
 import train_ssl
+from evaluation.sweep_table import Axes, Outcome, mean_rows
 from tests.pictures import write_classes, write_mvtec
 from training.errors import UserError
 
@@ -87,15 +88,13 @@ def test_compare_runs_on_the_same_pictures(tmp_path, capsys):
 
 
 def test_means_over_tasks_have_a_deviation():
-    tasks = {f"draw{i}": "" for i in range(3)}
-    grid = {"pretraining": {"a": "", "b": ""}, "detectors": {"d": ""}, "tasks": tasks}
-    cfg = sweep.Config(**grid, metrics=["f", "g"], run_name="x")
+    axes = Axes([f"draw{i}" for i in range(3)], {"d": []}, {"a": [], "b": []}, [])
     values = [0.90, 0.96, 0.99]
-    outcomes = {f"draw{i}/d/a": {"f": value, "g": None} for i, value in enumerate(values)}
-    outcomes |= {f"draw{i}/d/b": {"f": 0.5} if i else {"error": "failed"} for i in range(3)}
-    assert sweep.mean_rows(cfg, outcomes) == [["mean", "d", "f", f"0.950 ± {np.std(values, ddof=1):.3f}", "-"]]
-    cfg.tasks = {"draw1": ""}
-    assert sweep.mean_rows(cfg, outcomes) == [["mean", "d", "f", "0.960", "0.500"]]
+    outcomes = {f"draw{i}/d/a": Outcome({"f": value, "g": None}, {}) for i, value in enumerate(values)}
+    outcomes |= {f"draw{i}/d/b": Outcome({"f": 0.5} if i else {"error": "failed"}, {}) for i in range(3)}
+    row = ["mean", "d", "f", f"0.950 ± {np.std(values, ddof=1):.3f}", "-"]
+    assert mean_rows(axes, outcomes, ["f", "g"]) == [row]
+    assert mean_rows(axes._replace(tasks=["draw1"]), outcomes, ["f"]) == [["mean", "d", "f", "0.960", "0.500"]]
 
 
 SWEEP = """
@@ -200,5 +199,5 @@ def test_sweep_over_seeds(pictures, tmp_path, capfd):
     assert shown[4] == f"{np.mean(means):.3f} ± {abs(means[1] - means[0]) / 2**0.5:.3f}"
     assert "over seeds 3, 4" in (top / "results.md").read_text()
     assert json.loads(capfd.readouterr().out.splitlines()[-1]) == {
-        "cells": 2 + 8, "failed": [], "table": str(top / "results.md")
+        "cells": 2 + 8, "failed": [], "stale": [], "table": str(top / "results.md")
     }  # fmt: skip

@@ -13,6 +13,7 @@ from models.anomaly import DETECTORS
 from tests.pictures import write_mvtec
 from tests.scripts.test_train_anomaly import BY_GRADIENT, TINY, words
 from training.errors import UserError
+from training.log import Window
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,14 @@ def test_one_training_picture_or_identical_ones(name, count, tmp_path, capsys):
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert results["n_train"] == count and results["image_auroc"] is not None
     assert (results["threshold"] is None) == (count == 1 or name in BY_GRADIENT)
+
+
+def test_images_are_counted_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(Window, "next", None)  # no step is made
+    pictures = write_mvtec(tmp_path, normal=2)
+    with pytest.raises(UserError, match=r"needs 3 training images for a covariance, there are 2: .*density=kde"):
+        train_anomaly.main(words("cutpaste", pictures, tmp_path, "holdout=0", "batch_size=2"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("gone", ["good", "spot"])

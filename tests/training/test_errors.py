@@ -12,7 +12,12 @@ from training import errors
     [
         (errors.UserError("two\nlines"), 2, "error: two lines"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 2, "error: the GPU's memory is full"),
-        (OSError(28, "No space left on device", "file"), 2, "error: file cannot be written: No space left on device"),
+        (OSError(28, "No space left on device", "file"), 2, "error: cannot use file: No space left on device; make"),
+        (OSError(27, "File too large"), 2, "error: cannot use a file: File too large; raise the limit"),
+        (OSError(122, "Disk quota exceeded"), 2, "error: cannot use a file: Disk quota exceeded; make room"),
+        (OSError(30, "Read-only file system", "f"), 2, "error: cannot use f: Read-only file system; choose"),
+        (OSError(36, "File name too long", "f"), 2, "error: cannot use f: File name too long; choose a shorter name"),
+        (OSError(13, "Permission denied", "f"), 2, "error: cannot use f: Permission denied; choose"),
         (KeyboardInterrupt(), 130, "stopped;"),
     ],
 )

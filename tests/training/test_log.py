@@ -2,12 +2,14 @@
 
 import json
 import math
+import subprocess
 import time
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.pictures import TOP, command
 from training.errors import UserError
 from training.log import Log, Window
 
@@ -79,3 +81,42 @@ def test_pauses_are_no_training_time_and_a_vanishing_scale_stops():
     window.check(None, "here", scale=1.0)
     with pytest.raises(UserError, match="fp16 has skipped nearly every step by step 30"):
         window.check(None, "by step 30", scale=0.5)
+
+
+LIMITED = """
+import resource, sys, torch
+from training import checkpoint, errors
+from training.log import Log
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+def main(argv):
+    log = Log(f"{argv[0]}/{when}", {})
+    checkpoint.save(f"{argv[0]}/{when}/last.pt", {}, step=1, config={})
+    if when == "at the end":
+        waiting, close = log.writer.file_writer.event_writer._async_writer._byte_queue, log.writer.close
+        log.writer.close = lambda: (waiting.put(bytes(100_000)), close())  # nobody asks how it went
+        return log.results({"done": 1})
+    if when == "in hparams":
+        log.config = {str(i): "x" * 2000 for i in range(40)}
+        return log.results({"done": 1})
+    for step in range(1, 1000):
+        log.scalars(step, {"loss": step})
+        if step == 3:
+            log.picture("noise", torch.rand(3, 200, 200), step)
+for when in ("at the end", "in hparams", "on the way"):
+    try:
+        errors.run(main)
+    except SystemExit as end:
+        assert end.code == 2
+"""
+
+
+def test_a_file_that_may_not_grow_is_one_line(tmp_path):
+    """The limit acts in TensorBoard's thread, and is an OSError in Python as a full disk is."""
+    words = command(["-c", LIMITED, str(tmp_path)])
+    done = subprocess.run(words, cwd=TOP, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0 and done.stdout == ""
+    for folder, line in zip(("at the end", "in hparams", "on the way"), done.stderr.splitlines(), strict=True):
+        assert line.startswith(f"error: cannot write the curves in {tmp_path}/{folder}: File too large; raise the lim")
+        assert f"the last good checkpoint is {tmp_path}/{folder}/last.pt" in line
+        assert torch.load(tmp_path / folder / "last.pt", weights_only=True)["step"] == 1
+        assert not (tmp_path / folder / "results.json").exists()
