@@ -142,7 +142,7 @@ class CutPaste(Detector):
         if self.density == "kde":
             self.bank = embeddings
             return
-        self.mean, self.cholesky, _, failed = shrunk_gaussian(embeddings)
+        self.mean, self.cholesky, failed = shrunk_gaussian(embeddings)
         if failed:  # with 2 pictures the shrinkage is exactly 0, with equal ones the covariance is
             raise UserError(
                 f"cutpaste: the covariance of {len(embeddings)} training picture(s) is singular; "

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.covariance import LedoitWolf, ledoit_wolf
+from sklearn.covariance import LedoitWolf
 from torch import Tensor, nn
 
 from models.anomaly.detector import Batch
@@ -95,6 +95,17 @@ def test_a_class_token_is_compared_as_it_is(options):
         detector.score(test, torch.zeros(4, 16, 16, dtype=torch.bool))
 
 
+class Flat(nn.Module):
+    """The first pixel: copies of a picture have the same features, whatever batch they are in."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Linear(1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, 0, 0]
+
+
 def test_normalize_compares_directions():
     net, train, test = backbone(), pictures(6), pictures(3, seed=1)
     detector = fitted(train, net, k=1, normalize=True)
@@ -113,7 +124,7 @@ def test_mahalanobis_equals_scikit_learn(count):
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("options", [{"k": 2}, MAHALANOBIS])
+@pytest.mark.parametrize("options", [{"k": 2}, {"k": 2, "distance": "knn_squared"}, MAHALANOBIS])
 def test_sum_adds_the_distances_of_the_stages(options, normalize):
     net, train, test = backbone(), pictures(9), pictures(4, seed=1)
     options = options | {"normalize": normalize}
@@ -146,27 +157,46 @@ def test_knn_without_a_picture_is_a_refit_without_it(k):
         fitted(train, net, k=8).score(train[:1], leave_out=torch.tensor([0]))
 
 
-@pytest.mark.parametrize("count", [3, 20, 60])
-def test_mahalanobis_without_a_picture_holds_the_shrinkage(count):
-    """Exact by the formula with the shrinkage and its amount held, and near the refit, which chooses them anew."""
+@pytest.mark.parametrize("count", [4, 5, 20, 60])
+@pytest.mark.parametrize("stages", [(1,), (4,)])
+def test_mahalanobis_without_a_picture_is_a_refit_without_it(count, stages):
+    """The shrinkage anew, in 64 and 512 dimensions; with four pictures it moves the threshold by tens of per cent."""
     net, train, number = backbone(), pictures(count), torch.arange(count)
-    x = vectors(net, train, (1,))
-    detector = fitted(train, net, stages=(1,), **MAHALANOBIS)
-    scores = detector.score(train, leave_out=number)[1].numpy()
-    shrinkage = ledoit_wolf(x)[1]
-    amount = shrinkage * np.trace(np.cov(x, rowvar=False, bias=True)) / x.shape[1]
-    held, refit = [], []
-    for i in range(count):
-        rest = np.delete(x, i, 0)
-        covariance = (1 - shrinkage) * np.cov(rest, rowvar=False, bias=True) + amount * np.eye(x.shape[1])
-        away = x[i] - rest.mean(0)
-        held.append(np.sqrt(away @ np.linalg.solve(covariance, away)))
-        refit.append(np.sqrt(LedoitWolf().fit(rest).mahalanobis(x[i][None])[0]))
-    np.testing.assert_allclose(scores, held, rtol=2e-3)
-    if count == 60:
-        np.testing.assert_allclose(scores, refit, rtol=0.1)
+    x = vectors(net, train, stages)
+    detector = fitted(train, net, stages=stages, **MAHALANOBIS)
+    refit = [LedoitWolf().fit(np.delete(x, i, 0)).mahalanobis(x[i][None])[0] ** 0.5 for i in range(count)]
+    np.testing.assert_allclose(detector.score(train, leave_out=number)[1].numpy(), refit, rtol=2e-3)
+    assert detector.can_leave_out(count)
     others = pictures(2, seed=1)
     assert torch.equal(detector.score(others, leave_out=torch.tensor([-1, count]))[1], detector.score(others)[1])
+
+
+def test_of_how_many_pictures_one_can_be_left_out():
+    """Two others have a shrinkage of 0 and so no covariance; k neighbours need k others; copies do not differ."""
+    assert [fitted(pictures(n), **MAHALANOBIS).can_leave_out(n) for n in (3, 4)] == [False, True]
+    odd = pictures(1).repeat(5, 1, 1, 1)
+    odd[4] = pictures(1, seed=3)
+    detector = fitted(odd[:, :, :1, :1].expand(-1, -1, 16, 16), Flat(), source="output", **MAHALANOBIS)
+    assert not detector.can_leave_out(5) and detector.left_out.isfinite().tolist() == [True] * 4 + [False]
+    for distance in ("knn", "knn_squared"):
+        detector = Embedding(backbone(), k=3, distance=distance)
+        assert [detector.can_leave_out(n) for n in (2, 3, 4)] == [False, False, True]
+
+
+@pytest.mark.parametrize(("k", "stages"), [(1, (4,)), (2, (4,)), (5, (2, 4))])
+def test_knn_squared_is_the_sum_of_the_squared_distances(k, stages):
+    """PANDA's knn_score: what faiss.IndexFlatL2 returns, summed. With k=1 it ranks as `knn`, with more perhaps not."""
+    net, train, test = backbone(), pictures(12), pictures(5, seed=1)
+    detector = fitted(train, net, k=k, stages=stages, distance="knn_squared")
+    far = np.linalg.norm(vectors(net, test, stages)[:, None] - vectors(net, train, stages)[None], axis=2)
+    found, plain = detector.examine(test), fitted(train, net, k=k, stages=stages).examine(test)
+    np.testing.assert_allclose(found.scores.numpy(), (np.sort(far)[:, :k] ** 2).sum(1), rtol=1e-5)
+    assert torch.equal(found.pictures, plain.pictures)
+    if k == 1:
+        torch.testing.assert_close(found.scores.sqrt(), plain.scores)
+    refit = fitted(train[1:], net, k=k, stages=stages, distance="knn_squared").score(train[:1])[1]
+    left = detector.score(train[:1], leave_out=torch.tensor([0]))[1]
+    torch.testing.assert_close(left, refit, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("options", [{"k": 1}, MAHALANOBIS])
@@ -195,7 +225,9 @@ def test_scores_do_not_depend_on_the_batch(distance):
     assert torch.allclose(whole, parts, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, MAHALANOBIS, {**MAHALANOBIS, "combine": "sum", "stages": (1, 2)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"distance": "knn_squared"}, MAHALANOBIS, {**MAHALANOBIS, "combine": "sum", "stages": (1, 2)}]
+)
 def test_fitted_state_loads_into_a_fresh_detector_of_any_size(options):
     test, number = pictures(3, seed=1), torch.tensor([0, 1, 2])
     fresh = Embedding(ResNet18(stem="cifar"), **options)  # other random weights: they load too
