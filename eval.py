@@ -33,7 +33,7 @@ from evaluation.description import describe as description
 from evaluation.description import description_table
 from evaluation.features import extract
 from evaluation.heatmaps import save
-from evaluation.knn import KNN_SETTINGS, knn_scores
+from evaluation.knn import KNN_SETTINGS, few_neighbors, knn_scores
 from evaluation.linear_probe import linear_probe
 from evaluation.report import markdown_table
 from models import BACKBONES
@@ -45,17 +45,27 @@ from training.values import PathText, coerce
 from training.version import code_version
 
 
-def knn(train, test, classes: list[str], *, k: int = 20, temperature: float = 0.07) -> tuple[torch.Tensor, dict]:
+def knn(train, test, classes: list[str], say, *, k: int = 20, temperature: float = 0.07) -> tuple[torch.Tensor, dict]:
     """DINO's weighted vote; the figures of all of `KNN_SETTINGS`, the report for k and temperature."""
     figures = {}
+    if few := few_neighbors(len(train[0]), k):
+        say(few)
     for setting in KNN_SETTINGS:
         scores = knn_scores(*train, test[0], **setting, n_classes=len(classes))
         figures[f"knn{setting['k']}_top1"] = float((scores.argmax(1) == test[1]).float().mean())
-    return knn_scores(*train, test[0], k=k, temperature=temperature, n_classes=len(classes)), figures
+    scores = knn_scores(*train, test[0], k=k, temperature=temperature, n_classes=len(classes))
+    return scores.masked_fill(scores == 0, -torch.inf), figures  # a class without a vote is no hit
 
 
 def linear(
-    train, test, classes: list[str], *, epochs: int = 100, batch_size: int = 256, seed: int = 0
+    train,
+    test,
+    classes: list[str],
+    say,  # noqa: ARG001
+    *,
+    epochs: int = 100,
+    batch_size: int = 256,
+    seed: int = 0,
 ) -> tuple[torch.Tensor, dict]:
     """A linear classifier on frozen features; its learning rate is chosen on a hold-out of the training set."""
     return linear_probe(*train, test[0], n_classes=len(classes), epochs=epochs, batch_size=batch_size, seed=seed)
@@ -157,7 +167,7 @@ def measure(layers: list[dict]) -> None:
         extract(backbone, Loader(dataset, cfg.batch_size, device, **load), progress=f"{split} features")
         for dataset, split in ((train_set, "training"), (test_set, "test"))
     )
-    scores, figures = MEASURES[cfg.task.name](train, test, train_set.classes, **cfg.task.options)
+    scores, figures = MEASURES[cfg.task.name](train, test, train_set.classes, log.say, **cfg.task.options)
     about = {"task": cfg.task.name, "backbone": cfg.backbone.name, "n_train": len(train_set), "n_test": len(test_set)}
     results = about | figures | classification_report(scores, test[1], train_set.classes)
 

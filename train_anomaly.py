@@ -210,7 +210,7 @@ def main(argv: list[str]) -> None:
     normals = Loader(train_set, **sizes, indices=held_out if len(held_out) else train_ids, **load)
     normal = None
     with autocast:
-        if len(held_out) or (detector.leaves_out and len(train_ids) > 1):
+        if len(held_out) or detector.can_leave_out(len(train_ids)):
             normal = examine_set(detector, normals, "normal pictures", leave_out=not len(held_out))
         calibration = calibrate(normal, normals, cfg.false_alarm_rate)
         if calibration["promised_false_alarm_rate"] != cfg.false_alarm_rate:

@@ -25,7 +25,7 @@ from data.loading import Loader, holdout, names_of
 from data.negatives import DefectiveView
 from data.spd import SpotTheDifference
 from evaluation.collapse import collapse_warning, embedding_health
-from evaluation.knn import knn_figures
+from evaluation.knn import few_neighbors, knn_figures
 from models.build import BackboneConfig, build_backbone
 from models.split_batch_norm import SplitBatchNorm2d
 from models.ssl import SSL_METHODS, MethodConfig
@@ -171,6 +171,8 @@ def main(argv: list[str]) -> None:
     parameters = sum(p.numel() for p in method.online.parameters())
     log.say(f"{cfg.run_name}: {cfg.method.name} on {len(train_ids)} pictures, {cfg.backbone.name} ({report}), ")
     log.say(f"{parameters:,} parameters, {epoch_steps} steps an epoch, step {start} of {total}, {world} x {device}")
+    if measurable and (few := few_neighbors(len(train_ids))):
+        log.say(few)
 
     unused = {f"held out (holdout={cfg.holdout})": len(held_out)}
     unused["not in overfit"] = len(train_set) - len(train_ids) - len(held_out)

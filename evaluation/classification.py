@@ -26,30 +26,34 @@ def classification_report(scores: Tensor, labels: Tensor, classes: list[str]) ->
     class without test pictures has None.
 
     Args:
-        scores: (N, C), larger is likelier.
+        scores: (N, C), larger is likelier; -inf for a class that is no candidate (kNN: it got no vote), which is no
+            hit at any rank, though official DINO's top-5 counts it.
         labels: (N,) int64 in [0, C).
         classes: the C names.
 
     Returns:
-        n_test, top1, top5 (top-C when C < 5), balanced_accuracy, macro_precision, macro_recall, macro_f1;
+        n_test, top1, top5 (None for five classes or fewer, where nothing could miss), balanced_accuracy,
+        macro_precision, macro_recall, macro_f1;
         per_class: {name: {n_test, accuracy (= recall), precision, f1}};
         classes: the names, and confusion: C rows (truth) of C counts (prediction);
         most_confused: [{truth, predicted, count, share (of the truth's pictures)}], by falling count.
 
     Raises:
-        ValueError: shapes that do not fit, no picture, labels outside [0, C), scores that are not finite.
+        ValueError: shapes that do not fit, no picture, labels outside [0, C), scores that are NaN or +inf, a picture
+            without any candidate.
     """
     n_test, n_classes = len(labels), len(classes)
     if scores.shape != (n_test, n_classes) or n_test == 0:
         raise ValueError(f"expected scores (N, {n_classes}) and labels (N,), got {scores.shape} and {labels.shape}")
     if labels.min() < 0 or labels.max() >= n_classes:
         raise ValueError(f"labels run from {labels.min()} to {labels.max()}, outside [0, {n_classes})")
-    if not scores.isfinite().all():
-        raise ValueError("scores hold values that are not finite")
+    if not scores.amax(1).isfinite().all():  # NaN, +inf, or nothing but -inf
+        raise ValueError("scores hold values that are not finite, or a picture has no candidate")
 
     own = scores.gather(1, labels[:, None])  # (N, 1)
     lower = torch.arange(n_classes, device=labels.device) < labels[:, None]  # (N, C) columns that win a tie
     rank = ((scores > own) | ((scores == own) & lower)).sum(1)  # (N,) 0: the prediction is right
+    candidate = own[:, 0] > -torch.inf  # (N,)
 
     matrix = confusion_matrix(scores.argmax(1), labels, n_classes).cpu()  # (C, C)
     hits, of_truth, of_prediction = matrix.diagonal().double(), matrix.sum(1), matrix.sum(0)  # (C,) each
@@ -66,7 +70,7 @@ def classification_report(scores: Tensor, labels: Tensor, classes: list[str]) ->
     return {
         "n_test": n_test,
         "top1": float((rank < 1).double().mean()),
-        "top5": float((rank < 5).double().mean()),
+        "top5": float((candidate & (rank < 5)).double().mean()) if n_classes > 5 else None,
         "balanced_accuracy": float(recall[present].mean()),
         "macro_precision": float(precision[present].mean()),
         "macro_recall": float(recall[present].mean()),

@@ -1,7 +1,5 @@
 """Weighted k-nearest-neighbour classification on frozen features, as DINO measures it."""
 
-import warnings
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +23,7 @@ def knn_scores(
     temperature: float,
     n_classes: int,
 ) -> Tensor:
-    """Class scores (N_test, n_classes) float32; each row sums to 1.
+    """Class scores (N_test, n_classes) float32; each row sums to 1, and a class that got no vote has 0.
 
     The vote of DINO (Caron et al. 2021, eval_knn.py; InstDisc, Wu et al. 2018): features (N, D) are L2-normalised,
     the k training pictures of highest cosine similarity s vote for their class with weight exp(s / temperature). The
@@ -34,7 +32,7 @@ def knn_scores(
 
     Deviations: similarities and votes are float64 rounded to float32, so TF32, the device and the chunk size change
     nothing and copies of a picture tie exactly; of equally similar pictures the lower index is nearer (DINO: any
-    order). With fewer than k training pictures all of them vote, with a warning.
+    order). With fewer than k training pictures all of them vote (`few_neighbors` has the words for it).
 
     Raises:
         UserError: one class only, of which every vote is right.
@@ -42,9 +40,7 @@ def knn_scores(
     """
     _check(train_features, train_labels, test_features, n_classes)
     n_train = len(train_features)
-    if k > n_train:
-        warnings.warn(f"kNN with k={k}: there are only {n_train} training pictures, all of them vote", stacklevel=2)
-        k = n_train
+    k = min(k, n_train)
     train = F.normalize(train_features.double(), dim=1)  # (N_train, D)
     votes = torch.empty(len(test_features), n_classes, device=train.device)  # (N_test, n_classes) float32
     rows = max(1, SIMILARITIES_AT_ONCE // n_train)
@@ -77,6 +73,15 @@ def knn_figures(backbone: nn.Module, bank, queries) -> dict[str, float]:
     (train, labels), (test, test_labels) = extract(backbone, bank), extract(backbone, queries)
     about = {"test_labels": test_labels, "n_classes": len(bank.dataset.classes)}
     return {f"knn{s['k']}_top1": knn_accuracy(train, labels, test, **about, **s) for s in KNN_SETTINGS}
+
+
+def few_neighbors(n_train: int, *ks: int) -> str | None:
+    """One line when there are fewer than k training pictures for a k of `KNN_SETTINGS` or of `ks`, or None."""
+    lacking = sorted(k for k in {setting["k"] for setting in KNN_SETTINGS} | set(ks) if k > n_train)
+    if not lacking:
+        return None
+    asked = " and ".join(f"k={k}" for k in lacking)
+    return f"kNN with {asked}: there are only {n_train} training images, and all of them vote"
 
 
 def _top(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:

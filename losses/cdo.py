@@ -9,7 +9,7 @@ from training.distributed import all_reduce_sum, world_size
 LEAST = 1e-6  # a discrepancy below it counts as this much in the weights, which would be infinite at 0
 
 
-def discrepancy(expert: list[Tensor], apprentice: list[Tensor]) -> Tensor:
+def discrepancy(expert: list[Tensor], apprentice: list[Tensor], *, unit_levels: bool = False) -> Tensor:
     """d = sum over channels of (e / |e| - a / |a|)^2 at every position of the first level, 0 to 4: (L, B, H, W).
 
     All levels are brought to the first one's H x W first: bilinear, corners aligned. In float32 (or float64, if given)
@@ -17,6 +17,8 @@ def discrepancy(expert: list[Tensor], apprentice: list[Tensor]) -> Tensor:
 
     Args:
         expert, apprentice: L maps each, pairwise (B, C_l, H_l, W_l).
+        unit_levels: scale every vector to length 1 before its level is enlarged, too, so that all of the four that a
+            position is interpolated from count alike: v2's forward pass (model/cdo.py). v1 has no such step.
     Raises:
         ValueError: the two lists differ in length or a pair in shape.
     """
@@ -25,12 +27,18 @@ def discrepancy(expert: list[Tensor], apprentice: list[Tensor]) -> Tensor:
         raise ValueError(f"expert's maps {shapes[0]} and apprentice's maps {shapes[1]} differ")
     size = expert[0].shape[-2:]
     with torch.autocast(expert[0].device.type, enabled=False):
-        levels = [(_unit(e, size) - _unit(a, size)).square().sum(1) for e, a in zip(expert, apprentice)]
+        pairs = [[_unit(feature, size, unit_levels) for feature in pair] for pair in zip(expert, apprentice)]
+        levels = [(e - a).square().sum(1) for e, a in pairs]  # (B, H, W) each
     return torch.stack(levels)
 
 
 def collaborative_discrepancy(
-    expert: list[Tensor], apprentice: list[Tensor], abnormal: Tensor, gamma: float = 2.0
+    expert: list[Tensor],
+    apprentice: list[Tensor],
+    abnormal: Tensor,
+    gamma: float = 2.0,
+    *,
+    unit_levels: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Small discrepancies on normal positions, large ones on synthetic defects, the hard ones weighing most.
 
@@ -47,11 +55,11 @@ def collaborative_discrepancy(
     Args:
         expert, apprentice: as for `discrepancy`; gradients flow into both, so detach the expert's.
         abnormal: bool (B, h, w) at any resolution, True on synthetic defects; the nearest pixel of each position is
-            asked. gamma: at 0 all positions weigh the same.
+            asked. gamma: at 0 all positions weigh the same. unit_levels: see `discrepancy`; v2's.
     Returns:
         The scalar loss, and `normal` and `abnormal`: mean d of this process's positions, 0 where there are none.
     """
-    d = discrepancy(expert, apprentice)  # (L, B, H, W)
+    d = discrepancy(expert, apprentice, unit_levels=unit_levels)  # (L, B, H, W)
     with torch.autocast(d.device.type, enabled=False):
         nearest = F.interpolate(abnormal[:, None].to(d.dtype), d.shape[-2:], mode="nearest")[:, 0] > 0  # (B, H, W)
         groups = torch.stack([~nearest, nearest]).flatten(1).to(d.dtype)  # (2, B H W)
@@ -69,7 +77,8 @@ def collaborative_discrepancy(
     return world_size() * batch * each.sum(), {"normal": seen[0], "abnormal": seen[1]}
 
 
-def _unit(feature: Tensor, size: torch.Size) -> Tensor:
+def _unit(feature: Tensor, size: torch.Size, unit_first: bool) -> Tensor:
     """(B, C, h, w) -> (B, C, *size), every position's vector of length 1, in at least float32."""
     feature = feature.to(torch.promote_types(feature.dtype, torch.float32))
+    feature = F.normalize(feature, dim=1) if unit_first else feature
     return F.normalize(F.interpolate(feature, size, mode="bilinear", align_corners=True), dim=1)

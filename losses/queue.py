@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.distributed import gather
+from training.distributed import gather, world_size
 from training.errors import UserError
 
 
@@ -18,7 +18,11 @@ class Queue(nn.Module):
 
     Attributes:
         rows: (K, D). labels: (K,) int64, -1 where none was given.
+        batches: that a step's pictures come in, each dealt over the processes. Rows are kept in the order of the
+            pictures, so that the same ones are overwritten however many processes and batches there are.
     """
+
+    batches = 1
 
     def __init__(self, length: int, features: int):
         super().__init__()
@@ -29,19 +33,23 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def hold(self, embeddings: Tensor, labels: Tensor | None = None) -> None:
-        """embeddings (N, D), normalised here, and labels (N,) of this process."""
+        """embeddings (N, D), normalised here, and labels (N,) of this process, batch by batch."""
         if self.held is not None:
             return
         if labels is None:
             labels = torch.full((len(embeddings),), -1, device=embeddings.device)
         with torch.autocast(embeddings.device.type, enabled=False):
-            rows = gather(F.normalize(embeddings.detach().to(self.rows.dtype), dim=1))  # (W N, D)
+            rows = self._gather(F.normalize(embeddings.detach().to(self.rows.dtype), dim=1))  # (W N, D)
         if len(rows) > len(self.rows):
             raise UserError(
                 f"a step makes {len(rows)} embeddings and the queue holds {len(self.rows)}: make it longer, or "
                 "batch_size smaller"
             )
-        self.held = rows, gather(labels)
+        self.held = rows, self._gather(labels)
+
+    def _gather(self, x: Tensor) -> Tensor:
+        """(N, ...) of this process -> (W N, ...) of all: batch by batch, and within one by rank."""
+        return gather(x).unflatten(0, (world_size(), self.batches, -1)).transpose(0, 1).flatten(0, 2)
 
     @torch.no_grad()
     def push(self) -> None:

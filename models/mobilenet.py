@@ -33,14 +33,16 @@ def scaled(channels: int, width: float) -> int:
 class TensorFlowConv2d(nn.Conv2d):
     """Conv2d with TensorFlow's "SAME" padding: where stride 2 needs an odd number of zeros, one more below and right.
 
-    Weights trained in TensorFlow expect it; under torch's padding their maps come out half a stride displaced."""
+    Weights trained in TensorFlow expect it; under torch's padding their maps come out half a stride displaced.
+    `padding_mode` says what stands there, as for a Conv2d."""
 
     def forward(self, x: Tensor) -> Tensor:
         pads = []
         for size, kernel, stride in reversed(list(zip(x.shape[2:], self.kernel_size, self.stride))):  # width first
             total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
             pads += [total // 2, total - total // 2]
-        return F.conv2d(F.pad(x, pads), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.conv2d(F.pad(x, pads, mode), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
 CONVOLUTIONS = {"torch": nn.Conv2d, "tensorflow": TensorFlowConv2d}

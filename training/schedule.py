@@ -1,4 +1,13 @@
-"""Curves over training steps: pure functions, to be called in the loop and easy to plot."""
+"""Curves over training steps: pure functions, to be called in the loop and easy to plot.
+
+Every curve moves step by step, and a warm-up of W steps is linspace(0, start, W), which ends on `start`: i / (W - 1) at
+step i, as in the official DINO. What other official codes do differently, and stays different here:
+
+* Their warm-up is i / W and reaches the peak one step later: SimCLR, BYOL, Barlow Twins, VICReg, MoCo v3. SupCon's is
+  i / W from 0.01, and the cosine that follows it began with the run.
+* Their cosine moves once per epoch: MoCo v1 and v2, SimSiam, SupCon. On average the rate here is what theirs is half an
+  epoch later.
+"""
 
 import math
 
@@ -39,7 +48,10 @@ def warmup_exponential(
 
 
 def linear_then_constant(position: float, *, start: float, end: float, length: int) -> float:
-    """linspace(start, end, length)[position], then `end` for ever (DINO's teacher temperature, position = epoch)."""
-    if position >= length - 1:
+    """linspace(start, end, length)[position], then `end` for ever (DINO's teacher temperature, position = epoch).
+
+    As numpy's, a linspace of length 1 is [start]: `end` begins at position 1.
+    """
+    if position >= length - (length > 1):  # the last of several is `end` itself, not a sum that rounds
         return end
-    return start + (end - start) * position / (length - 1)
+    return start + (end - start) * position / max(length - 1, 1)

@@ -22,10 +22,11 @@ class Version(NamedTuple):
     """What differs between the authors' two codes, beside the optimiser and the map (`CDO.measure`)."""
 
     enlarged: int  # noise patches are drawn on a picture so many times larger and shrunk with it
+    unit_levels: bool  # features have length 1 before the loss enlarges them
     image_score: ImageScore
 
 
-VERSIONS = {"v1": Version(1, "max"), "v2": Version(4, "top1")}
+VERSIONS = {"v1": Version(1, False, "max"), "v2": Version(4, True, "top1")}
 
 
 class CDO(Detector):
@@ -33,7 +34,8 @@ class CDO(Detector):
 
     Both of the authors' codes are here (github.com/caoyunkang/CDO). Map of v1: squared distances of the unit features,
     all at the first stage's resolution, summed over stages, enlarged without aligned corners. v2: one minus cosine of
-    every stage at its own resolution, enlarged with aligned corners, averaged. Both: sigma 4.
+    every stage at its own resolution, enlarged with aligned corners, averaged. Both: sigma 4. v2's features have unit
+    length before its loss enlarges them.
 
     Different from them: the official backbone is HRNet-W32; v1 also names ResNets and v2 reads them as done here.
     v2 enlarges pictures to 1024 x 1024, here to 4 times their size, which is that for 256; its mean over stages is
@@ -104,7 +106,8 @@ class CDO(Detector):
 
     def forward(self, images: Tensor, abnormal: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss on what `steps` gives; stats: mean discrepancies."""
-        loss, means = collaborative_discrepancy(*self.networks(images), abnormal, self.gamma)
+        unit_levels = VERSIONS[self.version].unit_levels
+        loss, means = collaborative_discrepancy(*self.networks(images), abnormal, self.gamma, unit_levels=unit_levels)
         return loss, {f"discrepancy_{name}": mean for name, mean in means.items()}
 
     def measure(

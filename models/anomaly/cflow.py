@@ -59,12 +59,13 @@ class CFlow(Detector):
         fiber: vectors of an optimizer step, at most: rounded down to equally many of every picture, at least one.
         rotation: training pictures are turned by up to so many degrees, black where nothing is left.
         reflect: the backbone's convolutions continue a map by its mirror image, not by zeros, as the official ResNets
-            do though ImageNet's weights learnt with zeros; needs maps of at least 2 x 2.
+            do though ImageNet's weights learnt with zeros; with `backbone.padding=tensorflow` on TensorFlow's sides.
+            Needs maps of at least 2 x 2.
         normalize: `train` or `test`, above. image_score: what of a picture's map is its score; the paper's is `max`.
 
     Raises:
-        UserError: bad options; a stage that is no map or has one channel; at the first batch, a stage with too few
-            positions for a fiber, or maps too small for `reflect`.
+        UserError: bad options; `reflect` where nothing is padded; a stage that is no map or has one channel; at the
+            first batch, a stage with too few positions for a fiber, or maps too small for `reflect`.
     """
 
     by_gradient = True
@@ -91,9 +92,13 @@ class CFlow(Detector):
         if normalize not in ("train", "test"):
             raise UserError(f"cflow normalize={normalize}: it is train or test")
         self.fiber, self.rotation, self.image_score, self.fitted_on = fiber, rotation, image_score, normalize
-        for layer in backbone.modules() if reflect else ():
-            if isinstance(layer, nn.Conv2d) and layer.padding != (0, 0):
-                layer.padding_mode = "reflect"
+        padded = [m for m in backbone.modules() if isinstance(m, nn.Conv2d) and m.padding != (0, 0)] if reflect else []
+        if reflect and not padded:
+            raise UserError(
+                "cflow reflect=true changes nothing: this backbone's convolutions do not pad; set it to false"
+            )
+        for layer in padded:
+            layer.padding_mode = "reflect"
         shapes = [tuple(f.shape) for f in self.features(next(backbone.parameters()).new_zeros(1, 3, 224, 224))]
         if any(len(shape) != 4 or shape[1] < 2 for shape in shapes):
             raise UserError(

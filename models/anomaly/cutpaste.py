@@ -149,7 +149,7 @@ class CutPaste(Detector):
         if self.density == "kde":
             self.bank = embeddings
             return
-        self.mean, self.cholesky, _, failed = shrunk_gaussian(embeddings)
+        self.mean, self.cholesky, failed = shrunk_gaussian(embeddings)
         if failed:  # fewer than 3 images, or all alike
             raise UserError(
                 f"cutpaste: the covariance of {len(embeddings)} training picture(s) is singular; "

@@ -67,7 +67,7 @@ class Detector(nn.Module):
     by_label = False  # whether all pictures of a batch that it is trained on have one label
     partial = False  # whether a step leaves some parameters without gradient
     frozen = True  # whether the backbone stays as it is
-    leaves_out = False  # whether `examine` can leave training pictures out
+    leaves_out = False  # whether `examine` can leave training pictures out; of how many, says `can_leave_out`
     positional = False  # whether fitted state belongs to positions, so that pictures of other sizes make no sense
 
     def __init__(self, backbone: nn.Module, stages: tuple[int, ...]):
@@ -156,6 +156,10 @@ class Detector(nn.Module):
     def facts(self) -> dict[str, int | float | str]:
         """What results.json should say about the fitted state."""
         return {}
+
+    def can_leave_out(self, count: int) -> bool:
+        """Whether each of the `count` pictures that it was fitted on can be left out, one at a time."""
+        return self.leaves_out and count > 1
 
     def require_fitted(self, state: Tensor) -> None:
         if len(state) == 0:

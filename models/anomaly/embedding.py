@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from models.anomaly.bounds import require_finite
 from models.anomaly.detector import Batch, Detector, Findings
-from models.anomaly.gaussian import put_left_out, shrunk_gaussian
+from models.anomaly.gaussian import put_left_out, shrunk_gaussian, shrunk_left_out
 from models.anomaly.maps import pool
-from models.anomaly.nearest import nearest
+from models.anomaly.nearest import nearest_squared
 from training.errors import UserError
 
 
@@ -19,15 +19,17 @@ class Embedding(Detector):
     """Distance of globally average-pooled features, or of the backbone's output, with no training.
 
     `knn`: mean Euclidean distance to the k nearest training embeddings (Bergman et al. 2020, "Deep Nearest Neighbor
-    Anomaly Detection", k = 2; SPADE takes k = 50 with the same score).
+    Anomaly Detection", eq. 1, k = 2; SPADE takes k = 50 with the same score).
+    `knn_squared`: the sum of the k squared distances, as in its authors' code (PANDA's utils.py, faiss.IndexFlatL2): of
+    more than one neighbour the farther ones count more, so that it can rank pictures otherwise.
     `mahalanobis`: sqrt((f - mu)^T S^-1 (f - mu)) with one Gaussian and the Ledoit-Wolf shrinkage of its covariance
     (Rippel et al. 2020, "Modeling the distribution of normal data in pre-trained deep features", eq. 1). With
     combine=sum it is theirs, one Gaussian per stage.
 
     Args:
         backbone: any; its stages are pooled to one vector.
-        distance: `knn` or `mahalanobis`.
-        k: neighbours of `knn`; `mahalanobis` does not read it.
+        distance: `knn`, `knn_squared` or `mahalanobis`.
+        k: neighbours of `knn` and `knn_squared`; `mahalanobis` does not read it.
         stages: stages that are pooled; 4 alone is the embedding of a ResNet.
         combine: `concat` joins the stages to one vector; `sum` adds up the distances that each stage has by itself.
         normalize: scale every embedding (with combine=sum each stage's) to length 1 first (cosine geometry, as
@@ -42,7 +44,7 @@ class Embedding(Detector):
         self,
         backbone: nn.Module,
         *,
-        distance: Literal["knn", "mahalanobis"] = "knn",
+        distance: Literal["knn", "knn_squared", "mahalanobis"] = "knn",
         k: int = 2,
         stages: tuple[int, ...] = (4,),
         combine: Literal["concat", "sum"] = "concat",
@@ -51,17 +53,17 @@ class Embedding(Detector):
     ):
         super().__init__(backbone, stages)
         for name, value, known in (
-            ("distance", distance, ("knn", "mahalanobis")),
+            ("distance", distance, ("knn", "knn_squared", "mahalanobis")),
             ("combine", combine, ("concat", "sum")),
             ("source", source, ("stages", "output")),
         ):
             if value not in known:
-                raise UserError(f"embedding {name}={value}: it is {known[0]} or {known[1]}")
+                raise UserError(f"embedding {name}={value}: it is {', '.join(known[:-1])} or {known[-1]}")
         if k < 1:
             raise UserError(f"embedding k={k}: the number of neighbours is at least 1")
         self.distance, self.k, self.combine, self.normalize, self.source = distance, k, combine, normalize, source
         self.register_buffer("numbers", torch.empty(0, dtype=torch.int64))  # (N,) of the fitted pictures, ascending
-        if distance == "knn":
+        if distance != "mahalanobis":
             self.register_buffer("bank", torch.empty(0, 0))  # (N, D), the stages side by side also with combine=sum
         else:
             self.register_buffer("mean", torch.empty(0, dtype=torch.float64))  # (D,)
@@ -104,20 +106,25 @@ class Embedding(Detector):
             indices.append(batch.indices)
         embeddings, numbers = self.in_order(rows, indices)  # (N, D), (N,)
         require_finite(embeddings, "embeddings of the training pictures")
-        if self.distance == "knn":
+        if self.distance != "mahalanobis":
             if len(embeddings) < self.k:
                 raise UserError(f"embedding k={self.k}, but there are {len(embeddings)} training pictures: lower k")
             self.bank, self.numbers = embeddings, numbers
             return
         widths = [part.shape[1] for part in parts]
-        means, factors, left_out, failed = zip(*map(shrunk_gaussian, embeddings.double().split(widths, dim=1)))
+        stages = embeddings.double().split(widths, dim=1)
+        means, factors, failed = zip(*map(shrunk_gaussian, stages))
         if any(failed):  # with 2 pictures the shrinkage is exactly 0, with equal ones the covariance is
             raise UserError(
                 f"mahalanobis: the covariance of {len(embeddings)} training picture(s) is singular; "
                 "give more, and different, pictures or set distance=knn"
             )
-        self.mean, self.cholesky, self.left_out = torch.cat(means), torch.block_diag(*factors), sum(left_out)
-        self.numbers = numbers
+        self.mean, self.cholesky, self.numbers = torch.cat(means), torch.block_diag(*factors), numbers
+        self.left_out = sum(map(shrunk_left_out, stages))  # inf where the others are too few or alike
+
+    def can_leave_out(self, count: int) -> bool:
+        """More than k pictures, or with `mahalanobis` four at least, any three of which have a covariance."""
+        return count > self.k if self.distance != "mahalanobis" else bool(self.left_out.isfinite().all())
 
     def measure(
         self,
@@ -126,22 +133,25 @@ class Embedding(Detector):
         valid: Tensor | None = None,
         leave_out: Tensor | None = None,
     ) -> Findings:
-        """`pictures` is the nearest training picture of `knn`, with combine=sum that of the last stage.
+        """`pictures` is the nearest training picture, with combine=sum that of the last stage.
 
-        `leave_out` with `mahalanobis`: the pictures must be those left out: `fit` found their distances, exact but for
-        the shrinkage's amount, which is held (`shrunk_gaussian`).
+        `leave_out` with `mahalanobis`: the pictures must be those left out: `fit` found their distances, as refits
+        would (`shrunk_left_out`).
         """
         self.require_fitted(self.numbers)
         parts = self.embed(outputs, valid)
         widths = [part.shape[1] for part in parts]
-        if self.distance == "knn":
+        if self.distance != "mahalanobis":
             if leave_out is not None and len(self.bank) <= self.k:
                 left = len(self.bank) - 1
                 raise UserError(f"embedding k={self.k}: without one training picture there are {left} left: lower k")
             exclude = None if leave_out is None else (leave_out, self.numbers)
             banks = self.bank.split(widths, dim=1)
-            found = [nearest(part, bank, self.k, exclude=exclude) for part, bank in zip(parts, banks)]
-            scores = sum(distances.mean(1) for distances, _ in found)  # (B,)
+            found = [nearest_squared(part, bank, self.k, exclude=exclude) for part, bank in zip(parts, banks)]
+            if self.distance == "knn":
+                scores = sum(squared.sqrt().float().mean(1) for squared, _ in found)  # (B,)
+            else:
+                scores = sum(squared.sum(1) for squared, _ in found).float()  # (B,)
             return Findings(scores, pictures=self.numbers[found[-1][1][:, 0]])
         require_finite(torch.cat(parts, dim=1), "embeddings of the pictures")
         scores, first = torch.zeros(len(parts[0]), dtype=torch.float64, device=parts[0].device), 0

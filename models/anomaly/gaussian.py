@@ -1,8 +1,8 @@
 """Gaussians fitted to few pictures, many at once, and their distances as if one of the pictures had not been fitted.
 
-All is float64. A left-out distance is exact, from one factorisation for all pictures: without picture i, at distance
-delta from the mean of n, the mean is further away by delta / (n - 1), the scatter matrix is S - n / (n - 1) delta
-delta^T, and the inverse follows by Sherman and Morrison (1950).
+All is float64. A left-out distance is that of a refit to the others, from one factorisation for all pictures: without
+picture i, at distance delta from the mean of n, the mean is further away by delta / (n - 1), the scatter matrix is
+S - n / (n - 1) delta delta^T, and the inverse follows by Sherman and Morrison (1950).
 """
 
 from typing import NamedTuple
@@ -67,30 +67,66 @@ def low_rank_form(x: Tensor, regularization: float) -> Gaussians:
     return Gaussians(mean.float(), centred.float(), _inverse(cholesky), left_out.T, failed)
 
 
-def shrunk_gaussian(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean, Cholesky factor, left-out distances and a failure flag of one Gaussian with Ledoit and Wolf's covariance.
+def shrunk_gaussian(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, Cholesky factor and a failure flag of one Gaussian with Ledoit and Wolf's covariance, scikit-learn's.
 
-    C = (1 - s) Sigma + s tr(Sigma) / D I with Sigma = S / n. The left-out distances hold what they chose, s and the
-    amount s tr(Sigma) / D; mean and Sigma are those of the others.
+    C = (1 - s) Sigma + s tr(Sigma) / D I with Sigma = S / n and the shrinkage s of Ledoit and Wolf (2004), lemma 3.3.
 
     Args:
-        x: (n, D) float64. Returns (D,), (D, D), (n,), and (), not 0 where C is singular: n < 3, or all pictures alike.
+        x: (n, D) float64. Returns (D,), (D, D), and (), True where C is singular: n < 3, or all pictures alike.
     """
     from sklearn.covariance import ledoit_wolf  # here, for it takes seconds to import and only this needs it
 
-    n, mean = len(x), x.mean(0)
-    covariance, shrinkage = ledoit_wolf(x.cpu().numpy())
-    covariance = torch.from_numpy(covariance).to(x.device)
+    covariance = torch.from_numpy(ledoit_wolf(x.cpu().numpy())[0]).to(x.device)
     cholesky, failed = torch.linalg.cholesky_ex(covariance)
-    if failed or n == 1:
-        return mean, cholesky, x.new_full((n,), torch.inf), torch.ones_like(failed)
-    share, amount = n / (n - 1), shrinkage * covariance.trace() / len(covariance)
-    others = share * covariance
-    others.diagonal().add_((1 - share) * amount)
-    factor, failed = torch.linalg.cholesky_ex(others)
-    leverage = torch.linalg.solve_triangular(factor, (x - mean).T, upper=False).square().sum(0)  # (n,)
-    rest = 1 - (1 - shrinkage) * share / (n - 1) * leverage
-    return mean, cholesky, share * (leverage / rest.clamp(min=torch.finfo(rest.dtype).eps)).sqrt(), failed
+    least = len(covariance) * torch.finfo(x.dtype).eps * covariance.diagonal().amax()  # rounding of a pivot
+    failed = (failed > 0) | (cholesky.diagonal().square().amin() <= least) | (x == x[0]).all() | (len(x) < 3)
+    return x.mean(0), cholesky, failed
+
+
+def shrunk_left_out(x: Tensor) -> Tensor:
+    """Each row's distance from the `shrunk_gaussian` of the others, inf if that is singular: (n, D) float64 -> (n,).
+
+    Equal to refits, shrinkage included. With y_k, the m other rows centred, Ledoit and Wolf's shrinkage needs tr S,
+    |S|_F^2 and the sum of |y_k|^4 only, which follow from sums over all rows; and in the axes of the whole S every
+    (1 - s) S / m + s mu I is diagonal, but for the one term of the row that is left out.
+    """
+    n, dimensions = x.shape
+    if n < 4:  # the shrinkage of two is 0
+        return x.new_full((n,), torch.inf)
+    x = x - x[0]  # exactly 0 for copies
+    m, share, centred = n - 1, n / (n - 1), x - x.mean(0)
+    tiny, eps = torch.finfo(x.dtype).tiny, torch.finfo(x.dtype).eps
+    gram = n <= dimensions  # the smaller of X X^T and S = X^T X, which have the same spread
+    spread, axes = torch.linalg.eigh(centred @ centred.T if gram else centred.T @ centred)
+    spread = spread.clamp(min=0)  # (r,), ascending
+    energy = axes.square() * spread if gram else (centred @ axes).square()  # (n, r), squared coordinates
+    squares, along = centred.square().sum(1), energy @ spread  # (n,) each: |x|^2, x^T S x
+
+    total, moved = squares.sum(), squares / m**2
+    trace = total - share * squares
+    norm = spread.square().sum() - 2 * share * along + (share * squares).square()
+    fourth = squares.square().sum() + 2 * moved * total + n * moved.square() - (share**2 * squares).square()
+    fourth += 4 / m * (centred @ (centred.T @ squares)) + 4 / m**2 * along
+    mean_variance = trace / (m * dimensions)
+    delta = (norm / m**2 / dimensions - mean_variance.square()).clamp(min=0)
+    beta = fourth / m - norm / m**2
+    beta = torch.where(beta > 16 * eps * total**2 / m, beta, 0) / (m * dimensions)  # below it is rounding
+    beta = beta.minimum(delta)
+    shrinkage = torch.where(beta > 0, beta / delta, 0)
+
+    weight, amount = (1 - shrinkage) / m, shrinkage * mean_variance  # (n,) each
+    variances = weight[:, None] * spread + amount[:, None]  # (n, r)
+    leverage = (energy / variances.clamp(min=tiny)).sum(1)  # (n,)
+    rest = 1 - weight * share * leverage
+    least = amount if gram else variances[:, 0]
+    singular = (least <= dimensions * eps * trace / m) | (rest <= 100 * eps)
+    distances = torch.where(singular, torch.inf, share * (leverage / rest.clamp(min=eps)).sqrt())
+    for i in (trace < 1e-3 * total).nonzero()[:, 0].tolist():  # one at most; differences of its sums would cancel
+        mean, cholesky, failed = shrunk_gaussian(torch.cat([x[:i], x[i + 1 :]]))
+        away = torch.linalg.solve_triangular(cholesky, (x[i] - mean)[:, None], upper=False).norm()
+        distances[i] = torch.where(failed, torch.inf, away)
+    return distances
 
 
 def _without_itself(leverage: Tensor, n: int) -> Tensor:

@@ -92,6 +92,8 @@ class PaDiM(Detector):
         for feature in features:
             channels = self.drawn[(self.drawn >= first) & (self.drawn < first + feature.shape[1])] - first
             first += feature.shape[1]
+            if len(channels) == 0:  # of few random ones a stage may have none, and interpolate refuses an empty map
+                continue
             part = feature.permute(0, 2, 3, 1)  # (B, H_i, W_i, C_i)
             part = part if len(channels) == feature.shape[1] else part[..., channels]
             if part.shape[1:3] != size:

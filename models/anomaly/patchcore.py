@@ -157,6 +157,10 @@ class PatchCore(Detector):
         widest = gather_rows(torch.cat([gaps.flatten(), gaps.new_zeros(1)])).max()
         self.radius = torch.stack([self.radius[0], self.radius[1] + widest])
 
+    def can_leave_out(self, count: int) -> bool:
+        """Two pictures or more have patches in the bank: of a thinned one, all may be of one."""
+        return count > 1 and len(self.bank.origins[:, 0].unique()) > 1
+
     def facts(self) -> dict[str, int | float]:
         fitted, at_most = self.radius.tolist()
         return {"bank": len(self.bank), "covering_radius": fitted, "covering_radius_at_most": at_most}

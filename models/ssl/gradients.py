@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from losses.queue import Queue
 from training.distributed import unsynchronised
 from training.sam import frozen_statistics
 
@@ -56,6 +57,9 @@ def accumulate(
     setup", algorithm 1). The price is a second forward pass, and a second time the views, which are those of one batch
     at a time. Batch norms, too, see one batch at a time, and their statistics move in the second pass alone.
     """
+    for module in method.modules():
+        if isinstance(module, Queue):
+            module.batches = len(batches)
     parts = []
     with torch.no_grad(), frozen_statistics(method):
         for number, (images, _, ids) in enumerate(batches):

@@ -38,8 +38,8 @@ def test_equals_scikit_learn(n_classes):
     assert report["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy_score(labels, predicted))
     macro = metrics.precision_recall_fscore_support(labels, predicted, average="macro")[:3]
     assert [report["macro_precision"], report["macro_recall"], report["macro_f1"]] == pytest.approx(macro)
-    top5 = metrics.top_k_accuracy_score(labels, scores, k=5) if n_classes > 5 else 1.0
-    assert report["top5"] == pytest.approx(top5)
+    top5 = pytest.approx(metrics.top_k_accuracy_score(labels, scores, k=5)) if n_classes > 5 else None
+    assert report["top5"] == top5
 
 
 def test_classes_without_test_pictures_or_predictions():
@@ -86,9 +86,24 @@ def test_ties_go_to_the_lowest_class_in_every_figure():
 
 def test_one_picture_and_one_class():
     report = classification_report(torch.tensor([[0.2]]), torch.tensor([0]), ["only"])
-    assert (report["top1"], report["top5"], report["macro_f1"], report["most_confused"]) == (1.0, 1.0, 1.0, [])
+    assert (report["top1"], report["top5"], report["macro_f1"], report["most_confused"]) == (1.0, None, 1.0, [])
     report = classification_report(torch.tensor([[0.2, 0.7]]), torch.tensor([0]), ["a", "b"])
-    assert (report["top1"], report["top5"], report["macro_f1"]) == (0.0, 1.0, 0.0)
+    assert (report["top1"], report["top5"], report["macro_f1"]) == (0.0, None, 0.0)
+
+
+def test_a_class_that_is_no_candidate_is_no_hit():
+    """Six classes, of which two or one got a vote: the lowest of the others would fill up the five."""
+    scores = torch.full((4, 6), -torch.inf)
+    scores[0, [4, 1]] = torch.tensor([0.7, 0.3])
+    scores[1:, 5] = 1.0
+    report = classification_report(scores, torch.tensor([1, 0, 5, 2]), names(6))
+    assert (report["top1"], report["top5"]) == (1 / 4, 2 / 4)
+    for spoilt in (torch.inf, torch.nan):
+        with pytest.raises(ValueError, match="not finite"):
+            classification_report(scores.index_fill(1, torch.tensor([3]), spoilt), torch.zeros(4).long(), names(6))
+    scores[2] = -torch.inf
+    with pytest.raises(ValueError, match="no candidate"):
+        classification_report(scores, torch.zeros(4).long(), names(6))
 
 
 def test_at_most_ten_confused_pairs_by_falling_count():

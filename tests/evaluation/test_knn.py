@@ -1,16 +1,20 @@
 """Weighted kNN against a plain float64 loop, with ties, copies of pictures and one-element sets."""
 
 import math
+import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 
+import eval as evaluate
 from data.folder import ClassFolder
 from data.loading import Loader
 from evaluation import knn
+from evaluation.classification import classification_report
 from evaluation.features import extract
-from evaluation.knn import KNN_SETTINGS, knn_accuracy, knn_scores
+from evaluation.knn import KNN_SETTINGS, few_neighbors, knn_accuracy, knn_scores
 from models import BACKBONES
 from models.weights import load_weights
 from training.errors import UserError
@@ -115,8 +119,14 @@ def test_one_picture_one_class_and_no_test_picture():
 
 def test_more_neighbors_than_pictures_uses_all_and_says_so():
     train, labels, test = random_problem(15, 5)
-    with pytest.warns(UserWarning, match="only 15 training pictures"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         scores = knn_scores(train, labels, test, k=200, temperature=0.1, n_classes=4)
+    assert few_neighbors(15) == "kNN with k=20 and k=200: there are only 15 training images, and all of them vote"
+    assert few_neighbors(60, 20).startswith("kNN with k=200: ")
+    assert (
+        few_neighbors(200, 201).startswith("kNN with k=201: ") and few_neighbors(200) is few_neighbors(200, 7) is None
+    )
     assert torch.equal(scores, knn_scores(train, labels, test, k=15, temperature=0.1, n_classes=4))
 
 
@@ -124,6 +134,27 @@ def test_small_temperature_does_not_overflow():
     train, labels, test = random_problem()
     scores = knn_scores(train, labels, test, k=5, temperature=1e-4, n_classes=4)
     assert torch.equal(scores.argmax(1), knn_scores(train, labels, test, k=1, temperature=1, n_classes=4).argmax(1))
+
+
+@pytest.mark.parametrize("k", [1, 3, 20])
+def test_top5_of_noise_counts_the_classes_that_were_voted_for(k):
+    """Ten classes of noise: with k=1 top-5 is top-1, where official DINO's counts the lowest classes without a vote."""
+    torch.manual_seed(0)
+    train, test = torch.randn(200, 8), torch.randn(300, 8)
+    labels, truth = torch.arange(200) % 10, torch.arange(300) % 10
+    scores, figures = evaluate.knn((train, labels), (test, truth), list("abcdefghij"), None, k=k)
+    report = classification_report(scores, truth, list("abcdefghij"))
+    hits = 0
+    unit_train, unit_test = F.normalize(train.double()), F.normalize(test.double())
+    for query, own in zip(unit_test, truth.tolist()):
+        nearest = sorted(range(200), key=lambda i: -float(query @ unit_train[i]))[:k]
+        votes = {}
+        for i in nearest:
+            votes[int(labels[i])] = votes.get(int(labels[i]), 0) + math.exp(float(query @ unit_train[i]) / 0.07)
+        hits += own in sorted(votes, key=votes.get, reverse=True)[:5]
+    assert report["top5"] == pytest.approx(hits / 300)
+    assert (report["top5"] == report["top1"]) == (k == 1)
+    assert figures.keys() == {"knn20_top1", "knn200_top1"}
 
 
 def test_accuracy():

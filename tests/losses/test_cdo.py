@@ -13,10 +13,14 @@ def maps(batch: int = 3, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [torch.randn(batch, c, h, w, dtype=dtype) for c, h, w in ((4, 6, 8), (5, 3, 4), (7, 2, 1))]
 
 
-def by_loop(expert: list[Tensor], apprentice: list[Tensor], abnormal: Tensor, gamma: float) -> Tensor:
+def by_loop(
+    expert: list[Tensor], apprentice: list[Tensor], abnormal: Tensor, gamma: float, unit_levels: bool = False
+) -> Tensor:
     """Position by position, the weights as plain numbers; `abnormal` has the first level's resolution."""
     batch, (height, width), loss = len(abnormal), expert[0].shape[-2:], 0
     for e, a in zip(expert, apprentice):
+        if unit_levels:  # the official v2: its forward pass, before the loss
+            e, a = (x / x.square().sum(1, keepdim=True).sqrt() for x in (e, a))
         e, a = (F.interpolate(x, (height, width), mode="bilinear", align_corners=True) for x in (e, a))
         groups = {False: [], True: []}
         for b in range(batch):
@@ -40,12 +44,13 @@ def by_loop(expert: list[Tensor], apprentice: list[Tensor], abnormal: Tensor, ga
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("gamma", [0.0, 2.0, 3.0])
-def test_loss_and_gradient_equal_the_loop(share, batch, gamma):
+@pytest.mark.parametrize("unit_levels", [False, True])
+def test_loss_and_gradient_equal_the_loop(share, batch, gamma, unit_levels):
     """None, some and all positions abnormal; the weights of the loop are numbers, so ours must carry no gradient."""
     expert, apprentice = maps(batch), [x.requires_grad_() for x in maps(batch)]
     abnormal = torch.rand(batch, 6, 8) < share
-    ours, means = collaborative_discrepancy(expert, apprentice, abnormal, gamma)
-    loop = by_loop(expert, apprentice, abnormal, gamma)
+    ours, means = collaborative_discrepancy(expert, apprentice, abnormal, gamma, unit_levels=unit_levels)
+    loop = by_loop(expert, apprentice, abnormal, gamma, unit_levels)
     torch.testing.assert_close(ours, loop, rtol=1e-11, atol=1e-11)
     assert (means["normal"] > 0) == (not abnormal.all()) and (means["abnormal"] > 0) == bool(abnormal.any())
     for a, b in zip(torch.autograd.grad(ours, apprentice), torch.autograd.grad(loop, apprentice)):

@@ -245,6 +245,18 @@ def test_without_held_out_normals_each_is_left_out_in_turn(name, pictures, tmp_p
         assert results["threshold"] > 0 and results["n_normals"] == normals
 
 
+@pytest.mark.parametrize(
+    ("shots", "options"), [(2, ["detector.k=2"]), (3, ["detector.distance=mahalanobis"]), (1, ["detector.k=1"])]
+)
+def test_where_no_picture_can_be_left_out_there_is_no_threshold(shots, options, pictures, tmp_path, capsys):
+    about = ["data.name=few_shot", f"data.shots={shots}", "holdout=null", *options]
+    train_anomaly.main([*words("embedding", pictures, tmp_path), *about])
+    out, err = capsys.readouterr()
+    results = json.loads(out.splitlines()[-1])
+    assert (results["n_train"], results["n_normals"], results["threshold"]) == (shots, 0, None)
+    assert 0 <= results["image_auroc"] <= 1 and err.count("no threshold: ") == 1
+
+
 def test_few_shots_learn_elsewhere_once_and_keep_every_support(pictures, tmp_path, capsys):
     """Another draw needs neither training nor other categories; nothing is held out unless it is said."""
 

@@ -55,7 +55,9 @@ def words(name, pictures, runs, *more):
 def test_a_run_leaves_everything_behind(name, pictures, tmp_path, capsys):
     train_ssl.main(words(name, pictures, tmp_path, "save.best=true", "save.keep_last=2", "accumulate=2"))
     folder = tmp_path / "run"
-    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    out, err = capsys.readouterr()
+    results = json.loads(out.splitlines()[-1])
+    assert err.count("kNN with k=200: there are only") == 1 and "UserWarning: kNN" not in err
     assert results == json.loads((folder / "results.json").read_text())
     assert results["steps"] == 12 and 0 <= results["knn20_top1"] <= 1 and isfinite(results["loss"])
     names = {p.name for p in folder.iterdir()}

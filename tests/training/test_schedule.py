@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from models.resnet import ResNet18
+from models.ssl.dino import DINO
 from training.optim import OptimConfig
 from training.schedule import linear_then_constant, warmup_constant, warmup_cosine, warmup_exponential, warmup_steps
 
@@ -55,11 +57,31 @@ def test_exponential_equals_torchs_and_the_config_names_steps_and_decay():
     np.testing.assert_allclose([config.lr_at(i, 10, 1, 16) for i in (0, 7, 8, 9)], [1, 1, 0.1, 0.1])
 
 
-def test_teacher_temperature_is_linspace_then_constant():
-    expected = np.concatenate([np.linspace(0.04, 0.07, 5), [0.07] * 3])
-    ours = [linear_then_constant(epoch, start=0.04, end=0.07, length=5) for epoch in range(8)]
+@pytest.mark.parametrize("length", [0, 1, 2, 5, 8])
+def test_teacher_temperature_is_linspace_then_constant(length):
+    """The official DINOLoss; of a warm-up of one epoch numpy's linspace has the start alone."""
+    expected = np.concatenate([np.linspace(0.04, 0.07, length), [0.07] * (8 - length)])
+    ours = [linear_then_constant(epoch, start=0.04, end=0.07, length=length) for epoch in range(8)]
     np.testing.assert_allclose(ours, expected, rtol=1e-12)
-    assert linear_then_constant(0, start=0.04, end=0.07, length=0) == 0.07
+
+
+def test_warmup_of_one_epoch_begins_at_the_start_value():
+    method = DINO(ResNet18(), prototypes=8, warmup_teacher_epochs=1, teacher_temperature=0.07)
+    seen = []
+    for epoch in range(3):
+        method.set_epoch(epoch)
+        seen.append(method.teacher_temperature.item())
+    assert seen == pytest.approx([0.04, 0.07, 0.07])
+
+
+def test_differences_from_other_codes_are_as_written_down():
+    """schedule.py: i / (W - 1) here and i / W there; a cosine per epoch is higher by half an epoch on average."""
+    assert [warmup_constant(i, 100, start=1.0, warmup=5) for i in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
+    ours = np.array([warmup_cosine(i, 400, start=1.0) for i in range(400)])
+    per_epoch = np.repeat([0.5 * (1 + np.cos(np.pi * epoch / 10)) for epoch in range(10)], 40)
+    assert (per_epoch >= ours).all()
+    lag = (np.arccos(2 * ours - 1) - np.arccos(2 * per_epoch - 1)) / np.pi * 10  # in epochs
+    assert lag.mean() == pytest.approx(0.5, abs=0.02)
 
 
 def test_config_scales_with_the_batch_and_warms_up_in_epochs():

@@ -93,6 +93,44 @@ def test_patches_keep_off_the_background():
         detector(version="v2", skip_background=True)
 
 
+def official_loss(version: str, expert: list[Tensor], apprentice: list[Tensor], mask: Tensor) -> Tensor:
+    """caoyunkang/CDO with gamma 2: v2's model/cdo.py and loss/cdo_loss.py, v1's models/CDO.py, which has the same loss
+    and no normalisation in its forward pass. mask (B, H, W), 1 on noise."""
+    if version == "v2":
+        expert, apprentice = ([F.normalize(f, p=2, dim=1) for f in side] for side in (expert, apprentice))
+    size, total = expert[0].shape[-2:], 0
+    for fe, fa in zip(expert, apprentice):
+        fe, fa = (F.interpolate(f, size=size, mode="bilinear", align_corners=True) for f in (fe, fa))
+        where = F.interpolate(mask[:, None].double(), size, mode="nearest").flatten()
+        fe, fa = (F.normalize(f.permute(0, 2, 3, 1).reshape(-1, f.shape[1]), p=2, dim=1) for f in (fe, fa))
+        d = ((fe - fa) ** 2).sum(1)
+        normal, odd = d[where == 0], d[where != 0]
+        w_normal, w_odd = ((normal / normal.mean()) ** 2).detach(), ((odd.mean() / odd) ** 2).detach()
+        total = total + ((normal * w_normal).sum() - (odd * w_odd).sum()) / (w_normal.sum() + w_odd.sum()) * len(mask)
+    return total
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_loss_and_gradient_are_the_versions(version):
+    """Lengths that differ between positions, as after a ReLU: there the order of normalising and enlarging matters."""
+    torch.manual_seed(7)
+    sides = [
+        [torch.randn(2, c, s, s, dtype=torch.float64).relu() for c, s in ((8, 16), (12, 8), (20, 4))] for _ in "ea"
+    ]
+    expert, apprentice = [f * torch.rand(2, 1, *f.shape[2:], dtype=torch.float64) ** 3 for f in sides[0]], sides[1]
+    apprentice = [f.requires_grad_() for f in apprentice]
+    abnormal = torch.rand(2, 64, 64) < 0.2
+    model = detector(version=version).double()
+    model.networks = lambda _: (expert, apprentice)
+    loss, _ = model(None, abnormal)
+    expected = {name: official_loss(name, expert, apprentice, abnormal) for name in ("v1", "v2")}
+    torch.testing.assert_close(loss, expected[version], rtol=1e-10, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(x, apprentice) for x in (loss, expected[version]))
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert abs(expected["v1"] - expected["v2"]) > 0.01 * abs(expected["v2"])
+
+
 def by_hand(model: CDO, images: Tensor) -> np.ndarray:
     with torch.no_grad():
         outputs = model.eval().networks(images)

@@ -11,6 +11,8 @@ from data.augment import normalize
 from models.anomaly.cflow import CFlow, rows_of, turn
 from models.anomaly.cflow_flows import encode_places
 from models.anomaly.detector import TrainingBatch
+from models.mobilenet import MobileNetV2
+from models.mobilenet_v3 import MobileNetV3Large
 from models.resnet import ResNet18, WideResNet50
 from tests.pictures import batches
 from tests.processes import run_processes
@@ -151,6 +153,28 @@ def test_an_encoder_that_reflects_has_the_official_convolutions():
     assert not torch.allclose(whole[0][..., :1], detector(plain).features(images)[0][..., :1])
     with pytest.raises(UserError, match=r"reflect=true cannot mirror .* \(16, 16\)"):
         model.features(torch.randn(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("network", [MobileNetV2, MobileNetV3Large])
+def test_an_encoder_with_tensorflows_padding_reflects_too(network):
+    """Even sides at stride 2: one more pixel below and right, so the mirror image stands there alone."""
+    plain, mirrored = network(padding="tensorflow"), network(padding="tensorflow")
+    mirrored.load_state_dict(plain.state_dict())
+    model = detector(mirrored, reflect=True)
+    images = torch.randn(2, 3, 64, 96)
+    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (0, 1), (0, 1)), mode="reflect")
+    expected = F.conv2d(torch.from_numpy(padded), plain.features[0][0].weight, stride=2)
+    with torch.no_grad():
+        torch.testing.assert_close(mirrored.features[0][0](images), expected)
+    one, other = model.features(images), detector(plain).features(images)
+    assert not torch.allclose(one[0][..., -1:], other[0][..., -1:])
+    with pytest.raises(UserError, match=r"reflect=true cannot mirror"):
+        model.features(torch.randn(1, 3, 16, 16))
+
+
+def test_reflect_where_nothing_is_padded_is_an_error():
+    with pytest.raises(UserError, match="reflect=true changes nothing"):
+        detector(Tokens(8), reflect=True)
 
 
 def test_an_official_checkpoint_loads():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.covariance import LedoitWolf, ledoit_wolf
+from sklearn.covariance import LedoitWolf
 from torch import Tensor, nn
 
 from models.anomaly.detector import Batch
@@ -113,7 +113,7 @@ def test_mahalanobis_equals_scikit_learn(count):
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("options", [{"k": 2}, MAHALANOBIS])
+@pytest.mark.parametrize("options", [{"k": 2}, {"k": 2, "distance": "knn_squared"}, MAHALANOBIS])
 def test_sum_adds_the_distances_of_the_stages(options, normalize):
     net, train, test = backbone(), pictures(9), pictures(4, seed=1)
     options = options | {"normalize": normalize}
@@ -127,46 +127,20 @@ def test_sum_adds_the_distances_of_the_stages(options, normalize):
     torch.testing.assert_close(both.score(train[number], leave_out=number)[1], sum(each), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("k", [1, 3, 7])
-def test_knn_without_a_picture_is_a_refit_without_it(k):
-    net, train = backbone(), pictures(8)
-    train[6] = train[2]  # a copy of the left-out picture is found
-    detector, numbers = Embedding(net, k=k), torch.randperm(8) + 30
-    content = {int(number): 2 if i == 6 else i for i, number in enumerate(numbers)}
-    detector.fit(batches(train, 3, numbers), 8)
-    found = detector.examine(train, leave_out=numbers)
-    for i in range(8):
-        rest = torch.arange(8) != i
-        alone = Embedding(net, k=k)
-        alone.fit(batches(train[rest], numbers=numbers[rest]), 7)
-        expected = alone.examine(train[i][None])
-        torch.testing.assert_close(found.scores[[i]], expected.scores, rtol=1e-4, atol=1e-4)  # the copy: not quite 0
-        assert content[int(found.pictures[i])] == content[int(expected.pictures)]
-    with pytest.raises(UserError, match="k=8: without one training picture there are 7 left"):
-        fitted(train, net, k=8).score(train[:1], leave_out=torch.tensor([0]))
-
-
-@pytest.mark.parametrize("count", [3, 20, 60])
-def test_mahalanobis_without_a_picture_holds_the_shrinkage(count):
-    """Exact by the formula with the shrinkage and its amount held, and near the refit, which chooses them anew."""
-    net, train, number = backbone(), pictures(count), torch.arange(count)
-    x = vectors(net, train, (1,))
-    detector = fitted(train, net, stages=(1,), **MAHALANOBIS)
-    scores = detector.score(train, leave_out=number)[1].numpy()
-    shrinkage = ledoit_wolf(x)[1]
-    amount = shrinkage * np.trace(np.cov(x, rowvar=False, bias=True)) / x.shape[1]
-    held, refit = [], []
-    for i in range(count):
-        rest = np.delete(x, i, 0)
-        covariance = (1 - shrinkage) * np.cov(rest, rowvar=False, bias=True) + amount * np.eye(x.shape[1])
-        away = x[i] - rest.mean(0)
-        held.append(np.sqrt(away @ np.linalg.solve(covariance, away)))
-        refit.append(np.sqrt(LedoitWolf().fit(rest).mahalanobis(x[i][None])[0]))
-    np.testing.assert_allclose(scores, held, rtol=2e-3)
-    if count == 60:
-        np.testing.assert_allclose(scores, refit, rtol=0.1)
-    others = pictures(2, seed=1)
-    assert torch.equal(detector.score(others, leave_out=torch.tensor([-1, count]))[1], detector.score(others)[1])
+@pytest.mark.parametrize(("k", "stages"), [(1, (4,)), (2, (4,)), (5, (2, 4))])
+def test_knn_squared_is_the_sum_of_the_squared_distances(k, stages):
+    """PANDA's knn_score: what faiss.IndexFlatL2 returns, summed. With k=1 it ranks as `knn`, with more perhaps not."""
+    net, train, test = backbone(), pictures(12), pictures(5, seed=1)
+    detector = fitted(train, net, k=k, stages=stages, distance="knn_squared")
+    far = np.linalg.norm(vectors(net, test, stages)[:, None] - vectors(net, train, stages)[None], axis=2)
+    found, plain = detector.examine(test), fitted(train, net, k=k, stages=stages).examine(test)
+    np.testing.assert_allclose(found.scores.numpy(), (np.sort(far)[:, :k] ** 2).sum(1), rtol=1e-5)
+    assert torch.equal(found.pictures, plain.pictures)
+    if k == 1:
+        torch.testing.assert_close(found.scores.sqrt(), plain.scores)
+    refit = fitted(train[1:], net, k=k, stages=stages, distance="knn_squared").score(train[:1])[1]
+    left = detector.score(train[:1], leave_out=torch.tensor([0]))[1]
+    torch.testing.assert_close(left, refit, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("options", [{"k": 1}, MAHALANOBIS])
@@ -195,7 +169,9 @@ def test_scores_do_not_depend_on_the_batch(distance):
     assert torch.allclose(whole, parts, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, MAHALANOBIS, {**MAHALANOBIS, "combine": "sum", "stages": (1, 2)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"distance": "knn_squared"}, MAHALANOBIS, {**MAHALANOBIS, "combine": "sum", "stages": (1, 2)}]
+)
 def test_fitted_state_loads_into_a_fresh_detector_of_any_size(options):
     test, number = pictures(3, seed=1), torch.tensor([0, 1, 2])
     fresh = Embedding(ResNet18(stem="cifar"), **options)  # other random weights: they load too

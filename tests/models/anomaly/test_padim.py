@@ -76,7 +76,7 @@ def plain_distances(model: PaDiM, train: np.ndarray, test: np.ndarray) -> np.nda
     out, ridge = np.zeros(test.shape[:2]), model.regularization * np.eye(train.shape[2])
     for position in range(train.shape[1]):
         at = train[:, position]
-        covariance = np.cov(at, rowvar=False) + ridge if len(at) > 1 else ridge
+        covariance = np.atleast_2d(np.cov(at, rowvar=False)) + ridge if len(at) > 1 else ridge
         inverse = np.linalg.inv(covariance)
         for image in range(len(test)):
             out[image, position] = mahalanobis(test[image, position], at.mean(0), inverse)
@@ -103,6 +103,27 @@ def test_a_resnet_at_the_reference_s_setting(options, d, form):
     grid = model.distances(model.embed(model.features(test)))
     assert model.mean.shape == (16, 16, d)
     np.testing.assert_allclose(grid.flatten(1).numpy(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("count", [1, 2, 4, 12])
+@pytest.mark.parametrize("d", [1, 2, 3, 4, 5])
+def test_few_random_channels_leave_stages_without_any(d, count, form):
+    """The finest stage, too, whose resolution stays that of the map; leaving a picture out is still a refit."""
+    train, test, drawn = pictures(count), pictures(2, seed=1), set()
+    for seed in (0, 1, 7):
+        model = fitted(train, channels=d, form=form, seed=seed)
+        drawn |= {int(channel > 4) + int(channel > 8) for channel in model.drawn} if d == 1 else {0, 1, 2}
+        expected = plain_distances(model, plain_rows(model, train), plain_rows(model, test))
+        grid = model.distances(model.embed(model.features(test)))
+        assert grid.shape == (2, 8, 12) and model.mean.shape == (8, 12, d)
+        np.testing.assert_allclose(grid.flatten(1).numpy(), expected, rtol=1e-4, atol=1e-5)  # d = 1: may be near 0
+        assert model.score(test)[0].shape == (2, 32, 48)
+        if count > 2:
+            rest = fitted(train[1:], channels=d, form=form, seed=seed).score(train[:1])
+            left = model.score(train[:1], leave_out=torch.tensor([0]))
+            torch.testing.assert_close(left, rest, rtol=2e-4, atol=1e-6)
+    assert drawn == {0, 1, 2}  # each stage was the only one once
 
 
 def test_maps_and_scores():

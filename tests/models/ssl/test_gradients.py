@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from losses.queue import Queue
 from models.resnet import ResNet18
 from models.ssl import SSL_METHODS
 from models.ssl.gradients import Embed, accumulate, backward
+from models.ssl.method import MANY
 from models.ssl.spd import SPD
 from tests.models.ssl.test_methods import CASES, LABELS, build, views
 from tests.processes import run_processes
@@ -87,6 +89,55 @@ def test_two_processes_of_two_batches_equal_one_of_one():
         for result in results:
             for key, grad in result[name][1].items():
                 torch.testing.assert_close(grad, expected[key], rtol=0, atol=1e-10, msg=f"{name} {key}")
+
+
+QUEUES = ["moco_v2", "moco_v2 symmetric", "psco", "simclr with a bank", "supcon with a bank"]
+
+
+def steps_as_the_loader_deals_them(rank, world_size, parts):
+    """Loss and gradients of five steps of other pictures, and the queue's rows after them; 8 pictures a step.
+
+    Each batch is a run of the step's pictures, dealt over the processes (Loader), and every queue's length is no
+    multiple of a step's rows: some of a step's are overwritten before others.
+    """
+    seen = {}
+    for name in QUEUES:
+        method = build(name)
+        rows = 16 if method.takes[1] is MANY or "symmetric" in name else 8  # all views of a picture, or one
+        for attribute in ("queue", "bank"):
+            if isinstance(getattr(method, attribute, None), Queue):
+                torch.manual_seed(3)
+                queue = Queue(rows + 5, 8).double()
+                setattr(method, attribute, queue)
+        model = data_parallel(Embed(method) if parts > 1 else method)
+        batches = [batch.tensor_split(world_size)[rank] for batch in torch.arange(8).split(8 // parts)]
+        found = []
+        for step in range(5):
+            torch.manual_seed(100 + step)
+            images = [torch.randn(8, 3, 8, 8, dtype=torch.float64) for _ in range(2)]
+            work = [(None, LABELS[ids], ids) for ids in batches]
+            method.zero_grad()
+            loss, _ = backward(model, method, work, rows_of(images), NO_SCALER, nullcontext, seed=1)
+            found.append((loss.detach(), [p.grad.clone() for p in method.parameters() if p.grad is not None]))
+            method.update()
+        seen[name] = found, queue.rows
+    return seen
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_processes_and_batches_overwrite_the_same_rows_of_a_queue(parts):
+    expected = steps_as_the_loader_deals_them(0, 1, 1)
+    results = [steps_as_the_loader_deals_them(0, 1, parts), *run_processes(steps_as_the_loader_deals_them, 2, parts)]
+    for name, (found, rows) in expected.items():
+        for step, (loss, grads) in enumerate(found):
+            alone, *both = (result[name][0][step][0] for result in results)
+            torch.testing.assert_close(alone, loss, rtol=0, atol=1e-10)
+            torch.testing.assert_close(sum(both) / 2, loss, rtol=0, atol=1e-10, msg=f"{name}, step {step}")
+            for result in results:
+                for ours, grad in zip(result[name][0][step][1], grads, strict=True):
+                    torch.testing.assert_close(ours, grad, rtol=0, atol=1e-10)
+        for result in results:
+            torch.testing.assert_close(result[name][1], rows, rtol=0, atol=1e-10)
 
 
 def test_the_mean_of_two_losses_would_be_another_loss():
