@@ -338,7 +338,7 @@ def test_out_that_cannot_be_written_is_found_before_the_work(patchcore, pictures
         ("out/deep", "cannot write .*out/deep/predictions.csv: Not a directory"),
         ("table", "cannot write .*table/predictions.csv: Is a directory"),
         ("drawn", "heatmaps is no folder: remove it or choose another out="),
-        ("n" * 300, "File name too long"),
+        ("n" * 300, "a name has 255 bytes at most"),
         ("/proc/results", "cannot write /proc/results/predictions.csv"),
     ):
         with pytest.raises(UserError, match=text):

@@ -12,6 +12,7 @@ from evaluation.compare import load_scores
 from models.anomaly import DETECTORS
 from tests.pictures import script, write_mvtec
 from tests.scripts.test_train_ssl import interrupt_at, kill_after
+from training import config
 from training.errors import UserError
 
 TINY = {
@@ -48,7 +49,7 @@ def words(name, pictures, runs, *more):
         about += [f"data.shots={min(count, 5)}", "data.draw=1", "data.others=null"]
         if not (pictures / "other").exists():
             write_mvtec(pictures, category="other")
-    return TINY[name] + about + ["batch_size=4", "holdout=0.2", "device=cpu", *more]
+    return config.overlay(TINY[name], about + ["batch_size=4", "holdout=0.2", "device=cpu"], list(more))
 
 
 @pytest.mark.parametrize("name", TINY)

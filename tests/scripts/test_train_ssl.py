@@ -15,7 +15,7 @@ import train_ssl
 from models import BACKBONES
 from models.weights import load_weights
 from tests.pictures import TOP, command, script, write_classes
-from training import checkpoint
+from training import checkpoint, config
 from training.errors import UserError
 from training.log import Window
 
@@ -48,7 +48,7 @@ def words(name, pictures, runs, *more):
     backbone = ["backbone.stem=cifar"] if name == "revd" else ["backbone=mobilenet_v2", "backbone.width=0.25"]
     about = [f"data.root={pictures}", "data.size=36", *backbone, f"runs={runs}", "run_name=run", "epochs=3"]
     about += ["batch_size=8", "save.every=3", "log_every=1", "device=cpu", "precision=fp32", "sync_bn=false"]
-    return TINY[name] + about + ["optim.warmup_epochs=0", *more]
+    return config.overlay(TINY[name], about + ["optim.warmup_epochs=0"], list(more))
 
 
 @pytest.mark.parametrize("name", TINY)
