@@ -42,14 +42,14 @@ def save(path: str | Path, parts: dict, **about) -> None:
     state = {name: part.state_dict() for name, part in parts.items()} | about | {"version": code_version()}
     if not distributed.is_main():
         return
-    try:
-        with whole_file(path, "wb") as file:
+    with whole_file(path, "wb") as file:
+        try:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except RuntimeError as error:  # of torch's writer, which loses the errno
-        why = f"{error} (is the disk full, or the file too large?)"
-        raise UserError(f"cannot write {path}: {why}; nothing under that name was changed") from None
+        except RuntimeError as error:  # torch's writer loses the system's error, which the next write meets again
+            file.write(bytes(2**20))
+            raise UserError(f"cannot write {path}: {error}; nothing under that name was changed") from None
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def restore(state: dict, parts: dict) -> None:

@@ -54,7 +54,7 @@ errors.run(main)
     words = command(["-c", code, str(tmp_path / "last.pt")])
     done = subprocess.run(words, cwd=TOP, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert f"error: cannot write {tmp_path}/last.pt: " in done.stderr
+    assert f"error: cannot write {tmp_path}/last.pt: File too large" in done.stderr
     assert os.listdir(tmp_path) == ["last.pt"] and checkpoint.load(tmp_path / "last.pt")["step"] == 1
 
 
