@@ -38,7 +38,7 @@ from typing import Literal, NamedTuple
 
 from evaluation.sweep_table import Axes, Outcome, write_tables
 from training import checkpoint, config, errors, scripts
-from training.files import whole_file
+from training.files import remove_unfinished, whole_file
 from training.grid import variants
 from training.values import PathText
 from training.version import TOP, another_version, code_version
@@ -71,6 +71,8 @@ def main(argv: list[str]) -> None:
     cfg = load(argv)
     top, (axes, cells) = config.run_folder(cfg), plan(cfg)
     configs = check(cells)
+    remove_unfinished(top)
+    remove_unfinished(top / ".cells", below=True)
     server = multiprocessing.get_context("forkserver")  # each cell a fresh process, but torch and ours imported once
     ours = [name for name in sys.modules if (TOP / name.partition(".")[0] / "__init__.py").exists()]
     server.set_forkserver_preload(ours)

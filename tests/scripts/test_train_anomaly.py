@@ -11,7 +11,7 @@ import train_anomaly
 from evaluation.compare import load_scores
 from models.anomaly import DETECTORS
 from tests.pictures import script, write_mvtec
-from tests.scripts.test_train_ssl import interrupt_at, kill_after
+from tests.scripts.test_train_ssl import kill_after
 from training import config
 from training.errors import UserError
 
@@ -130,94 +130,6 @@ def test_a_score_of_the_whole_test_set_is_fitted_on_it(pictures, tmp_path, capsy
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["normalized_on"] == split
         states.append(torch.load(tmp_path / split / "run" / "last.pt", weights_only=True)["model"])
     assert [key for key in states[0] if not torch.equal(states[0][key], states[1][key])] == ["likeliest"]
-
-
-def test_a_run_does_not_go_on_with_other_pictures_or_lose_the_run_it_updates(pictures, tmp_path):
-    copy = tmp_path / "pictures"
-    shutil.copytree(pictures, copy)
-    run = words("patchcore", copy, tmp_path)
-    train_anomaly.main(run)
-    with pytest.raises(UserError, match=r"has other backbone weights"):  # before resume=never removes anything
-        train_anomaly.main([*run, f"update={tmp_path}/run/last.pt", "resume=never", "seed=1"])
-    first = (tmp_path / "run" / "last.pt").read_bytes()
-    shutil.copy(copy / "part/train/good/000.png", copy / "part/train/good/0000.png")
-    (tmp_path / "run" / "results.json").unlink()
-    with pytest.raises(UserError, match=r"changed since it began \(1 added: part/train/good/0000\.png\).*with update="):
-        train_anomaly.main(run)
-    assert (tmp_path / "run" / "last.pt").read_bytes() == first
-
-
-def test_results_of_other_test_images_are_not_repeated(pictures, tmp_path, capsys):
-    copy = tmp_path / "pictures"
-    shutil.copytree(pictures, copy)
-    run = words("patchcore", copy, tmp_path)
-    train_anomaly.main(run)
-    first = json.loads(capsys.readouterr().out.splitlines()[-1])
-    broken = copy / "part/test/good/new.png"
-    broken.write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"test images of .* changed since its results \(1 added: part/test/good/new\."):
-        train_anomaly.main(run)
-    (tmp_path / "run" / "results.json").unlink()  # as if the test had been killed: nothing is lost
-    with pytest.raises(UserError, match=r"cannot read .*new\.png"):
-        train_anomaly.main(run)
-    broken.unlink()
-    train_anomaly.main(run)
-    second = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {key: second[key] for key in METRICS} == {key: first[key] for key in METRICS}
-    assert second["seconds_fit"] == first["seconds_fit"]  # it was not fitted again
-    (copy / "part/test/good/000.png").unlink()
-    with pytest.raises(UserError, match=r"1 removed: part/test/good/000\.png"):
-        train_anomaly.main(run)
-
-
-@pytest.mark.parametrize("name", ["cflow", *(pytest.param(n, marks=pytest.mark.slow) for n in ("cutpaste", "regad"))])
-def test_a_fit_that_fails_or_is_killed_does_not_lose_the_training_before_it(name, pictures, tmp_path, monkeypatch):
-    """The training is not repeated, and the detector is that of a run without a stop."""
-    monkeypatch.setattr(train_anomaly, "report", lambda *_, **__: {})
-    train_anomaly.main(words(name, pictures, tmp_path / "a"))
-    run = words(name, pictures, tmp_path / "b")
-    for problem, text in (
-        (UserError("out of luck"), "out of luck; the last good checkpoint is .*: as detector.weights"),
-        (KeyboardInterrupt(), "^$"),
-    ):
-        with monkeypatch.context() as patch, pytest.raises(type(problem), match=text):
-            patch.setattr(DETECTORS[name], "fit", lambda *_, problem=problem: (_ for _ in ()).throw(problem))
-            train_anomaly.main(run)
-        state = torch.load(tmp_path / "b" / "run" / "last.pt", weights_only=True)
-        assert "calibration" not in state and state["fitted"] is False
-    metrics = tmp_path / "b" / "run" / "metrics.jsonl"
-    lines = metrics.read_text()
-    with monkeypatch.context() as patch:
-        interrupt_at(1, patch)  # no step is made any more
-        train_anomaly.main(run)
-    assert metrics.read_text() == lines
-    whole, resumed = (torch.load(tmp_path / x / "run" / "last.pt", weights_only=True) for x in "ab")
-    assert whole["model"].keys() == resumed["model"].keys() and whole["step"] == state["step"]
-    assert whole["calibration"] == resumed["calibration"]
-    for key, value in whole["model"].items():
-        assert torch.equal(value, resumed["model"][key]), key
-    # other options of the fit are set with the trained weights, as the error says
-    train_anomaly.main([*run, f"detector.weights={tmp_path}/b/run/last.pt", "epochs=0", "run_name=c"])
-
-
-def test_other_categories_and_a_fit_on_the_test_images_belong_to_the_run(pictures, tmp_path, monkeypatch):
-    copy = tmp_path / "pictures"
-    shutil.copytree(pictures, copy)
-    for name, more, image in (
-        ("regad", ["data.size=32"], "other/train/good/000.png"),
-        ("cflow", ["detector.normalize=test"], "part/test/spot/000.png"),
-    ):
-        run = words(name, copy, tmp_path, f"run_name={name}", "save_every=1", *more)
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            interrupt_at(2, patch)
-            train_anomaly.main(run)
-        (copy / image).rename(tmp_path / "kept.png")
-        with pytest.raises(UserError, match=rf"that it learns from of .*1 removed: {image}"):
-            train_anomaly.main(run)
-        (tmp_path / "kept.png").rename(copy / image)
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            interrupt_at(1, patch)  # it would go on
-            train_anomaly.main(run)
 
 
 @pytest.mark.parametrize("name", WITH_PROCESSES)

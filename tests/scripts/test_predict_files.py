@@ -1,0 +1,119 @@
+"""predict.py where files cannot be written, and what a killed run has left."""
+
+import csv
+import json
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import predict
+from data.image_files import find_images
+from tests.pictures import write_mvtec
+from tests.scripts.test_predict import run, write_run
+from training.errors import UserError
+from training.files import temporary_name
+
+
+@pytest.fixture(scope="module")
+def normals(tmp_path_factory):
+    return find_images(write_mvtec(tmp_path_factory.mktemp("normals")) / "part" / "train")
+
+
+@pytest.fixture(scope="module")
+def patchcore(normals, tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "run", normals, "patchcore")
+
+
+@pytest.fixture(scope="module")
+def pictures(normals, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "deep").mkdir()
+    for name, path in zip(("a.png", "b.png", "deep/c.png"), normals):
+        shutil.copy(path, folder / name)
+    return folder
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's full device")
+def test_a_full_disk(patchcore, pictures, tmp_path, capsys, monkeypatch):
+    run(capsys, patchcore, pictures / "a.png", f"out={tmp_path}")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr(predict, "remove_unfinished", lambda *_, **__: None)
+    temporary_name(tmp_path / "predictions.csv").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"cannot write .*predictions.csv: No space left on device"):
+        run(capsys, patchcore, pictures, f"out={tmp_path}")
+    drawn = {path for path in tmp_path.rglob("*") if path.is_file()}  # of those that were drawn in the meantime
+    assert {path.parent for path in drawn - {*before}} <= {tmp_path / "heatmaps", tmp_path / "heatmaps" / "deep"}
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert not [path for path in drawn if "unfinished" in path.name]
+
+
+def partly(capsys, *words) -> tuple[dict, list[dict], str]:
+    """The JSON, the rows, and stderr of a run that could not draw everything."""
+    with pytest.raises(SystemExit) as end:
+        predict.main([str(word) for word in words] + ["device=cpu"])
+    assert end.value.code == 1
+    out, err = capsys.readouterr()
+    results = json.loads(out.splitlines()[-1])
+    with open(Path(results["out"]) / "predictions.csv", newline="") as file:
+        return results, list(csv.DictReader(file)), err
+
+
+def test_a_heat_map_that_cannot_be_written_costs_no_row(patchcore, normals, tmp_path, capsys, monkeypatch):
+    """A folder in its place, a full disk, a name that is too long with .png; one of 251 bytes is not."""
+    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    pictures.mkdir()
+    names = ["a.png", "b.png", "c.png", f"{'d' * 247}.png", f"{'e' * 248}.png"]
+    for name in names:
+        shutil.copy(normals[0], pictures / name)
+    (out / "heatmaps" / "b.png.png").mkdir(parents=True)
+    temporary_name(out / "heatmaps" / "c.png.png").symlink_to("/dev/full")
+    monkeypatch.setattr(predict, "remove_unfinished", lambda *_, **__: None)
+    results, rows, err = partly(capsys, patchcore, pictures, f"out={out}")
+    assert [row["path"] for row in rows] == names and len({row["score"] for row in rows}) == 1
+    failed = [str(pictures / name) for name in (names[1], names[2], names[4])]
+    assert results["without_heatmap"] == failed and results["pictures"] == 5 and results["skipped"] == []
+    said = [line for line in err.splitlines() if line.startswith("no heat map of ")]
+    for line, path, why in zip(said, failed, ("Is a directory", "No space left", "File name too long"), strict=True):
+        assert path in line and why in line
+    drawn = {path.name for path in (out / "heatmaps").iterdir()}
+    assert drawn == {f"{names[0]}.png", "b.png.png", f"{names[3]}.png"}
+    results, _, _ = run(capsys, patchcore, pictures / "a.png", f"out={out}")
+    assert results["without_heatmap"] == []
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(patchcore, pictures, tmp_path, capsys):
+    process = subprocess.Popen(["true"])
+    process.wait()
+    (tmp_path / "heatmaps" / "deep").mkdir(parents=True)
+    left = []
+    for number, place in ((process.pid, ""), (process.pid, "heatmaps/deep"), (os.getppid(), ""), (1, "heatmaps/deep")):
+        left.append(tmp_path / place / f"a.unfinished-{platform.node()}-{number}")
+        left[-1].write_text("cut short")
+    (tmp_path / "mine.tmp").write_text("")
+    run(capsys, patchcore, pictures / "a.png", f"out={tmp_path}")
+    assert [path.exists() for path in left] == [False, False, True, True] and (tmp_path / "mine.tmp").exists()
+
+
+def test_out_that_cannot_be_written_is_found_before_the_work(patchcore, pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(predict, "examine", None)
+    (tmp_path / "out").write_text("mine")
+    (tmp_path / "table" / "predictions.csv").mkdir(parents=True)
+    (tmp_path / "drawn").mkdir()
+    (tmp_path / "drawn" / "heatmaps").write_text("mine")
+    for out, text in (
+        ("out", "cannot write .*out/predictions.csv: Not a directory"),
+        ("out/deep", "cannot write .*out/deep/predictions.csv: Not a directory"),
+        ("table", "cannot write .*table/predictions.csv: Is a directory"),
+        ("drawn", "heatmaps is no folder: remove it or choose another out="),
+        ("n" * 300, "a name has 255 bytes at most"),
+        ("/proc/results", "cannot write /proc/results/predictions.csv"),
+    ):
+        with pytest.raises(UserError, match=text):
+            run(capsys, patchcore, pictures, f"out={tmp_path / out}")
+        assert "picture/s" not in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == (tmp_path / "drawn" / "heatmaps").read_text() == "mine"
+    assert not list((tmp_path / "table" / "predictions.csv").iterdir())
