@@ -120,7 +120,8 @@ def test_home_is_expanded_in_every_path(of, monkeypatch):
     assert of("category: ~/a", "place=a~/b") == Config(category="~/a", place="a~/b", run_name="a")
 
 
-BOMB = "a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+BOMB = ", ".join(f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))  # 9 ** 11 values
+BOMB = f"category: [&a0 [x], {BOMB}]"
 LONG = "q" * 20_000
 HOSTILE = [
     BOMB,
