@@ -41,7 +41,6 @@ from models.build import BackboneConfig, build_backbone
 from training import checkpoint, config, distributed, errors, help
 from training.log import Log
 from training.optim import PRECISIONS
-from training.schema import choice
 from training.values import PathText, Seed, coerce
 from training.version import code_version
 
@@ -88,7 +87,7 @@ MEASURES = {"knn": knn, "linear": linear}  # of a backbone: training and test fe
 
 @dataclass(kw_only=True)
 class TaskConfig:
-    name: str = choice(MEASURES)
+    name: str = config.choice(MEASURES)
     options: dict = field(default_factory=dict)
 
 

@@ -37,7 +37,6 @@ from training.log import Log, Window
 from training.optim import PRECISIONS, OptimConfig, build_optimizer, clip_gradients, set_rates
 from training.sam import SAMConfig, climbed, frozen_statistics
 from training.schedule import warmup_cosine
-from training.schema import choice
 from training.values import PathText, Seed
 from training.version import code_version
 
@@ -52,7 +51,7 @@ class EMAConfig:
 class SPDConfig:
     """`spd.*`: these keys, and the keyword-only arguments of the chosen defect."""
 
-    name: str = choice(DEFECTS)  # the difference to spot: smooth_blend in the paper
+    name: str = config.choice(DEFECTS)  # the difference to spot: smooth_blend in the paper
     weight: float = 0.1  # of the term beside the method's loss
     options: dict = field(default_factory=dict)
 

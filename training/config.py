@@ -23,6 +23,7 @@ from pathlib import Path
 
 from training import help
 from training.errors import UserError, cut, shown
+from training.schema import choice as choice  # scripts say config.choice
 from training.schema import chooser_of, option_types, options_of, section_of
 from training.values import NULL, coerce, path_text
 from training.yaml_text import read_yaml
