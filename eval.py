@@ -38,15 +38,20 @@ from evaluation.linear_probe import linear_probe
 from evaluation.report import markdown_table
 from models import BACKBONES
 from models.build import BackboneConfig, build_backbone
-from training import checkpoint, config, distributed, errors
+from training import checkpoint, config, distributed, errors, help
 from training.log import Log
 from training.optim import PRECISIONS
-from training.values import PathText, coerce
+from training.values import PathText, Seed, coerce
 from training.version import code_version
 
 
 def knn(train, test, classes: list[str], say, *, k: int = 20, temperature: float = 0.07) -> tuple[torch.Tensor, dict]:
-    """DINO's weighted vote; the figures of all of `KNN_SETTINGS`, the report for k and temperature."""
+    """DINO's weighted vote; the metrics of all of `KNN_SETTINGS`, the report for k and temperature.
+
+    Args:
+        k: neighbours that vote, in the report and the confusion matrix.
+        temperature: a neighbour's vote weighs exp(similarity / temperature).
+    """
     figures = {}
     if few := few_neighbors(len(train[0]), k):
         say(few)
@@ -65,9 +70,15 @@ def linear(
     *,
     epochs: int = 100,
     batch_size: int = 256,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> tuple[torch.Tensor, dict]:
-    """A linear classifier on frozen features; its learning rate is chosen on a hold-out of the training set."""
+    """A linear classifier on frozen features; its learning rate is chosen on a hold-out of the training set.
+
+    Args:
+        epochs: of SGD over the features.
+        batch_size: features of a step.
+        seed: of the hold-out, the initial weights and the order.
+    """
     return linear_probe(*train, test[0], n_classes=len(classes), epochs=epochs, batch_size=batch_size, seed=seed)
 
 
@@ -82,65 +93,67 @@ class TaskConfig:
 
 @dataclass(kw_only=True)
 class Config:
-    task: TaskConfig
-    data: DataConfig
-    backbone: BackboneConfig
+    task: TaskConfig  # what is measured
+    data: DataConfig  # the images, of which some train and some test
+    backbone: BackboneConfig  # what is measured
     checkpoint: PathText | None = None  # last.pt, best.pt or step_*.pt of a run; none: the backbone of these keys
-    batch_size: int = 64
-    seed: int = 0  # of a backbone without weights
-    device: str = "auto"
-    runs: PathText = "runs"
-    run_name: str = "eval"
+    batch_size: int = 64  # images per forward
+    seed: Seed = 0  # of the random weights of a backbone without others
+    device: str = "auto"  # auto, cpu, cuda or cuda:1; auto: CUDA where there is one
+    runs: PathText = "runs"  # folder of all runs
+    run_name: str = "eval"  # folder below it, where no checkpoint says another
 
 
 @dataclass(kw_only=True)
 class CompareConfig:
-    task: str
+    task: str  # this one
     runs: list[PathText]  # folders of train_anomaly.py; the first is what the others are compared with
-    seed: int = 0
+    seed: Seed = 0  # of the bootstrap
 
 
 @dataclass(kw_only=True)
 class DefectsConfig:
-    task: str
-    data: DataConfig
+    task: str  # this one
+    data: DataConfig  # the images
     defect: DefectConfig | None = None  # None: all kinds, as they are by default
-    pictures: int = 6
-    seed: int = 0
-    device: str = "auto"
-    runs: PathText = "runs"
-    run_name: str = "eval"
+    pictures: int = 6  # rows of the sheet
+    seed: Seed = 0  # of the defects
+    device: str = "auto"  # auto, cpu, cuda or cuda:1; auto: CUDA where there is one
+    runs: PathText = "runs"  # folder of all runs
+    run_name: str = "eval"  # folder below it, where no checkpoint says another
 
 
 @dataclass(kw_only=True)
 class DescribeConfig:
-    task: str
+    task: str  # this one
     backbones: list[str]  # each a name and its options, as words
     size: int = 224  # side of the pictures
-    batch_size: int = 16
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    device: str = "auto"
-    runs: PathText = "runs"
-    run_name: str = "eval"
+    batch_size: int = 16  # images per forward
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward whose speed is measured
+    device: str = "auto"  # auto, cpu, cuda or cuda:1; auto: CUDA where there is one
+    runs: PathText = "runs"  # folder of all runs
+    run_name: str = "eval"  # folder below it, where no checkpoint says another
 
 
 def main(argv: list[str]) -> None:
     layers = config.read(argv)
     task = config.chosen(layers, "task")
-    config.pick({**MEASURES, **OTHERS}, task, "task")
-    OTHERS.get(task, measure)(layers)
+    if task is None and help.asked(argv):
+        about = MEASURES | {name: run for name, (_, run) in TASKS.items() if name not in MEASURES}
+        help.show(f"{__doc__}\nTasks; `task=NAME --help` shows the keys of one.\n\n{help.names(about)}")
+    kind, run = config.pick(TASKS, task, "task")
+    run(config.load(kind, argv, *(stored(layers) if kind is Config else ())))
 
 
 def schema(argv: list[str]) -> type | None:
     """The dataclass of a command line's keys, for sweep.py; None of tasks with another, or with a checkpoint's keys."""
     layers = config.read(argv)
-    foreign = config.chosen(layers, "task") in OTHERS or any(layer.get("checkpoint") for layer in layers)
+    foreign = config.chosen(layers, "task") not in MEASURES or any(layer.get("checkpoint") for layer in layers)
     return None if foreign else Config
 
 
-def measure(layers: list[dict]) -> None:
-    """task=knn and task=linear: figures of one backbone's features."""
-    cfg = config.build(Config, config.merge(Config, *from_checkpoint(layers)))
+def measure(cfg: Config) -> None:
+    """Metrics of one backbone's features."""
     device = distributed.setup(cfg.device)
     name = f"eval_{cfg.task.name}"
     folder = config.run_folder(cfg) / name
@@ -180,9 +193,8 @@ def measure(layers: list[dict]) -> None:
     distributed.cleanup()
 
 
-def compare(layers: list[dict]) -> None:
-    """task=compare: paired bootstrap between runs, as a table and in <first run>/eval_compare/."""
-    cfg = config.build(CompareConfig, config.merge(CompareConfig, *layers[1:]))  # it has no run_name
+def compare(cfg: CompareConfig) -> None:
+    """Paired bootstrap between runs, as a table and in <first run>/eval_compare/."""
     distributed.setup("cpu")
     if len(cfg.runs) < 2:
         raise errors.UserError(f"task=compare needs two run folders or more, not {len(cfg.runs)}: runs=runs/a,runs/b")
@@ -196,9 +208,8 @@ def compare(layers: list[dict]) -> None:
     log.results({"task": "compare"} | result | {"version": code_version()})
 
 
-def defects(layers: list[dict]) -> None:
-    """task=defects: a sheet of synthetic defects on training pictures, spread evenly over the set."""
-    cfg = config.build(DefectsConfig, config.merge(DefectsConfig, *layers))
+def defects(cfg: DefectsConfig) -> None:
+    """A sheet of synthetic defects on training pictures, spread evenly over the set."""
     config.at_least_one(cfg, "pictures")
     device = distributed.setup(cfg.device)
     dataset = build_dataset(cfg.data, "train")
@@ -218,9 +229,8 @@ def defects(layers: list[dict]) -> None:
     distributed.cleanup()
 
 
-def describe(layers: list[dict]) -> None:
-    """task=describe: parameters, operations, maps and speed of a list of backbones, in a table."""
-    cfg = config.build(DescribeConfig, config.merge(DescribeConfig, *layers))
+def describe(cfg: DescribeConfig) -> None:
+    """Parameters, operations, maps and speed of a list of backbones, in a table."""
     config.at_least_one(cfg, "size", "batch_size")
     if not cfg.backbones:
         raise errors.UserError("task=describe needs backbones: names with their options, or all")
@@ -243,16 +253,21 @@ def describe(layers: list[dict]) -> None:
     distributed.cleanup()
 
 
-OTHERS = {"compare": compare, "defects": defects, "describe": describe}  # tasks that are no measure of one backbone
+TASKS = {  # what each needs to know, and does
+    **dict.fromkeys(MEASURES, (Config, measure)),
+    "compare": (CompareConfig, compare),
+    "defects": (DefectsConfig, defects),
+    "describe": (DescribeConfig, describe),
+}
 
 
-def from_checkpoint(layers: list[dict]) -> list[dict]:
-    """`layers` above the data and backbone sections of the config of the checkpoint that they name, and its weights."""
+def stored(layers: list[dict]) -> list[dict]:
+    """The data and backbone sections of the config of the checkpoint that `layers` name, and its weights."""
     named = [layer["checkpoint"] for layer in layers if "checkpoint" in layer]
     if not named or (path := coerce(named[-1], PathText | None, "checkpoint")) is None:
-        return layers
-    stored = checkpoint.load(path)["config"]
-    return [{"data": stored["data"], "backbone": stored["backbone"] | {"weights": path, "part": "auto"}}, *layers]
+        return []
+    sections = checkpoint.load(path)["config"]
+    return [{"data": sections["data"], "backbone": sections["backbone"] | {"weights": path, "part": "auto"}}]
 
 
 if __name__ == "__main__":

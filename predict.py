@@ -44,7 +44,7 @@ from evaluation.tiling import check_tiling, examine_tiles
 from models.anomaly import DETECTORS, DetectorConfig
 from models.anomaly.detector import Detector, Findings
 from models.build import BackboneConfig, build_backbone
-from training import checkpoint, config, distributed, errors
+from training import checkpoint, config, distributed, errors, help
 from training.errors import UserError
 from training.files import remove_unfinished, whole_file
 from training.optim import PRECISIONS
@@ -61,12 +61,12 @@ THREADS = min(16, os.cpu_count() or 1)  # that decode and draw; each holds a pic
 class Config:
     run: PathText  # folder of a finished run
     pictures: PathText  # a folder or a file
-    out: PathText = "results"
+    out: PathText = "results"  # folder of the table and the heat maps
     threshold: float | None = None  # of the score; none: the run's own
     tile: int = 0  # side of square tiles in pixels; 0: whole pictures, as in training
     overlap: int = 64  # pixels that neighbouring tiles share
     batch_size: int = 16  # pictures, or tiles of one picture
-    device: str = "auto"
+    device: str = "auto"  # auto, cpu, cuda or cuda:1; auto: CUDA where there is one
     precision: Literal["fp32", "bf16", "fp16"] | None = None  # none: the run's own, which its thresholds are of
 
 
@@ -79,9 +79,10 @@ class Picture(NamedTuple):
 
 def main(argv: list[str]) -> None:
     # ---------------------------------------------------------------- configuration, detector, pictures
-    if len(argv) < 2 or not all("=" in word for word in argv[2:]):
+    if not help.asked(argv) and (len(argv) < 2 or not all("=" in word for word in argv[2:])):
         raise UserError(USAGE)
-    cfg = config.build(Config, config.merge(Config, *config.read([f"run={argv[0]}", f"pictures={argv[1]}", *argv[2:]])))
+    words = [word for word in argv if help.asked([word])] or [f"run={argv[0]}", f"pictures={argv[1]}", *argv[2:]]
+    cfg = config.load(Config, words)
     config.at_least_one(cfg, "batch_size")
     device = distributed.setup(cfg.device)
     if distributed.world_size() > 1:

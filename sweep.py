@@ -40,24 +40,24 @@ from evaluation.sweep_table import Axes, Outcome, write_tables
 from training import checkpoint, config, errors, scripts
 from training.files import remove_unfinished, whole_file
 from training.grid import variants
-from training.values import PathText
+from training.values import PathText, Seed
 from training.version import TOP, another_version, code_version
 
 
 @dataclass(kw_only=True)
 class Config:
-    pretraining: dict[str, str]
-    detectors: dict[str, str]
-    tasks: dict[str, str]
+    pretraining: dict[str, str]  # name: a YAML of train_ssl.py with overrides, or the backbone's overrides
+    detectors: dict[str, str]  # name: a YAML of train_anomaly.py with overrides, or a script with its words
+    tasks: dict[str, str]  # name: overrides that say what data it is
     also: str = ""  # further overrides for every command
     grid: dict = field(default_factory=dict)  # {key: list of values} of which every combination is run
-    seeds: list[int] = ()  # run every cell, pretraining included, with each of these; the table has mean and deviation
+    seeds: list[Seed] = ()  # run every cell, pretraining included, with each of these; the table has mean and deviation
     stale: Literal["keep", "rerun"] = "keep"  # what happens to cells that another version of the code made
-    metrics: list[str] = ("image_auroc",)
+    metrics: list[str] = ("image_auroc",)  # of results.json, rows of the table
     mean: bool = False  # add rows with the mean over the tasks, for one class after the other as the normal one
     launcher: str = ""  # for example torchrun --nproc_per_node=4; empty: one process for each cell
-    runs: PathText = "runs"
-    run_name: str
+    runs: PathText = "runs"  # folder of all runs
+    run_name: str  # folder below it; the name of the YAML file unless given
 
 
 class Cell(NamedTuple):
@@ -130,7 +130,7 @@ def load(argv: list[str]) -> Config:
     if "seeds" in cfg.grid:
         if cfg.seeds:
             raise errors.UserError("seeds and grid.seeds are the same key: give one of them")
-        cfg.seeds = config.coerce(cfg.grid.pop("seeds"), list[int], "grid.seeds")
+        cfg.seeds = config.coerce(cfg.grid.pop("seeds"), list[Seed], "grid.seeds")
     return cfg
 
 

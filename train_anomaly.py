@@ -30,17 +30,17 @@ from models.build import BackboneConfig, build_backbone
 from training import checkpoint, config, distributed, errors
 from training.log import Log, Window
 from training.optim import PRECISIONS, OptimConfig, build_optimizer, clip_gradients, set_rates
-from training.values import PathText
+from training.values import PathText, Seed
 from training.version import code_version
 
 
 @dataclass(kw_only=True)
 class Config:
-    data: DataConfig
-    backbone: BackboneConfig
-    detector: DetectorConfig
+    data: DataConfig  # the images
+    backbone: BackboneConfig  # what the detector sees them with
+    detector: DetectorConfig  # the method
     optim: OptimConfig | None = None  # for detectors trained by gradients; the others are fitted in one pass
-    epochs: int = 1
+    epochs: int = 1  # passes over the training set, for detectors trained by gradients
     batch_size: int = 16  # pictures a step, over all processes
     update: PathText | None = None  # last.pt of a fitted run: only learn what was added to its pictures or taken away
     holdout: float | None = None  # share of normals kept for thresholds; none: 0.1, 0 if few or each can be left out
@@ -48,14 +48,14 @@ class Config:
     pixels: Literal["input", "original"] = "input"  # resolution of the pixel figures
     log_every: int = 10  # steps between points of the curves
     save_every: int = 500  # steps between checkpoints
-    seed: int = 0
-    device: str = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    seed: Seed = 0  # of the weights, the order and the hold-out
+    device: str = "auto"  # auto, cpu, cuda or cuda:1; auto: CUDA where there is one
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the networks
     compile: bool = False  # the training by gradients
     sync_bn: bool = False  # BatchNorm over all processes; CUDA only
-    resume: Literal["auto", "never"] = "auto"
-    runs: PathText = "runs"
-    run_name: str
+    resume: Literal["auto", "never"] = "auto"  # auto: go on where a killed run stopped; never: remove what is there
+    runs: PathText = "runs"  # folder of all runs
+    run_name: str  # folder below it; the name of the YAML file unless given
 
 
 def main(argv: list[str]) -> None:

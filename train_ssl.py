@@ -37,14 +37,14 @@ from training.log import Log, Window
 from training.optim import PRECISIONS, OptimConfig, build_optimizer, clip_gradients, set_rates
 from training.sam import SAMConfig, climbed, frozen_statistics
 from training.schedule import warmup_cosine
-from training.values import PathText
+from training.values import PathText, Seed
 from training.version import code_version
 
 
 @dataclass(kw_only=True)
 class EMAConfig:
     start: float = 0.996  # momentum of the first step; half a cosine takes it to `end`
-    end: float = 1.0
+    end: float = 1.0  # momentum of the last step
 
 
 @dataclass(kw_only=True)
@@ -65,31 +65,31 @@ class SaveConfig:
 
 @dataclass(kw_only=True)
 class Config:
-    data: DataConfig
-    backbone: BackboneConfig
-    method: MethodConfig
-    augment: AugmentConfig
+    data: DataConfig  # the images
+    backbone: BackboneConfig  # what is pretrained
+    method: MethodConfig  # of pretraining
+    augment: AugmentConfig  # the views that the method sees
     defect: DefectConfig | None = None  # of the last view, for a method that needs one
     spd: SPDConfig | None = None  # SPot-the-Difference beside the method's loss
-    optim: OptimConfig
+    optim: OptimConfig  # optimizer and rates
     sam: SAMConfig | None = None  # sharpness-aware minimisation: two passes a step
-    ema: EMAConfig = field(default_factory=EMAConfig)
-    save: SaveConfig = field(default_factory=SaveConfig)
-    epochs: int
+    ema: EMAConfig = field(default_factory=EMAConfig)  # of methods with a target network
+    save: SaveConfig = field(default_factory=SaveConfig)  # checkpoints
+    epochs: int  # passes over the training set
     batch_size: int  # pictures a step, over all processes and accumulated batches
     accumulate: int = 1  # batches of a step, which has one loss of all its pictures
     holdout: float = 0.1  # share of the training set kept for the kNN figure; 0: train on everything, no figure
     eval_every: int = 10  # epochs between kNN figures
     log_every: int = 10  # steps between points of the curves
     overfit: int = 0  # learn so many pictures by heart, always in the same views: does the loss reach its floor?
-    seed: int = 0
-    device: str = "auto"
+    seed: Seed = 0  # of the weights, the order, the views and the hold-out
+    device: str = "auto"  # auto, cpu, cuda or cuda:1; auto: CUDA where there is one
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # fp16's scaler waits for the device once a step
-    compile: bool = False
+    compile: bool = False  # the forward, by torch.compile
     sync_bn: bool = False  # BatchNorm over all processes; CUDA only
-    resume: Literal["auto", "never"] = "auto"
-    runs: PathText = "runs"
-    run_name: str
+    resume: Literal["auto", "never"] = "auto"  # auto: go on where a killed run stopped; never: remove what is there
+    runs: PathText = "runs"  # folder of all runs
+    run_name: str  # folder below it; the name of the YAML file unless given
 
 
 def main(argv: list[str]) -> None:

@@ -16,6 +16,7 @@ from data.one_against_all import OneAgainstAll
 from data.patches import PatchGrid
 from data.recipes import RECIPES
 from training.errors import UserError
+from training.schema import choice
 
 DATASETS = {
     "folder": ClassFolder,
@@ -30,11 +31,11 @@ DATASETS = {
 class DataConfig:
     """`data.*`: these keys, and the keyword-only arguments of the chosen dataset."""
 
-    name: str = field(metadata={"choices": DATASETS})
+    name: str = choice(DATASETS)
     size: tuple[int, ...]  # of the input in pixels: 256 for a square, or 256,384: height, width
     fit: Fit = "squash"  # how pictures of other proportions are made to fit it; data/geometry.py
     resize: int | None = None  # fit=crop only: the short side before the centre crop
-    cache: Literal["auto", "device", "ram", "none"] = "auto"
+    cache: Literal["auto", "device", "ram", "none"] = "auto"  # where decoded images stay; auto: where they fit
     workers: int = 4  # processes that decode when nothing is cached
     options: dict = field(default_factory=dict)
 
@@ -43,7 +44,7 @@ class DataConfig:
 class AugmentConfig:
     """`augment.*`: the recipe's name and its keyword-only arguments."""
 
-    name: str = field(metadata={"choices": RECIPES})
+    name: str = choice(RECIPES)
     options: dict = field(default_factory=dict)
 
 
@@ -51,7 +52,7 @@ class AugmentConfig:
 class DefectConfig:
     """`defect.*`: the name of a kind of synthetic defects and its keyword-only arguments."""
 
-    name: str = field(metadata={"choices": DEFECTS})
+    name: str = choice(DEFECTS)
     options: dict = field(default_factory=dict)
 
 

@@ -23,7 +23,10 @@ class CIFAR10:
     as it is, and `paths` name its rows, `.../train#17`; else `<root>/train/<class>/*` and `<root>/test/<class>/*` are
     decoded.
 
-    per_class: so many training pictures of each class, the first ones; none: all 5,000.
+    Args:
+        size: how images become H x W; a number S squashes them to S x S.
+        root: folder with cifar-10-batches-py, or with `train` and `test`.
+        per_class: so many training images of each class, the first ones; none: all 5,000.
 
     Raises:
         UserError: neither layout is there, the published files are incomplete, or a class has fewer pictures.

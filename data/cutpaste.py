@@ -30,7 +30,7 @@ class CutPaste:
     Runinho's pytorch-cutpaste, whose results are the ones that can be checked.
     """
 
-    area: tuple[float, float] = (0.02, 0.15)  # share of the picture's
+    area: tuple[float, float] = (0.02, 0.15)  # share of the image's
     aspect: tuple[float, float] = (0.3, 3.3)  # width / height
     jitter: float = 0.1  # of brightness, contrast, saturation and hue, as in ColorJitter
     kind = 1
@@ -59,10 +59,10 @@ class SmoothBlend:
     edge. Area and softness are ours, too.
     """
 
-    area: tuple[float, float] = (0.005, 0.05)
-    aspect: tuple[float, float] = (0.3, 3.3)
-    jitter: float = 0.1
-    softness: float = 0.125
+    area: tuple[float, float] = (0.005, 0.05)  # share of the image's
+    aspect: tuple[float, float] = (0.3, 3.3)  # width / height
+    jitter: float = 0.1  # of brightness, contrast, saturation and hue, as in ColorJitter
+    softness: float = 0.125  # of the edges, as a share of the rectangle's shorter side
     kind = 3
 
     def __post_init__(self):
@@ -114,7 +114,7 @@ class Scar:
     width: tuple[int, int] = (2, 16)  # pixels, both ends included
     length: tuple[int, int] = (10, 25)  # pixels: the height, before it is turned
     rotation: float = 45.0  # degrees at most, either way
-    jitter: float = 0.1
+    jitter: float = 0.1  # of brightness, contrast, saturation and hue, as in ColorJitter
     kind = 2
 
     def __post_init__(self):

@@ -13,7 +13,7 @@ from data.images import OnError
 from data.masks import Masks
 from data.mvtec import MVTec
 from training.errors import UserError
-from training.values import PathText
+from training.values import PathText, Seed
 
 
 class FewShot(MVTec):
@@ -28,8 +28,7 @@ class FewShot(MVTec):
     RegAD's own draws are files of pictures to be downloaded; the draws here only need the data set.
 
     Args:
-        size, category, masks, on_error: as for `MVTec`.
-        root: folder of the categories.
+        root: folder of the categories; all others are learnt from, unless `others` is given.
         shots: size of the support set.
         draw: number of the support set; papers report the mean over several.
         others: another folder to learn from, in MVTec's layout or with class folders (`ClassFolder`).
@@ -48,7 +47,7 @@ class FewShot(MVTec):
         root: PathText,
         category: str,
         shots: int,
-        draw: int = 0,
+        draw: Seed = 0,
         others: PathText | None = None,
         masks: Masks = "all",
         on_error: OnError = "fail",

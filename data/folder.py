@@ -35,6 +35,7 @@ class ClassFolder:
 
     Args:
         size: how pictures become H x W; a number S squashes them to S x S.
+        root: folder with the classes, or with `train` and `test`, or of images without classes.
         test_fraction: in [0, 1), for the layouts without `train`; none: 0.2 of each class folder, 0 without classes.
         on_error: `fail` names a broken picture when it is decoded; `skip` looks for them now and leaves them out.
 

@@ -35,6 +35,7 @@ class MVTec:
 
     Args:
         size: how pictures (bilinear) and masks (nearest) become H x W; a number S squashes them to S x S.
+        root: folder of the categories.
         category: folder below `root`, for example bottle.
         masks: `all` defective test images must have one where there is a folder `ground_truth`; `some`: those without
             are left out of the pixel metrics, and only there.

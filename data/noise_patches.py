@@ -26,9 +26,9 @@ class NoisePatches:
     picture is dark or bright (`background`). The second draws on 1024 x 1024 pixels and is `enlarged=4` for 256.
     """
 
-    most: int = 4
-    enlarged: int = 1
-    skip_background: bool = False
+    most: int = 4  # rectangles, at most
+    enlarged: int = 1  # times, the image that the noise is drawn on; 4 makes it weaker and its edges soft
+    skip_background: bool = False  # no centre lies where the image is dark or bright
     kind = 5
 
     def __post_init__(self):

@@ -27,7 +27,7 @@ OVERLAP = 0.25  # more than this share of a patch's object must come to lie on t
 class NSA:
     """Up to `patches` rectangles: the first always, each further one with probability 1/2, later ones over earlier.
 
-    Half the height and half the width of a patch are `offset` plus Gamma(shape, scale), as shares of the picture's and
+    Half the height and half the width of a patch are `offset` plus Gamma(shape, scale), as shares of the image's and
     cut to `bounds`; then it is rescaled by N(1, 0.5) cut to `resize`, its sides once more cut to `bounds`, now taken
     as shares of the whole side (as the authors do). Patches that would change fewer than 50 pixels are left out, so a
     mask can be empty.
@@ -45,17 +45,17 @@ class NSA:
     """
 
     gradients: Literal["source", "mixed"] = "mixed"  # cv2's NORMAL_CLONE and MIXED_CLONE
-    patches: int = 3
-    bounds: tuple[float, float] = (0.03, 0.4)
+    patches: int = 3  # at most, of an image
+    bounds: tuple[float, float] = (0.03, 0.4)  # of a patch's height and width, as shares of the image's
     widths: tuple[float, float] | None = None  # bounds of the widths, where they are others than those of the heights
-    offset: float = 0.03
-    shape: float = 2.0
-    scale: float = 0.05
+    offset: float = 0.03  # least half height and width, as shares of the image's
+    shape: float = 2.0  # of the gamma distribution of what is added to `offset`
+    scale: float = 0.05  # of the same
     resize: tuple[float, float] = (0.5, 2.0)  # of textures; objects: 0.7, 1.3
     steepness: float = 1 / 3  # k of the logistic labels; the authors set both for each category
     middle: float = 7.0  # x0, gray levels
     background: tuple[float, float] | None = None  # gray level and tolerance; none: all is object
-    min_object: float = 0.25
+    min_object: float = 0.25  # least share of object in a patch, where there is a background
     kind = 4
 
     def __post_init__(self):

@@ -27,10 +27,10 @@ class OneAgainstAll:
 
     Args:
         size: how pictures become H x W; a number S squashes them to S x S.
-        root: a folder that `CIFAR10` or `ClassFolder` reads.
+        root: folder with the classes, with `train` and `test`, or with cifar-10-batches-py.
         normal: name of the normal class.
-        test_fraction: as for `ClassFolder`, for class folders without `train` and `test`.
-        on_error: as for `ClassFolder`.
+        test_fraction: in [0, 1), for class folders without `train` and `test`; 0 leaves all images to training.
+        on_error: `fail` names a broken image when it is decoded; `skip` looks for them now and leaves them out.
 
     Raises:
         UserError: `normal` is no class of the set, or what the underlying set has to say.

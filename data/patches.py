@@ -50,11 +50,11 @@ class PatchGrid:
 
     seed: int
     _: KW_ONLY
-    size: int = 96  # p, pixels
-    gap: int | None = None  # pixels; None: size // 2, as in the paper
-    jitter: int = 7  # pixels
-    color: Literal["drop", "project", "none"] = "drop"
-    downsample_p: float = 0.33
+    size: int = 96  # side of a patch in pixels
+    gap: int | None = None  # pixels between the cells; none: size // 2, as in the paper
+    jitter: int = 7  # pixels that a patch is moved at most, either way
+    color: Literal["drop", "project", "none"] = "drop"  # what is done against chromatic aberration
+    downsample_p: float = 0.33  # share of the patches that are shrunk and enlarged again
 
     def __post_init__(self):
         rules = {

@@ -7,6 +7,15 @@ deviation are ImageNet's for every set, but `patches` takes each patch's own mea
 apart, for pictures in which they differ. The blur of all recipes but `simclr` is PIL's in most official code, three box
 blurs whose extent follows sigma; here it is the Gaussian itself out to 4 times the largest sigma (17 taps), or as far
 as a small view allows.
+
+Args:
+    size: side of a view in pixels.
+    scale: least and largest share of the image's area in a crop.
+    blur_p: probability of the blur; of two distributions a pair.
+    solarize_p: probability of solarization; of two distributions a pair.
+    flip_p: probability of a horizontal flip.
+    views: how many, at least 1.
+    interpolation: of the resized crop.
 """
 
 from collections.abc import Callable
@@ -34,6 +43,9 @@ def simclr(
 
     For CIFAR-10 the paper takes size=32, strength=0.5 and blur_p=0. The blur has size // 10 taps, made odd, as in the
     official code.
+
+    Args:
+        strength: factor on the color jitter.
     """
     view = View(
         size,
@@ -124,6 +136,17 @@ def dino(
     The strips are ours, for cylinder liners, on which a scratch runs from top to bottom: the full height of the
     picture, a uniform share `strip_width` of its width at a uniform place, resized to `strip_size` (height, width), in
     colors like the local ones. Like those they are for the student alone.
+
+    Args:
+        size: side of a global view in pixels.
+        local_size: side of a local view in pixels.
+        local_crops: how many local views.
+        global_scale: least and largest share of the image's area in a global crop.
+        local_scale: least and largest share of the image's area in a local crop.
+        blur: false: none at all, as others do for 32 pixels.
+        strips: how many vertical strips.
+        strip_size: height and width of a strip in pixels.
+        strip_width: least and largest share of the image's width in a strip.
     """
     for name, count in (("local_crops", local_crops), ("strips", strips)):
         if count < 0:

@@ -7,8 +7,8 @@ from torch import nn
 from models import BACKBONES
 from models.channels import Channel, OneChannel, take_channel
 from models.weights import load_weights
-from training.config import choice
 from training.errors import UserError
+from training.schema import choice
 from training.values import PathText
 
 

@@ -29,7 +29,6 @@ class UNetResNet18(ResNet18):
 
     Args:
         num_classes: 0 gives the pooled features, more adds a classifier.
-        stem, in_channels, drop_path, zero_init_residual: of the encoder, see ResNet.
 
     Attributes:
         num_features: 512 + 64, the encoder's last map and the decoder's finest one, each pooled.

@@ -21,36 +21,40 @@ import types
 import typing
 from pathlib import Path
 
+from training import help
 from training.errors import UserError, cut, shown
+from training.schema import choice as choice  # scripts say config.choice
+from training.schema import chooser_of, option_types, options_of, section_of
 from training.values import NULL, coerce, path_text
 from training.yaml_text import read_yaml
 
 
-def choice(table: dict):
-    """A dataclass field holding a key of `table`, whose values are constructors with keyword-only options."""
-    return dataclasses.field(metadata={"choices": table})
+def load(schema: type, argv: list[str], *lower: dict):
+    """The config of a script's command line: `[file.yaml] [key=value ...] [--help]`, checked and converted to `schema`.
 
-
-def load(schema: type, argv: list[str]):
-    """The config of a script's command line: `[file.yaml] [key=value ...]`, checked and converted to `schema`.
+    `lower` are raw layers under those of the command line. With --help the keys are printed, and the program ends.
 
     Raises:
         UserError: unknown, missing or duplicate key, unknown name, wrong type, unreadable file. Always one line.
     """
-    return build(schema, merge(schema, *read(argv)))
+    asked, argv = help.asked(argv), [word for word in argv if not help.asked([word])]
+    file, typed = read(argv)
+    named = argv and "=" not in argv[0] and "run_name" in (field.name for field in dataclasses.fields(schema))
+    raw = merge(schema, *lower, {"run_name": Path(argv[0]).stem} if named else {}, file, typed)
+    if asked:
+        help.show(help.keys(schema, raw))
+    return build(schema, raw)
 
 
 def read(argv: list[str]) -> list[dict]:
-    """The layers of a command line as raw nested dicts of texts: run_name from the YAML file's name, the file, if one
-    is named first, and the overrides.
+    """The two layers of a command line as raw nested dicts of texts: the YAML file, if one is named first; overrides.
 
     A single value and keys below the same name, `method=simclr method.bank=0`, become {"": "simclr", "bank": "0"}.
     """
-    default, file, typed, seen = {}, {}, {}, {}
+    file, typed, seen = {}, {}, {}
+    argv = [word for word in argv if not help.asked([word])]
     if argv and "=" not in argv[0]:
-        file = read_yaml(argv[0])
-        default = {"run_name": Path(argv[0]).stem}
-        argv = argv[1:]
+        file, argv = read_yaml(argv[0]), argv[1:]
     for argument in argv:
         key, equals, value = argument.partition("=")
         *parents, last = key.split(".")
@@ -66,7 +70,7 @@ def read(argv: list[str]) -> list[dict]:
         if isinstance(section.get(last), dict):
             section, last = section[last], ""
         section[last] = value
-    return [default, file, typed]
+    return [file, typed]
 
 
 def overlay(*pieces: list[str]) -> list[str]:
@@ -94,7 +98,8 @@ def run_folder(config) -> Path:
     name = Path(config.run_name)
     if not name.parts or name.is_absolute() or ".." in name.parts:
         raise UserError(f"run_name={shown(config.run_name)} must name a folder below runs={cut(config.runs)}")
-    return Path(path_text(f"{config.runs}/{name}", "run_name"))
+    where = "runs/run_name"
+    return Path(path_text(coerce(f"{config.runs}/{name}", str, where), where))  # text: TensorBoard's names are UTF-8
 
 
 def at_least_one(config, *keys: str) -> None:
@@ -118,7 +123,7 @@ def merge(schema: type, *layers: dict) -> dict:
 
 def _lay(schema: type, lower: dict, upper: dict, where: str, dropped: list[str]) -> dict:
     """`upper`'s keys over `lower`'s, in sections too; adds `key=value (section=name)` to `dropped`."""
-    lower, chooser = dict(lower), _chooser(schema)
+    lower, chooser = dict(lower), chooser_of(schema)
     if chooser and (new := options_of(chooser, upper.get(chooser.name))) is not None:
         old = options_of(chooser, lower.get(chooser.name)) or {}
         known, choice = {*new, *upper, *(f.name for f in dataclasses.fields(schema))}, upper[chooser.name]
@@ -127,21 +132,11 @@ def _lay(schema: type, lower: dict, upper: dict, where: str, dropped: list[str])
             dropped.append(f"{where}{key}={value} ({where[:-1] or chooser.name}={choice})")
     merged = lower | upper
     for name, kind in typing.get_type_hints(schema).items():
-        if (section := _section(kind)) and name in upper:
+        if (section := section_of(kind)) and name in upper:
             below, above = (_spelled_out(kind, raw.get(name), f"{where}{name}") for raw in (lower, upper))
             both = isinstance(above, dict) and isinstance(below, dict)
             merged[name] = _lay(section, below, above, f"{where}{name}.", dropped) if both else above
     return merged
-
-
-def _chooser(schema: type) -> dataclasses.Field | None:
-    return next((field for field in dataclasses.fields(schema) if "choices" in field.metadata), None)
-
-
-def options_of(chooser: dataclasses.Field, name) -> dict[str, tuple] | None:
-    """`option_types` of the constructor that a chooser's name stands for; None for a name that it does not know."""
-    table = chooser.metadata["choices"]
-    return option_types(table[name]) if isinstance(name, str) and name in table else None
 
 
 def _spelled_out(kind, raw, where: str) -> dict | None:
@@ -155,7 +150,7 @@ def _spelled_out(kind, raw, where: str) -> dict | None:
             key, value = next(iter(rest.items()))
             raise UserError(f"{where}={short} leaves out the section that {where}.{key}={cut(str(value))} is for")
         return None
-    chooser = _chooser(_section(kind))
+    chooser = chooser_of(section_of(kind))
     if short is None:
         return rest
     if not chooser or not isinstance(short, str):
@@ -172,7 +167,7 @@ def build(schema: type, raw: dict, where: str = ""):
     """An instance of dataclass `schema` from a raw dict; `where` is the dotted prefix that errors name."""
     hints = typing.get_type_hints(schema)
     fields = {f.name: f for f in dataclasses.fields(schema)}
-    chooser = _chooser(schema)
+    chooser = chooser_of(schema)
     raw = _spelled_out(schema, raw, where.rstrip(".") or "the config")
     options = {}
     if chooser:
@@ -192,7 +187,7 @@ def build(schema: type, raw: dict, where: str = ""):
                 key: coerce(raw[key], kind, where + key) if key in raw else required(default, where + key)
                 for key, (kind, default) in options.items()
             }
-        elif (section := _section(hints[name])) and (name in raw or field.default is not None):
+        elif (section := section_of(hints[name])) and (name in raw or field.default is not None):
             its = _spelled_out(hints[name], raw.get(name, {}), where + name)
             values[name] = None if its is None else build(section, its, f"{where}{name}.")
         elif name in raw:
@@ -202,24 +197,12 @@ def build(schema: type, raw: dict, where: str = ""):
     return schema(**values)
 
 
-def _section(kind) -> type | None:
-    """The dataclass of a field declared as `Section` or `Section | None`."""
-    return next((k for k in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(k)), None)
-
-
 def pick(table: dict, name: str, where: str):
     """`table[name]`, or an error that lists the valid names."""
     if not isinstance(name, str) or name not in table:
-        near = suggest(name, table) if isinstance(name, str) else ""
+        near = suggest(str(name), table).partition(";")[0]  # what is known follows anyway
         raise UserError(f"{where}={shown(name)} is unknown{near}; one of: {', '.join(table)}")
     return table[name]
-
-
-def option_types(constructor) -> dict[str, tuple]:
-    """{name: (type, default)} of a constructor's keyword-only arguments."""
-    hints = typing.get_type_hints(constructor.__init__ if inspect.isclass(constructor) else constructor)
-    parameters = inspect.signature(constructor).parameters.values()
-    return {p.name: (hints[p.name], p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def required(default, where: str):

@@ -56,7 +56,7 @@ def run(main) -> None:
     except OSError as error:
         if error.errno not in ADVICE:
             raise
-        what = f"cannot use {error.filename or 'a file'}: {error.strerror}"
+        what = f"cannot use {cut(str(error.filename or 'a file'))}: {error.strerror}"
         print(f"error: {what}; {ADVICE[error.errno]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

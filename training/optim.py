@@ -7,25 +7,49 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from training.config import choice
 from training.errors import UserError
 from training.lars import LARS, Form
 from training.schedule import warmup_constant, warmup_cosine, warmup_exponential, warmup_steps
+from training.schema import choice
 
 
 def sgd(groups, *, momentum: float = 0.9, nesterov: bool = False):
+    """Stochastic gradient descent.
+
+    Args:
+        momentum: factor on what is left of the steps before.
+        nesterov: look ahead by that momentum.
+    """
     return torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=nesterov)
 
 
 def adam(groups, *, betas: tuple[float, float] = (0.9, 0.999)):
+    """Adam, with weight decay inside the gradient.
+
+    Args:
+        betas: decay of the averages of the gradient and of its square.
+    """
     return torch.optim.Adam(groups, lr=0.0, betas=betas)
 
 
 def adamw(groups, *, betas: tuple[float, float] = (0.9, 0.999)):
+    """Adam, with weight decay beside the gradient.
+
+    Args:
+        betas: decay of the averages of the gradient and of its square.
+    """
     return torch.optim.AdamW(groups, lr=0.0, betas=betas)
 
 
 def lars(groups, *, momentum: float = 0.9, eta: float = 1e-3, form: Form = "official", clip_lr: bool = False):
+    """Layer-wise adaptive rate scaling, for large batches; see training/lars.py.
+
+    Args:
+        momentum: factor on what is left of the steps before.
+        eta: trust coefficient: size of a step per size of the weights.
+        form: where norms, rate and momentum meet.
+        clip_lr: a weight's rate is never above the schedule's.
+    """
     return LARS(groups, momentum=momentum, eta=eta, form=form, clip_lr=clip_lr)
 
 
@@ -36,19 +60,17 @@ OPTIMIZERS = {"sgd": sgd, "adam": adam, "adamw": adamw, "lars": lars}
 @dataclass(kw_only=True)
 class OptimConfig:
     name: str = choice(OPTIMIZERS)
-    lr: float
-    lr_scaling: Literal["linear", "none"] = "none"  # linear: lr stands for 256 pictures a step
-    schedule: Literal["cosine", "constant", "steps", "exponential"] = "cosine"
+    lr: float  # learning rate where the warm-up ends
+    lr_scaling: Literal["linear", "none"] = "none"  # linear: lr is per 256 images of a step
+    schedule: Literal["cosine", "constant", "steps", "exponential"] = "cosine"  # of the rate after the warm-up
     steps: tuple[float, ...] = (0.6, 0.8)  # `steps`: a tenth of the rate after each of these fractions of the run
     decay: float = 0.95  # `exponential`: factor on the rate after every epoch
-    warmup_epochs: float = 0.0
+    warmup_epochs: float = 0.0  # the rate rises linearly over so many epochs
     final_lr: float = 0.0  # where the cosine ends
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of weights; not of biases and norms, unless decay_norms
     final_weight_decay: float | None = None  # a cosine from weight_decay to this (DINO); none: constant
     layer_decay: float = 1.0  # learning rate x layer_decay a stage (ResNet, ConvNeXt) or block (others) to the head
-    decay_norms: bool = (
-        False  # weight decay on biases and norms, too (official SGD recipes of MoCo, SimSiam, SupCon, PsCo)
-    )
+    decay_norms: bool = False  # decay biases and norms, too (official SGD recipes of MoCo, SimSiam, SupCon, PsCo)
     bias_lr_scale: float = 1.0  # learning rate x this for biases and norms; Barlow Twins: 0.0048 / 0.2 = 0.024
     fix_predictor_lr: bool = False  # a module `predictor` learns at the peak rate throughout (SimSiam)
     predictor_lr_scale: float = 1.0  # learning rate x this for a module `predictor`; BYOL without target: 10

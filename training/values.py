@@ -8,6 +8,7 @@ import typing
 from training.errors import UserError, shown
 
 PathText = typing.NewType("PathText", str)  # type of a key that names a file or folder: a leading ~ is expanded
+Seed = typing.NewType("Seed", int)  # type of a key that seeds random numbers, numpy's too: 32 bits
 NULL = ("none", "null", "~", "")  # texts, in any case, that mean None where None is allowed
 BOOLS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 
@@ -52,7 +53,10 @@ def coerce(value, kind, where: str):
         return path_text(os.path.expanduser(str(value)), where)
     if kind is str:
         return _plain(str(value), wrong)
-    return _number(value, kind, wrong)
+    number = _number(value, kind, wrong)
+    if kind is Seed and not 0 <= number < 2**32:
+        raise UserError(f"{wrong}: it must be at least 0 and below 2**32")
+    return number
 
 
 def _number(value: str | float, kind: type, wrong: UserError) -> int | float:
@@ -106,5 +110,6 @@ def _words(kind) -> str:
         float: "number",
         str: "text",
         PathText: "path",
+        Seed: "whole number",
     }
     return names.get(kind, str(kind))

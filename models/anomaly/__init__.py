@@ -15,8 +15,8 @@ from models.anomaly.patchcore import PatchCore
 from models.anomaly.rd4ad import RD4AD
 from models.anomaly.regad import RegAD
 from training import checkpoint
-from training.config import choice
 from training.errors import UserError
+from training.schema import choice
 from training.values import PathText
 
 DETECTORS = {

@@ -61,7 +61,8 @@ class CFlow(Detector):
         reflect: the backbone's convolutions continue a map by its mirror image, not by zeros, as the official ResNets
             do though ImageNet's weights learnt with zeros; with `backbone.padding=tensorflow` on TensorFlow's sides.
             Needs maps of at least 2 x 2.
-        normalize: `train` or `test`, above. image_score: what of a picture's map is its score; the paper's is `max`.
+        normalize: set whose extremes scale each stage's likelihoods: `train` or `test`, above.
+        image_score: what of a picture's map is its score; the paper's is `max`.
 
     Raises:
         UserError: bad options; `reflect` where nothing is padded; a stage that is no map or has one channel; at the

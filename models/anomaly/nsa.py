@@ -42,8 +42,15 @@ class NSA(Detector):
     Args:
         backbone: the encoder, any whose stage 4 is a map at 1/32 of the input; it is trained from what it has. Weights
             that stage 4 does not depend on stay without gradient.
-        gradients, patches, bounds, widths, resize, steepness, middle, background, min_object: of the patches and their
-            labels, see `data/nsa.py`; the authors' for each category are in configs/nsa_mvtec.yaml.
+        gradients: of a patch: `source`, its own, or `mixed`, the steeper of its own and the image's.
+        patches: at most, of an image.
+        bounds: least and largest height and width of a patch, as shares of the image's.
+        widths: bounds of the widths alone; none: those of the heights.
+        resize: least and largest factor on a patch; 0.5,2 for textures, 0.7,1.3 for objects.
+        steepness: k of the logistic labels; the authors' for each category are in configs/nsa_mvtec.yaml.
+        middle: gray levels of change that the labels call 1/2, x0 of the logistic labels.
+        background: gray level of the background and its tolerance; none: all is object.
+        min_object: least share of object in a patch, where there is a background.
         shift: pixels that pictures and sources move at most, up or down and left or right.
         turn: degrees that they turn at most, either way; 5 for bottle, hazelnut, metal nut and screw.
         flip: turn half of them upside down.

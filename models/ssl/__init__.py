@@ -15,7 +15,7 @@ from models.ssl.simsiam import SimSiam
 from models.ssl.supcon import SupCon
 from models.ssl.triplet import Triplet
 from models.ssl.vicreg import VICReg
-from training.config import choice
+from training.schema import choice
 
 SSL_METHODS = {
     "simclr": SimCLR,

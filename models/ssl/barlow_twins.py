@@ -19,7 +19,9 @@ class BarlowTwins(SSLMethod):
     Args:
         weight: lambda, of the off-diagonal terms.
         gradient: `exact`, or `official`, which is 1 / W of it with W processes; see losses/barlow_twins.py.
-        head: `mlp`, three layers, or `linear`. hidden, out: its widths, 8192 for ImageNet.
+        head: `mlp`, three layers, or `linear`.
+        hidden: width of its hidden layers; 8192 for ImageNet.
+        out: width of the embedding that the loss sees; 8192 for ImageNet.
     """
 
     takes = (2, MANY, "byol")

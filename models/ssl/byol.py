@@ -19,7 +19,9 @@ class BYOL(SSLMethod):
 
     Args:
         head: `mlp` or `linear`, of the projector.
-        hidden, out: widths of projector and predictor; hidden 0 takes the number of features, in the predictor `out`.
+        hidden: width of the hidden layers of projector and predictor; 0 takes the number of features, in the
+            predictor `out`.
+        out: width of the embedding that the loss sees.
     """
 
     takes = (2, MANY, "byol")

@@ -17,12 +17,16 @@ class DINO(SSLMethod):
 
     Args:
         prototypes: K, outputs of the head; 65536 for ImageNet, 4096 or fewer for small sets.
-        layers, hidden, bottleneck: of the head's MLP, its width, and that of the normalised vector before the
-            prototypes.
+        layers: of the head's MLP.
+        hidden: width of the head's hidden layers.
+        bottleneck: width of the normalised vector before the prototypes.
         norm_last_layer: keep the prototypes at unit length (steadier; False can gain a little for ViT-S).
         head_batch_norm: BatchNorm in the head; official for the ResNet-50 release only.
-        teacher_temperature: after the warm-up; above 0.07 training is unstable.
-        warmup_teacher_temperature, warmup_teacher_epochs: linear from this value, over this many epochs.
+        student_temperature: of the student's softmax.
+        teacher_temperature: of the teacher's, after the warm-up; above 0.07 training is unstable.
+        warmup_teacher_temperature: where the teacher's temperature begins; from there it is linear.
+        warmup_teacher_epochs: epochs until it is teacher_temperature; 0: from the start.
+        center_momentum: of the moving average of the teacher's outputs that is subtracted from them.
         freeze_last_layer: epochs during which the prototypes stay as they are; raise it if the loss does not fall.
     """
 

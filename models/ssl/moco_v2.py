@@ -29,7 +29,8 @@ class MoCoV2(SSLMethod):
         temperature: 0.2 in v2, 0.07 in v1, 0.1 in the CIFAR-10 notebook.
         queue: its length; 65536 for ImageNet, 4096 for CIFAR-10. Well below the number of pictures, for a queue that
             is longer holds a picture's own earlier keys, and it repels itself.
-        head: `mlp`, two layers, is v2, `linear` v1. hidden: 0 takes the backbone's number of features, as officially.
+        head: `mlp`, two layers, is v2, `linear` v1.
+        hidden: width of the head's hidden layer; 0 takes the backbone's number of features, as in the official code.
         out: width of query and key.
         splits: parts of the batch that 2-D batch norms see apart, in training; 1, the whole batch of a process, guards
             with several processes only.

@@ -22,8 +22,11 @@ class MoCoV3(SSLMethod):
 
     Args:
         temperature: 1.0 for ResNet-50, 0.2 for ViT.
-        head: `mlp` or `linear`. layers: of the projector. hidden, out: widths of projector and predictor;
-            hidden 0 takes the number of features, in the predictor `out`.
+        head: `mlp` or `linear`, of the projector.
+        layers: of the projector.
+        hidden: width of the hidden layers of projector and predictor; 0 takes the number of features, in the
+            predictor `out`.
+        out: width of the embedding that the loss sees.
         predictor_norm: batch norm at the predictor's end.
         gamma: of a focal term, see losses/focal.py; 0: none, as officially.
     """

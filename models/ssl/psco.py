@@ -25,12 +25,15 @@ class PsCo(SSLMethod):
     ResNet's residual blocks start as identities (`backbone.zero_init_residual=true`).
 
     Args:
-        temperature: of MoCo's term. task_temperature: of the few-shot term.
+        temperature: of MoCo's term.
+        task_temperature: of the few-shot term.
         queue: its length, well below the number of pictures: else a picture's shots are its own earlier keys.
         shots: rows of the queue for each picture; 4 for mini-ImageNet, 1 for Omniglot.
         iterations: of Sinkhorn.
-        head: `mlp` or `linear`, of the projector. hidden, out: widths of projector and predictor; hidden 0 takes
-            the number of features, in the predictor `out`.
+        head: `mlp` or `linear`, of the projector.
+        hidden: width of the hidden layers of projector and predictor; 0 takes the number of features, in the
+            predictor `out`.
+        out: width of the embedding that the loss sees.
         predictor: a predictor behind the projector, as in the official commands.
     """
 

@@ -37,7 +37,8 @@ class RevD(SSLMethod):
 
     Args:
         backbone: the teacher, a CNN whose stages 1-3 halve each other.
-        student: as for RD4AD.
+        student: `auto`, the teacher's own kind (a ResNet-18 for what is no ResNet), or the name of a ResNet whose
+            blocks and depths it gets.
 
     Raises:
         UserError: a backbone or a student that does not do.

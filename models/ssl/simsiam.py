@@ -18,9 +18,11 @@ class SimSiam(SSLMethod):
     blocks start as identities (`backbone.zero_init_residual=true`).
 
     Args:
-        head: `mlp` or `linear`, of the projector. layers: of the projector; 3 for ImageNet, 2 for CIFAR-10.
+        head: `mlp` or `linear`, of the projector.
+        layers: of the projector; 3 for ImageNet, 2 for CIFAR-10.
         hidden: width of the projector's hidden layers; 0 takes the backbone's number of features, as officially.
-        out: width of the embedding. bottleneck: the predictor's hidden width, a quarter of `out` officially.
+        out: width of the embedding.
+        bottleneck: the predictor's hidden width, a quarter of `out` in the official code.
     """
 
     takes = (2, MANY, "moco")

@@ -21,7 +21,8 @@ class Triplet(SSLMethod):
     Args:
         margin: on distances between unit vectors, which lie between 0 and 2; 0.2 in FaceNet, of squared ones.
         mining: which of the batch's defective views an anchor takes: `semi_hard`, `hardest`, or `own`.
-        head: `mlp`, two layers, or `linear`. hidden: 0 takes the backbone's number of features.
+        head: `mlp`, two layers, or `linear`.
+        hidden: width of the head's hidden layer; 0 takes the backbone's number of features.
         out: width of the embedding that the loss sees; 128 in FaceNet.
     """
 

@@ -17,9 +17,13 @@ class VICReg(SSLMethod):
     Officially the backbone's residual blocks start as identities (`backbone.zero_init_residual=true`).
 
     Args:
-        invariance, variance, covariance: coefficients of the three terms.
+        invariance: coefficient of the distance between the views.
+        variance: coefficient of the term that keeps each dimension's deviation at 1.
+        covariance: coefficient of the term that decorrelates the dimensions.
         form: `official`, or `solo`, whose variance term counts twice; see losses/vicreg.py.
-        head: `mlp`, three layers, or `linear`. hidden, out: its widths, 8192 for ImageNet.
+        head: `mlp`, three layers, or `linear`.
+        hidden: width of its hidden layers; 8192 for ImageNet.
+        out: width of the embedding that the loss sees; 8192 for ImageNet.
     """
 
     takes = (2, MANY, "byol")

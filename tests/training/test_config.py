@@ -5,8 +5,9 @@ from typing import Literal
 
 import pytest
 
-from training.config import as_dict, build, choice, flatten, load
+from training.config import as_dict, build, flatten, load
 from training.errors import UserError
+from training.schema import choice
 from training.values import coerce
 
 

@@ -18,6 +18,7 @@ from training import errors
         (OSError(30, "Read-only file system", "f"), 2, "error: cannot use f: Read-only file system; choose"),
         (OSError(36, "File name too long", "f"), 2, "error: cannot use f: File name too long; choose a shorter name"),
         (OSError(13, "Permission denied", "f"), 2, "error: cannot use f: Permission denied; choose"),
+        (OSError(36, "File name too long", "q" * 300), 2, f"error: cannot use {'q' * 57}...{'q' * 30}: File name too"),
         (KeyboardInterrupt(), 130, "stopped;"),
     ],
 )

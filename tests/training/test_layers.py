@@ -13,8 +13,9 @@ import eval as evaluate
 import train_anomaly
 import train_ssl
 from tests.pictures import TOP, write_classes
-from training.config import as_dict, build, choice, load, merge, overlay
+from training.config import as_dict, build, load, merge, overlay
 from training.errors import UserError
+from training.schema import choice
 
 
 @pytest.fixture(autouse=True)
@@ -67,9 +68,10 @@ def test_an_option_of_the_file_that_the_new_choice_lacks_is_dropped_and_named_on
     assert capsys.readouterr().err == ""
 
 
-def test_what_was_typed_is_never_dropped():
+def test_what_was_typed_is_never_dropped(capsys):
     with pytest.raises(UserError, match=r"unknown key 'method.queue' \(method=byol\)"):
         ssl("configs/moco_v2_cifar10.yaml", "method.queue=64", "method=byol")
+    assert "method.queue" not in capsys.readouterr().err
     with pytest.raises(UserError, match=r"unknown key 'optim.momentm' \(optim=sgd\), did you mean 'momentum'"):
         ssl("configs/byol_scavport.yaml", "optim.momentm=0.8", "optim=sgd")
 
@@ -211,7 +213,7 @@ def test_eval_keeps_what_a_checkpoint_says_about_the_data(tmp_path, capsys):
     stored = ssl("configs/simclr_demo.yaml", "data.test_fraction=0.3", "data.size=48")
     torch.save({"config": as_dict(stored)}, tmp_path / "last.pt")
     typed = {"checkpoint": str(tmp_path / "last.pt"), "task": "knn", "data": {"": "mvtec", "category": "01"}}
-    cfg = build(evaluate.Config, merge(evaluate.Config, *evaluate.from_checkpoint([{}, {}, typed])))
+    cfg = build(evaluate.Config, merge(evaluate.Config, *evaluate.stored([{}, typed]), {}, typed))
     assert (cfg.data.name, cfg.data.size, cfg.data.options["root"]) == (
         "mvtec",
         (48,),

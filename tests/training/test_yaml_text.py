@@ -2,14 +2,15 @@
 
 import random
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
 import yaml
 
-from training.config import as_dict, build, load, merge, read
+from training.config import as_dict, build, load, merge, read, run_folder
 from training.errors import UserError
-from training.values import PathText
+from training.values import PathText, Seed, coerce
 from training.yaml_text import read_yaml
 
 
@@ -119,7 +120,8 @@ def test_home_is_expanded_in_every_path(of, monkeypatch):
     assert of("category: ~/a", "place=a~/b") == Config(category="~/a", place="a~/b", run_name="a")
 
 
-BOMB = "a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+BOMB = ", ".join(f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))  # 9 ** 11 values
+BOMB = f"category: [&a0 [x], {BOMB}]"
 LONG = "q" * 20_000
 HOSTILE = [
     BOMB,
@@ -216,6 +218,20 @@ def test_hostile_words_are_one_short_line(word):
     with pytest.raises(UserError) as error:
         build(Config, merge(Config, *read(["run_name=a"] * ("run_name" not in word) + [word])))
     assert 10 < len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296", "1.5", "nan"])
+def test_a_seed_has_32_bits(seed):
+    assert coerce("4294967295", Seed, "seed") == 2**32 - 1 and coerce("0", Seed, "seed") == 0
+    with pytest.raises(UserError, match=f"seed='{seed}' is not a valid whole number"):
+        coerce(seed, Seed, "seed")
+
+
+@pytest.mark.parametrize(("runs", "name"), [("r", "q" * 256), ("r", "a/" * 3000), (RAW, "a"), ("r", "../a"), ("r", "")])
+def test_a_run_folder_that_cannot_be(runs, name):
+    with pytest.raises(UserError) as error:
+        run_folder(SimpleNamespace(runs=runs, run_name=name))
+    assert len(str(error.value)) < 300
 
 
 def test_a_path_may_have_any_bytes():
