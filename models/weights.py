@@ -1,8 +1,8 @@
 """Load a backbone's weights from other people's checkpoints and from ours, and say what was used and what was left.
 
-A checkpoint is a state_dict, plain or under "model", "state_dict" or "model_state_dict", or has one for each network, as DINO's has. Names
-lose DataParallel's `module.` and torch.compile's `_orig_mod.`; models/weight_names.py turns those of other libraries
-into ours, and `PARTS` says where among them the backbone is.
+A checkpoint is a state_dict, plain or under "model", "state_dict" or "model_state_dict", or has one for each network,
+as DINO's has. Names lose DataParallel's `module.` and torch.compile's `_orig_mod.`; models/weight_names.py turns those
+of other libraries into ours, and `PARTS` says where among them the backbone is.
 """
 
 from collections.abc import Iterator
@@ -55,9 +55,10 @@ def load_weights(model: nn.Module, path: str | Path, *, part: str = "auto") -> s
     Every parameter and buffer of the model must be in the file; only `num_batches_tracked` need not be, and modules
     that the model's `may_lack` names. Shapes must be the model's, but for axes of length 1, and but for what is
     resized: the stem's input channels, from three to any number, and a ViT's position embedding. Options that no shape
-    shows must be those of the file, where it says them (models/weight_options.py). The file may have more: anything outside the part, and inside it the `HEADS` that the model lacks. The report names it, the library
-    whose names were translated, and when the file has several parts, the rule by which one was taken. After an error
-    the model is as before.
+    shows must be those that the file was trained with, where it tells them (models/weight_options.py). The file may
+    have more: anything outside the part, and inside it the `HEADS` that the model lacks. The report names it, the
+    library whose names were translated, and when the file has several parts, the rule by which one was taken. After an
+    error the model is as before.
 
     Raises:
         UserError: the file cannot be read, holds more than tensors and plain values (nothing in it is run), lacks the
