@@ -134,6 +134,7 @@ class MobileNetV2(MobileNet):
         super().__init__()
         if not width > 0:
             raise UserError(f"backbone.width={width} must be positive; 1.0 is the standard network")
+        self.padding = padding
         self.num_features = scaled(1280, max(1.0, width))
         channels = [scaled(32, width)]  # after each of `features`
         layers = [conv_bn_relu(in_channels, channels[0], 3, stride=2, padding=padding)]

@@ -139,6 +139,7 @@ class MobileNetV3(MobileNet):
         super().__init__()
         if not width > 0:
             raise UserError(f"backbone.width={width} must be positive; 1.0 is the standard network")
+        self.bn_eps, self.padding = bn_eps, padding
         channels, strides = [scaled(16, width)], [2]  # after each of `features`
         layers = [conv_bn(in_channels, channels[0], 3, nn.Hardswish, stride=2, padding=padding)]
         for kernel, expanded, out_channels, squeeze, hardswish, stride in self.settings:

@@ -90,7 +90,8 @@ class ResNet(nn.Module):
 
     Args:
         stem: "imagenet" is a 7x7 convolution of stride 2 and a max pool; "cifar" a 3x3 convolution of stride 1 and no
-            pool, for 32x32 pictures (SimCLR, appendix B.9). It makes the stages' strides 1, 2, 4, 8.
+            pool, for 32x32 pictures (SimCLR, appendix B.9). It makes the stages' strides 1, 2, 4, 8. "cifar_solo" is
+            solo-learn's, whose convolution is padded by 2, not 1: maps of H + 2, (H + 2) / 2, ... for its checkpoints.
         num_classes: 0 gives the pooled features, more adds a classifier.
         in_channels: of the pictures.
         drop_path: stochastic depth of the last block, linear from 0 at the first.
@@ -107,7 +108,7 @@ class ResNet(nn.Module):
     def __init__(
         self,
         *,
-        stem: Literal["imagenet", "cifar"] = "imagenet",
+        stem: Literal["imagenet", "cifar", "cifar_solo"] = "imagenet",
         num_classes: int = 0,
         in_channels: int = 3,
         drop_path: float = 0.0,
@@ -117,11 +118,12 @@ class ResNet(nn.Module):
         if stem == "imagenet":
             self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
             self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        elif stem == "cifar":
-            self.conv1 = conv3x3(in_channels, 64)
+        elif stem in ("cifar", "cifar_solo"):
+            self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1 if stem == "cifar" else 2, bias=False)
             self.maxpool = nn.Identity()
         else:
-            raise UserError(f"backbone.stem={stem!r} is unknown; one of: imagenet, cifar")
+            raise UserError(f"backbone.stem={stem!r} is unknown; one of: imagenet, cifar, cifar_solo")
+        self.stem = stem
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.stage_channels = [channels * self.block.expansion for channels in (64, 128, 256, 512)]
@@ -154,7 +156,7 @@ class ResNet(nn.Module):
         self, x: Tensor, last: int = 4, after: Callable[[int, Tensor], Tensor] | None = None
     ) -> list[Tensor]:
         """Images (B, in_channels, H, W) -> the outputs of layer1 to layer4: [(B, stage_channels[i], H / s, W / s)],
-        s = 4, 8, 16, 32 (CIFAR stem: 1, 2, 4, 8). Sizes that the stride does not divide are rounded up. What comes
+        s = 4, 8, 16, 32 (CIFAR stems: 1, 2, 4, 8). Sizes that the stride does not divide are rounded up. What comes
         after stage `last` is not computed. `after(n, x)` is what stage n's output becomes, also for the next one."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # (B, 64, H / 4, W / 4)
         maps = []

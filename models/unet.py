@@ -40,7 +40,7 @@ class UNetResNet18(ResNet18):
     def __init__(
         self,
         *,
-        stem: Literal["imagenet", "cifar"] = "imagenet",
+        stem: Literal["imagenet", "cifar", "cifar_solo"] = "imagenet",
         num_classes: int = 0,
         in_channels: int = 3,
         drop_path: float = 0.0,

@@ -51,11 +51,11 @@ def tensors_of(checkpoint, path: str | Path) -> dict[str, Tensor]:
         for name, entry in entries.items():
             if isinstance(entry, Tensor):
                 name = re.sub(r"(^|(?<=\.))(module|_orig_mod)\.", "", str(name))
-                tensors[re.sub(r"^((model|state_dict)\.)+", "", name)] = entry
+                tensors[re.sub(r"^((model|state_dict|model_state_dict)\.)+", "", name)] = entry
     if not tensors:
         keys = f" with the keys {', '.join(map(str, list(checkpoint)[:5]))}" if isinstance(checkpoint, dict) else ""
         raise UserError(
             f"{path} holds a {type(checkpoint).__name__}{keys} and no state_dict; "
-            'save one with torch.save, plain or under "model" or "state_dict"'
+            'save one with torch.save, plain or under "model", "state_dict" or "model_state_dict"'
         )
     return tensors

@@ -151,6 +151,10 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], list[Rule]]] = {
             (r"cbam\.SpatialGate\.spatial\.", "cbam.spatial."),
         ],
     ),
+    "SupContrast's ResNet": (
+        (r"layer2\.0\.shortcut\.0\.weight$", r"layer4\.0\.shortcut\.1\.weight$"),
+        [(r"(layer\d\.\d+)\.shortcut\.", r"\1.downsample.")],
+    ),
     "lightly's ResNet": (  # a Sequential of torchvision's children
         (r"\w*backbone\w*\.4\.0\.conv1\.weight$",),
         [

@@ -1,8 +1,8 @@
 """Load a backbone's weights from other people's checkpoints and from ours, and say what was used and what was left.
 
-A checkpoint is a state_dict, plain or under "model" or "state_dict", or has one for each network, as DINO's has. Names
-lose DataParallel's `module.` and torch.compile's `_orig_mod.`; models/weight_names.py turns those of other libraries
-into ours, and `PARTS` says where among them the backbone is.
+A checkpoint is a state_dict, plain or under "model", "state_dict" or "model_state_dict", or has one for each network,
+as DINO's has. Names lose DataParallel's `module.` and torch.compile's `_orig_mod.`; models/weight_names.py turns those
+of other libraries into ours, and `PARTS` says where among them the backbone is.
 """
 
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ from models.vit import ViT, resample
 from models.vit_moco import ViTMoCo, sines
 from models.weight_files import open_weights, tensors_of
 from models.weight_names import rename
+from models.weight_options import wrong_options
 from training.errors import UserError
 
 # part: what its backbone's names start with. part=auto takes the one that the file names under "part", as ours do, else
@@ -31,14 +32,14 @@ PARTS = {
     "student": "student.backbone.",
     "encoder_q": "encoder_q.",  # MoCo v1 and v2: the trained encoder,
     "encoder_k": "encoder_k.",  # and the one that makes the keys
-    "base_encoder": "base_encoder.",  # MoCo v3, likewise
-    "momentum_encoder": "momentum_encoder.",
+    "base_encoder": "base_encoder.",  # MoCo v3: the trained encoder
     "teacher_backbone": "teacher_backbone.",  # lightly's DINO
     "student_backbone": "student_backbone.",
     "backbone": "backbone.",  # our detectors; SimCLR, Barlow Twins, VICReg, solo-learn, lightly
     "momentum_backbone": "momentum_backbone.",
     "backbone_momentum": "backbone_momentum.",  # lightly's MoCo and BYOL
-    "encoder": "encoder.",  # SimSiam, SupContrast
+    "encoder": "encoder.",  # SimSiam, SupContrast, solo-learn until 2021
+    "momentum_encoder": "momentum_encoder.",  # MoCo v3, solo-learn until 2021
     "plain": "",  # torchvision, timm, SwAV; the released networks of DINO, DINOv2, Barlow Twins and VICReg
 }
 # What may follow a backbone inside its part
@@ -53,10 +54,11 @@ def load_weights(model: nn.Module, path: str | Path, *, part: str = "auto") -> s
 
     Every parameter and buffer of the model must be in the file; only `num_batches_tracked` need not be, and modules
     that the model's `may_lack` names. Shapes must be the model's, but for axes of length 1, and but for what is
-    resized: the stem's input channels, from three to any number, and a ViT's position embedding. The file may have
-    more: anything outside the part, and inside it the `HEADS` that the model lacks. The report names it, the library
-    whose names were translated, and when the file has several parts, the rule by which one was taken. After an error
-    the model is as before.
+    resized: the stem's input channels, from three to any number, and a ViT's position embedding. Options that no shape
+    shows must be those that the file was trained with, where it tells them (models/weight_options.py). The file may
+    have more: anything outside the part, and inside it the `HEADS` that the model lacks. The report names it, the
+    library whose names were translated, and when the file has several parts, the rule by which one was taken. After an
+    error the model is as before.
 
     Raises:
         UserError: the file cannot be read, holds more than tensors and plain values (nothing in it is run), lacks the
@@ -73,7 +75,8 @@ def load_weights(model: nn.Module, path: str | Path, *, part: str = "auto") -> s
     translated = f" with the names of {layout}" if layout else ""
     wanted = model.state_dict()
     inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    if fault := _other_heads(type(model), inside.get("pos_embed")):
+    fault = _other_heads(type(model), inside.get("pos_embed")) or wrong_options(model, checkpoint, tensors, layout)
+    if fault:
         raise UserError(f"{path}{choice}: {fault}")
     given, resized = {}, []
     for name, tensor in inside.items():

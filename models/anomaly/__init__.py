@@ -14,6 +14,7 @@ from models.anomaly.padim import PaDiM
 from models.anomaly.patchcore import PatchCore
 from models.anomaly.rd4ad import RD4AD
 from models.anomaly.regad import RegAD
+from models.weight_options import wrong_options
 from training import checkpoint
 from training.errors import UserError
 from training.schema import choice
@@ -54,8 +55,21 @@ def build_detector(config: DetectorConfig, backbone: nn.Module) -> tuple[Detecto
     if isinstance(state, dict) and {"config", "model"} <= state.keys():
         if (name := state["config"].get("detector", {}).get("name")) != config.name:
             raise UserError(f"detector.weights={config.weights} is a run of {name or 'no detector'}, not {config.name}")
+        if fault := wrong_options(backbone, state, {}, None):
+            raise UserError(f"detector.weights={config.weights}: {fault}")
+        for key in detector.trained_with:
+            old = state["config"]["detector"].get(key, getattr(detector, key))
+            if old != getattr(detector, key):
+                raise UserError(
+                    f"detector.weights={config.weights} was trained with another {key}: "
+                    f"set detector.{key}={str(old).lower()}"
+                )
         state = state["model"]
     if not isinstance(state, dict):
         raise UserError(f"detector.weights={config.weights} holds a {type(state).__name__}, not a state_dict")
-    detector.load_trained(state, config.weights)
-    return detector, f" from {config.weights}"
+    unused = detector.load_trained(state, config.weights)
+    where = f" from {config.weights}"
+    if unused:
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        where += f" without {', '.join(unused[:3])}{more}, which its code does not use either"
+    return detector, where

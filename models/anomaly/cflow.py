@@ -16,6 +16,7 @@ from models.anomaly.bounds import require_finite
 from models.anomaly.cflow_flows import ConditionalFlow, encode_places
 from models.anomaly.detector import Batch, Detector, Findings, TrainingBatch
 from models.anomaly.maps import ImageScore, grid_valid, image_score, peak, upsample
+from models.mobilenet_v3 import MobileNetV3
 from training.distributed import gather_rows, world_size
 from training.errors import UserError
 
@@ -61,17 +62,20 @@ class CFlow(Detector):
         reflect: the backbone's convolutions continue a map by its mirror image, not by zeros, as the official ResNets
             do though ImageNet's weights learnt with zeros; with `backbone.padding=tensorflow` on TensorFlow's sides.
             Needs maps of at least 2 x 2.
+        before_norm: the flows see what the last convolution of each stage gives, before its batch norm and the
+            shortcut, as behind the official MobileNetV3s; for a MobileNetV3.
         normalize: set whose extremes scale each stage's likelihoods: `train` or `test`, above.
         image_score: what of a picture's map is its score; the paper's is `max`.
 
     Raises:
-        UserError: bad options; `reflect` where nothing is padded; a stage that is no map or has one channel; at the
+        UserError: bad options, or a backbone that they do not suit; a stage that is no map or has one channel; at the
             first batch, a stage with too few positions for a fiber, or maps too small for `reflect`.
     """
 
     by_gradient = True
     partial = True
     positional = True
+    trained_with = ("reflect", "before_norm")
 
     def __init__(
         self,
@@ -82,6 +86,7 @@ class CFlow(Detector):
         fiber: int = 256,
         rotation: float = 5.0,
         reflect: bool = False,
+        before_norm: bool = False,
         normalize: Literal["train", "test"] = "train",
         image_score: ImageScore = "max",
     ):
@@ -92,7 +97,13 @@ class CFlow(Detector):
             )
         if normalize not in ("train", "test"):
             raise UserError(f"cflow normalize={normalize}: it is train or test")
+        if before_norm and not isinstance(backbone, MobileNetV3):
+            raise UserError(
+                "cflow before_norm=true is what the official MobileNetV3s need: set backbone.name=mobilenet_v3_large "
+                "or mobilenet_v3_small, or detector.before_norm=false"
+            )
         self.fiber, self.rotation, self.image_score, self.fitted_on = fiber, rotation, image_score, normalize
+        self.reflect, self.before_norm = reflect, before_norm
         padded = [m for m in backbone.modules() if isinstance(m, nn.Conv2d) and m.padding != (0, 0)] if reflect else []
         if reflect and not padded:
             raise UserError(
@@ -109,18 +120,35 @@ class CFlow(Detector):
         self.flows = nn.ModuleList(ConditionalFlow(shape[1], PLACES, blocks) for shape in shapes)
         self.register_buffer("likeliest", torch.empty(0))  # m_l, (L,)
 
-    def load_trained(self, state: dict, path: str) -> None:
-        """Also an official checkpoint, {"encoder_state_dict": ..., "decoder_state_dict": [...]}."""
+    def load_trained(self, state: dict, path: str) -> list[str]:
+        """Also an official checkpoint, {"encoder_state_dict": ..., "decoder_state_dict": [...]}, of its ResNets and
+        MobileNetV3s. The inverses of the rotations, which FrEIA keeps, are not used.
+
+        Raises:
+            UserError: as Detector's; `reflect` and `before_norm` are not those of the official encoder.
+        """
+        unused = []
         if {"encoder_state_dict", "decoder_state_dict"} <= state.keys():
-            parts = {"backbone": state["encoder_state_dict"]}
+            encoder = state["encoder_state_dict"]
+            mobile = "0.0.weight" in encoder  # MobileNetV3's `features` alone
+            if mobile or "conv1.weight" in encoder:
+                self.require_encoder("MobileNetV3s" if mobile else "ResNets", path, reflect=not mobile)
+            parts = {"backbone.features" if mobile else "backbone": encoder}
             parts |= {f"flows.{i}": flow for i, flow in enumerate(state["decoder_state_dict"])}
             state = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+            unused = [name for name in state if name.endswith("w_perm_inv")]
             state = {name: value for name, value in state.items() if not name.endswith("w_perm_inv")}
-        super().load_trained(state, path)
+        return super().load_trained(state, path) + unused
+
+    def require_encoder(self, kind: str, path: str, *, reflect: bool) -> None:
+        """The official ResNets mirror at the border, the MobileNetV3s do not and feed the flows before the norm."""
+        if (self.reflect, self.before_norm) != (reflect, not reflect):
+            right = "before_norm=false detector.reflect=true" if reflect else "before_norm=true detector.reflect=false"
+            raise UserError(f"detector.weights={path} is of one of the official {kind}: set detector.{right}")
 
     def features(self, images: Tensor) -> list[Tensor]:
         try:
-            return super().features(images)
+            return self.projections(images) if self.before_norm else super().features(images)
         except RuntimeError as error:
             if "adding size should be less" not in str(error):
                 raise
@@ -128,6 +156,22 @@ class CFlow(Detector):
                 f"cflow reflect=true cannot mirror maps as small as pictures of {tuple(images.shape[-2:])} make: "
                 "set a larger data.size, or reflect=false"
             ) from None
+
+    @torch.no_grad()
+    def projections(self, images: Tensor) -> list[Tensor]:
+        """What the last convolution of each chosen stage of a MobileNetV3 gives, as `features`."""
+        seen: dict[int, Tensor] = {}
+        ends = {stage: self.backbone.features[self.backbone.stage_ends[stage - 1]] for stage in self.stages}
+        hooks = [
+            end.block[-1][0].register_forward_hook(lambda *about, stage=stage: seen.update({stage: about[2].float()}))
+            for stage, end in ends.items()
+        ]
+        try:
+            self.backbone.forward_stages(images, last=max(self.stages))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [seen[stage] for stage in self.stages]
 
     def steps(self, batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor, int]]:
         """Fiber by fiber, stage by stage: vectors (n, C), their places (n, P), the number of their flow.

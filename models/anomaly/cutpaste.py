@@ -97,11 +97,11 @@ class CutPaste(Detector):
         else:
             self.register_buffer("bank", torch.empty(0, 0, dtype=torch.float64))  # (N, D)
 
-    def load_trained(self, state: dict, path: str) -> None:
+    def load_trained(self, state: dict, path: str) -> list[str]:
         """Also pytorch-cutpaste's checkpoint, whose density is still to be fitted."""
         if "resnet18.conv1.weight" in state:
             state = {name.replace("resnet18.", "backbone."): value for name, value in state.items()}
-        super().load_trained(state, path)
+        return super().load_trained(state, path)
 
     def networks(self, images: Tensor) -> list[Tensor]:
         """The last stage, [(B, C, h, w)], in float32 (float64, if given)."""

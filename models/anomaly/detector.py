@@ -68,6 +68,7 @@ class Detector(nn.Module):
     partial = False  # whether a step leaves some parameters without gradient
     frozen = True  # whether the backbone stays as it is
     leaves_out = False  # whether `examine` can leave training pictures out; of how many, says `can_leave_out`
+    trained_with: tuple[str, ...] = ()  # options that trained weights need again, though no shape shows them
     positional = False  # whether fitted state belongs to positions, so that pictures of other sizes make no sense
 
     def __init__(self, backbone: nn.Module, stages: tuple[int, ...]):
@@ -132,8 +133,11 @@ class Detector(nn.Module):
         """What the score is computed from; a method with networks of its own adds their outputs."""
         return self.features(images)
 
-    def load_trained(self, state: dict, path: str) -> None:
+    def load_trained(self, state: dict, path: str) -> list[str]:
         """Load the state_dict of a run of this detector from `path`, backbone and all, but not what `fit` had fitted.
+
+        Returns:
+            Names of an official checkpoint's tensors that its code does not use either.
 
         Raises:
             UserError: it does not fit, or the detector is none that is trained.
@@ -149,6 +153,7 @@ class Detector(nn.Module):
                 f"detector.weights={path} does not fit {type(self).__name__} with this backbone and these options: "
                 f"{'; '.join(fault.strip() for fault in faults)}"
             ) from None
+        return []
 
     def check_count(self, n_images: int) -> None:
         """Raise `UserError` where `fit` needs more training images, over all processes; asked before the training."""

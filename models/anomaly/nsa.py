@@ -106,11 +106,14 @@ class NSA(Detector):
         train_stages(backbone, last=4)
         self.decoder = LocalizationDecoder(last[0])
 
-    def load_trained(self, state: dict, path: str) -> None:
-        """Also an official checkpoint: the ResNet's parameters and the decoder's side by side."""
+    def load_trained(self, state: dict, path: str) -> list[str]:
+        """Also an official checkpoint, the ResNet's parameters and the decoder's side by side: plain, as the `final_`
+        files, or under "model_state_dict" with the optimizer's beside it, as those that are saved in training."""
+        if isinstance(state.get("model_state_dict"), dict):
+            state = state["model_state_dict"]
         if "convtranspose1.weight" in state:
             state = {("backbone." if n.startswith(ENCODER) else "decoder.") + n: value for n, value in state.items()}
-        super().load_trained(state, path)
+        return super().load_trained(state, path)
 
     def steps(self, batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor]]:
         """The pictures with patches blended in, normalised, and soft labels: (B, 3, H, W) and (B, H, W) in [0, 1)."""

@@ -36,12 +36,16 @@ class RD4AD(Detector):
         self.image_score = image_score
         self.bn, self.decoder = build_student(backbone, student)
 
-    def load_trained(self, state: dict, path: str) -> None:
-        """Also an official checkpoint, {"bn": ..., "decoder": ...}: the teacher is then the given backbone."""
+    def load_trained(self, state: dict, path: str) -> list[str]:
+        """Also an official checkpoint, {"bn": ..., "decoder": ...}: the teacher is then the given backbone. What `bn`
+        calls memory, in files of the time before the release, the official test leaves out as well."""
+        unused = []
         if all(isinstance(state.get(part), dict) for part in ("bn", "decoder")):
             parts = {"backbone": self.backbone.state_dict(), "bn": state["bn"], "decoder": state["decoder"]}
             state = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
-        super().load_trained(state, path)
+            unused = [name for name in state if name.startswith("bn.") and "memory" in name]
+            state = {name: value for name, value in state.items() if name not in unused}
+        return super().load_trained(state, path) + unused
 
     def networks(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Stages 1-3 of the teacher and the student's version of them, twice [(B, C_i, H_i, W_i)] in float32."""

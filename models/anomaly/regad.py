@@ -147,18 +147,21 @@ class RegAD(PaDiM):
         finally:
             self.train(was_training)
 
-    def load_trained(self, state: dict, path: str) -> None:
+    def load_trained(self, state: dict, path: str) -> list[str]:
         """Also an official checkpoint, {"STN": ..., "ENC": ..., "PRED": ...}: stage 4 is then the given backbone's."""
+        unused = []
         if {"STN", "ENC", "PRED"} <= state.keys():
             kept = {n: v for n, v in self.state_dict().items() if n.startswith(("backbone.layer4.", "backbone.fc."))}
             for part, prefix in (("STN", "backbone."), ("ENC", "encoder."), ("PRED", "predictor.")):
                 for name, value in state[part].items():
                     if name.startswith("stn"):
                         kept[f"transformers.{int(name[3]) - 1}{name[4:]}"] = value
-                    elif not name.startswith("bn3."):  # which the official encoder has and does not use
+                    elif name.startswith("bn3."):  # which the official encoder has and does not use
+                        unused.append(prefix + name)
+                    else:
                         kept[prefix + name] = value
             state = kept
-        super().load_trained(state, path)
+        return super().load_trained(state, path) + unused
 
 
 class Encoder(nn.Module):

@@ -102,6 +102,16 @@ def test_cifar_stem_keeps_the_resolution():
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-5)
 
 
+def test_solo_learns_cifar_stem_is_padded_by_2():
+    theirs = torchvision.models.resnet18(num_classes=10)
+    theirs.conv1, theirs.maxpool = torch.nn.Conv2d(3, 64, 3, 1, 2, bias=False), torch.nn.Identity()
+    ours = ResNet18(stem="cifar_solo", num_classes=10)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    images = torch.randn(2, 3, 32, 24)
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-5)
+    assert [tuple(m.shape[2:]) for m in ours.forward_stages(images)] == [(34, 26), (17, 13), (9, 7), (5, 4)]
+
+
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 def test_stages_are_not_overwritten_by_what_follows(name):
     """Activations work in place: a map handed out must keep its values once the later stages have run."""
@@ -120,5 +130,5 @@ def test_stages_are_not_overwritten_by_what_follows(name):
 
 
 def test_unknown_stem_is_a_user_error():
-    with pytest.raises(UserError, match="one of: imagenet, cifar"):
+    with pytest.raises(UserError, match="one of: imagenet, cifar, cifar_solo"):
         ResNet18(stem="tiny")

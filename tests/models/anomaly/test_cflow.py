@@ -178,7 +178,7 @@ def test_reflect_where_nothing_is_padded_is_an_error():
 
 
 def test_an_official_checkpoint_loads():
-    source, model = detector(), detector()
+    source, model = detector(reflect=True), detector(reflect=True)
     with torch.no_grad():
         source.backbone.conv1.weight.mul_(2)
         for parameter in source.flows.parameters():
