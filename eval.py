@@ -14,6 +14,8 @@ sheet of synthetic defects on training pictures: all kinds, or one with its opti
 `describe` prints what backbones cost, each a name and its options (`backbones=all`: every name): one table.
 """
 
+import training.threads  # before torch
+
 import time
 from dataclasses import dataclass, field
 from pathlib import Path

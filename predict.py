@@ -17,6 +17,8 @@ nothing: give one. A picture that cannot be read is named on stderr and in the J
 whose heat map cannot be written is named in the same way and keeps its row; the exit status is then 1.
 """
 
+import training.threads  # before torch
+
 import csv
 import json
 import math

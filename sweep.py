@@ -23,6 +23,8 @@ Writes runs/<run_name>/results.md and results.csv, and a run folder for every ce
 stands in the table with its error, the rest goes on.
 """
 
+import training.threads  # before torch
+
 import itertools
 import json
 import multiprocessing

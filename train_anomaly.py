@@ -9,6 +9,8 @@ once, after its last epoch. Thresholds come from normal training pictures that i
 turn where the detector can do that, else held out. All of it is in `main`.
 """
 
+import training.threads  # before torch
+
 import time
 from dataclasses import dataclass
 from typing import Literal

@@ -7,6 +7,8 @@ Writes runs/<run_name>/: last.pt, metrics.jsonl, results.json, TensorBoard event
 killed one stopped. All that happens is in `main`, top to bottom.
 """
 
+import training.threads  # before torch
+
 import time
 from dataclasses import dataclass, field
 from functools import partial

@@ -1,5 +1,7 @@
 """Datasets and augmentation recipes by the name that the configuration gives them."""
 
+import training.threads  # before torch
+
 from dataclasses import dataclass, field
 from typing import Literal, get_args, get_type_hints
 

@@ -1,5 +1,7 @@
 """Fixtures shared by all tests: fixed seeds, one thread count, and the real data when `.ci/run` names its folder."""
 
+import training.threads  # before torch
+
 import os
 from pathlib import Path
 

@@ -22,7 +22,11 @@ BLOCK = 32  # columns whose minimum is taken first, so that the search for small
 def pair_distances(a: Tensor, i: Tensor, b: Tensor, j: Tensor) -> Tensor:
     """|a[i] - b[j]|^2 -> (n,) float64 for index pairs i, j (n,): by difference, so without cancellation."""
     out = torch.empty(len(i), dtype=torch.float64, device=a.device)
-    at_once = PAIRS if a.device.type == "cpu" else 32 * PAIRS
+    at_once = 32 * PAIRS
+    if (
+        a.device.type == "cpu"
+    ):  # of few, less than 2^15 numbers: for these torch wakes no threads, which would cost more
+        at_once = PAIRS if len(i) > 32 * PAIRS else max(1, (2**15 - 1) // a.shape[1])
     for some, p, q in zip(out.split(at_once), i.split(at_once), j.split(at_once)):
         difference = a.index_select(0, p).double().sub_(b.index_select(0, q))  # (PAIRS, D)
         torch.sum(difference.square_(), -1, out=some)
@@ -119,9 +123,9 @@ class LowerBounds:
     def rows(self, points: Tensor, empty: Callable[..., Tensor] | None = None) -> Tensor:
         """(n, D) -> (n, D + 4): centred point, shrunk norm, 1, 1, 1; in `empty(n, D + 4, dtype=...)`."""
         out = (empty or points.new_empty)(len(points), points.shape[1] + 4, dtype=self.dtype)
-        for i in range(0, len(points), PAIRS):
-            x = out[i : i + PAIRS]
-            x[:, :-4] = points[i : i + PAIRS].to(self.dtype) - self.centre
+        for i in range(0, len(points), 4 * PAIRS):
+            x = out[i : i + 4 * PAIRS]
+            x[:, :-4] = points[i : i + 4 * PAIRS].to(self.dtype) - self.centre
             x[:, -4] = x[:, :-4].square().sum(1, dtype=torch.float64) * (1 - self.slack) - self.tiny
             x[:, -3:] = 1
         return out

@@ -2,10 +2,11 @@
 
 The plain loop reads all N points once for every pick. A point's distance to the picks only ever falls, so (Minoux' lazy
 greedy) the next picks come from the points that are farthest now: as long as the best of this pool is at least as far
-as everything outside it was, it is the global choice. The picks of a pool then update all points in one pass: a matrix
-product that bounds squared distances from below (`LowerBounds`) leaves the few (point, pick) pairs that could lower a
-point's distance, and those are evaluated by float64 differences. So every distance that a choice rests on is the
-float64 one, and neither the pool, the chunks, the threads nor the device can change a pick.
+as everything outside it can be, it is the global choice. The picks of a pool then update all points in one pass: a
+matrix product bounds squared distances (`LowerBounds`), which nearly always tells which pick is a point's nearest. The
+distance itself is evaluated, by float64 differences, only where the bounds cannot tell and when the point comes into a
+pool (`Distances`). So every distance that a choice rests on is the float64 one, and neither the pool, the chunks, the
+threads nor the device can change a pick.
 
 With several processes each one holds some of the points. It sends its share of the pool and the best of what it keeps
 back; then all make the same picks from the joint pool: one exchange a pass, and the picks are those of one process.
@@ -14,6 +15,7 @@ back; then all make the same picks from the joint pool: one exchange a pass, and
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -83,8 +85,8 @@ def greedy_coreset(
         empty: `empty(N_r, D + 4, dtype=...)` makes room for the one large copy of features that lie on the CPU.
 
     The matrix products run on the device of the features, the rest on the CPU. Memory beyond the features: one copy of
-    them (in float64 once distances are too small for float32 bounds), one more on the CPU if they are elsewhere, and
-    about 24 N_r bytes.
+    them (in float64 once distances are too small for float32 bounds), one more on the CPU if they are elsewhere, one
+    of the picks, and about 40 N_r bytes.
 
     Raises:
         ValueError: a wrong shape, n_picks, start, least, ids, radius, pool or chunk.
@@ -107,19 +109,19 @@ def greedy_coreset(
     typical = float(rows[:, -4].mean()) if len(rows) else 0.0  # squared norm
     picks, size = torch.empty(0, dtype=torch.int64), 512
     if least is None:
-        everyone = torch.arange(len(points))
         first = _together(points[ids == start].float(), gather_rows)  # (1, D)
         if len(first) != 1:
             raise ValueError(f"greedy_coreset: {len(first)} points have the id of start, {start}")
-        least = pair_distances(points, everyone, first, torch.zeros_like(everyone))
-        least[ids == start] = PICKED
+        distances = Distances(points, torch.full((len(points),), torch.inf, dtype=torch.float64))
+        distances.add(rows, bounds, first, chunk)
+        distances.pick(ids == start)
         picks = torch.tensor([start])
         report(1)
     else:
-        least = least.clone()
+        distances = Distances(points, least.clone())
     while True:
         share = -(-max(1, min(size, pool, n_points - len(picks))) // world_size())
-        some = exchange(least, ids, points, share)
+        some = exchange(distances, ids, share)
         farthest = max(float(some.values.max()), some.threshold)  # of all points, from the picks so far
         if len(picks) == room or (radius > 0 and farthest <= radius**2):
             break
@@ -128,26 +130,88 @@ def greedy_coreset(
             bounds = LowerBounds(centre, spread, dtype=torch.float64)
             rows = bounds.rows(features, empty)
         new, n_apart = picks_inside(some, bounds, rows.device, room - len(picks), radius**2)
-        least[torch.isin(ids, some.ids[new])] = PICKED
+        distances.pick(torch.isin(ids, some.ids[new]))
         picks, size = torch.cat([picks, some.ids[new]]), max(4 * len(new), 512)
         report(len(new))
         farthest = float(some.values.max())
         if len(picks) == room and farthest >= some.threshold:  # no point outside is farther: all is known
             break
-        lower(least, points, rows, bounds, some.points[new[:n_apart]], chunk)
+        distances.add(rows, bounds, some.points[new[:n_apart]], chunk)
     return Coreset(picks, max(farthest, 0.0) ** 0.5)
 
 
-def exchange(least: Tensor, ids: Tensor, points: Tensor, share: int) -> Pool:
+class Distances:
+    """Squared distances of this process's points from their nearest picks, exact only once they are asked for.
+
+    Attributes:
+        high: (N_r,) float64, the distance or more; `PICKED` of a picked point.
+        low: (N_r,) float64, the distance or less; equal to `high` where both are exact.
+        nearest: (N_r,) int64, where they are not, the row of the point's nearest pick in
+        centres: (P, D) float32, the picks.
+    """
+
+    def __init__(self, points: Tensor, exact: Tensor):
+        self.points, self.high, self.low = points, exact, exact.clone()
+        self.nearest, self.centres = torch.zeros_like(exact, dtype=torch.int64), points[:0]
+
+    def farthest(self, size: int) -> Tensor:
+        """`farthest_points`, made exact."""
+        members = farthest_points(self.high, size)
+        self.make_exact(members)
+        if size:  # these are at least as far as the nearest of them; so may be a few others
+            self.make_exact((self.high >= self.high[members].min()).nonzero().squeeze(1))
+        return farthest_points(self.high, size)
+
+    def make_exact(self, which: Tensor) -> None:
+        which = which[self.low[which] < self.high[which]]
+        self.high[which] = pair_distances(self.points, which, self.centres, self.nearest[which])
+        self.low[which] = self.high[which]
+
+    def pick(self, which: Tensor) -> None:
+        self.high[which] = self.low[which] = PICKED
+
+    def add(self, rows: Tensor, bounds: LowerBounds, new: Tensor, chunk: int | None = None) -> None:
+        """Lower the distances to those from the new picks (t, D). Where the bounds tell which pick is now the nearest,
+        its distance is not evaluated."""
+        if len(new) == 0:
+            return
+        n_before, self.centres = len(self.centres), torch.cat([self.centres, new])
+        columns = bounds.columns(new.to(rows.device))
+        largest = bounds.largest(columns)
+        step = max(1, (chunk or (2**22 if rows.device.type == "cpu" else 2**24)) // len(columns))
+        buffer = rows.new_empty(min(step, len(rows)), len(columns))
+        for first in range(0, len(rows), step):
+            block = rows[first : first + step]
+            high, low = (x[first : first + step].to(rows.device) for x in (self.high, self.low))
+            with full_precision(rows.device):
+                found = torch.mm(block, columns.T, out=buffer[: len(block)])  # (n, t') bounds
+            minima = block_minima(found)
+            near = minima.amin(1).double()
+            far = near + bounds.width(block, largest)
+            i, j = entries_within(found, minima, torch.minimum(high, far).where(high > 0, PICKED))
+            real = j < len(new)  # columns past t repeat the last
+            i, j = i[real], j[real]
+            clear = ((i.bincount(minlength=len(block)) == 1) & (far < low))[i]
+            k, at = i[clear], (i[clear] + first).cpu()
+            self.high[at], self.low[at] = far[k].cpu(), near[k].cpu()
+            self.nearest[at] = j[clear].cpu() + n_before
+            i, j = (i[~clear] + first).cpu(), j[~clear].cpu()
+            self.make_exact(i)
+            self.high.scatter_reduce_(0, i, pair_distances(self.points, i, new, j), "amin")
+            self.low[i] = self.high[i]
+
+
+def exchange(distances: Distances, ids: Tensor, share: int) -> Pool:
     """The `share` farthest points of every process, those of lowest id among equal ones, in one exchange."""
-    members = farthest_points(least, min(share, len(least)))
+    points, high = distances.points, distances.high
+    members = distances.farthest(min(share, len(high)))
     values = torch.full((share + 1, 1), PICKED, dtype=torch.float64)
     numbers = torch.full((share + 1, 1), NOBODY)
     places = torch.zeros(share + 1, points.shape[1])
-    values[: len(members), 0], numbers[: len(members), 0] = least[members], ids[members]
+    values[: len(members), 0], numbers[: len(members), 0] = high[members], ids[members]
     places[: len(members)] = points[members]
-    if len(least):
-        outside = least.clone()
+    if len(high):
+        outside = high.clone()
         outside[members] = PICKED
         rival = outside.argmax()  # torch: the first of equal maxima
         values[-1], numbers[-1] = outside[rival], ids[rival]
@@ -181,47 +245,29 @@ def picks_inside(some: Pool, bounds: LowerBounds, device: torch.device, room: in
     """The next picks (t,), 1 <= t <= room, as far as the pool can tell: indices into it, and how many of them, the
     first, lay apart from what was picked before. Of the others there are only if stop, the least squared distance
     that need not be picked, is 0. The pool's values become distances to the picks too."""
-    value, picked = some.values, []
-    x, points = some.points.double(), some.points.to(device)
+    picked, value, ids, x = [], some.values.numpy(), some.ids.numpy(), some.points.double().numpy()
+    points = some.points.to(device)
     with full_precision(device):
-        low = (bounds.rows(points) @ bounds.columns(points).T)[:, : len(points)].cpu()  # (B, B)
+        low = (bounds.rows(points) @ bounds.columns(points).T)[:, : len(points)].cpu().numpy()  # (B, B)
     while len(picked) < room:
-        best = int(value.argmax())  # torch: the first of equal maxima
-        farthest = float(value[best])
-        behind = farthest < some.threshold or (farthest == some.threshold and int(some.ids[best]) > some.rival)
+        best = value.argmax()  # the first of equal maxima
+        farthest = value[best]
+        behind = farthest < some.threshold or (farthest == some.threshold and ids[best] > some.rival)
         if behind or farthest <= stop:
             break
-        picked.append(best)
+        picked.append(int(best))
         value[best] = PICKED
-        near = (low[best] < value).nonzero().squeeze(1)  # only these can come closer
-        value[near] = torch.minimum(value[near], (x.index_select(0, near) - x[best]).square_().sum(-1))
+        near = (low[best] < value).nonzero()[0]  # only these can come closer; NumPy, for they are few
+        if len(near):
+            difference = torch.from_numpy(x[near] - x[best])
+            value[near] = np.minimum(value[near], difference.square_().sum(-1).numpy())
+    value = some.values
     n_apart = len(picked)
     if stop == 0 and value.max() == 0 and some.threshold <= 0:  # copies of picks, in the order of their ids
         copies = ((value == 0) & ((some.ids < some.rival) | (some.threshold < 0))).nonzero().squeeze(1)
         picked += copies[: room - n_apart].tolist()
         value[picked] = PICKED
     return torch.tensor(picked), n_apart
-
-
-def lower(
-    least: Tensor, points: Tensor, rows: Tensor, bounds: LowerBounds, new: Tensor, chunk: int | None = None
-) -> None:
-    """least (N,) = min(least, squared distances to the points new (t, D)), in place."""
-    if len(new) == 0:
-        return
-    columns = bounds.columns(new.to(rows.device))
-    largest = bounds.largest(columns)
-    step = max(1, (chunk or (2**20 if rows.device.type == "cpu" else 2**24)) // len(columns))
-    buffer = rows.new_empty(min(step, len(rows)), len(columns))
-    for first in range(0, len(rows), step):
-        block, now = rows[first : first + step], least[first : first + step].to(rows.device)
-        with full_precision(rows.device):
-            low = torch.mm(block, columns.T, out=buffer[: len(block)])  # (n, t')
-        minima = block_minima(low)
-        limit = torch.minimum(now, minima.amin(1).double() + bounds.width(block, largest))
-        i, j = entries_within(low, minima, limit.where(now > 0, PICKED))
-        i, j = (i + first).cpu(), j.clamp_(max=len(new) - 1).cpu()  # columns past t repeat the last
-        least.scatter_reduce_(0, i, pair_distances(points, i, new, j), "amin")
 
 
 def _together(x: Tensor, collective: Callable[[Tensor], Tensor] = gather) -> Tensor:

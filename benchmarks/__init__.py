@@ -1,0 +1,1 @@
+import training.threads  # before torch

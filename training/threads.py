@@ -1,0 +1,19 @@
+"""Threads that wait for others sleep instead of spinning. Every program here imports this before torch.
+
+At the end of each parallel loop OpenMP's threads wait for the slowest, and by default they spin. Where another program
+keeps a core busy, they so take the time that the slowest needs: a ResNet-18's training step took 6 times as long, the
+picks of a coreset 50 times (`python -m benchmarks.neighbour`). OpenMP reads its settings once, when torch loads it.
+What the user has set is kept.
+"""
+
+import os
+
+SETTINGS = (
+    "OMP_WAIT_POLICY",  # of every OpenMP
+    "GOMP_SPINCOUNT",  # GCC's, which torch's Linux wheels bring
+    "KMP_BLOCKTIME",  # LLVM's and Intel's
+    "KMP_LIBRARY",
+)
+
+if not any(name in os.environ for name in SETTINGS):
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
