@@ -84,7 +84,8 @@ def test_a_fit_that_fails_or_is_killed_does_not_lose_the_training_before_it(name
     for key, value in whole["model"].items():
         assert torch.equal(value, resumed["model"][key]), key
     # other options of the fit are set with the trained weights, as the error says
-    train_anomaly.main([*run, f"detector.weights={tmp_path}/b/run/last.pt", "epochs=0", "run_name=c"])
+    more = [f"detector.weights={tmp_path}/b/run/last.pt", "epochs=0", "run_name=c"]
+    train_anomaly.main(words(name, pictures, tmp_path, *more))
 
 
 def test_other_categories_and_a_fit_on_the_test_images_belong_to_the_run(pictures, tmp_path, monkeypatch):
