@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torchvision.transforms.functional import pil_to_tensor
 
-from data import DataConfig, DefectConfig, build_dataset, what_is_used
+from data import DataConfig, DefectConfig, build_dataset, settled, what_is_used
 from data.defects import DEFECTS
 from data.loading import Loader
 from evaluation.classification import classification_report, confusion_matrix, confusion_picture
@@ -157,6 +157,7 @@ def schema(argv: list[str]) -> type | None:
 def measure(cfg: Config) -> None:
     """Metrics of one backbone's features."""
     device = distributed.setup(cfg.device)
+    cfg.data = settled(cfg.data)
     name = f"eval_{cfg.task.name}"
     folder = config.run_folder(cfg) / name
     if cfg.checkpoint:  # beside it; of other checkpoints than last.pt by their name
@@ -214,6 +215,7 @@ def defects(cfg: DefectsConfig) -> None:
     """A sheet of synthetic defects on training pictures, spread evenly over the set."""
     config.at_least_one(cfg, "pictures")
     device = distributed.setup(cfg.device)
+    cfg.data = settled(cfg.data)
     dataset = build_dataset(cfg.data, "train")
     ids = torch.linspace(0, len(dataset) - 1, min(cfg.pictures, len(dataset))).round().long()
     images = torch.stack([dataset[i][0] for i in ids.tolist()]).to(device)

@@ -1,7 +1,7 @@
 """Examine pictures with the detector of a run of train_anomaly.py.
 
-    python predict.py runs/patchcore_mvtec pictures/ out=results/
-    python predict.py runs/patchcore_mvtec pictures/large.jpg out=results/ tile=512 overlap=64 threshold=3.5
+    python predict.py runs/patchcore_own pictures/ out=results/
+    python predict.py runs/patchcore_own pictures/large.jpg out=results/ tile=512 overlap=64 threshold=3.5
 
 The run folder is all it needs. Pictures are those in a folder and below, or one file, of any sizes. Writes to `out`:
 
@@ -110,7 +110,7 @@ def main(argv: list[str]) -> None:
 
     # ---------------------------------------------------------------- read, examine, draw, write: all while going
     began, skipped, not_drawn, n_rows, n_anomalous = time.perf_counter(), [], [], 0, 0
-    load = partial(load_picture, geometry=None if cfg.tile else geometry)
+    load = partial(load_picture, geometry=geometry, whole=bool(cfg.tile))
     finish = partial(row_and_heatmap, root=root, out=out, threshold=threshold, state=state)
     with (
         whole_file(out / "predictions.csv") as file,
@@ -174,8 +174,9 @@ def row_and_heatmap(
         raise UserError(f"the score of {path} is {score}: use precision=fp32; if it is, the run has diverged")
     if found.maps is not None and state["calibration"]["low"] is not None:
         target = out / "heatmaps" / f"{os.path.relpath(path, root)}.png"  # of a.jpg and of a.png: two files
+        heat = geometry.to_original(found.maps[0], size)
         try:
-            write_heatmap(path, geometry.to_original(found.maps[0], size), target, state["calibration"])
+            write_heatmap(path, heat, target, state["calibration"], geometry.white)
         except UserError as error:
             problem = error
     if found.pictures is not None:
@@ -215,11 +216,11 @@ def list_pictures(place: Path, out: Path) -> tuple[Path, list[str]]:
     return place, paths
 
 
-def load_picture(path: str, geometry: Geometry | None) -> tuple[str, Picture | UserError]:
-    """The picture fitted into the input, or as large as it is if geometry is None; of a broken one the error."""
+def load_picture(path: str, geometry: Geometry, whole: bool) -> tuple[str, Picture | UserError]:
+    """The image fitted into the input, or `whole`, as large as it is; of a broken one the error."""
     try:
         size = picture_size(path)
-        geometry = geometry or Geometry(*size)
+        geometry = Geometry(*size, white=geometry.white) if whole else geometry
         return path, Picture(path, size, geometry, decode(path, geometry))
     except UserError as error:
         return path, error

@@ -1,8 +1,8 @@
 """Fit an anomaly detector on normal pictures and test it.
 
-    python train_anomaly.py configs/patchcore_mvtec.yaml data.root=/mvtec data.category=bottle
+    python train_anomaly.py configs/patchcore_own.yaml data.root=/own data.category=bolt
     torchrun --nproc_per_node=2 train_anomaly.py configs/rd4ad_mvtec.yaml backbone.weights=runs/dino_scavport/last.pt
-    python train_anomaly.py configs/patchcore_mvtec.yaml data.root=/mvtec data.category=bottle update=runs/old/last.pt
+    python train_anomaly.py configs/patchcore_own.yaml data.root=/own data.category=bolt update=runs/old/last.pt
 
 Writes runs/<run_name>/: last.pt, results.json, test_scores.csv, pictures, TensorBoard events. The detector is tested
 once, after its last epoch. Thresholds come from normal training pictures that it was not fitted on: each left out in
@@ -20,12 +20,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import DataConfig, build_dataset, what_is_used
+from data import DataConfig, build_dataset, settled, what_is_used
 from data.loading import Loader, holdout, names_of
 from evaluation.anomaly_report import report
 from evaluation.calibration import calibrate, promise
 from evaluation.detection import batches_of, examine_set
-from evaluation.update import load_memory, update_memory
+from evaluation.update import load_memory, update_memory, white_of
 from models.anomaly import DetectorConfig, build_detector
 from models.anomaly.detector import TrainingBatch
 from models.build import BackboneConfig, build_backbone
@@ -64,6 +64,9 @@ def main(argv: list[str]) -> None:
     # ---------------------------------------------------------------- configuration, run folder
     cfg = config.load(Config, argv)
     device, world = distributed.setup(cfg.device), distributed.world_size()
+    if cfg.update and cfg.data.white == "auto":
+        cfg.data.white = white_of(cfg.update)
+    cfg.data = settled(cfg.data)
     resolved, folder = config.as_dict(cfg), config.run_folder(cfg)
     config.at_least_one(cfg, "batch_size", "log_every", "save_every")
     if cfg.batch_size % world:

@@ -10,7 +10,7 @@ killed one stopped. All that happens is in `main`, top to bottom.
 import training.threads  # before torch
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -19,13 +19,13 @@ from torch import nn
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from data import AugmentConfig, DataConfig, DefectConfig, build_augment, build_dataset, build_geometry, what_is_used
+from data import AugmentConfig, DataConfig, DefectConfig, build_augment, build_dataset, settled, what_is_used
 from data.augment import unnormalize
 from data.defects import DEFECTS
-from data.geometry import as_geometry
 from data.loading import Loader, holdout, names_of
 from data.negatives import DefectiveView
 from data.spd import SpotTheDifference
+from data.view_detail import blur_note
 from evaluation.collapse import collapse_warning, embedding_health
 from evaluation.knn import few_neighbors, knn_figures
 from models.build import BackboneConfig, build_backbone
@@ -100,6 +100,7 @@ def main(argv: list[str]) -> None:
     if cfg.overfit:
         cfg.batch_size, cfg.holdout = cfg.overfit, 0
     device, world = distributed.setup(cfg.device), distributed.world_size()
+    native, cfg.data = cfg.data.size == "native", settled(cfg.data)
     resolved, folder = config.as_dict(cfg), config.run_folder(cfg)
     config.at_least_one(cfg, "epochs", "batch_size", "accumulate", "eval_every", "log_every")
     config.at_least_one(cfg.save, "every")
@@ -109,8 +110,8 @@ def main(argv: list[str]) -> None:
         )
     if cfg.sync_bn and world > 1 and device.type != "cuda":
         raise errors.UserError("sync_bn=true needs CUDA devices; set sync_bn=false on a CPU")
-    if build_geometry(cfg.data) != as_geometry(cfg.data.size[0]):  # crops are drawn in the whole original picture
-        raise errors.UserError("pretraining needs whole pictures in squares: data.size one number, data.fit=squash")
+    if cfg.data.fit != "squash":  # crops are drawn in the whole original image
+        raise errors.UserError(f"pretraining needs whole images: data.fit=squash, not {cfg.data.fit}")
 
     # ---------------------------------------------------------------- data
     train_set = build_dataset(cfg.data, "train")
@@ -126,8 +127,12 @@ def main(argv: list[str]) -> None:
     micro_batch = cfg.batch_size // (world * cfg.accumulate)
     load = {"seed": cfg.seed, "cache": cfg.data.cache, "workers": cfg.data.workers}
     loader = Loader(train_set, micro_batch, device, shuffle=True, drop_last=True, indices=train_ids, **load)
-    bank, queries = (Loader(train_set, 256, device, indices=ids, **load) for ids in (train_ids, held_out))
     augment = build_augment(cfg.augment, cfg.seed, train_set.sizes)
+    blurred = blur_note(augment, train_set.geometry, train_set.sizes)
+    seen = train_set  # by kNN; at their native size, images would take more time and memory than the training
+    if native and measurable:
+        seen = build_dataset(replace(cfg.data, size=augment.views[0].shape), "train")
+    bank, queries = (Loader(seen, 256, device, indices=ids, **load) for ids in (train_ids, held_out))
     if cfg.defect is not None:
         augment = DefectiveView(augment, DEFECTS[cfg.defect.name](**cfg.defect.options))
     if cfg.spd is not None:
@@ -179,6 +184,9 @@ def main(argv: list[str]) -> None:
     unused = {f"held out (holdout={cfg.holdout})": len(held_out)}
     unused["not in overfit"] = len(train_set) - len(train_ids) - len(held_out)
     log.say(what_is_used(train_set, len(train_ids), unused))
+
+    if blurred:
+        log.say(blurred)
 
     # ---------------------------------------------------------------- train
     if start == total and log.repeat_results():

@@ -12,7 +12,7 @@ import tempfile
 import torch
 
 import train_anomaly
-from data import build_dataset
+from data import build_dataset, settled
 from data.loading import Loader
 from evaluation.detection import batches_of, examine_set, region_maps
 from evaluation.report import markdown_table
@@ -27,7 +27,7 @@ RATES = (0.01, 0.05, 0.1)
 
 def main(argv: list[str]) -> None:
     cfg = config.load(train_anomaly.Config, [*argv, f"runs={tempfile.gettempdir()}"])
-    train_set = build_dataset(cfg.data, "train")
+    train_set = build_dataset(settled(cfg.data), "train")
     backbone, _ = build_backbone(cfg.backbone)
     order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(cfg.seed))
     alarms, shares = dict.fromkeys(RATES, 0), {rate: [] for rate in RATES}

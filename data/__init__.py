@@ -2,7 +2,7 @@
 
 import training.threads  # before torch
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args, get_type_hints
 
 from torch import Tensor
@@ -10,13 +10,15 @@ from torch import Tensor
 from data.augment import Augment
 from data.cifar10 import CIFAR10
 from data.defects import DEFECTS
+from data.depth import WHITE
 from data.few_shot import FewShot
 from data.folder import ClassFolder
-from data.geometry import Fit, Geometry
+from data.geometry import Fit, Geometry, Resample
 from data.mvtec import MVTec
 from data.one_against_all import OneAgainstAll
 from data.patches import PatchGrid
 from data.recipes import RECIPES
+from data.white import find_white, warn_if_dark
 from training.errors import UserError
 from training.schema import choice
 
@@ -34,9 +36,11 @@ class DataConfig:
     """`data.*`: these keys, and the keyword-only arguments of the chosen dataset."""
 
     name: str = choice(DATASETS)
-    size: tuple[int, ...]  # of the input in pixels: 256 for a square, or 256,384: height, width
+    size: tuple[int, ...] | Literal["native"]  # pixels: 256 for a square; 256,384: height, width; native: as the files
     fit: Fit = "squash"  # how pictures of other proportions are made to fit it; data/geometry.py
     resize: int | None = None  # fit=crop only: the short side before the centre crop
+    resample: Resample = "bilinear"  # Pillow's filter, antialiased
+    white: int | Literal["auto"] = WHITE  # full white of 16-bit files: 1023, 4095 of 10, 12-bit cameras; auto: find it
     cache: Literal["auto", "device", "ram", "none"] = "auto"  # where decoded images stay; auto: where they fit
     workers: int = 4  # processes that decode when nothing is cached
     options: dict = field(default_factory=dict)
@@ -58,16 +62,42 @@ class DefectConfig:
     options: dict = field(default_factory=dict)
 
 
+def settled(config: DataConfig) -> DataConfig:
+    """The section with numbers for `size: native` and `white: auto`, found from the training set.
+
+    A run stores the numbers, so that its test set, predict.py and a resumed run have the same.
+
+    Raises:
+        UserError: `native` with training images of several sizes.
+    """
+    if config.size != "native" and config.white != "auto":
+        return config
+    train_set = DATASETS[config.name]("train", 8, **config.options)  # for its files and their headers
+    if config.size == "native":
+        config = replace(config, size=native_size(train_set))
+    return config if config.white != "auto" else replace(config, white=find_white(train_set.paths))
+
+
+def native_size(dataset) -> tuple[int, int]:
+    """Height and width of a data set's original images, which must be of one size."""
+    sizes = dataset.sizes
+    other = (sizes != sizes[0]).any(1).nonzero()[:, 0]
+    if len(other):
+        named = (f"{dataset.paths[i]} has {sizes[i, 0]} x {sizes[i, 1]}" for i in (0, int(other[0])))
+        raise UserError(f"data.size=native needs images of one size: {', '.join(named)}; give a number")
+    return tuple(sizes[0].tolist())
+
+
 def build_geometry(config: DataConfig) -> Geometry:
-    """How the pictures of a `data` section become inputs."""
+    """How the pictures of a settled `data` section become inputs."""
     if len(config.size) not in (1, 2):
         numbers = ",".join(map(str, config.size))
         raise UserError(f"data.size={numbers} must be one number for a square, or two: height,width")
-    return Geometry(config.size[0], config.size[-1], config.fit, config.resize)
+    return Geometry(config.size[0], config.size[-1], config.fit, config.resize, config.resample, config.white)
 
 
 def build_dataset(config: DataConfig, split: str):
-    """The `train` or `test` set of a `data` section, or another `split` that its constructor knows.
+    """The `train` or `test` set of a settled `data` section, or another `split` that its constructor knows.
 
     Raises:
         UserError: it does not know the split, or what the data set has to say.
@@ -75,7 +105,10 @@ def build_dataset(config: DataConfig, split: str):
     having = [name for name, kind in DATASETS.items() if split in get_args(get_type_hints(kind.__init__)["split"])]
     if config.name not in having:
         raise UserError(f"data.name={config.name} has no split '{split}', which this needs: use {' or '.join(having)}")
-    return DATASETS[config.name](split, build_geometry(config), **config.options)
+    dataset = DATASETS[config.name](split, build_geometry(config), **config.options)
+    if split == "train":
+        warn_if_dark(dataset.paths, config.white)
+    return dataset
 
 
 def what_is_used(dataset, learned: int, others: dict[str, int]) -> str:

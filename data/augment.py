@@ -3,7 +3,7 @@
     augment = Augment(RECIPES["simclr"](size=32, strength=0.5, blur_p=0.0), seed=0, sizes=dataset.sizes)
     views = augment(images, sample_ids, epoch)  # V x (B, 3, h, w)
 
-Letters: B pictures, S their stored height and width, V views, (h, w) a view's height and width.
+Letters: B pictures, (H, W) their stored height and width, V views, (h, w) a view's height and width.
 """
 
 from collections.abc import Callable
@@ -69,6 +69,14 @@ class View:
         """Height and width in pixels."""
         return (self.size, self.size) if isinstance(self.size, int) else self.size
 
+    def boxes(self, numbers: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """(top, left) and (height, width), each (B, 2), of the crops that uniform numbers (B, CROP_DRAWS) draw in
+        originals of `sizes` (B, 2), float64, in their pixels."""
+        if self.scale is None:
+            return torch.zeros_like(sizes), sizes
+        draw = resample.draw_shares if isinstance(self.ratio, str) else resample.draw_boxes
+        return draw(numbers, sizes, self.scale, ratio=self.ratio)
+
     def jitter_factors(self, numbers: Tensor) -> Tensor:
         """Uniform numbers (B, 4) -> factors of brightness, contrast and saturation around 1, turns of hue around 0."""
         spread = torch.tensor(self.jitter, dtype=torch.float64)
@@ -98,7 +106,7 @@ class Augment:
     """Turns a batch of uint8 pictures into one normalised float32 batch per view.
 
     sizes (N, 2) int64: heights and widths of the original pictures, by sample id. Crops are drawn in the original's
-    geometry, though the stored picture is squashed to a square; None takes the stored size for the original's.
+    geometry, though the stored picture is squashed to H x W; None takes the stored size for the original's.
 
     All draws are functions of (seed, epoch, view, sample id), so a picture's views do not depend on its batch: bit for
     bit on the CPU for views of 12 pixels or more. MKL rounds products of smaller matrices by their address, and CUDA
@@ -118,7 +126,7 @@ class Augment:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, sample_ids: Tensor, epoch: int) -> list[Tensor]:
-        """images (B, 3, S, S) uint8, sample_ids (B,) int64 on the CPU -> [(B, 3, h, w) float32 for each view]."""
+        """images (B, 3, H, W) uint8, sample_ids (B,) int64 on the CPU -> [(B, 3, h, w) float32 for each view]."""
         return in_pieces(partial(self._views, epoch=epoch), images, sample_ids)
 
     def _views(self, images: Tensor, sample_ids: Tensor, epoch: int) -> list[Tensor]:
@@ -129,7 +137,7 @@ class Augment:
         return [made[number] for number in range(len(self.views))]
 
     def _make(self, view: View, numbers: Tensor, pixels: Tensor, sample_ids: Tensor, epoch: int) -> Tensor:
-        """The views `numbers` (K,), which are all like `view`, of pixels (B, 3, S, S) in [0, 1] -> (K, B, 3, h, w)."""
+        """The views `numbers` (K,), which are all like `view`, of pixels (B, 3, H, W) in [0, 1] -> (K, B, 3, h, w)."""
         shape = len(numbers), len(pixels)
         ids = sample_ids.repeat(shape[0])  # (K B,)
         key = self.seed, epoch, numbers.repeat_interleave(shape[1]), ids
@@ -152,10 +160,7 @@ class Augment:
         """Top, bottom, left and right of the crops in stored pixels (K B, 4); a flipped one goes from right to left."""
         stored = torch.tensor(pixels.shape[2:], dtype=torch.float64)  # (2,)
         sizes = stored.expand(len(ids), 2) if self.sizes is None else self.sizes[ids].double()  # (K B, 2)
-        begin, extent = torch.zeros_like(sizes), sizes
-        if view.scale is not None:
-            draw = resample.draw_shares if isinstance(view.ratio, str) else resample.draw_boxes
-            begin, extent = draw(crop, sizes, view.scale, ratio=view.ratio)
+        begin, extent = view.boxes(crop, sizes)
         edges = torch.stack([begin, begin + extent], dim=2) * (stored / sizes)[..., None]  # (K B, 2 axes, 2 ends)
         (top, bottom), (left, right) = (axis.unbind(1) for axis in edges.unbind(1))
         flipped = flip[:, 0] < view.flip_p
@@ -164,9 +169,9 @@ class Augment:
 
 
 def in_pieces(make: Callable[[Tensor, Tensor], list[Tensor]], images: Tensor, sample_ids: Tensor) -> list[Tensor]:
-    """The views that `make` gives of a batch, which is checked first: images (B, 3, S, S) uint8, sample_ids (B,)."""
+    """The views that `make` gives of a batch, which is checked first: images (B, 3, H, W) uint8, sample_ids (B,)."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images must be uint8 (B, 3, S, S), got {images.dtype} {tuple(images.shape)}")
+        raise ValueError(f"images must be uint8 (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
     if sample_ids.shape != images.shape[:1] or sample_ids.device.type != "cpu":
         raise ValueError(f"sample_ids must be ({len(images)},) on the CPU, got {tuple(sample_ids.shape)}")
     on_cpu = images.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""How a picture of any size becomes an input of one size, and how maps and points find back to the original's pixels.
+"""How an image of any size and depth becomes an input, and how maps and points find back to the original's pixels.
 
     geometry = Geometry(224, 224, fit="crop", resize=256)
     small = geometry.apply(picture)
@@ -9,17 +9,23 @@ pixels, y before x, and pixel i reaches from i to i + 1, so its centre is i + 0.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from data import resample
 from data.augment import MEAN
+from data.depth import WHITE
 from training.errors import UserError
 
 Fit = Literal["squash", "crop", "pad"]
+Resample = Literal["bilinear", "bicubic", "lanczos"]
+# A resized image of more pixels, and of far more than the crop, is not made whole: of 2 x 40000 pixels that took 6 GB.
+# Pillow rounds a part's edges to 24 bits, so levels may differ by rounding; all others are torchvision's bit for bit.
+LONG = 2**22
 FILL = tuple(round(255 * channel) for channel in MEAN)  # normalised it is about 0, with which convolutions pad
 
 
@@ -31,14 +37,20 @@ class Geometry:
     proportions stay, and the centre is cut out (torchvision's Resize and CenterCrop): what lies outside is not seen.
     `pad`: as large as fits with its proportions kept, centred, and the rest filled with ImageNet's mean color.
 
+    `resample` is Pillow's filter, antialiased. `white` is the value of full white in files of more than 8 bits
+    (`data/depth.py`).
+
     Raises:
-        UserError: a size below 1, `crop` without a `resize` that covers the input, `resize` with another fit.
+        UserError: a size below 1, `crop` without a `resize` that covers the input, `resize` with another fit, an
+            unknown filter, a white below 1.
     """
 
     height: int
     width: int
     fit: Fit = "squash"
     resize: int | None = None  # short side before the centre crop, in pixels
+    resample: Resample = "bilinear"
+    white: int = WHITE
 
     def __post_init__(self):
         size = f"{self.height},{self.width}"
@@ -53,15 +65,26 @@ class Geometry:
             )
         if self.fit != "crop" and self.resize is not None:
             raise UserError(f"data.resize={self.resize} is for data.fit=crop: remove it, data.fit is {self.fit}")
+        if self.resample not in get_args(Resample):
+            raise UserError(f"data.resample={self.resample!r} is not known: choose {', '.join(get_args(Resample))}")
+        if not 1 <= self.white < 2**32:
+            raise UserError(f"data.white={self.white} must be the value of full white, 1 to {2**32 - 1}")
 
-    def apply(self, image: Image.Image, resample: Image.Resampling = Image.Resampling.BILINEAR) -> Image.Image:
-        """An 8-bit Pillow picture (L or RGB) in the input's size; Pillow's filters antialias.
+    def apply(self, image: Image.Image, resample: Image.Resampling | None = None) -> Image.Image:
+        """An 8-bit Pillow image (L or RGB) in the input's size, by the geometry's filter unless another is given.
 
-        NEAREST is for masks of mode L: their padding is 0, that of pictures the mean color, which makes them RGB.
+        NEAREST is for masks of mode L: their padding is 0, that of images the mean color, which makes them RGB.
         """
+        resample = Image.Resampling[self.resample.upper()] if resample is None else resample
         if self.fit == "squash":
             return image.resize((self.width, self.height), resample)
         top, left, height, width = self._place(image.height, image.width)
+        if self._is_long(height, width):
+            x, y = image.width / width, image.height / height  # pixels of the original per pixel of the resized one
+            sides = -left * x, (self.width - left) * x
+            image = image.resize((self.width, image.height), resample, (sides[0], 0, sides[1], image.height))
+            ends = -top * y, (self.height - top) * y
+            return image.resize((self.width, self.height), resample, (0, ends[0], self.width, ends[1]))
         image = image.resize((width, height), resample)
         if self.fit == "crop":
             return image.crop((-left, -top, self.width - left, self.height - top))
@@ -112,6 +135,8 @@ class Geometry:
         has no influence. `nearest` takes the value under each original pixel's centre: for masks made of maps.
         """
         top, left, height, width = self._place(*size)
+        if self._is_long(height, width):
+            return self._long_to_original(maps, size, mode)
         # the map of the whole picture: padding cut off, or the crop's border values repeated beyond it
         below, right = height + top - self.height, width + left - self.width
         whole = maps[max(top, 0) : self.height + min(below, 0), max(left, 0) : self.width + min(right, 0)]
@@ -128,6 +153,29 @@ class Geometry:
             seen = ((y > top) & (y < top + height))[:, None] & ((x > left) & (x < left + width))
             result = result * seen
         return result
+
+    def _is_long(self, height: int, width: int) -> bool:
+        return self.fit == "crop" and height * width > max(LONG, 16 * self.height * self.width)
+
+    def _long_to_original(self, maps: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+        """`to_original` of a crop without a map of the whole image: pixels at the crop's edge may differ a little."""
+        top, left, height, width = self._place(*size)
+        whole, parts, matrices = torch.zeros(size, device=maps.device), [], []
+        for begin, extent, shown, length in ((top, height, self.height, size[0]), (left, width, self.width, size[1])):
+            step = extent / length  # map pixels per original pixel
+            centers = (torch.arange(length, dtype=torch.float64) + 0.5) * step + begin
+            seen = ((centers > 0) & (centers < shown)).nonzero()[:, 0]
+            low, high = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 0)
+            parts.append(slice(low, high))
+            if mode == "nearest":
+                matrix = F.one_hot(centers[low:high].long(), shown).to(maps)
+            else:
+                edges = torch.tensor([[low * step + begin, high * step + begin]])
+                matrix = resample.resampling_matrix(edges, shown, max(high - low, 1), interpolation="bilinear")[0]
+                matrix = matrix[: high - low].to(maps)
+            matrices.append(matrix)
+        whole[tuple(parts)] = matrices[0] @ maps @ matrices[1].T
+        return whole
 
     def _place(self, height: int, width: int) -> list[int]:
         begin, extent = self._placements(torch.tensor([[height, width]]))

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from data.depth import largest_channel, not_black, to_8_bit
 from data.geometry import Geometry, as_geometry
 from training.distributed import is_main
 from training.errors import UserError
@@ -40,14 +42,16 @@ _UPRIGHT = {
 def decode(path: str | Path, geometry: int | Geometry) -> Tensor:
     """The picture upright, in 8-bit RGB, fitted into the input: uint8 (3, H, W); an int is the side of a square.
 
-    Grey becomes three equal channels; 16-bit grey is divided by 257 (65535 -> 255, never clipped); transparency lies
-    on black; of several frames or pages the first counts. Resized by Pillow's bilinear filter, which antialiases.
+    Grey becomes three equal channels; of 16 and 32 bits the geometry's `white` becomes 255 (`depth.to_8_bit`);
+    transparency lies on black; of several frames or pages the first counts. Resized by Pillow's filters, which
+    antialias.
 
     Raises:
         UserError: an empty, truncated or otherwise unreadable file, by its name and with the reason.
     """
-    with _naming(path), Image.open(path) as stored:
-        return fitted(_upright(stored, _to_8_bit), geometry)
+    geometry = as_geometry(geometry)
+    with naming(path), Image.open(path) as stored:
+        return fitted(_upright(stored, partial(to_8_bit, white=geometry.white)), geometry)
 
 
 def fitted(image: Image.Image, geometry: int | Geometry) -> Tensor:
@@ -64,8 +68,8 @@ def decode_mask(path: str | Path, geometry: int | Geometry | None) -> Tensor:
     Raises:
         UserError: as `decode`.
     """
-    with _naming(path), Image.open(path) as stored:
-        mask = _upright(stored, _not_black)
+    with naming(path), Image.open(path) as stored:
+        mask = _upright(stored, not_black)
         if geometry is not None:
             mask = as_geometry(geometry).apply(mask, Image.Resampling.NEAREST)
         return torch.from_numpy(np.array(mask) != 0)
@@ -77,13 +81,13 @@ def mask_values(path: str | Path) -> np.ndarray:
     Raises:
         UserError: as `decode`.
     """
-    with _naming(path), Image.open(path) as stored:
-        return _mask_values(stored)
+    with naming(path), Image.open(path) as stored:
+        return largest_channel(stored)
 
 
 def picture_size(path: str | Path) -> tuple[int, int]:
     """(h, w) of the upright picture, from the file's header: the pixels are not decoded."""
-    with _naming(path), Image.open(path) as stored:
+    with naming(path), Image.open(path) as stored:
         width, height = stored.size
         return (width, height) if _orientation(stored) >= 5 else (height, width)
 
@@ -142,7 +146,7 @@ def in_threads(function: Callable, items: Iterable, title: str) -> Iterator:
 
 
 @contextmanager
-def _naming(path: str | Path) -> Iterator[None]:
+def naming(path: str | Path) -> Iterator[None]:
     """Turn whatever goes wrong inside into a `UserError` that names the file and the reason."""
     try:
         yield
@@ -164,7 +168,10 @@ def _orientation(stored: Image.Image) -> int:
     if stored.format == "TIFF":
         return 1
     # PNG's own getexif decodes the whole picture to find a chunk behind the pixels; nobody writes it there
-    orientation = Image.Image.getexif(stored).get(ExifTags.Base.Orientation, 1)
+    try:
+        orientation = Image.Image.getexif(stored).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a malformed block, of PNG and WebP: SyntaxError, struct.error; of JPEG Pillow says nothing
+        return 1
     return orientation if orientation in _UPRIGHT else 1
 
 
@@ -173,32 +180,3 @@ def _upright(stored: Image.Image, convert: Callable[[Image.Image], Image.Image])
     orientation = _orientation(stored)
     image = convert(stored)
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Any mode to L or RGB of the same look."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no declared range, convert it to 8 or 16 bit")
-    if image.mode.startswith("I"):  # I;16, I;16B: 16-bit grey; I: Pillow's 32-bit container of the same
-        grey = np.asarray(image).astype(np.int64)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError(f"grey values {grey.min()} to {grey.max()} do not fit 16 bit, convert it to 8 or 16 bit")
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8))  # to the nearest: 257 * 255 = 65535
-    if image.has_transparency_data:
-        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
-    if image.mode == "1":
-        return image.convert("L")
-    return image if image.mode in ("L", "RGB") else image.convert("RGB")
-
-
-def _not_black(image: Image.Image) -> Image.Image:
-    """255 where a stored pixel is not 0 or black, else 0."""
-    return Image.fromarray((_mask_values(image) != 0).astype(np.uint8) * 255)
-
-
-def _mask_values(image: Image.Image) -> np.ndarray:
-    """(h, w), the largest of the color channels; a palette counts by its colors, not by its numbers."""
-    deep = image.mode == "F" or image.mode.startswith("I")  # 8 bits would turn a 16-bit 1 into 0
-    pixels = np.asarray(image if deep else _to_8_bit(image))
-    return pixels if pixels.ndim == 2 else pixels.max(2)

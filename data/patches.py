@@ -3,7 +3,7 @@
     grid = PatchGrid(seed=0, size=32, gap=16, jitter=3)
     patches = grid(images, sample_ids, epoch)  # 9 x (B, 3, p, p), row by row: number 4 is the centre
 
-Letters: B pictures, S their stored height and width, p a patch's, N = 9 B patches.
+Letters: B pictures, H and W their stored height and width, p a patch's, N = 9 B patches.
 """
 
 from dataclasses import KW_ONLY, dataclass
@@ -29,7 +29,7 @@ GAUSSIAN = torch.special.ndtri((torch.arange(4096) + 0.5) / 4096)  # what 12 ran
 class PatchGrid:
     """Nine patches of each picture, with the paper's guards against learning anything but what is to be seen in them.
 
-    The grid lies at a uniform place of the stored square, `gap` pixels between its cells, and each patch is moved by
+    The grid lies at a uniform place of the stored image, `gap` pixels between its cells, and each patch is moved by
     up to `jitter` pixels either way, so that no line runs on from one to the next. `downsample_p` of the patches are
     shrunk to a uniform number of pixels from 100 to p^2 and enlarged again (bilinear, antialiased), against pixelation
     as a clue. Against chromatic aberration `color` is
@@ -75,7 +75,7 @@ class PatchGrid:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, sample_ids: Tensor, epoch: int) -> list[Tensor]:
-        """images (B, 3, S, S) uint8, sample_ids (B,) int64 on the CPU -> 9 x (B, 3, p, p) float32."""
+        """images (B, 3, H, W) uint8, sample_ids (B,) int64 on the CPU -> 9 x (B, 3, p, p) float32."""
         return in_pieces(partial(self._patches, epoch=epoch), images, sample_ids)
 
     def _patches(self, images: Tensor, sample_ids: Tensor, epoch: int) -> list[Tensor]:

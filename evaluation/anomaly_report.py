@@ -22,6 +22,7 @@ from evaluation.detection import anomaly_results, region_maps, region_masks, wit
 from evaluation.heatmaps import Caption, Row, heat_range, pick, save, sheet
 from evaluation.neighbors import Pair, neighbor_sheet
 from evaluation.report import csv_table, markdown_table, with_interval
+from evaluation.unseen import crop_line, crop_results
 from models.anomaly.detector import Findings
 from training.files import whole_file
 from training.log import Log
@@ -49,6 +50,9 @@ def report(
     results |= {
         key: calibration[key] for key in ("pixel_threshold", "promised_false_alarm_rate", "n_normals", "suspicious")
     }
+    if test_set.geometry.fit == "crop":
+        results |= crop_results(found.scores, maps, masks, test_set)
+        log.say(crop_line(results))
     for line in calibration["suspicious"]:
         log.say(f"suspicious normal, look at it: {line['path']} (score {line['score']:.4g})")
     write_scores(folder, found, test_set, normals.dataset, threshold)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data.depth import WHITE
 from data.geometry import Geometry
 from data.images import decode, picture_size
 from evaluation.heatmaps import outline, overlay, save
@@ -25,15 +26,15 @@ def ahead(function: Callable, items: Iterable, pool: Executor, count: int) -> It
         yield waiting.popleft().result()
 
 
-def decode_whole(path: str) -> Tensor:
+def decode_whole(path: str, white: int = WHITE) -> Tensor:
     """The upright picture with all its pixels, uint8 (3, h, w); errors as data.images.decode."""
-    return decode(path, Geometry(*picture_size(path)))
+    return decode(path, Geometry(*picture_size(path), white=white))
 
 
-def write_heatmap(path: str, heat: Tensor, target: Path, calibration: dict) -> None:
+def write_heatmap(path: str, heat: Tensor, target: Path, calibration: dict, white: int = WHITE) -> None:
     """Write the picture at `path` with its anomaly map `heat` (h, w) over it, and what lies above the pixel threshold
     outlined, as a PNG. The picture is read again, so that no more than those being drawn are held at full size."""
-    image, low, high = decode_whole(path), calibration["low"], calibration["high"]
+    image, low, high = decode_whole(path, white), calibration["low"], calibration["high"]
     # in strips, because an overlay needs 60 bytes a pixel while it is made
     strips = [overlay(some, own, low, high) for some, own in zip(image.split(256, dim=1), heat.split(256))]
     drawn = torch.cat(strips, dim=1)  # (3, h, w)

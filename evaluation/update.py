@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from data.depth import WHITE
 from data.loading import Loader
 from evaluation.detection import batches_of
 from training import checkpoint
@@ -12,6 +13,11 @@ from training.version import another_version
 
 SECTIONS = ("backbone", "detector", "data", "precision")  # of the config: must be what the old run had,
 FREE = ("backbone.weights", "backbone.part", "detector.image_score")  # but for where weights are and what is scored
+
+
+def white_of(path: str) -> int:
+    """The white that the run to update was fitted with: `data.white=auto` must not find another one."""
+    return checkpoint.load(path)["config"]["data"].get("white", WHITE)
 
 
 def load_memory(path: str, resolved: dict, detector: nn.Module) -> dict:

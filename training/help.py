@@ -108,7 +108,7 @@ def _row(key: str, kind, value, line: str) -> tuple[str, str, str, str]:
 
 
 def _inner(kind):
-    """X of `X | None`."""
+    """X of `X | None` and of `X | Literal["word"]`."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return next(k for k in typing.get_args(kind) if k is not type(None))
     return kind
@@ -125,7 +125,8 @@ def _kind(kind) -> str:
         text = f"{_kind(args[0])}s"
     else:
         text = "map" if origin is dict else KINDS.get(inner, str(inner))
-    return text if inner is kind else f"{text}|none"
+    others = [other for other in typing.get_args(kind) if inner is not kind and other is not inner]
+    return "|".join([text, *(str(word) for other in others for word in typing.get_args(other) or ["none"])])
 
 
 def _written(value) -> str:

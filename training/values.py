@@ -1,5 +1,6 @@
 """One value of the configuration: from a text to the type that its key declares."""
 
+import contextlib
 import math
 import os
 import types
@@ -18,9 +19,15 @@ def coerce(value, kind, where: str):
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     wrong = UserError(f"{where}={shown(value)} is not a valid {_words(kind)}")
     if origin in (typing.Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() in NULL):
+        if type(None) in args and (value is None or (isinstance(value, str) and value.lower() in NULL)):
             return None
-        return coerce(value, next(a for a in args if a is not type(None)), where)
+        kinds = [a for a in args if a is not type(None)]
+        if len(kinds) == 1:
+            return coerce(value, kinds[0], where)
+        for kind in kinds:  # the first that fits, of `int | Literal["auto"]`
+            with contextlib.suppress(UserError):
+                return coerce(value, kind, where)
+        raise wrong
     if origin is typing.Literal:
         match = [a for a in args if str(a) == str(value)]
         if not match:
@@ -99,7 +106,10 @@ def path_text(path: str, where: str) -> str:
 def _words(kind) -> str:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return _words(next(a for a in args if a is not type(None))) + " or none"
+        kinds = [_words(a) for a in args if a is not type(None)]
+        return " or ".join(kinds + ["none"] * (type(None) in args))
+    if origin is typing.Literal:
+        return "/".join(map(str, args))
     if origin is tuple:
         return "list of numbers" if Ellipsis in args else f"list of {len(args)} values, like 0.2,1.0"
     if origin is list:

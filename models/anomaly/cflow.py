@@ -46,12 +46,13 @@ class CFlow(Detector):
     is dropped, as officially. Padding is trained on like the picture; no map shows it. Places count from the top left
     corner, so whole pictures of the trained size alone make sense.
 
-    **Different from the official code**, beside that: a flow rests while others train; with torch before 2.0 Adam's
-    momentum went on moving it, as zeroed gradients are gradients. The learning rate follows its curve batch by batch:
-    officially it is constant for 8 of 200 epochs at a time, warms up from a tenth of it and not from 0, and goes on
-    from there along a cosine that began with the warm-up. The last epoch is reported, not each metric's best on the
-    test set. Official recipe: Wide-ResNet-50-2 with `reflect`, batch 32, Adam with learning rate 2e-4, 25 x 8 epochs,
-    squashed pictures of 512 pixels, but 256 for cable, capsule, hazelnut, metal nut, pill and 128 for transistor.
+    **Different from the official code**, beside that: images are resized by `data.resample`, there by Lanczos. A flow
+    rests while others train; with torch before 2.0 Adam's momentum went on moving it, as zeroed gradients are
+    gradients. The learning rate follows its curve batch by batch: officially it is constant for 8 of 200 epochs at a
+    time, warms up from a tenth of it and not from 0, and goes on from there along a cosine that began with the warm-up.
+    The last epoch is reported, not each metric's best on the test set. Official recipe: Wide-ResNet-50-2 with
+    `reflect`, batch 32, Adam with learning rate 2e-4, 25 x 8 epochs, squashed pictures of 512 pixels, but 256 for
+    cable, capsule, hazelnut, metal nut, pill and 128 for transistor.
 
     Args:
         backbone: the encoder, any whose stages are maps; it is frozen and stays in eval mode.

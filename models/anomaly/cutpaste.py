@@ -40,9 +40,10 @@ class CutPaste(Detector):
     sigma 4. The paper shows such maps, but not of which layer and target; pytorch-cutpaste has none. Padding enters
     neither embedding nor map.
 
-    Different from them: pytorch-cutpaste decays biases and norms, too, and leaves the weights of a pretrained backbone
-    as they are for 20 steps (`optim.warmup_epochs` spares them here). The paper also translates pictures randomly,
-    pytorch-cutpaste does not. What differs in the defects, `data/cutpaste.py` says. The last epoch is reported.
+    Different from them: images are resized by `data.resample`, there bicubically; pytorch-cutpaste decays biases and
+    norms, too, and leaves the weights of a pretrained backbone as they are for 20 steps (`optim.warmup_epochs` spares
+    them here). The paper also translates pictures randomly, pytorch-cutpaste does not. What differs in the defects,
+    `data/cutpaste.py` says. The last epoch is reported.
 
     Official training, 256 x 256 pictures, ResNet-18 from random weights: SGD, learning rate 0.03, momentum 0.9, cosine,
     weight decay 3e-5, 32 pictures a step (64 or 96 with their defects); 65,536 steps in the paper, 10,000 for

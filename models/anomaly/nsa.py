@@ -34,10 +34,10 @@ class NSA(Detector):
     by a cosine to 1e-6, batch 64, 320 epochs (hazelnut, metal nut, screw 560). Objects are seen 224 x 224 of 256 x 256
     (data.size=224 data.fit=crop data.resize=256) with `shift=3`, textures 256 x 256 with `shift=4 flip=true`.
 
-    Different from them: a shifted or turned picture repeats its edge pixels, where theirs is cut from a slightly larger
-    one (textures at 264, so 3 % larger than in the test); the strip that the crop leaves out does not count in the
-    pixel figures, where they give it 0; the cosine falls at every step, not epoch; the last incomplete batch is left
-    out; what `data/nsa.py` lists.
+    Different from them: images are resized by `data.resample`, there by Lanczos; a shifted or turned picture repeats
+    its edge pixels, where theirs is cut from a slightly larger one (textures at 264, so 3 % larger than in the test);
+    the strip that the crop leaves out does not count in the pixel figures, where they give it 0; the cosine falls at
+    every step, not epoch; the last incomplete batch is left out; what `data/nsa.py` lists.
 
     Args:
         backbone: the encoder, any whose stage 4 is a map at 1/32 of the input; it is trained from what it has. Weights

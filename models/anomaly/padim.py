@@ -25,8 +25,9 @@ class PaDiM(Detector):
     one's resolution (nearest), covariance with denominator n - 1 plus regularization I, distances bilinearly upsampled,
     sigma 4; score: `image_score`. Without `channels` all are used, at no loss: see `form`.
 
-    Different from it: the map is not scaled to 0..1 over the test set, which changes no ranking; with one training
-    picture, where n - 1 = 0, the covariance is regularization I alone.
+    Different from it: images are resized by `data.resample`, there by Lanczos; the map is not scaled to 0..1 over the
+    test set, which changes no ranking; with one training picture, where n - 1 = 0, the covariance is regularization I
+    alone.
 
     Positions only compare when pictures are aligned, so pictures of another size and padding are refused.
 

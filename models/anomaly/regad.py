@@ -33,10 +33,11 @@ class RegAD(PaDiM):
     and supports, which the official test computes, enters no score there; here it is not computed. Pictures are in
     [0, 1]: what the caller normalised is undone, since the official code leaves that step out.
 
-    Different from it: the supports of a query are drawn from the other pictures of its batch (all processes), there
-    from all of its category; both with repetition, so each single one is as likely, but two are alike more often.
-    The official learning rate falls once an epoch, to 0 in the last, here at every step. The last epoch is reported,
-    there the one with the best test AUROC. Official support sets are files of pictures, here `data.few_shot` draws.
+    Different from it: images are resized by `data.resample`, there by Lanczos; the supports of a query are drawn from
+    the other pictures of its batch (all processes), there from all of its category; both with repetition, so each
+    single one is as likely, but two are alike more often. The official learning rate falls once an epoch, to 0 in the
+    last, here at every step. The last epoch is reported, there the one with the best test AUROC. Official support sets
+    are files of pictures, here `data.few_shot` draws.
 
     The official recipe: 224 x 224 pictures, ImageNet's ResNet-18, batches of at most 32 pictures of one category, SGD
     with learning rate 1e-4 and momentum 0.9, cosine to 0, 50 epochs over the 14 other categories.

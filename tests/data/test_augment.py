@@ -216,7 +216,7 @@ def test_autocast_and_inputs_leave_no_trace():
 
 def test_programmer_errors():
     augment = Augment([View(8)], 0)
-    with pytest.raises(ValueError, match=r"uint8 \(B, 3, S, S\), got torch.float32 \(2, 3, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"uint8 \(B, 3, H, W\), got torch.float32 \(2, 3, 8, 8\)"):
         augment(torch.rand(2, 3, 8, 8), torch.arange(2), 0)
     with pytest.raises(ValueError, match=r"sample_ids must be \(2,\) on the CPU, got \(3,\)"):
         augment(pictures(2), torch.arange(3), 0)

@@ -1,5 +1,6 @@
 """Fitting pictures into inputs against torchvision and plain loops, and the way back to the original pixels."""
 
+import resource
 from fractions import Fraction
 
 import numpy as np
@@ -55,6 +56,37 @@ def test_crop_is_torchvisions_resize_and_center_crop(size, shape, resize):
         image = noise(*size, channels)
         theirs = TF.center_crop(TF.resize(image, [resize], TF.InterpolationMode(mode)), list(shape))
         assert np.array_equal(geometry.apply(image, resample), theirs)
+
+
+@pytest.mark.parametrize("size", [(9, 100), (1, 200), (300, 20), (3, 6000), (9000, 30)])
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic", "lanczos"])
+def test_crop_of_a_long_image_makes_only_the_crop(size, resample, monkeypatch):
+    """Levels differ where rounding decides (often at 1.5 times, bilinear); on a tie a mask may take either pixel."""
+    monkeypatch.setattr("data.geometry.LONG", 0)
+    geometry = Geometry(16, 21, "crop", 30, resample)
+    theirs = TF.center_crop(TF.resize(noise(*size), [30], TF.InterpolationMode(resample)), [16, 21])
+    error = np.abs(np.asarray(geometry.apply(noise(*size))).astype(int) - theirs)
+    assert error.max() <= 2 and error.mean() < 0.3
+    mask = Image.fromarray(np.arange(size[1], dtype=np.uint8)[None].repeat(size[0], 0))
+    theirs = TF.center_crop(TF.resize(mask, [30], TF.InterpolationMode.NEAREST), [16, 21])
+    error = np.abs(np.asarray(geometry.apply(mask, NEAREST)).astype(int) - theirs)
+    assert np.minimum(error, 256 - error).max() <= 1
+
+
+def test_crop_of_a_very_long_image_takes_little_memory():
+    """Whole, the resized image of 256 x 5,120,000 pixels took 4 GB and 28 seconds."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cut = Geometry(224, 224, "crop", 256).apply(noise(2, 40000))
+    assert cut.size == (224, 224)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("fit", ["squash", "pad"])
+def test_the_filter_is_pillows(fit, resample):
+    """What PaDiM, CFlow, RegAD and NSA call Image.ANTIALIAS is Lanczos."""
+    whole = noise(40, 60).resize((30, 20), Image.Resampling[resample.upper()])
+    assert np.array_equal(Geometry(20, 30, fit, resample=resample).apply(noise(40, 60)), whole)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -141,6 +173,25 @@ def test_maps_of_a_crop_against_a_plain_loop(size, geometry):
     assert abs(len(seen) - high * wide) <= high + wide  # a pixel around the border
 
 
+@pytest.mark.parametrize("size", [(37, 23), (23, 37), (100, 101), (40, 900), (9, 100)])
+@pytest.mark.parametrize("geometry", FITS[2:4])
+def test_maps_of_a_crop_of_a_long_image(size, geometry, monkeypatch):
+    """The same, but at the crop's edge, without making a map of the whole image."""
+    heat = F.avg_pool2d(torch.rand(1, geometry.height + 8, geometry.width + 8), 9, 1)[0]
+    expected = [geometry.to_original(heat, size, mode=mode) for mode in ("bilinear", "nearest")]
+    monkeypatch.setattr(Geometry, "_is_long", lambda *_: True)
+    smooth, blocky = (geometry.to_original(heat, size, mode=mode) for mode in ("bilinear", "nearest"))
+    assert torch.equal(smooth > 0, expected[0] > 0) and (smooth - expected[0]).abs().max() < 0.05
+    assert (blocky == expected[1]).float().mean() > 0.95  # a centre between two pixels may get either
+
+
+def test_maps_of_a_crop_of_a_very_long_image_take_little_memory():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    heat = Geometry(224, 224, "crop", 256).to_original(torch.ones(224, 224), (2, 40000))
+    assert heat.shape == (2, 40000) and (heat > 0).sum() == 4  # 224 of 5,120,000 pixels, where an original has 128
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
 @pytest.mark.parametrize("size", [(160, 120), (120, 250), (97, 131)])
 @pytest.mark.parametrize("geometry", [Geometry(96, 96), Geometry(96, 96, "crop", 108), Geometry(80, 128, "pad")])
 def test_a_mask_comes_back(size, geometry):
@@ -187,6 +238,8 @@ def test_window():
         ("size: 8\nfit: crop", "needs the short side before the crop, at least 8, not data.resize=None"),
         ("size: 8,12\nfit: crop\nresize: 11", "at least 12, not data.resize=11"),
         ("size: 8\nresize: 9", "data.resize=9 is for data.fit=crop"),
+        ("size: 8\nresample: nearest", "one of: bilinear, bicubic, lanczos"),
+        ("size: 8\nwhite: 0", "data.white=0 must be the value of full white"),
         ("size: 8\nfit: stretch", "one of: squash, crop, pad"),
     ],
 )

@@ -95,12 +95,6 @@ def test_16_bit_is_scaled_not_clipped(tmp_path, name):
     assert (pixels(image) == np.rint(levels / 257)[:, :, None]).all()
 
 
-def test_big_endian_16_bit(tmp_path):
-    levels = np.array([[0, 257], [65535, 25700]], dtype=">u2")
-    Image.frombytes("I;16B", (2, 2), levels.tobytes()).save(tmp_path / "big.tif")
-    assert pixels(decode(tmp_path / "big.tif", 2))[:, :, 0].tolist() == [[0, 1], [255, 100]]
-
-
 def test_palette(tmp_path):
     image = Image.fromarray(noise(8, 8)).quantize(5)
     image.save(tmp_path / "palette.png")
@@ -173,6 +167,13 @@ def test_damaged_exif_is_no_rotation(tmp_path):
     (tmp_path / "b.jpg").write_bytes(data[:start] + b"\xff" * 8 + data[start + 8 :])
     assert picture_size(tmp_path / "a.jpg") == (4, 8) and picture_size(tmp_path / "b.jpg") == (8, 4)
     assert decode(tmp_path / "b.jpg", 4).shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.jpg"])
+@pytest.mark.parametrize("block", [b"Exif\0\0" + b"\xff" * 20, b"Exif\0\0II*\0", b"MM\0*\0\0\0\x08\xff\xff"])
+def test_a_malformed_exif_block_is_no_rotation_in_any_format(tmp_path, name, block):
+    Image.fromarray(noise(8, 4)).save(tmp_path / name, exif=block)
+    assert picture_size(tmp_path / name) == (8, 4) and decode(tmp_path / name, 4).shape == (3, 4, 4)
 
 
 def test_size_needs_only_the_header(tmp_path):

@@ -10,6 +10,8 @@ from math import isfinite
 
 import pytest
 import torch
+import yaml
+from PIL import Image
 
 import train_ssl
 from models import BACKBONES
@@ -243,14 +245,36 @@ def test_mistakes_are_one_line(pictures, tmp_path):
     assert "unknown key 'spd.soft' (spd=smooth_blend), did you mean 'softness'" in error(
         "spd=smooth_blend", "spd.soft=1"
     )
-    for geometry in (["data.size=32,40"], ["data.fit=pad"], ["data.fit=crop", "data.resize=40"]):
-        assert "whole pictures in squares" in error(*geometry)
+    for geometry in (["data.fit=pad"], ["data.fit=crop", "data.resize=40"]):
+        assert "pretraining needs whole images: data.fit=squash" in error(*geometry)
     assert torch.cuda.is_available() or "no CUDA device" in error("device=cuda")
     train_ssl.main(words("simclr", pictures, tmp_path, "epochs=1", "holdout=0"))
     assert "optim.lr: 0.001 -> 2.0" in error("epochs=1", "holdout=0", "optim.lr=2")
     for every, place in ((3, "there is no checkpoint yet"), (1, "the last good checkpoint is ")):
         diverging = error("optim=sgd", "optim.lr=1e30", "resume=never", "epochs=2", f"save.every={every}")
         assert "the loss is nan by step 2" in diverging and place in diverging
+
+
+@pytest.mark.parametrize("more", [[], pytest.param(["spd=smooth_blend"], marks=pytest.mark.slow)])
+def test_images_stored_at_their_native_size(tmp_path, capsys, more):
+    """Not squares; kNN sees them in the size of the views. What blurred views would need is said at the start."""
+    for path in write_classes(tmp_path / "pictures", size=44).rglob("*.png"):
+        with Image.open(path) as image:
+            image.crop((0, 0, 44, 30)).save(path)
+    about = words("simclr", tmp_path / "pictures", tmp_path, "data.size=native", "epochs=1", *more)
+    train_ssl.main(about)
+    captured = capsys.readouterr()
+    assert "blurred" not in captured.err and 0 <= json.loads(captured.out.splitlines()[-1])["knn20_top1"] <= 1
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["size"] == [30, 44]
+    train_ssl.main(about)  # finished before, with the same config
+    train_ssl.main(
+        words("simclr", tmp_path / "pictures", tmp_path, "data.size=16", "epochs=1", "run_name=small", *more)
+    )
+    assert "images of 30 x 44 (median) are stored at 16 x 16; data.size=" in capsys.readouterr().err
+    with Image.open(path) as image:
+        image.crop((0, 0, 20, 20)).save(tmp_path / "pictures" / "train" / "class0" / "other.png")
+    with pytest.raises(UserError, match=r"native needs images of one size: .* has 30 x 44, .*other\.png has 20 x 20"):
+        train_ssl.main(about)
 
 
 def test_exit_status_two_without_traceback(tmp_path):

@@ -1,0 +1,104 @@
+"""What is white in files of more than 8 bits: found from the training set for `data.white=auto`, or doubted."""
+
+import os
+import struct
+import sys
+from itertools import islice
+
+from PIL import Image
+
+from data.depth import WHITE, deep_values, is_deep
+from data.images import in_threads, naming
+from training.distributed import is_main
+from training.errors import UserError
+
+MAY_BE_DEEP = {".png", ".tif", ".tiff", ".pgm", ".pnm", ".jp2"}
+CAMERAS = (255, 1023, 4095, 16383)  # white of 8, 10, 12 and 14 bits
+BITS_PER_SAMPLE, MAX_SAMPLE, S_MAX_SAMPLE = 258, 281, 341  # TIFF tags
+LOOKED_AT = 100  # deep images, for the warning
+
+
+def find_white(paths: list[str]) -> int:
+    """The white of a training set's deep files; that of 16 bits if there are none. 8-bit files do not count.
+
+    It is the largest that the files declare (PNG's sBIT, TIFF's SMaxSampleValue, MaxSampleValue or a BitsPerSample
+    below 16), unless a value lies above it: PNG's standard has sBIT beside values that were scaled up to 16 bits. Else
+    it is the largest value.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    paths = [path for path in paths if _may_be_deep(path)]
+    found = [pair for pair in in_threads(_declared_and_largest, paths, "looking for white") if pair is not None]
+    declared, largest = (max((pair[i] for pair in found), default=0) for i in (0, 1))
+    return max(declared, largest, 1) if found else WHITE
+
+
+def warn_if_dark(paths: list[str], white: int) -> None:
+    """One line on stderr when the first hundred deep images have no value in the upper three quarters of the range."""
+    if not is_main():
+        return
+    paths = [path for path in paths if _may_be_deep(path)]
+    deep = (path for path, is_so in zip(paths, in_threads(_is_deep, paths, "reading depths")) if is_so)
+    largest = list(in_threads(_largest, islice(deep, LOOKED_AT), "looking for white"))
+    most = max(largest, default=white)
+    if 0 < most < white / 4:
+        likely = next((camera for camera in CAMERAS if most <= camera), most)
+        print(f"warning: no value of the first {len(largest)} images of 16 bits is above {most}, so that at "
+              f"data.white={white} they are nearly black: set data.white={likely} if that is the camera's white, or "
+              "data.white=auto", file=sys.stderr)  # fmt: skip
+
+
+def _may_be_deep(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in MAY_BE_DEEP
+
+
+def _is_deep(path: str) -> bool:
+    """From the header; a broken file is none, for decoding will name it."""
+    try:
+        with naming(path), Image.open(path) as image:
+            return is_deep(image)
+    except UserError:
+        return False
+
+
+def _largest(path: str) -> int:
+    """The largest value of a deep file; 0 of one that cannot be decoded."""
+    try:
+        with naming(path), Image.open(path) as image:
+            return int(deep_values(image).max())
+    except UserError:
+        return 0
+
+
+def _declared_and_largest(path: str) -> tuple[int, int] | None:
+    """The white that a deep file declares, 0 if none, and its largest value; None of a file of 8 bits."""
+    with naming(path), Image.open(path) as image:
+        if not is_deep(image):
+            return None
+        declared = _significant_white(path) if image.format == "PNG" else _tagged_white(image)
+        return declared, int(deep_values(image).max())
+
+
+def _tagged_white(image: Image.Image) -> int:
+    tags = getattr(image, "tag_v2", {})
+    for tag in (S_MAX_SAMPLE, MAX_SAMPLE):
+        if tag in tags:
+            value = tags[tag]
+            return int(max(value) if isinstance(value, tuple) else value)
+    bits = max(tags.get(BITS_PER_SAMPLE, (16,)))
+    return 2**bits - 1 if bits < 16 else 0
+
+
+def _significant_white(path: str) -> int:
+    """Of PNG's chunk sBIT, which Pillow does not read: the color channels' significant bits."""
+    with open(path, "rb") as file:
+        file.seek(8)  # the signature
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind == b"sBIT":
+                return 2 ** max(file.read(min(length, 3))) - 1
+            if kind in (b"IDAT", b"IEND"):
+                break
+            file.seek(length + 4, os.SEEK_CUR)  # and the checksum
+    return 0
