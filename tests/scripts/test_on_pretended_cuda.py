@@ -1,0 +1,118 @@
+"""The scripts with `device=cuda` on a machine without a GPU: no operand on the wrong device, and within a training step
+no value that the host reads. tests/pretended_cuda.py says how, and what only a GPU can show."""
+
+import json
+from unittest.mock import patch
+
+import pytest
+import torch
+
+import eval as evaluate
+import predict
+import train_anomaly
+import train_ssl
+from tests.pictures import write_classes, write_mvtec
+from tests.pretended_cuda import pretended_cuda
+from tests.scripts import test_train_anomaly, test_train_ssl
+
+# Files that read values of the device by design. A step of training is in none of them: log.py and collapse.py read
+# when a point of the curves is due, knn.py and features.py when the backbone is evaluated.
+CURVES = {"log.py", "collapse.py"}
+EVALUATION = {"features.py", "knn.py"}
+# A detector is fitted and measured by whole sets, not by steps: one verdict per set on whether values are finite, the
+# findings of each batch, and what the exact searches branch on (the coreset's pool, the candidates of the kNN).
+EXAMINATION = {"detection.py", "bounds.py"}
+READ = {
+    "embedding": {"nearest.py"},
+    "patchcore": {"nearest.py", "coreset.py", "patches.py", "bank.py", "patchcore.py"},
+    "padim": {"padim.py"},
+    "cutpaste": {"cutpaste.py", "gaussian.py"},
+    "regad": {"padim.py"},
+}
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    return write_classes(tmp_path_factory.mktemp("classes"))
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return write_mvtec(tmp_path_factory.mktemp("parts"))
+
+
+def on_cuda(main, words):
+    """Run the script on the pretended device; returns {(file, function): how often the host read a value there}."""
+    words = [*(word for word in words if not word.startswith("device=")), "device=cuda"]
+    with pretended_cuda() as cuda, patch("training.distributed.setup", lambda _: torch.device("cuda")):
+        main(words)
+    return cuda.reads
+
+
+def test_what_a_gpu_would_refuse_is_refused_and_what_it_would_wait_for_is_counted():
+    with pretended_cuda() as cuda:
+        x = torch.arange(6.0, device="cuda").reshape(2, 3).requires_grad_()
+        assert x.device.type == (x * 2).T.device.type == torch.zeros_like(x).device.type == "cuda" and x.is_cuda
+        for wrong in (
+            lambda: x + torch.ones(2, 3),
+            lambda: torch.cat([x, torch.ones(1, 3)]),
+            lambda: x @ torch.ones(3, 1),
+            lambda: torch.nn.Linear(3, 1)(x),
+            lambda: torch.index_select(x, 0, torch.tensor([0])),
+            lambda: x.detach().numpy(),
+        ):
+            with pytest.raises((RuntimeError, TypeError), match="device"):
+                wrong()
+        assert not cuda.reads
+        (x * torch.tensor(2.0)).max(dim=1).values.sum().backward()  # a scalar may lie on the CPU
+        assert x.grad.device.type == "cuda" and not cuda.reads
+        assert x.grad.cpu().tolist() == [[0, 0, 2], [0, 0, 2]]
+        assert float(x.sum()) == 15 and x[x > 3].shape == (2,) and len(x.detach().nonzero()) == 5
+        assert x[torch.tensor([1])].device.type == "cuda"  # torch copies the index there
+        assert sum(cuda.reads.values()) == 5, cuda.reads
+    assert torch.ones(1).device.type == "cpu" and type(torch.nn.Linear(1, 1).weight) is torch.nn.Parameter
+
+
+@pytest.mark.parametrize("name", test_train_ssl.TINY)
+def test_a_step_of_pretraining_reads_nothing(name, classes, tmp_path, capsys):
+    """Four steps with a point of the curves and a kNN evaluation at the end, checkpoint and all."""
+    words = [*test_train_ssl.words(name, classes, tmp_path), "epochs=1", "log_every=9", "save.every=9"]
+    reads = on_cuda(train_ssl.main, words)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 4
+    assert {file for file, _ in reads} <= CURVES | EVALUATION
+    assert reads["log.py", "read"] == 1
+
+
+@pytest.mark.parametrize("name", test_train_anomaly.TINY)
+def test_a_detector_reads_what_it_must(name, parts, tmp_path, capsys):
+    small = ["epochs=1", "log_every=9"] if name in test_train_anomaly.BY_GRADIENT else []
+    reads = on_cuda(train_anomaly.main, [*test_train_anomaly.words(name, parts, tmp_path), *small])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["detector"] == name
+    assert {file for file, _ in reads} <= CURVES | EXAMINATION | {"detector.py"} | READ.get(name, set()), reads
+
+
+def test_numbers_are_those_of_the_cpu(classes, parts, tmp_path, capsys):
+    """The pretended device computes with the CPU's kernels, so a difference is code that branches on the device."""
+    for script, words in (
+        (train_ssl, [*test_train_ssl.words("simclr", classes, tmp_path), "epochs=1", "optim.lr=0"]),
+        (train_anomaly, test_train_anomaly.words("patchcore", parts, tmp_path)),
+    ):
+        script.main([*words, "run_name=cpu"])
+        expected = json.loads(capsys.readouterr().out.splitlines()[-1])
+        on_cuda(script.main, [*words, "run_name=cuda"])
+        results = json.loads(capsys.readouterr().out.splitlines()[-1])
+        for key in {"loss", "knn20_top1", "threshold", "image_auroc", "pixel_ap"} & {*expected}:
+            assert results[key] == pytest.approx(expected[key], rel=1e-5)
+
+
+def test_what_follows_training_runs_too(classes, parts, tmp_path, capsys):
+    """kNN and linear evaluation of a backbone; a coreset updated with new images; prediction, whole and in tiles."""
+    backbone = [f"data.root={classes}", "data.name=folder", "data.size=36", "backbone=resnet18", f"runs={tmp_path}"]
+    for task in (["task=knn"], ["task=linear", "epochs=2", "batch_size=16"]):
+        on_cuda(evaluate.main, [*task, *backbone, "run_name=eval"])
+    words = test_train_anomaly.words("patchcore", parts, tmp_path)
+    train_anomaly.main(words)
+    on_cuda(train_anomaly.main, [*words, f"update={tmp_path}/run/last.pt", "run_name=updated", "holdout=0.1"])
+    for more in ([], ["tile=64", "overlap=16", "threshold=1"]):
+        on_cuda(predict.main, [f"{tmp_path}/run", f"{parts}/part/test", f"out={tmp_path}/out", *more])
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["pictures"] == 8
