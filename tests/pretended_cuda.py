@@ -126,11 +126,11 @@ class _Pretend(TorchDispatchMode):
 
     def device_of(self, function, args: tuple, kwargs: dict) -> torch.device:
         """Where the result lies; operands on different devices are tried as fake tensors, which may raise."""
-        indices = args[1] if function.overloadpacket in (aten.index, aten.index_put, aten.index_put_) else ()
-        on_host_or_mask = any(
-            i is not None and (i.dtype is torch.bool or not isinstance(i, Pretended)) for i in indices
-        )
-        if function.overloadpacket in READS or waits:
+        read = function.overloadpacket in READS
+        if function.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
+            indices = [i for i in args[1] if i is not None]  # one on the host is copied, the ones in a mask are counted
+            read = any(i.dtype is torch.bool or not isinstance(i, Pretended) for i in indices)
+        if read:
             self.note()
         operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if "device" not in kwargs and all(isinstance(x, Pretended) for x in operands):
