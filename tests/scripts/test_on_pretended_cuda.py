@@ -11,9 +11,12 @@ import eval as evaluate
 import predict
 import train_anomaly
 import train_ssl
+from models import BACKBONES
+from tests.networks import FourStages
 from tests.pictures import write_classes, write_mvtec
 from tests.pretended_cuda import pretended_cuda
 from tests.scripts import test_train_anomaly, test_train_ssl
+from training.config import overlay
 
 # Files that read values of the device by design. A step of training is in none of them: log.py and collapse.py read
 # when a point of the curves is due, knn.py and features.py when the backbone is evaluated.
@@ -29,6 +32,7 @@ READ = {
     "cutpaste": {"cutpaste.py", "gaussian.py"},
     "regad": {"padim.py"},
 }
+NEED_THEIR_OWN = {"cutpaste", "nsa", "rd4ad", "regad"}  # detectors that suit few backbones
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +45,22 @@ def parts(tmp_path_factory):
     return write_mvtec(tmp_path_factory.mktemp("parts"))
 
 
-def on_cuda(main, words):
+def on_cuda(main, words, *more):
     """Run the script on the pretended device; returns {(file, function): how often the host read a value there}."""
-    words = [*(word for word in words if not word.startswith("device=")), "device=cuda"]
     with pretended_cuda() as cuda, patch("training.distributed.setup", lambda _: torch.device("cuda")):
-        main(words)
+        main(overlay(words, [*more, "device=cuda"]))
     return cuda.reads
+
+
+@pytest.fixture
+def small_backbone(monkeypatch):
+    """Words that choose a backbone of few operations, for each one costs some 0.2 ms here."""
+    monkeypatch.setitem(BACKBONES, "four_stages", FourStages)
+    return ["backbone=four_stages"]
+
+
+def without_backbone(words):
+    return [word for word in words if not word.startswith("backbone")]
 
 
 def test_what_a_gpu_would_refuse_is_refused_and_what_it_would_wait_for_is_counted():
@@ -74,19 +88,22 @@ def test_what_a_gpu_would_refuse_is_refused_and_what_it_would_wait_for_is_counte
 
 
 @pytest.mark.parametrize("name", test_train_ssl.TINY)
-def test_a_step_of_pretraining_reads_nothing(name, classes, tmp_path, capsys):
+def test_a_step_of_pretraining_reads_nothing(name, classes, small_backbone, tmp_path, capsys):
     """Four steps with a point of the curves and a kNN evaluation at the end, checkpoint and all."""
-    words = [*test_train_ssl.words(name, classes, tmp_path), "epochs=1", "log_every=9", "save.every=9"]
-    reads = on_cuda(train_ssl.main, words)
+    words = test_train_ssl.words(name, classes, tmp_path)
+    words = words if name == "revd" else [*without_backbone(words), *small_backbone]
+    reads = on_cuda(train_ssl.main, words, "epochs=1", "log_every=9", "save.every=9")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 4
     assert {file for file, _ in reads} <= CURVES | EVALUATION
     assert reads["log.py", "read"] == 1
 
 
 @pytest.mark.parametrize("name", test_train_anomaly.TINY)
-def test_a_detector_reads_what_it_must(name, parts, tmp_path, capsys):
-    small = ["epochs=1", "log_every=9"] if name in test_train_anomaly.BY_GRADIENT else []
-    reads = on_cuda(train_anomaly.main, [*test_train_anomaly.words(name, parts, tmp_path), *small])
+def test_a_detector_reads_what_it_must(name, parts, small_backbone, tmp_path, capsys):
+    more = ["epochs=1", "log_every=9"] if name in test_train_anomaly.BY_GRADIENT else []
+    words = test_train_anomaly.words(name, parts, tmp_path)
+    words = words if name in NEED_THEIR_OWN else [*without_backbone(words), *small_backbone]
+    reads = on_cuda(train_anomaly.main, words, *more)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["detector"] == name
     assert {file for file, _ in reads} <= CURVES | EXAMINATION | {"detector.py"} | READ.get(name, set()), reads
 
@@ -94,25 +111,25 @@ def test_a_detector_reads_what_it_must(name, parts, tmp_path, capsys):
 def test_numbers_are_those_of_the_cpu(classes, parts, tmp_path, capsys):
     """The pretended device computes with the CPU's kernels, so a difference is code that branches on the device."""
     for script, words in (
-        (train_ssl, [*test_train_ssl.words("simclr", classes, tmp_path), "epochs=1", "optim.lr=0"]),
+        (train_ssl, test_train_ssl.words("simclr", classes, tmp_path, "epochs=1", "optim.lr=0")),
         (train_anomaly, test_train_anomaly.words("patchcore", parts, tmp_path)),
     ):
-        script.main([*words, "run_name=cpu"])
+        script.main(overlay(words, ["run_name=cpu"]))
         expected = json.loads(capsys.readouterr().out.splitlines()[-1])
-        on_cuda(script.main, [*words, "run_name=cuda"])
+        on_cuda(script.main, words, "run_name=cuda")
         results = json.loads(capsys.readouterr().out.splitlines()[-1])
         for key in {"loss", "knn20_top1", "threshold", "image_auroc", "pixel_ap"} & {*expected}:
             assert results[key] == pytest.approx(expected[key], rel=1e-5)
 
 
-def test_what_follows_training_runs_too(classes, parts, tmp_path, capsys):
+def test_what_follows_training_runs_too(classes, parts, small_backbone, tmp_path, capsys):
     """kNN and linear evaluation of a backbone; a coreset updated with new images; prediction, whole and in tiles."""
-    backbone = [f"data.root={classes}", "data.name=folder", "data.size=36", "backbone=resnet18", f"runs={tmp_path}"]
-    for task in (["task=knn"], ["task=linear", "epochs=2", "batch_size=16"]):
-        on_cuda(evaluate.main, [*task, *backbone, "run_name=eval"])
-    words = test_train_anomaly.words("patchcore", parts, tmp_path)
+    backbone = [f"data.root={classes}", "data.name=folder", "data.size=36", *small_backbone, f"runs={tmp_path}"]
+    for task in (["task=knn"], ["task=linear", "task.epochs=2"]):
+        on_cuda(evaluate.main, [*task, *backbone], "run_name=eval")
+    words = [*without_backbone(test_train_anomaly.words("patchcore", parts, tmp_path)), *small_backbone]
     train_anomaly.main(words)
-    on_cuda(train_anomaly.main, [*words, f"update={tmp_path}/run/last.pt", "run_name=updated", "holdout=0.1"])
+    on_cuda(train_anomaly.main, words, f"update={tmp_path}/run/last.pt", "run_name=updated", "holdout=0.1")
     for more in ([], ["tile=64", "overlap=16", "threshold=1"]):
-        on_cuda(predict.main, [f"{tmp_path}/run", f"{parts}/part/test", f"out={tmp_path}/out", *more])
+        on_cuda(predict.main, [f"{tmp_path}/run", f"{parts}/part/test"], f"out={tmp_path}/out", *more)
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["pictures"] == 8
