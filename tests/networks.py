@@ -1,5 +1,7 @@
 """Networks that tests share."""
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 
@@ -22,7 +24,7 @@ class FourStages(nn.Module):
     def __init__(self):
         super().__init__()
         widths = (3, 8, 16, 32, 64)
-        for number, (before, after) in enumerate(zip(widths, widths[1:]), 1):
+        for number, (before, after) in enumerate(pairwise(widths), 1):
             layers = nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()
             setattr(self, f"layer{number}", nn.Sequential(*layers))
 
