@@ -15,14 +15,14 @@ GradScaler (torch switches both off without CUDA), torch.compile, nccl.
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 CUDA, META, CPU = torch.device("cuda", 0), torch.device("meta"), torch.device("cpu")
@@ -152,9 +152,18 @@ class _Pretend(TorchDispatchMode):
 @contextmanager
 def pretended_cuda() -> Iterator[_Pretend]:
     """Inside, torch.device("cuda") works as far as described above, whatever the machine has."""
-    unpinned = patch.object(Tensor, "pin_memory", lambda self, *_: self)
-    memory = patch("torch.cuda.mem_get_info", lambda *_: (2**33, 2**34))
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, _Pretend(fake) as mode, unpinned, memory:
+    load = torch.load
+
+    def load_values(*args, **kwargs):  # under FakeTensorMode it would make fake tensors
+        with _disable_current_modes():
+            return load(*args, **kwargs)
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(Tensor, "pin_memory", lambda self, *_: self))
+        stack.enter_context(patch("torch.cuda.mem_get_info", lambda *_: (2**33, 2**34)))
+        stack.enter_context(patch("torch.load", load_values))
+        stack.enter_context(patch("torch.inference_mode", torch.no_grad))  # inference tensors cannot be wrapped
+        mode = stack.enter_context(_Pretend(stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))))
         _MODE.append(mode)
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # a module's parameters become `Pretended`
         try:

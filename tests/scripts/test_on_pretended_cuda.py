@@ -30,7 +30,7 @@ READ = {
     "patchcore": {"nearest.py", "coreset.py", "patches.py", "bank.py", "patchcore.py"},
     "padim": {"padim.py"},
     "cutpaste": {"cutpaste.py", "gaussian.py"},
-    "regad": {"padim.py"},
+    "regad": {"padim.py", "regad.py"},
 }
 NEED_THEIR_OWN = {"cutpaste", "nsa", "rd4ad", "regad"}  # detectors that suit few backbones
 
@@ -111,8 +111,8 @@ def test_a_detector_reads_what_it_must(name, parts, small_backbone, tmp_path, ca
 def test_numbers_are_those_of_the_cpu(classes, parts, tmp_path, capsys):
     """The pretended device computes with the CPU's kernels, so a difference is code that branches on the device."""
     for script, words in (
-        (train_ssl, test_train_ssl.words("simclr", classes, tmp_path, "epochs=1", "optim.lr=0")),
-        (train_anomaly, test_train_anomaly.words("patchcore", parts, tmp_path)),
+        (train_ssl, test_train_ssl.words("simclr", classes, tmp_path / "ssl", "epochs=1", "optim.lr=0")),
+        (train_anomaly, test_train_anomaly.words("patchcore", parts, tmp_path / "anomaly")),
     ):
         script.main(overlay(words, ["run_name=cpu"]))
         expected = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -130,6 +130,6 @@ def test_what_follows_training_runs_too(classes, parts, small_backbone, tmp_path
     words = [*without_backbone(test_train_anomaly.words("patchcore", parts, tmp_path)), *small_backbone]
     train_anomaly.main(words)
     on_cuda(train_anomaly.main, words, f"update={tmp_path}/run/last.pt", "run_name=updated", "holdout=0.1")
-    for more in ([], ["tile=64", "overlap=16", "threshold=1"]):
+    for more in ([], ["tile=64", "overlap=32", "threshold=1"]):
         on_cuda(predict.main, [f"{tmp_path}/run", f"{parts}/part/test"], f"out={tmp_path}/out", *more)
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["pictures"] == 8
