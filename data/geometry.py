@@ -52,7 +52,9 @@ class Geometry:
                 f"{max(self.height, self.width)}, not data.resize={self.resize}; 256 is usual for 224"
             )
         if self.fit != "crop" and self.resize is not None:
-            raise UserError(f"data.resize={self.resize} is for data.fit=crop: remove it, data.fit is {self.fit}")
+            raise UserError(
+                f"data.resize={self.resize} is for data.fit=crop, and data.fit is {self.fit}: set data.resize=none"
+            )
 
     def apply(self, image: Image.Image, resample: Image.Resampling = Image.Resampling.BILINEAR) -> Image.Image:
         """An 8-bit Pillow picture (L or RGB) in the input's size; Pillow's filters antialias.
