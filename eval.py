@@ -28,6 +28,7 @@ from data import DataConfig, DefectConfig, build_dataset, settled, what_is_used
 from data.defects import DEFECTS
 from data.loading import Loader
 from evaluation.classification import classification_report, confusion_matrix, confusion_picture
+from evaluation.collapse import constant_warning, feature_health
 from evaluation.compare import compare as compare_runs
 from evaluation.compare import compare_table, load_scores
 from evaluation.defect_sheet import defect_sheet
@@ -156,6 +157,7 @@ def schema(argv: list[str]) -> type | None:
 
 def measure(cfg: Config) -> None:
     """Metrics of one backbone's features."""
+    check_options(cfg.task.options)
     device = distributed.setup(cfg.device)
     cfg.data = settled(cfg.data)
     name = f"eval_{cfg.task.name}"
@@ -183,9 +185,11 @@ def measure(cfg: Config) -> None:
         extract(backbone, Loader(dataset, cfg.batch_size, device, **load), progress=f"{split} features")
         for dataset, split in ((train_set, "training"), (test_set, "test"))
     )
+    health = feature_health(train[0])
+    log.warn_now(0, constant_warning(health))
     scores, figures = MEASURES[cfg.task.name](train, test, train_set.classes, log.say, **cfg.task.options)
     about = {"task": cfg.task.name, "backbone": cfg.backbone.name, "n_train": len(train_set), "n_test": len(test_set)}
-    results = about | figures | classification_report(scores, test[1], train_set.classes)
+    results = about | figures | health | classification_report(scores, test[1], train_set.classes)
 
     if distributed.is_main():
         matrix = confusion_matrix(scores.argmax(1), test[1], len(train_set.classes))
@@ -196,11 +200,19 @@ def measure(cfg: Config) -> None:
     distributed.cleanup()
 
 
+def check_options(options: dict) -> None:
+    """Refuse what would only fail once all features are there."""
+    for key, value in options.items():
+        if (key in ("k", "epochs", "batch_size") and value < 1) or (key == "temperature" and not value > 0):
+            raise errors.UserError(f"task.{key}={value} must be {'positive' if key == 'temperature' else 'at least 1'}")
+
+
 def compare(cfg: CompareConfig) -> None:
     """Paired bootstrap between runs, as a table and in <first run>/eval_compare/."""
     distributed.setup("cpu")
     if len(cfg.runs) < 2:
         raise errors.UserError(f"task=compare needs two run folders or more, not {len(cfg.runs)}: runs=runs/a,runs/b")
+    cfg.runs = [str(checkpoint.folder_of(run)) for run in cfg.runs]
     result = compare_runs([load_scores(Path(run) / "test_scores.pt") for run in cfg.runs], cfg.runs, seed=cfg.seed)
     folder = Path(cfg.runs[0]) / "eval_compare"
     checkpoint.open_run(folder, config.as_dict(cfg))
@@ -270,6 +282,7 @@ def stored(layers: list[dict]) -> list[dict]:
     named = [layer["checkpoint"] for layer in layers if "checkpoint" in layer]
     if not named or (path := coerce(named[-1], PathText | None, "checkpoint")) is None:
         return []
+    path = str(checkpoint.file_of(path))
     sections = checkpoint.load(path)["config"]
     return [{"data": sections["data"], "backbone": sections["backbone"] | {"weights": path, "part": "auto"}}]
 

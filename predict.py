@@ -40,7 +40,7 @@ from tqdm import tqdm
 from data import DataConfig, Geometry, build_geometry
 from data.augment import normalize
 from data.image_files import find_images
-from data.images import decode, picture_size
+from data.images import REMEDY, decode, picture_size
 from evaluation.prediction import ahead, write_heatmap
 from evaluation.tiling import check_tiling, examine_tiles
 from models.anomaly import DETECTORS, DetectorConfig
@@ -191,9 +191,10 @@ def row_and_heatmap(
 
 def load_run(folder: Path) -> tuple[Detector, Geometry, dict]:
     """The detector of a run folder, how its pictures become inputs, and the checkpoint's other values."""
-    if not (folder / checkpoint.LAST).exists():
+    file = checkpoint.file_of(folder)
+    if not file.exists():
         raise UserError(f"{folder} has no {checkpoint.LAST}: name the folder of a finished run of train_anomaly.py")
-    state = checkpoint.load(folder / checkpoint.LAST)
+    state = checkpoint.load(file)
     if "detector" not in state["config"]:
         raise UserError(f"{folder} holds a run without a detector: name a run folder of train_anomaly.py")
     if "calibration" not in state:
@@ -235,7 +236,7 @@ def without_broken(
             yield picture
         else:
             skipped.append(path)
-            say(f"skipped: {' '.join(str(picture).split())}")
+            say(f"skipped: {' '.join(str(picture).removesuffix(REMEDY).split())}")  # predict.py has no data.on_error
             bar.update()
 
 

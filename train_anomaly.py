@@ -32,6 +32,7 @@ from models.build import BackboneConfig, build_backbone
 from training import checkpoint, config, distributed, errors
 from training.log import Log, Window
 from training.optim import PRECISIONS, OptimConfig, build_optimizer, clip_gradients, set_rates
+from training.schedule import check_lengths
 from training.values import PathText, Seed
 from training.version import code_version
 
@@ -87,6 +88,8 @@ def main(argv: list[str]) -> None:
         raise errors.UserError(
             f"detector {cfg.detector.name} is trained by gradients: the config needs an optim section"
         )
+    if by_gradient and cfg.epochs:
+        check_lengths(cfg.epochs, {"optim.warmup_epochs": cfg.optim.warmup_epochs})
     if cfg.epochs < (1 if cfg.detector.weights is None else 0):
         raise errors.UserError(f"epochs={cfg.epochs}: at least 1, or 0 to test detector.weights as they are")
     if cfg.update and not hasattr(detector, "add"):
@@ -120,6 +123,10 @@ def main(argv: list[str]) -> None:
 
     # ---------------------------------------------------------------- what a killed run left
     dtype, scaler = PRECISIONS[cfg.precision], torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    with autocast:
+        image = train_set[int(train_ids[0])][0].to(device)
+        detector.rehearse(image, batch_size=sizes["batch_size"], training=by_gradient and total > 0, seed=cfg.seed)
     parts = {"model": detector}
     if by_gradient:
         optimizer = build_optimizer(cfg.optim, detector)
@@ -146,7 +153,6 @@ def main(argv: list[str]) -> None:
         return
 
     # ---------------------------------------------------------------- train
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if by_gradient:
         model = torch.compile(detector) if cfg.compile else detector
         model = DistributedDataParallel(model, find_unused_parameters=detector.partial) if world > 1 else model

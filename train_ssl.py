@@ -26,11 +26,12 @@ from data.loading import Loader, holdout, names_of
 from data.negatives import DefectiveView
 from data.spd import SpotTheDifference
 from data.view_detail import blur_note
-from evaluation.collapse import collapse_warning, embedding_health
+from evaluation.collapse import collapse_warning, constant_warning, embedding_health
 from evaluation.knn import few_neighbors, knn_figures
-from models.build import BackboneConfig, build_backbone
+from models.build import BackboneConfig, build_backbone, refuse_classifier
 from models.split_batch_norm import SplitBatchNorm2d
 from models.ssl import SSL_METHODS, MethodConfig
+from models.ssl.first_step import rehearse
 from models.ssl.gradients import Embed, backward
 from models.ssl.spd import SPD
 from training import checkpoint, config, distributed, errors
@@ -38,7 +39,7 @@ from training.ema import ema_update
 from training.log import Log, Window
 from training.optim import PRECISIONS, OptimConfig, build_optimizer, clip_gradients, set_rates
 from training.sam import SAMConfig, climbed, frozen_statistics
-from training.schedule import warmup_cosine
+from training.schedule import check_lengths, warmup_cosine
 from training.values import PathText, Seed
 from training.version import code_version
 
@@ -104,6 +105,9 @@ def main(argv: list[str]) -> None:
     resolved, folder = config.as_dict(cfg), config.run_folder(cfg)
     config.at_least_one(cfg, "epochs", "batch_size", "accumulate", "eval_every", "log_every")
     config.at_least_one(cfg.save, "every")
+    in_epochs = {f"method.{k}": cfg.method.options[k] for k in SSL_METHODS[cfg.method.name].in_epochs}
+    check_lengths(cfg.epochs, {"optim.warmup_epochs": cfg.optim.warmup_epochs} | in_epochs)
+    refuse_classifier(cfg.backbone)
     if cfg.batch_size % (world * cfg.accumulate):
         raise errors.UserError(
             f"batch_size={cfg.batch_size} is no multiple of {world} processes x accumulate={cfg.accumulate}"
@@ -142,13 +146,6 @@ def main(argv: list[str]) -> None:
     torch.manual_seed(cfg.seed)
     backbone, report = build_backbone(cfg.backbone)
     method = SSL_METHODS[cfg.method.name](backbone, **cfg.method.options)
-    if method.needs_defect != (cfg.defect is not None):
-        asked = "needs a defect: set defect=cutpaste or another" if method.needs_defect else "has no use for a defect"
-        raise errors.UserError(f"method {cfg.method.name} {asked}")
-    if method.needs_labels and classes < 2:
-        raise errors.UserError(
-            f"{cfg.method.name} learns from classes: data.root needs a folder for each, two at least"
-        )
     if cfg.sync_bn and any(isinstance(module, SplitBatchNorm2d) for module in method.modules()):
         raise errors.UserError("sync_bn=true would undo method.splits: set one of the two")
     method = nn.SyncBatchNorm.convert_sync_batchnorm(method) if cfg.sync_bn else method
@@ -165,6 +162,8 @@ def main(argv: list[str]) -> None:
     epoch_steps = len(loader) // cfg.accumulate
     if epoch_steps == 0:
         raise errors.UserError(f"accumulate={cfg.accumulate} is more than the {len(loader)} batches of an epoch")
+    image, about = train_set[int(train_ids[0])][0], {"classes": classes, "n_images": len(train_ids)}
+    warnings = rehearse(method, objective, augment, image, cfg, **about, measured=measurable, autocast=autocast)
     start, total, best, curves, figures = 0, cfg.epochs * epoch_steps, -1.0, {}, {}
     parts = {"model": method, "optimizer": optimizer, "scaler": scaler}
     images = {"names": names_of(train_set, cfg.data.options["root"]), "learned": train_ids.tolist()}
@@ -180,6 +179,8 @@ def main(argv: list[str]) -> None:
     log.say(f"{parameters:,} parameters, {epoch_steps} steps an epoch, step {start} of {total}, {world} x {device}")
     if measurable and (few := few_neighbors(len(train_ids))):
         log.say(few)
+    for warning in warnings:
+        log.warn_now(start, warning)
 
     unused = {f"held out (holdout={cfg.holdout})": len(held_out)}
     unused["not in overfit"] = len(train_set) - len(train_ids) - len(held_out)
@@ -250,6 +251,7 @@ def main(argv: list[str]) -> None:
             with window.paused():
                 distributed.share_buffers(method)
                 figures = log.scalars(done, knn_figures(method.backbone, bank, queries))
+            log.warn_now(done, constant_warning(figures, curves.get("embedding/std")))
             if cfg.save.best and figures["knn20_top1"] > best:
                 best, about = figures["knn20_top1"], {"step": done, "config": resolved, "part": method.kept}
                 checkpoint.save(folder / "best.pt", {"model": method}, **about, best=best)

@@ -64,7 +64,9 @@ class Geometry:
                 f"{max(self.height, self.width)}, not data.resize={self.resize}; 256 is usual for 224"
             )
         if self.fit != "crop" and self.resize is not None:
-            raise UserError(f"data.resize={self.resize} is for data.fit=crop: remove it, data.fit is {self.fit}")
+            raise UserError(
+                f"data.resize={self.resize} is for data.fit=crop, and data.fit is {self.fit}: set data.resize=none"
+            )
         if self.resample not in get_args(Resample):
             raise UserError(f"data.resample={self.resample!r} is not known: choose {', '.join(get_args(Resample))}")
         if not 1 <= self.white < 2**32:

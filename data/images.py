@@ -26,6 +26,7 @@ from training.text import printable
 
 Image.MAX_IMAGE_PIXELS = 2**30  # Pillow refuses twice as many; by default 179 million, fewer than line cameras deliver
 OnError = Literal["fail", "skip"]
+REMEDY = "; fix or remove the file (data.on_error=skip leaves such files out of a set)"
 
 # EXIF orientation -> what brings the stored pixels upright (EXIF 2.3, tag 0x0112); 1 is upright
 _UPRIGHT = {
@@ -159,8 +160,7 @@ def naming(path: str | Path) -> Iterator[None]:
             reason = "it is not a picture of a known format"
         else:
             reason = str(error) or type(error).__name__
-        remedy = "mend or remove the file (data.on_error=skip leaves such files out of a set)"
-        raise UserError(f"cannot read picture {path}: {reason}; {remedy}") from error
+        raise UserError(f"cannot read picture {path}: {reason}{REMEDY}") from error
 
 
 def _orientation(stored: Image.Image) -> int:

@@ -12,6 +12,12 @@ What to read from each curve (`embedding_health`; B pictures, their V views, D d
 - embedding/uniformity: -2 to -4 healthy, 0 collapsed. Rising while alignment falls to 0: on the way to one point.
 - embedding/positive_cosine, embedding/negative_cosine: of a picture's views, and of different pictures. The gap between
   them is what is learned: 0.9 and 0.1 are healthy, 1 and 1 collapsed, equal ones nothing learned.
+
+All of these are measured in train mode, in which BatchNorm takes the batch's own statistics. Whoever uses the backbone,
+kNN first of all, uses it in eval mode, with running statistics (`feature_health`):
+
+- features/std, features/effective_rank: the same of the backbone's features in eval mode. Near 0 and 1 while
+  embedding/std is healthy: the running statistics have not settled yet, and the kNN metric means nothing.
 """
 
 import math
@@ -24,6 +30,8 @@ ROWS = 512  # at most so many embeddings are looked at: 256 pictures of two view
 COLUMNS_AT_ONCE = 8192  # of the float64 products; DINO's rows have 65536
 
 LEAST_STD = 0.05  # about sqrt(1 - mean cosine of pairs): pairs within 4 degrees; bfloat16's rounding makes 0.001
+LEAST_FEATURES_STD = 0.01  # cosines differ by 1e-4
+TIED_STD = 3e-4  # by 1e-7, about float32's rounding: all images are equally near
 LEAST_RANK = 2.0  # a line has two directions at most, its own and the origin's
 LEAST_DISTINCT = 8  # with fewer things to tell apart, a rank below 2 may be all there is
 
@@ -83,6 +91,38 @@ def embedding_health(z: Tensor) -> dict[str, float]:
         }
     values = torch.stack([value.double() for value in health.values()]).tolist()  # read together
     return {f"embedding/{name}": value for name, value in zip(health, values)}
+
+
+def feature_health(features: Tensor) -> dict[str, float]:
+    """features/std and features/effective_rank of a backbone's features (N, D) in eval mode, one per image.
+
+    As `embedding_health` defines them, of at most 512 rows spread evenly over the set; without std at N = 1.
+    """
+    rows = torch.linspace(0, len(features) - 1, min(len(features), ROWS)).round().long()
+    health = embedding_health(features[rows.to(features.device)][:, None])  # of (N', 1, D)
+    kept = ("std", "effective_rank")
+    return {f"features/{name}": health[f"embedding/{name}"] for name in kept if f"embedding/{name}" in health}
+
+
+def constant_warning(health: dict[str, float], embedding_std: float | None = None) -> str | None:
+    """One line when `feature_health` says that features are nearly constant in eval mode, or None.
+
+    Args:
+        embedding_std: embedding/std of the same network in train mode, where it is known.
+    """
+    std = health.get("features/std", math.inf)
+    if not std < LEAST_FEATURES_STD:
+        return None
+    text = f"features/std {std:.2g} is below {LEAST_FEATURES_STD}: in eval mode images have nearly the same features"
+    text += ", and kNN is guessing" if std < TIED_STD else ", and the kNN metric says little about what was learned"
+    if embedding_std is not None and embedding_std < LEAST_STD:
+        return f"{text}; embedding/std {embedding_std:.2g} in train mode says the same: a collapse"
+    if embedding_std is not None:
+        text += f"; in train mode images differ (embedding/std {embedding_std:.2g})"
+    return (
+        f"{text}; running statistics of BatchNorm, if the backbone has any, need about 30 steps to settle: train for "
+        "more steps, or lower optim.lr"
+    )
 
 
 def _products(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evaluation.collapse import feature_health
 from evaluation.features import extract
 from training.errors import UserError
 
@@ -69,10 +70,12 @@ def knn_accuracy(
 
 
 def knn_figures(backbone: nn.Module, bank, queries) -> dict[str, float]:
-    """`knn20_top1` and `knn200_top1` of the pictures of Loader `queries` by those of `bank`, equal on all ranks."""
+    """`knn20_top1` and `knn200_top1` of the images of Loader `queries` by those of `bank`, and the bank's
+    `feature_health`, equal on all ranks."""
     (train, labels), (test, test_labels) = extract(backbone, bank), extract(backbone, queries)
     about = {"test_labels": test_labels, "n_classes": len(bank.dataset.classes)}
-    return {f"knn{s['k']}_top1": knn_accuracy(train, labels, test, **about, **s) for s in KNN_SETTINGS}
+    figures = {f"knn{s['k']}_top1": knn_accuracy(train, labels, test, **about, **s) for s in KNN_SETTINGS}
+    return figures | feature_health(train)
 
 
 def few_neighbors(n_train: int, *ks: int) -> str | None:

@@ -27,6 +27,20 @@ def check_tiling(detector: Detector, tile: int, overlap: int) -> None:
         raise UserError(f"tile={tile} must be a multiple of {GRID}, or 0 for whole pictures")
     if overlap % GRID or not 0 <= overlap < tile:
         raise UserError(f"overlap={overlap} must be a multiple of {GRID}, at least 0 and below tile={tile}")
+    if not takes(detector, tile):
+        sizes = sorted(range(GRID, 2 * tile + 16 * GRID, GRID), key=lambda size: abs(size - tile))
+        near = next((f"take tile={size}" for size in sizes if takes(detector, size)), "remove tile")
+        raise UserError(f"tile={tile} does not suit the networks of this run: {near}")
+
+
+@torch.no_grad()
+def takes(detector: Detector, tile: int) -> bool:
+    """Whether the detector's networks can pass squares of this size."""
+    try:
+        detector.networks(torch.zeros(1, 3, tile, tile, device=next(detector.parameters()).device))
+    except UserError:
+        return False
+    return True
 
 
 def spans(length: int, tile: int, overlap: int) -> list[tuple[int, int, int]]:

@@ -7,6 +7,26 @@ from torch import Tensor, nn
 from training.distributed import gather, world_size
 from training.errors import UserError
 
+SUITABLE = {  # lightly-train's: up to so many training images, a queue of this length
+    50: 16,
+    100: 32,
+    250: 64,
+    500: 128,
+    1000: 256,
+    2000: 512,
+    4000: 1024,
+    10_000: 2048,
+    20_000: 4096,
+    40_000: 8192,
+    60_000: 16384,
+    200_000: 32768,
+}
+
+
+def suitable_length(images: int) -> int:
+    """Length of a queue for a training set of so many images: a large queue on a small set is unstable."""
+    return next((length for most, length in SUITABLE.items() if images <= most), 65536)
+
 
 class Queue(nn.Module):
     """The last `length` embeddings of all processes, of unit length; at first random ones (official moco/builder.py).
@@ -40,12 +60,16 @@ class Queue(nn.Module):
             labels = torch.full((len(embeddings),), -1, device=embeddings.device)
         with torch.autocast(embeddings.device.type, enabled=False):
             rows = self._gather(F.normalize(embeddings.detach().to(self.rows.dtype), dim=1))  # (W N, D)
-        if len(rows) > len(self.rows):
+        self.require_room(len(rows))
+        self.held = rows, self._gather(labels)
+
+    def require_room(self, embeddings: int) -> None:
+        """Refuse a step that makes more embeddings than the queue holds."""
+        if embeddings > len(self.rows):
             raise UserError(
-                f"a step makes {len(rows)} embeddings and the queue holds {len(self.rows)}: make it longer, or "
+                f"a step makes {embeddings} embeddings and the queue holds {len(self.rows)}: make it longer, or "
                 "batch_size smaller"
             )
-        self.held = rows, self._gather(labels)
 
     def _gather(self, x: Tensor) -> Tensor:
         """(N, ...) of this process -> (W N, ...) of all: batch by batch, and within one by rank."""

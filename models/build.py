@@ -24,6 +24,14 @@ class BackboneConfig:
     options: dict = field(default_factory=dict)
 
 
+def refuse_classifier(config: BackboneConfig) -> None:
+    """UserError for a backbone that ends in a classifier, whose logits would be taken for features."""
+    if config.options.get("num_classes"):
+        raise UserError(
+            f"backbone.num_classes={config.options['num_classes']}: pretraining has no use for a classifier; remove it"
+        )
+
+
 def build_backbone(config: BackboneConfig) -> tuple[nn.Module, str]:
     """The backbone with its weights loaded, and one line on where they come from.
 

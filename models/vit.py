@@ -177,9 +177,11 @@ class ViT(nn.Module):
     def tokens(self, x: Tensor) -> Tensor:
         """Images (B, in_channels, H, W) -> what enters the first block: (B, T, D)."""
         if x.shape[2] % self.patch or x.shape[3] % self.patch:
+            fitting = sorted({max(side // self.patch + up, 1) * self.patch for side in x.shape[2:] for up in (0, 1)})
             raise UserError(
-                f"{type(self).__name__} cuts pictures into patches of {self.patch} x {self.patch} pixels, which "
-                f"{x.shape[2]} x {x.shape[3]} are no multiple of: change the size, or backbone.patch"
+                f"{type(self).__name__} cuts images into patches of {self.patch} x {self.patch} pixels, which "
+                f"{x.shape[2]} x {x.shape[3]} are no multiple of: change the size (to {', '.join(map(str, fitting))}), "
+                "or backbone.patch"
             )
         x = self.patch_embed["proj"](x)  # (B, D, h, w)
         positions = self.positions(*x.shape[2:])

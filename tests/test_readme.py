@@ -23,7 +23,15 @@ from training import config
 from training.errors import UserError
 
 SMALL = {
-    "train_ssl.py": ["epochs=1", "batch_size=4", "data.size=32", "augment.size=32", "device=cpu", "precision=fp32"],
+    "train_ssl.py": [
+        "epochs=1",
+        "optim.warmup_epochs=0",
+        "batch_size=4",
+        "data.size=32",
+        "augment.size=32",
+        "device=cpu",
+        "precision=fp32",
+    ],
     "train_anomaly.py": ["data.size=64", "batch_size=4", "device=cpu"],
     "eval.py": ["data.size=32", "device=cpu"],
     "predict.py": ["device=cpu"],
@@ -35,6 +43,7 @@ FURTHER = {  # what makes a config small beyond that
         "augment.local_size=16",
         "augment.local_crops=1",
         "method.prototypes=32",
+        "method.warmup_teacher_epochs=0",
     ],
 }
 
@@ -102,6 +111,7 @@ def test_the_command_of_every_config_is_understood(path, monkeypatch):
     monkeypatch.chdir(TOP)
     name, *words = shlex.split(re.search(r"\w+\.py .*", path.read_text().splitlines()[0])[0])
     cfg, backbones = config.load(SCHEMAS[name], words), {}
+    parts_are_no_longer_than_the_run(cfg)
     if name == "train_ssl.py":
         pretraining_gets_its_views(cfg)
     for cell in sweep.plan(sweep.load(words))[1] if name == "sweep.py" else ():
@@ -109,10 +119,18 @@ def test_the_command_of_every_config_is_understood(path, monkeypatch):
         its = config.load(SCHEMAS[script_name], its_words)
         backbones[cell.name] = its.backbone.name
         assert cell.needs is None or backbones[cell.name] == backbones[cell.needs], cell
+        parts_are_no_longer_than_the_run(its)
         if script_name == "train_ssl.py":
             pretraining_gets_its_views(its)
     if name == "sweep.py":
         assert sweep.check(sweep.plan(sweep.load(words))[1]).keys() == backbones.keys()
+
+
+def parts_are_no_longer_than_the_run(cfg) -> None:
+    if getattr(cfg, "optim", None) and cfg.epochs:  # epochs=0: a detector's weights are tested as they are
+        assert cfg.optim.warmup_epochs <= cfg.epochs
+    if isinstance(cfg, train_ssl.Config):
+        assert all(cfg.method.options[key] <= cfg.epochs for key in SSL_METHODS[cfg.method.name].in_epochs)
 
 
 def pretraining_gets_its_views(cfg: train_ssl.Config) -> None:

@@ -52,6 +52,16 @@ def save(path: str | Path, parts: dict, **about) -> None:
         os.fsync(file.fileno())
 
 
+def file_of(path: str | Path) -> Path:
+    """The checkpoint that a path names: the file itself, or last.pt of a run folder."""
+    return Path(path) / LAST if Path(path).is_dir() else Path(path)
+
+
+def folder_of(path: str | Path) -> Path:
+    """The run folder that a path names: the folder itself, or that of its last.pt."""
+    return Path(path).parent if Path(path).name == LAST else Path(path)
+
+
 def restore(state: dict, parts: dict) -> None:
     """The inverse of `save` for its parts."""
     for name, part in parts.items():
@@ -59,11 +69,14 @@ def restore(state: dict, parts: dict) -> None:
 
 
 def read(path: str | Path):
-    """What a file of torch.save holds, on the CPU. `weights_only` unpickles tensors and plain values and runs nothing.
+    """What a file of torch.save holds, on the CPU; of a run folder its last.pt. `weights_only` unpickles tensors and
+    plain values and runs nothing.
 
     Raises:
         UserError: no such file, not a file of torch.save, or one that holds more than data.
     """
+    if Path(path).is_dir() and not (path := file_of(path)).exists():
+        raise UserError(f"{path.parent} is a folder without {LAST}: name a file, or the folder of a run that has saved")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # official DINO's `args`: attributes, no code
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -86,6 +86,11 @@ class Log:
         it is well again. Also under TensorBoard's text."""
         self.warnings = self.warnings + 1 if warning else 0
         if self.warnings == 3:
+            self.warn_now(step, warning)
+
+    def warn_now(self, step: int, warning: str | None) -> None:
+        """Say at once what is wrong at this step, if anything is; also under TensorBoard's text."""
+        if warning:
             self.say(f"step {step}: {warning}")
             self.text("warning", warning, step)
 

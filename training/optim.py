@@ -78,6 +78,11 @@ class OptimConfig:
     clip_mode: Literal["global", "tensor"] = "global"  # tensor: each parameter by itself, as official DINO does
     options: dict = field(default_factory=dict)
 
+    def __post_init__(self):
+        if not all(0 < fraction < 1 for fraction in self.steps):
+            given = ",".join(f"{fraction:g}" for fraction in self.steps)
+            raise UserError(f"optim.steps={given} must be fractions of the run, between 0 and 1, as 0.6,0.8")
+
     def peak_lr(self, batch_size: int) -> float:
         """Learning rate where the warm-up ends; `batch_size` counts the pictures of all processes and accumulated
         batches."""

@@ -11,6 +11,8 @@ step i, as in the official DINO. What other official codes do differently, and s
 
 import math
 
+from training.errors import UserError
+
 
 def warmup_cosine(step: int, total: int, *, start: float, end: float = 0.0, warmup: int = 0) -> float:
     """Linear warm-up from 0 to `start`, then half a cosine from `start` towards `end`.
@@ -55,3 +57,15 @@ def linear_then_constant(position: float, *, start: float, end: float, length: i
     if position >= length - (length > 1):  # the last of several is `end` itself, not a sum that rounds
         return end
     return start + (end - start) * position / max(length - 1, 1)
+
+
+def check_lengths(epochs: int, lengths: dict[str, float]) -> None:
+    """Refuse warm-ups and other parts of a run, {key: length in epochs}, that are longer than the run or negative."""
+    for key, length in lengths.items():
+        if length < 0:
+            raise UserError(f"{key}={length:g} must not be negative; it is a length in epochs")
+    long = {key: length for key, length in lengths.items() if length > epochs}
+    if long:
+        given = " and ".join(f"{key}={length:g}" for key, length in long.items())
+        tenth = " ".join(f"{k}={epochs // 10 if isinstance(v, int) else epochs / 10:g}" for k, v in long.items())
+        raise UserError(f"{given} {'is' if len(long) == 1 else 'are'} longer than epochs={epochs}: set {tenth}")

@@ -10,6 +10,7 @@ from data.augment import normalize
 from models.anomaly.maps import blank
 from training.distributed import all_reduce_sum, gather_rows, world_size
 from training.errors import UserError
+from training.rehearsal import batch_norm_needs_more, naming, no_trace
 
 
 class Batch(NamedTuple):
@@ -128,6 +129,21 @@ class Detector(nn.Module):
         """`examine`'s maps (B, H, W) float32, or None when the method has none, and scores (B,)."""
         findings = self.examine(images, valid, leave_out)
         return findings.maps, findings.scores
+
+    def rehearse(self, image: Tensor, *, batch_size: int, training: bool, seed: int) -> None:
+        """Find out before the first step whether it can be made: pass an image uint8 (3, H, W) through the networks
+        and, if a process's batches are of one image, through a training step, whose batch norms may need more.
+
+        Raises:
+            UserError: data.size or batch_size does not do.
+        """
+        images, device = image[None], image.device
+        with naming({"data.size": tuple(image.shape[1:])}), no_trace(self, device, training=False):
+            self.networks(normalize(images))
+        if training and batch_size == 1:
+            nothing = torch.zeros(1, dtype=torch.int64)
+            with batch_norm_needs_more(batch_size), no_trace(self, device, training=True):
+                self(*next(iter(self.steps(TrainingBatch(images, nothing.to(device), nothing, 0, seed)))))
 
     def networks(self, images: Tensor) -> list[Tensor]:
         """What the score is computed from; a method with networks of its own adds their outputs."""

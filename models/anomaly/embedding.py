@@ -87,7 +87,9 @@ class Embedding(Detector):
         elif valid is None or valid.all():
             parts = outputs
         else:
-            raise UserError("embedding source=output pools padding, too: use source=stages, or data.fit=squash or crop")
+            raise UserError(
+                "embedding source=output pools padding, too: fit it with source=stages, or data.fit=squash or crop"
+            )
         if self.combine == "concat":
             parts = [torch.cat(parts, dim=1)]
         return [F.normalize(part) for part in parts] if self.normalize else parts

@@ -212,7 +212,7 @@ class PaDiM(Detector):
     def refuse_padding(self, valid: Tensor | None) -> None:
         if valid is not None and not valid.all():
             raise UserError(
-                f"{self.name} compares position by position, which padding shifts: set data.fit=squash or crop"
+                f"{self.name} compares position by position, which padding shifts: fit it with data.fit=squash or crop"
             )
 
 

@@ -25,6 +25,7 @@ class BarlowTwins(SSLMethod):
     """
 
     takes = (2, MANY, "byol")
+    least_images = 2
 
     def __init__(
         self,

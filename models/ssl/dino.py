@@ -32,6 +32,7 @@ class DINO(SSLMethod):
 
     kept = "target"
     takes = (2, MANY, "dino")
+    in_epochs = ("warmup_teacher_epochs", "freeze_last_layer")
     advice = "lower teacher_temperature or its warm-up's start, or raise freeze_last_layer"
 
     def __init__(

@@ -33,6 +33,8 @@ class SSLMethod(nn.Module):
         needs_labels: whether pictures without classes make no sense.
         needs_defect: whether the last view must have a synthetic defect.
         takes: least and most number of views, and the augmentation recipe that makes them.
+        least_images: images that a step needs over all processes: 2 if it compares those of a batch with each other.
+        in_epochs: names of the options that are lengths in epochs.
         advice: what to do when the loss stays where it is for a network that says the same of every picture.
 
     `embed(views)`, views V x (B, 3, h, w), gives tensors whose first dimension runs over the pictures (B, ...).
@@ -48,6 +50,8 @@ class SSLMethod(nn.Module):
     needs_labels = False
     needs_defect = False
     takes: tuple[int, int, str] = (2, 2, "simclr")
+    least_images = 1
+    in_epochs: tuple[str, ...] = ()
     advice = "lower the learning rate, warm up longer, or check the views in TensorBoard"
 
     def __init__(self):

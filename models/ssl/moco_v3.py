@@ -32,6 +32,7 @@ class MoCoV3(SSLMethod):
     """
 
     takes = (2, 2, "byol")
+    least_images = 2
 
     def __init__(
         self,

@@ -30,6 +30,7 @@ class SimCLR(SSLMethod):
     """
 
     takes = (2, MANY, "simclr")
+    least_images = 2
 
     def __init__(
         self,

@@ -36,6 +36,7 @@ class SupCon(SSLMethod):
 
     needs_labels = True
     takes = (1, MANY, "simclr")
+    least_images = 2
 
     def __init__(
         self,

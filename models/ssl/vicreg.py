@@ -27,6 +27,7 @@ class VICReg(SSLMethod):
     """
 
     takes = (2, MANY, "byol")
+    least_images = 2
     advice = "every picture has one embedding; raise method.variance"
 
     def __init__(

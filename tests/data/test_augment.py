@@ -196,6 +196,19 @@ def test_a_view_of_nothing_only_normalises_and_resizes():
     torch.testing.assert_close(small, F.resize(images.float() / 255, [10, 10], antialias=True), atol=1e-5, rtol=0)
 
 
+def test_normalize_takes_bytes_alone_and_leaves_them():
+    images = pictures(2, 9)
+    before = images.clone()
+    expected = (images.double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    torch.testing.assert_close(normalize(images).double(), expected, rtol=0, atol=1e-6)
+    assert torch.equal(images, before) and normalize(images[:0]).shape == (0, 3, 9, 9)
+    for wrong in (images.float(), images.float() / 255, images.double(), images.bool()):
+        kept = wrong.clone()
+        with pytest.raises(ValueError, match="normalize takes uint8 images, got torch"):
+            normalize(wrong)
+        assert torch.equal(wrong, kept)
+
+
 def test_empty_batch_and_one_picture():
     tall = replace(EVERYTHING, size=(20, 10), ratio="full_height")
     augment = Augment([EVERYTHING, tall, EVERYTHING], 0)

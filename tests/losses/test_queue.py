@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from losses.info_nce import queue_nce
-from losses.queue import Queue
+from losses.queue import Queue, suitable_length
 from tests.processes import run_processes
 from training.errors import UserError
 
@@ -157,3 +157,11 @@ def test_every_process_holds_what_one_would_in_the_order_of_ranks(world_size):
         assert error == message
         for ours, theirs in zip(results, expected):
             assert all(torch.equal(ours[name], theirs[name]) for name in ("rows", "labels", "oldest"))
+
+
+def test_a_suitable_length_is_below_the_number_of_images():
+    """lightly-train's table, ends included."""
+    expected = {1: 16, 50: 16, 51: 32, 100: 32, 101: 64, 918: 256, 1000: 256, 1001: 512, 40_000: 8192, 40_001: 16384}
+    expected |= {200_000: 32768, 200_001: 65536, 10**7: 65536}
+    assert {n: suitable_length(n) for n in expected} == expected
+    assert all(suitable_length(n) < n for n in range(17, 300))

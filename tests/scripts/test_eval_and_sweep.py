@@ -37,6 +37,13 @@ def test_eval_needs_only_a_checkpoint(pictures, tmp_path, capsys):
         assert {"per_class", "macro_f1"} <= set(results) or "confusion" in results
         assert (folder / "confusion.png").exists()
     assert {"lr", "holdout_top1"} <= set(results)
+    evaluate.main(["task=knn", f"checkpoint={tmp_path}/run", "device=cpu"])  # a run folder is its last.pt
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    first = json.loads((tmp_path / "run" / "eval_knn" / "results.json").read_text())
+    assert again == first and again["features/std"] > 0 and not (tmp_path / "eval_knn").exists()
+    about = ["backbone=resnet18", f"backbone.weights={tmp_path}/run", "data.name=folder", f"data.root={pictures}"]
+    evaluate.main(["task=knn", *about, "data.size=32", f"runs={tmp_path}", "run_name=other", "device=cpu"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] == first["top1"]
 
 
 def test_eval_of_published_weights(pictures, tmp_path, capsys):
@@ -52,6 +59,17 @@ def test_eval_mistakes(pictures, tmp_path):
         evaluate.main(["task=nkn", "backbone=resnet18", f"data.root={pictures}", "data.name=folder", "data.size=32"])
     with pytest.raises(UserError, match="No such file"):
         evaluate.main(["task=knn", f"checkpoint={tmp_path}/nothing.pt"])
+    with pytest.raises(UserError, match=r"is a folder without last\.pt"):
+        evaluate.main(["task=knn", f"checkpoint={tmp_path}"])
+    for wrong, message in {
+        "task.k=0": r"task\.k=0 must be at least 1",
+        "task.temperature=0": r"task\.temperature=0\.0 must be positive",
+        "task=linear task.epochs=0": r"task\.epochs=0 must be at least 1",
+    }.items():
+        about = ["backbone=resnet18", f"data.root={pictures}", "data.name=folder", "data.size=32", f"runs={tmp_path}"]
+        with pytest.raises(UserError, match=message):
+            evaluate.main([*(["task=knn"] if "linear" not in wrong else []), *wrong.split(), *about])
+        assert not (tmp_path / "eval").exists()
 
 
 @pytest.mark.parametrize("task", ["knn", "linear"])

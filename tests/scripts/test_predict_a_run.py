@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+import eval as evaluate
 import predict
 import train_anomaly
 from tests.pictures import write_mvtec
@@ -49,3 +50,45 @@ def test_a_detector_of_positions_refuses_pictures_that_would_be_padded(tmp_path)
     with pytest.raises(UserError, match="position by position, which padding shifts"):
         predict.main([str(tmp_path / "run"), str(tmp_path / "wide"), f"out={tmp_path / 'out'}", "device=cpu"])
     assert not (tmp_path / "out" / "predictions.csv").exists()
+
+
+def test_a_run_folder_and_its_last_checkpoint_do_alike(tmp_path, capsys):
+    """Where a run is asked for and where a checkpoint is: predict.py, update, detector.weights, task=compare."""
+
+    def last(main, *words):
+        main(list(words))
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    root = write_mvtec(tmp_path / "set")
+    about = [f"data.root={root}", "data.category=part", "data.size=32", f"runs={tmp_path}", "device=cpu"]
+    run, file = tmp_path / "run", tmp_path / "run" / "last.pt"
+    patchcore = ["configs/patchcore_demo.yaml", *about]
+    last(train_anomaly.main, *patchcore, "run_name=run")
+    for number, (place, path) in enumerate(((run, file), (file, run))):
+        found = last(predict.main, str(place), str(root / "part/test"), f"out={tmp_path}/out{number}", "device=cpu")
+        assert found["pictures"] == 8
+        updated = last(train_anomaly.main, *patchcore, f"run_name=update{number}", f"update={path}")
+        assert updated["image_auroc"] is not None
+    assert (tmp_path / "out0/predictions.csv").read_bytes() == (tmp_path / "out1/predictions.csv").read_bytes()
+    compared = last(evaluate.main, "task=compare", f"runs={file},{tmp_path}/update0")
+    assert compared["task"] == "compare" and (run / "eval_compare" / "results.json").exists()
+
+    rd4ad = ["configs/rd4ad_demo.yaml", *about]
+    trained = last(train_anomaly.main, *rd4ad, "run_name=trained", "epochs=1", "batch_size=4")
+    tested = last(train_anomaly.main, *rd4ad, "run_name=tested", "epochs=0", f"detector.weights={tmp_path}/trained")
+    assert tested["image_auroc"] == trained["image_auroc"]
+
+
+def test_advice_names_keys_that_predict_has(tmp_path, capsys):
+    root = write_mvtec(tmp_path / "set", size=64)
+    about = [f"data.root={root}", "data.category=part", f"runs={tmp_path}", "run_name=run", "device=cpu"]
+    vit = ["backbone=vit_tiny", "backbone.patch=14", "backbone.size=56", "data.size=56"]
+    train_anomaly.main(["configs/patchcore_demo.yaml", *about, *vit])
+    pictures = root / "part" / "test"
+    (pictures / "good" / "broken.png").write_bytes(b"no image")
+    out = [str(tmp_path / "run"), str(pictures), f"out={tmp_path / 'out'}", "device=cpu"]
+    predict.main(out)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: ")]
+    assert "not a picture of a known format" in line and "data." not in line
+    with pytest.raises(UserError, match=r"tile=192 does not suit the networks of this run: take tile=224"):
+        predict.main([*out, "tile=192"])

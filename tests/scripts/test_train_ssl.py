@@ -208,6 +208,18 @@ def test_a_collapse_is_said_once_and_kept(pictures, tmp_path, capsys, monkeypatc
     assert len(said) == 1 and "step 6: embedding/std 0.01 is below 0.05" in said[0]
 
 
+def test_constant_features_are_said_at_once_while_embeddings_look_healthy(pictures, tmp_path, capsys):
+    """12 steps of batches of 8 leave MobileNetV2's running statistics far from settled."""
+    train_ssl.main(words("simclr", pictures, tmp_path, "eval_every=1"))
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    points = [m for m in metrics if "knn20_top1" in m]
+    assert len(points) == 3 and all(0 <= m["features/std"] < 1e-4 for m in points)
+    assert all(m["features/effective_rank"] < 1.01 and m["knn20_top1"] == pytest.approx(1 / 3) for m in points)
+    assert min(m["embedding/std"] for m in metrics if "loss" in m) > 0.5
+    said = [line for line in capsys.readouterr().err.splitlines() if "in eval mode images have nearly" in line]
+    assert len(said) == 3 and "step 4: features/std" in said[0] and "kNN is guessing; in train mode" in said[0]
+
+
 def test_which_network_counts_is_kept_in_the_checkpoint(pictures, tmp_path):
     for name, kept in (("byol", "online"), ("dino", "target")):
         train_ssl.main(words(name, pictures, tmp_path, "epochs=1", f"run_name={name}"))

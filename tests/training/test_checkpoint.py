@@ -159,3 +159,15 @@ def test_a_folder_that_cannot_be_made(resume, tmp_path):
         with pytest.raises(UserError, match=why):
             checkpoint.open_run(folder, {}, resume=resume)
     assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_run_folder_and_its_last_checkpoint_name_each_other(tmp_path):
+    folder, file = tmp_path / "run", tmp_path / "run" / "last.pt"
+    folder.mkdir()
+    with pytest.raises(UserError, match=r"run is a folder without last\.pt: name a file, or the folder of a run"):
+        checkpoint.read(folder)
+    checkpoint.save(file, {}, step=4, config={})
+    assert checkpoint.load(folder)["step"] == checkpoint.load(str(file))["step"] == 4
+    assert checkpoint.file_of(folder) == checkpoint.file_of(file) == file
+    assert checkpoint.folder_of(folder) == checkpoint.folder_of(str(file)) == folder
+    assert checkpoint.file_of(folder / "best.pt") == folder / "best.pt"

@@ -6,8 +6,16 @@ import torch
 
 from models.resnet import ResNet18
 from models.ssl.dino import DINO
+from training.errors import UserError
 from training.optim import OptimConfig
-from training.schedule import linear_then_constant, warmup_constant, warmup_cosine, warmup_exponential, warmup_steps
+from training.schedule import (
+    check_lengths,
+    linear_then_constant,
+    warmup_constant,
+    warmup_cosine,
+    warmup_exponential,
+    warmup_steps,
+)
 
 
 def official_cosine(start, end, total, warmup):
@@ -90,3 +98,37 @@ def test_config_scales_with_the_batch_and_warms_up_in_epochs():
     assert optim.weight_decay_at(50, 100) == 0.04
     optim.final_weight_decay = 0.4
     assert optim.weight_decay_at(50, 100) == pytest.approx(0.22)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "lengths", "message"),
+    [
+        (
+            2,
+            {"optim.warmup_epochs": 10.0},
+            "optim.warmup_epochs=10 is longer than epochs=2: set optim.warmup_epochs=0.2",
+        ),
+        (
+            25,
+            {"optim.warmup_epochs": 25.5, "method.warmup_teacher_epochs": 30, "method.freeze_last_layer": 1},
+            "optim.warmup_epochs=25.5 and method.warmup_teacher_epochs=30 are longer than epochs=25: "
+            "set optim.warmup_epochs=2.5 method.warmup_teacher_epochs=2",
+        ),
+        (3, {"optim.warmup_epochs": -1.0}, "optim.warmup_epochs=-1 must not be negative; it is a length in epochs"),
+    ],
+)
+def test_parts_longer_than_the_run_are_an_error(epochs, lengths, message):
+    with pytest.raises(UserError) as caught:
+        check_lengths(epochs, lengths)
+    assert str(caught.value) == message
+
+
+def test_parts_as_long_as_the_run_are_none():
+    check_lengths(1, {"optim.warmup_epochs": 1.0, "method.freeze_last_layer": 1, "nothing": 0})
+
+
+@pytest.mark.parametrize("steps", [(60.0, 80.0), (0.0,), (0.5, 1.0)])
+def test_steps_are_fractions_of_the_run(steps):
+    with pytest.raises(UserError, match=r"optim\.steps=\S+ must be fractions of the run"):
+        OptimConfig(name="sgd", lr=0.1, schedule="steps", steps=steps)
+    OptimConfig(name="sgd", lr=0.1, schedule="steps", steps=())
