@@ -174,7 +174,7 @@ def main(argv: list[str]) -> None:
         start, best, curves, figures = (state[key] for key in ("step", "best", "curves", "figures"))
         began -= state["seconds"]
 
-    log, window = Log(folder, resolved, start), Window(device)
+    log, window = Log(folder, cfg, start), Window(device)
     parameters = sum(p.numel() for p in method.online.parameters())
     log.say(f"{cfg.run_name}: {cfg.method.name} on {len(train_ids)} pictures, {cfg.backbone.name} ({report}), ")
     log.say(f"{parameters:,} parameters, {epoch_steps} steps an epoch, step {start} of {total}, {world} x {device}")

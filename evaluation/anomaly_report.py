@@ -66,14 +66,13 @@ def report(
     groups = {"training normals": normal.scores} if normal is not None else {}
     groups |= {name: found.scores[defects == name] for name in sorted(set(defects), key=lambda n: (n != "good", n))}
     for name, scores in groups.items():
-        log.writer.add_histogram(f"scores/{printable(name)}", scores, 0)
+        log.histogram(f"scores/{name}", scores)
     show(log, "scores", histogram_picture(groups, threshold))
     if results["image_auroc"] is not None:
         show(log, "curves", roc_pr_picture(found.scores, test_set.labels, log.config["run_name"], threshold))
         least, most = found.scores.min(), found.scores.max()
-        log.writer.add_pr_curve(
-            "precision_recall", test_set.labels, (found.scores - least) / (most - least).clamp(min=1e-12)
-        )
+        share = (found.scores - least) / (most - least).clamp(min=1e-12)
+        log.precision_recall("precision_recall", test_set.labels, share)
 
     chosen = pick(found.scores, test_set.labels, test_set.defects, threshold)
     title = f"{log.config['detector']['name']}, {log.config['backbone']['name']}, {log.config['run_name']}"
