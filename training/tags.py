@@ -69,7 +69,10 @@ TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, descr
         "4_method/prototypes_used",
         "How evenly images spread over the teacher's prototypes: 1 all different, near 0 one prototype for all.",
     ),
-    "stats/teacher_temperature": ("4_method/teacher_temperature", "Softmax temperature of the teacher, which warms up."),
+    "stats/teacher_temperature": (
+        "4_method/teacher_temperature",
+        "Softmax temperature of the teacher; it warms up.",
+    ),
     "stats/position_accuracy": ("4_method/position_accuracy", "Share of patch positions that are told; chance is 1/8."),
     "stats/task_loss": ("4_method/task_loss", "PsCo's supervised part of the loss, on pseudo-labels."),
     "stats/moco_loss": ("4_method/moco_loss", "PsCo's contrastive part of the loss, MoCo's."),
