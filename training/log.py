@@ -26,6 +26,7 @@ from training.version import another_version
 
 # What torch leaves out of these kinds of summaries, without which TensorBoard's loader drops the description.
 WITHOUT_METADATA = {
+    "simple_value": ("scalars", DataClass.DATA_CLASS_SCALAR),
     "image": ("images", DataClass.DATA_CLASS_BLOB_SEQUENCE),
     "histo": ("histograms", DataClass.DATA_CLASS_TENSOR),
 }
@@ -46,6 +47,7 @@ class Log:
     def __init__(self, folder: str | Path, config, step: int = 0):
         self.folder, self.config, self.writer, self.warnings = Path(folder), as_dict(config), None, 0
         self.hparams, self.has_charts = changed(config), False
+        self.hparams.pop("run_name", None)  # TensorBoard names each run anyway
         if not distributed.is_main():
             return
         lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
@@ -69,7 +71,7 @@ class Log:
 
     def _add(self, key: str, made, step: int) -> None:
         """Write one of torch's summaries, made with `key` as its tag, under the tag that tags.py has for the key."""
-        (value,) = made.value
+        key, (value,) = printable(key), made.value
         tag, value.metadata.summary_description = tag_of(key)
         value.tag = tag + value.tag.removeprefix(key)  # torch adds "/text_summary" to texts
         if kind := WITHOUT_METADATA.get(value.WhichOneof("value")):
@@ -90,7 +92,7 @@ class Log:
                     self.writer.add_custom_scalars(layout())
                     self.has_charts = True
                 for key, value in values.items():
-                    self._add(key, summary.scalar(key, value, new_style=True), step)
+                    self._add(key, summary.scalar(key, value), step)
                 with open(self._metrics, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": step, **finite}) + "\n")
         return values
