@@ -167,7 +167,7 @@ def measure(cfg: Config) -> None:
         folder = Path(cfg.checkpoint).parent / (name if stem == "last" else f"{name}_{stem}")
     resolved, began = config.as_dict(cfg), time.perf_counter()
     checkpoint.open_run(folder, resolved)
-    log = Log(folder, resolved)
+    log = Log(folder, cfg)
 
     torch.manual_seed(cfg.seed)
     backbone, report = build_backbone(cfg.backbone)
@@ -216,7 +216,7 @@ def compare(cfg: CompareConfig) -> None:
     result = compare_runs([load_scores(Path(run) / "test_scores.pt") for run in cfg.runs], cfg.runs, seed=cfg.seed)
     folder = Path(cfg.runs[0]) / "eval_compare"
     checkpoint.open_run(folder, config.as_dict(cfg))
-    log = Log(folder, config.as_dict(cfg))
+    log = Log(folder, cfg)
     table = markdown_table(*compare_table(result))
     log.text("compare", table)
     log.say(table)
@@ -236,7 +236,7 @@ def defects(cfg: DefectsConfig) -> None:
 
     folder = config.run_folder(cfg) / "eval_defects"
     checkpoint.open_run(folder, config.as_dict(cfg))
-    log = Log(folder, config.as_dict(cfg))
+    log = Log(folder, cfg)
     picture = defect_sheet(images, made, f"Synthetic defects on training pictures, seed {cfg.seed}")
     save(picture, folder / "defects.png")
     log.picture("defects", pil_to_tensor(picture))
@@ -256,7 +256,7 @@ def describe(cfg: DescribeConfig) -> None:
     backbones = [config.build(BackboneConfig, section, "backbones.") for section in sections]
     folder = config.run_folder(cfg) / "eval_describe"
     checkpoint.open_run(folder, config.as_dict(cfg))
-    log, described = Log(folder, config.as_dict(cfg)), {}
+    log, described = Log(folder, cfg), {}
     for name, settings in zip(asked, backbones):
         backbone, _ = build_backbone(settings)
         described[name] = description(

@@ -8,8 +8,9 @@ The run folder is all it needs. Pictures are those in a folder and below, or one
 predictions.csv: a row a picture: path (below the folder), score, is_anomalous (1 if the score is above the threshold,
     else 0), threshold, nearest_training_picture (of detectors with a memory), and y, x: row and column of the most
     anomalous pixel of the original. What is not known is empty.
-heatmaps/<path>.png: the original in grey under its anomaly map, regions above the run's pixel threshold outlined. None
-    for detectors without maps, and for runs that had no normal pictures to take the color scale from.
+heatmaps/<path>.png: the original in grey under its anomaly map, pixel for pixel, regions above the pixel threshold
+    outlined and the peak marked; below it the verdict, the score and a legend. None for detectors without maps, and for
+    runs that had no normal pictures to take the color scale from.
 
 `tile`: pictures are not fitted into the input but cut into squares at their own resolution; the score is the largest of
 all tiles' scores. The stored thresholds were measured on whole pictures in the input's size, so with tiles they promise
@@ -172,18 +173,19 @@ def row_and_heatmap(
     score, name, (y, x), problem = float(found.scores), "", ("", ""), None
     if not math.isfinite(score):
         raise UserError(f"the score of {path} is {score}: use precision=fp32; if it is, the run has diverged")
-    if found.maps is not None and state["calibration"]["low"] is not None:
-        target = out / "heatmaps" / f"{os.path.relpath(path, root)}.png"  # of a.jpg and of a.png: two files
-        heat = geometry.to_original(found.maps[0], size)
-        try:
-            write_heatmap(path, heat, target, state["calibration"], geometry.white)
-        except UserError as error:
-            problem = error
     if found.pictures is not None:
         name = state["names"][int(found.pictures)]
     if found.peaks is not None:
         point = geometry.to_original_point(found.peaks, torch.tensor([size]))[0].tolist()
         y, x = (min(max(int(p), 0), side - 1) for p, side in zip(point, size))  # a patch may stick out
+    if found.maps is not None and state["calibration"]["low"] is not None:
+        target = out / "heatmaps" / f"{os.path.relpath(path, root)}.png"  # of a.jpg and of a.png: two files
+        said = {"score": score, "threshold": threshold, "peak": None if found.peaks is None else (y, x)}
+        heat = geometry.to_original(found.maps[0], size)
+        try:
+            write_heatmap(path, heat, target, state["calibration"], geometry.white, **said)
+        except UserError as error:
+            problem = error
     alarm = "" if threshold is None else int(score > threshold)
     limit = "" if threshold is None else threshold
     return [os.path.relpath(path, root), score, alarm, limit, name, y, x], problem

@@ -142,7 +142,7 @@ def main(argv: list[str]) -> None:
     about = images | {"config": resolved}  # images by the numbers that a detector remembers
     if state:
         checkpoint.restore(state, parts)
-    log, window, began = Log(folder, resolved, start), Window(device), time.perf_counter()
+    log, window, began = Log(folder, cfg, start), Window(device), time.perf_counter()
     before = state["seconds_fit"] if state else 0.0  # of the sessions before this one
     log.say(
         f"{cfg.run_name}: {cfg.detector.name}{trained}, {cfg.backbone.name} ({weights}), "

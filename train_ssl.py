@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torchvision.utils import make_grid
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from data import AugmentConfig, DataConfig, DefectConfig, build_augment, build_dataset, settled, what_is_used
@@ -28,6 +28,7 @@ from data.spd import SpotTheDifference
 from data.view_detail import blur_note
 from evaluation.collapse import collapse_warning, constant_warning, embedding_health
 from evaluation.knn import few_neighbors, knn_figures
+from evaluation.view_sheet import view_sheets
 from models.build import BackboneConfig, build_backbone, refuse_classifier
 from models.split_batch_norm import SplitBatchNorm2d
 from models.ssl import SSL_METHODS, MethodConfig
@@ -173,7 +174,7 @@ def main(argv: list[str]) -> None:
         start, best, curves, figures = (state[key] for key in ("step", "best", "curves", "figures"))
         began -= state["seconds"]
 
-    log, window = Log(folder, resolved, start), Window(device)
+    log, window = Log(folder, cfg, start), Window(device)
     parameters = sum(p.numel() for p in method.online.parameters())
     log.say(f"{cfg.run_name}: {cfg.method.name} on {len(train_ids)} pictures, {cfg.backbone.name} ({report}), ")
     log.say(f"{parameters:,} parameters, {epoch_steps} steps an epoch, step {start} of {total}, {world} x {device}")
@@ -226,8 +227,9 @@ def main(argv: list[str]) -> None:
         method.update()
 
         if step == 0:
-            for v, view in enumerate(views(pictures[0][0][:32], pictures[0][2][:32])):
-                log.picture(f"views/{v}", make_grid(unnormalize(view), nrow=8))
+            shown, _, ids = (part[:8] for part in pictures[0])
+            for name, sheet in view_sheets(shown, [unnormalize(view) for view in views(shown, ids)]).items():
+                log.picture(f"views/{name}", pil_to_tensor(sheet))
         done = step + 1
         log_due, eval_due, save_due = (
             done % every == 0 or done == total

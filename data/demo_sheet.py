@@ -8,10 +8,10 @@ from scipy.ndimage import binary_dilation
 
 from data.demo_condition import CONDITIONS
 from data.demo_parts import PARTS
+from evaluation.colors import TRUE_DEFECT
 from training.errors import UserError, run
 
 COLUMNS, WIDTH, HEIGHT, MARGIN, LINE = 8, 122, 100, 2, 17  # tiles of the sheet in pixels; LINE: one label
-OUTLINE = (255, 70, 60)
 
 
 def contact_sheet(root: str | Path) -> Image.Image:
@@ -55,7 +55,7 @@ def _pictures(folder: Path, count: int, *, masks: Path | None = None) -> list[Im
         if masks is not None:
             with Image.open(masks / f"{path.stem}_mask.png") as picture:
                 mask = np.array(picture.resize((WIDTH, HEIGHT), Image.Resampling.NEAREST)) > 0
-            tile[binary_dilation(mask, iterations=2) & ~binary_dilation(mask)] = OUTLINE
+            tile[binary_dilation(mask, iterations=2) & ~binary_dilation(mask)] = TRUE_DEFECT
         tiles.append(Image.fromarray(tile))
     return tiles
 

@@ -7,10 +7,11 @@ neighbors.png (what they were compared with), curves.png, scores.png, suspicious
 
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -27,6 +28,8 @@ from models.anomaly.detector import Findings
 from training.files import whole_file
 from training.log import Log
 from training.text import printable
+
+ROWS = 4  # of a sheet in TensorBoard; the files in the run folder have all
 
 
 def report(
@@ -66,14 +69,13 @@ def report(
     groups = {"training normals": normal.scores} if normal is not None else {}
     groups |= {name: found.scores[defects == name] for name in sorted(set(defects), key=lambda n: (n != "good", n))}
     for name, scores in groups.items():
-        log.writer.add_histogram(f"scores/{printable(name)}", scores, 0)
+        log.histogram(f"scores/{name}", scores)
     show(log, "scores", histogram_picture(groups, threshold))
     if results["image_auroc"] is not None:
         show(log, "curves", roc_pr_picture(found.scores, test_set.labels, log.config["run_name"], threshold))
         least, most = found.scores.min(), found.scores.max()
-        log.writer.add_pr_curve(
-            "precision_recall", test_set.labels, (found.scores - least) / (most - least).clamp(min=1e-12)
-        )
+        share = (found.scores - least) / (most - least).clamp(min=1e-12)
+        log.precision_recall("precision_recall", test_set.labels, share)
 
     chosen = pick(found.scores, test_set.labels, test_set.defects, threshold)
     title = f"{log.config['detector']['name']}, {log.config['backbone']['name']}, {log.config['run_name']}"
@@ -81,27 +83,37 @@ def report(
     if maps is not None and low is None and (defects == "good").any():  # no normals to spare
         low, high = heat_range([maps[i] for i in np.flatnonzero(defects == "good")])
     if maps is not None and low is not None:
-        rows = [picture_row(found.maps[caption.index], test_set, caption) for caption in chosen]
-        sheet(rows, folder / "heatmaps.png", low=low, high=high, title=title)
-        show(log, "heatmaps")
+        rows = [image_row(found, test_set, caption) for caption in chosen]
+        scale = {"low": low, "high": high, "pixel_threshold": calibration["pixel_threshold"]}
+        drawn = partial(sheet, **scale)
+        save(drawn(rows, title=title), folder / "heatmaps.png")
+        show_pages(log, "heatmaps", partial(drawn, columns=1), rows, title)
     if found.pictures is not None:
         pairs = [neighbor_pair(found, test_set, normals.dataset, caption) for caption in chosen]
-        neighbor_sheet(pairs, folder / "neighbors.png", title=f"{title}: what comes nearest")
-        show(log, "neighbors")
+        title += ": what comes nearest"
+        save(neighbor_sheet(pairs, title=title), folder / "neighbors.png")
+        show_pages(log, "neighbors", neighbor_sheet, pairs, title)
     return results
 
 
-def show(log: Log, name: str, picture: Image.Image | None = None) -> None:
-    """Put <name>.png into the run folder, unless it is there, and into TensorBoard."""
-    path = log.folder / f"{name}.png"
-    if picture is not None:
-        save(picture, path)
-    log.picture(name, pil_to_tensor(Image.open(path).convert("RGB")))
+def show(log: Log, name: str, image: Image.Image) -> None:
+    """Put <name>.png into the run folder, and into TensorBoard."""
+    save(image, log.folder / f"{name}.png")
+    log.picture(name, pil_to_tensor(image))
 
 
-def picture_row(heat: torch.Tensor, dataset, caption: Caption) -> Row:
+def show_pages(log: Log, name: str, draw: Callable, rows: list, title: str) -> None:
+    """Put sheets of a few rows each, readable at once, into TensorBoard; `draw(rows, title=...)` makes one."""
+    pages = [rows[start : start + ROWS] for start in range(0, len(rows), ROWS)]
+    for number, page in enumerate(pages, 1):
+        which = f"{number} of {len(pages)}"
+        log.picture(f"{name}/{which}", pil_to_tensor(draw(page, title=f"{which}: {title}")))
+
+
+def image_row(found: Findings, dataset, caption: Caption) -> Row:
     image, mask, *_ = dataset[caption.index]
-    return Row(image, heat, mask if dataset.has_masks and dataset.mask_known[caption.index] else None, caption)
+    mask = mask if dataset.has_masks and dataset.mask_known[caption.index] else None
+    return Row(image, found.maps[caption.index], mask, tuple(found.peaks[caption.index].tolist()), caption)
 
 
 def neighbor_pair(found: Findings, test_set, train_set, caption: Caption) -> Pair:
@@ -109,7 +121,7 @@ def neighbor_pair(found: Findings, test_set, train_set, caption: Caption) -> Pai
     number = int(found.pictures[caption.index])
     places = [None if p is None else tuple(p[caption.index].tolist()) for p in (found.peaks, found.places)]
     lines = [caption.heading, *caption.lines, "nearest:", os.path.basename(train_set.paths[number])]
-    return Pair(test_set[caption.index][0], places[0], train_set[number][0], places[1], lines)
+    return Pair(test_set[caption.index][0], places[0], train_set[number][0], places[1], lines, caption.correct)
 
 
 def write_scores(folder: Path, found: Findings, test_set, train_set, threshold: float | None) -> None:

@@ -4,11 +4,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from evaluation.colors import GRID, INK, RIGHT, WRONG
 from evaluation.lettering import font, lettered, write
 
 MOST_CONFUSED = 10  # pairs listed in a report
-
-CORRECT, WRONG, INK, GRID = (8, 81, 156), (203, 66, 20), (32, 32, 32), (214, 214, 214)
 
 
 def confusion_matrix(predictions: Tensor, labels: Tensor, n_classes: int) -> Tensor:
@@ -114,7 +113,7 @@ def confusion_picture(matrix: Tensor, classes: list[str]) -> Image.Image:
     for i, row in enumerate(counts):
         for j, count in enumerate(row):
             share = count / max(1, sum(row))
-            full = CORRECT if i == j else WRONG
+            full = RIGHT if i == j else WRONG
             # The square root lets a share of a few per cent show.
             fill = tuple(round(255 + (channel - 255) * share**0.5) for channel in full)
             x, y = left + j * cell, top + i * cell

@@ -1,6 +1,6 @@
 """Scores of a test set as pictures: ROC and precision-recall curves, and histograms above each other. Pillow draws.
 
-Blue is normal or usual, orange is what the threshold calls anomalous (Okabe and Ito 2008: told apart by everyone).
+Grey is usual, orange is what the threshold calls anomalous.
 """
 
 import math
@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from evaluation.anomaly_metrics import Array, image_metrics, real_numbers, to_numpy
-from evaluation.heatmaps import INK, MARGIN, PAPER, SOFT
+from evaluation.colors import ALARM, GRID, INK, PAPER, SOFT, USUAL
+from evaluation.heatmaps import MARGIN
 from evaluation.lettering import font, write
 
-BLUE, ORANGE, GRID = (0, 114, 178), (213, 94, 0), (226, 226, 226)
 PANEL, LEFT, TOP, DOT = 400, 44, 134, 7  # pixels: side of a plot, room for its numbers, above it, radius of the dot
 ROW, BAR, NAMES, PLOT, NOTES, BINS = 48, 38, 250, 640, 160, 60  # pixels of the histograms, and how many bars
 
@@ -51,10 +51,10 @@ def roc_pr_picture(scores: Array, labels: Array, title: str, threshold: float | 
     rate = (alarms - found) / (~labels).sum()
     dashed(draw, [place(boxes[0], x, x) for x in (0, 1)])
     dashed(draw, [place(boxes[1], x, labels.mean()) for x in (0, 1)])
-    draw.line([place(boxes[0], x, y) for x, y in [(0, 0), *zip(rate, recall)]], BLUE, 3, joint="curve")
+    draw.line([place(boxes[0], x, y) for x, y in [(0, 0), *zip(rate, recall)]], USUAL, 3, joint="curve")
     starts = np.append(0, recall[:-1])
     steps = [point for a, b, y in zip(starts, recall, precision) for point in ((a, y), (b, y))]
-    draw.line([place(boxes[1], x, y) for x, y in steps], BLUE, 3, joint="curve")
+    draw.line([place(boxes[1], x, y) for x, y in steps], USUAL, 3, joint="curve")
     y = TOP + PANEL + 78
     dashed(draw, [(MARGIN + LEFT - 12, y), (MARGIN + LEFT + 12, y)])
     draw.text((MARGIN + LEFT + 22, y), "chance", INK, font(16), anchor="lm")
@@ -85,8 +85,8 @@ def histogram_picture(groups: dict[str, Array], threshold: float | None) -> Imag
     paper = Image.new("RGB", (left + PLOT + NOTES + MARGIN, bottom + 60), PAPER)
     draw = ImageDraw.Draw(paper)
     draw.text((MARGIN, 18), "Image scores", INK, font(24))
-    x, key = MARGIN, [(BLUE, "not above the threshold"), (ORANGE, "above it: called anomalous")]
-    for color, text in [(BLUE, "pictures")] if threshold is None else key:
+    x, key = MARGIN, [(USUAL, "not above the threshold"), (ALARM, "above it: called anomalous")]
+    for color, text in [(USUAL, "pictures")] if threshold is None else key:
         draw.rectangle((x, 64, x + 16, 80), color)
         draw.text((x + 24, 72), text, INK, font(16), anchor="lm")
         x += 54 + round(font(16).getlength(text))
@@ -115,7 +115,7 @@ def histogram_picture(groups: dict[str, Array], threshold: float | None) -> Imag
             sides = [place(box, (edge - edges[0]) / span, 0)[0] for edge in edges[i : i + 2]]
             height = max(3, round(BAR * counts[i] / counts.max()))
             above = threshold is not None and edges[i] >= threshold
-            draw.rectangle((sides[0] + 1, base - height, sides[1] - 1, base - 1), ORANGE if above else BLUE)
+            draw.rectangle((sides[0] + 1, base - height, sides[1] - 1, base - 1), ALARM if above else USUAL)
     if threshold is not None:
         x, _ = place(box, (threshold - edges[0]) / span, 0)
         dashed(draw, [(x, top), (x, bottom)], INK)
@@ -168,7 +168,7 @@ def place(box: Box, x: float, y: float) -> tuple[int, int]:
 
 def dot(draw: ImageDraw.ImageDraw, center: tuple[int, int]) -> None:
     x, y = center
-    draw.ellipse((x - DOT, y - DOT, x + DOT, y + DOT), ORANGE, PAPER, 2)
+    draw.ellipse((x - DOT, y - DOT, x + DOT, y + DOT), ALARM, PAPER, 2)
 
 
 def dashed(draw: ImageDraw.ImageDraw, ends: list[tuple[int, int]], color: tuple[int, int, int] = SOFT) -> None:

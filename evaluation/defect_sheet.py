@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from evaluation.heatmaps import GAP, INK, MARGIN, OUTLINE, PAPER, SOFT, TILE, outline
+from evaluation.colors import INK, PAPER, SOFT, TRUE_DEFECT
+from evaluation.heatmaps import GAP, MARGIN, TILE, outline
 from evaluation.lettering import font, write
 
 SIDE = 150  # pixels of the column of names
@@ -22,7 +23,7 @@ def defect_sheet(images: Tensor, kinds: dict[str, tuple[Tensor, Tensor]], title:
     paper = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(paper)
     write(pen, (MARGIN, 18), title, INK, 24)
-    pen.rectangle((MARGIN, 60, MARGIN + 22, 76), outline=OUTLINE, width=3)
+    pen.rectangle((MARGIN, 60, MARGIN + 22, 76), outline=TRUE_DEFECT, width=3)
     pen.text((MARGIN + 30, 58), "where the picture may have changed: the mask", INK, font(16))
     _row(paper, top, _tiles(images))
     pen.text((MARGIN, top), "as it is", INK, font(19))

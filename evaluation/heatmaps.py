@@ -1,5 +1,5 @@
-"""Anomaly maps as pictures: a color ramp, an overlay, the outline of the true defect, and a sheet that shows at a
-glance what a detector finds, misses and wrongly reports. Images are uint8 (3, H, W); Pillow draws."""
+"""Anomaly maps as images: a color ramp, an overlay, outlines, a legend, and a sheet that shows at a glance what a
+detector finds, misses and wrongly reports. Images are uint8 (3, H, W); Pillow draws. Colors: evaluation/colors.py."""
 
 import os
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from evaluation.anomaly_metrics import Array, real_numbers, to_numpy
+from evaluation.colors import ABOVE, INK, PAPER, PEAK, RIGHT, RIM, TRUE_DEFECT, WRONG
 from evaluation.lettering import font, write
 from training.files import whole_file
 
@@ -29,28 +30,27 @@ INFERNO = torch.tensor(
     ],
     dtype=torch.float32,
 )
-OUTLINE = (60, 230, 255)  # cyan: in no metal and not on the ramp
-PAPER, INK, SOFT, RIGHT, WRONG = (255, 255, 255), (25, 25, 25), (110, 110, 110), (20, 120, 60), (190, 30, 30)
-TILE, GAP, MARGIN, CAPTION = 208, 8, 24, 236  # pixels
+TILE, GAP, MARGIN, CAPTION, TOP = 208, 8, 24, 240, 104  # pixels; TOP: room for title and legend
 
 
 @dataclass
 class Caption:
-    """What is said beside a picture of the test set: why it is shown, and what the detector made of it."""
+    """What is said beside an image of the test set: the verdict, and what the detector made of it."""
 
-    index: int  # of the picture in the test set
-    heading: str
+    index: int  # of the image in the test set
+    heading: str  # correct, missed, false alarm or no threshold
     lines: list[str]
-    correct: bool
+    correct: bool | None  # None without a threshold
 
 
 @dataclass
 class Row:
-    """One picture of a sheet. `mask` None where there is no ground truth."""
+    """One image of a sheet. `mask` None where there is no ground truth."""
 
     image: torch.Tensor  # uint8 (3, H, W)
     map: torch.Tensor  # float (H, W), raw scores
     mask: torch.Tensor | None  # bool (H, W)
+    peak: tuple[float, float]  # (y, x) of the most anomalous place in the map
     caption: Caption
 
 
@@ -76,11 +76,38 @@ def overlay(image: torch.Tensor, heat: torch.Tensor, low: float, high: float) ->
     return blended.round().to(torch.uint8)
 
 
-def outline(image: torch.Tensor, mask: torch.Tensor, width: int = 2) -> torch.Tensor:
-    """Draw the border of `mask` bool (H, W), `width` pixels wide, just outside it, so that the defect stays visible."""
-    grown = F.max_pool2d(mask[None].float(), 2 * width + 1, stride=1, padding=width)[0] > 0  # (H, W)
-    color = torch.tensor(OUTLINE, dtype=torch.uint8, device=image.device)[:, None, None]  # (3, 1, 1)
-    return torch.where(grown & ~mask, color, image)
+def outline(
+    image: torch.Tensor, mask: torch.Tensor, color: tuple[int, int, int] = TRUE_DEFECT, width: int = 2, rim: int = 0
+) -> torch.Tensor:
+    """Draw the border of `mask` bool (H, W), `width` pixels wide, just outside it, so that the defect stays visible;
+    with `rim` black pixels on both sides of the line."""
+    colors = torch.tensor([color, RIM], dtype=torch.uint8, device=image.device)[..., None, None]  # (2, 3, 1, 1)
+    inner = _grown(mask, rim)
+    image = torch.where(_grown(mask, 2 * rim + width) & ~mask, colors[1], image) if rim else image
+    return torch.where(_grown(mask, rim + width) & ~inner, colors[0], image)
+
+
+def _grown(mask: torch.Tensor, pixels: int) -> torch.Tensor:
+    """`mask` (H, W) and what is at most so many rows and columns away."""
+    side = 2 * pixels + 1
+    rows = F.max_pool2d(mask[None].float(), (side, 1), stride=1, padding=(pixels, 0))
+    return F.max_pool2d(rows, (1, side), stride=1, padding=(0, pixels))[0] > 0
+
+
+def outline_above(image: torch.Tensor, heat: torch.Tensor, pixel_threshold: float | None) -> torch.Tensor:
+    """Outline what lies above the pixel threshold in a map (H, W), with lines as wide as the image is large."""
+    if pixel_threshold is None:
+        return image
+    rim = max(1, round(min(heat.shape) / 600))
+    return outline(image, heat > pixel_threshold, ABOVE, width=2 * rim, rim=rim)
+
+
+def mark_peak(draw: ImageDraw.ImageDraw, at: tuple[float, float], size: float) -> None:
+    """A cross, `size` pixels high, at (y, x)."""
+    (y, x), half, width = at, size / 2, max(1, round(size / 8))
+    for color, more in ((RIM, max(1, width // 2)), (PEAK, 0)):
+        for ends in ((x - half - more, y, x + half + more, y), (x, y - half - more, x, y + half + more)):
+            draw.line(ends, color, width + 2 * more)
 
 
 def heat_range(maps: Array | list[Array]) -> tuple[float, float]:
@@ -97,93 +124,140 @@ def heat_range(maps: Array | list[Array]) -> tuple[float, float]:
 
 
 def pick(scores: Array, labels: Array, defects: list[str], threshold: float | None, *, each: int = 3) -> list[Caption]:
-    """Choose the pictures that tell most about a detector; every picture at most once.
+    """Choose the images that tell most about a detector; every image at most once.
 
-    In this order: the `each` defects that scored lowest (misses, if not above the threshold), the `each` good pictures
-    that scored highest (false alarms, if above it), then of every defect type the highest and the median picture, and
+    In this order: the `each` defects that scored lowest (misses, if not above the threshold), the `each` good images
+    that scored highest (false alarms, if above it), then of every defect type the highest and the median image, and
     the median good one. `scores` (N,), `labels` (N,) 0/1, `defects` N names, "good" for the normal ones. Without a
-    threshold nothing is called anything.
+    threshold there is no verdict.
     """
     scores, labels = real_numbers(to_numpy(scores), "image scores"), to_numpy(labels).astype(bool)
     rank = np.empty(len(scores), dtype=np.int64)
     rank[np.argsort(-scores, kind="stable")] = np.arange(1, len(scores) + 1)
     by_score = np.argsort(scores, kind="stable")
     bad, good = by_score[labels[by_score]], by_score[~labels[by_score]]
-    chosen = [(i, "weakest find", "missed") for i in bad[:each]]
-    chosen += [(i, "highest good score", "false alarm") for i in good[::-1][:each]]
+    chosen = [(i, "low for a defect") for i in bad[:each]] + [(i, "high for a good one") for i in good[::-1][:each]]
     for name in sorted(set(defects), key=lambda name: (name == "good", name)):
         members = [i for i in by_score if defects[i] == name]
         if name != "good":
-            chosen.append((members[-1], "strongest of its kind", "strongest of its kind"))
-        chosen.append((members[(len(members) - 1) // 2], "typical", "typical"))
+            chosen.append((members[-1], "highest of its kind"))
+        chosen.append((members[(len(members) - 1) // 2], "median of its kind"))
     captions: dict[int, Caption] = {}
-    for i, if_correct, if_wrong in chosen:
-        alarm = threshold is not None and bool(scores[i] > threshold)
-        correct = threshold is None or alarm == bool(labels[i])
-        called = [] if threshold is None else [f"called {'anomalous' if alarm else 'normal'}"]
-        limit = "" if threshold is None else f" (threshold {threshold:.4g})"
-        lines = [defects[i], *called, f"score {scores[i]:.4g}{limit}", f"rank {rank[i]} of {len(scores)}"]
-        captions.setdefault(int(i), Caption(int(i), if_correct if correct else if_wrong, lines, correct))
+    for i, reason in chosen:
+        heading, correct, verdict, limit = "no threshold", None, [], ""
+        if threshold is not None:
+            alarm = bool(scores[i] > threshold)
+            correct = alarm == bool(labels[i])
+            heading = "correct" if correct else "false alarm" if alarm else "missed"
+            verdict, limit = [f"called {'anomalous' if alarm else 'normal'}"], f" (threshold {threshold:.4g})"
+        lines = [defects[i], *verdict, f"score {scores[i]:.4g}{limit}", f"rank {rank[i]} of {len(scores)}", reason]
+        captions.setdefault(int(i), Caption(int(i), heading, lines, correct))
     return list(captions.values())
 
 
-def sheet(rows: list[Row], path: str | os.PathLike, *, low: float, high: float, title: str, columns: int = 2) -> None:
-    """Write a contact sheet: for each row the picture, the heat map over it, and the caption.
+def sheet(
+    rows: list[Row], *, low: float, high: float, pixel_threshold: float | None, title: str, columns: int = 2
+) -> Image.Image:
+    """A contact sheet: for each row the image, the heat map over it, and the caption.
 
-    The true defect is outlined in both. `low` and `high` as for `overlay`; rows fill the sheet from left to right in
-    `columns`. A title of one line and the key to the colors stand on top. Pictures of any H x W are drawn 208 x 208.
+    The true defect is outlined in both, what lies above `pixel_threshold` and the peak are marked in the latter; of a
+    defect with a mask the caption says whether the peak lies outside it. `low` and `high` as for `overlay`; rows fill
+    the sheet from left to right in `columns`. A title of one line and the legend stand on top. Images of any H x W are
+    drawn 208 x 208.
     """
     block = 2 * TILE + 2 * GAP + CAPTION
-    top = 104
-    lines = -(-len(rows) // columns)
+    lines, top = -(-len(rows) // columns), TOP if columns > 1 else TOP + 28  # one column wraps the legend
     size = (2 * MARGIN + columns * block, top + lines * (TILE + GAP) + MARGIN - GAP)
     paper = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(paper)
     write(draw, (MARGIN, 18), title, INK, 24, width=size[0] - 2 * MARGIN)
-    _legend(paper, low, high)
+    masked = any(row.mask is not None for row in rows)
+    legend(paper, (MARGIN, 60), low, high, pixel_threshold, masked=masked, width=size[0] - 2 * MARGIN)
     for number, row in enumerate(rows):
         line, column = divmod(number, columns)
         x, y = MARGIN + column * block, top + line * (TILE + GAP)
-        picture, heat = _tiles(row, low, high)
-        paper.paste(picture, (x, y))
+        image, heat = _tiles(row, low, high, pixel_threshold)
+        paper.paste(image, (x, y))
         paper.paste(heat, (x + TILE + GAP, y))
         x += 2 * TILE + 2 * GAP + 4
-        draw.text((x, y + 4), row.caption.heading, RIGHT if row.caption.correct else WRONG, font(19))
-        for i, line in enumerate(row.caption.lines):
+        draw.text((x, y + 4), row.caption.heading, verdict_color(row.caption.correct), font(19))
+        for i, line in enumerate([*row.caption.lines, *_where_the_peak_is(row)]):
             room = CAPTION - GAP if i == 0 else None  # a name may be cut, numbers may not
             write(draw, (x, y + 34 + 22 * i), line, INK, 16, width=room)
-    save(paper, path)
+    return paper
+
+
+def verdict_color(correct: bool | None) -> tuple[int, int, int]:
+    return INK if correct is None else RIGHT if correct else WRONG
+
+
+def _where_the_peak_is(row: Row) -> list[str]:
+    if row.mask is None or not row.mask.any():
+        return []
+    y, x = (min(max(int(at), 0), side - 1) for at, side in zip(row.peak, row.mask.shape))
+    return [f"peak {'inside' if row.mask[y, x] else 'outside'} the true defect"]
 
 
 def save(paper: Image.Image, path: str | os.PathLike) -> None:
-    """Write a picture whole or not at all."""
+    """Write an image atomically."""
     with whole_file(path, "wb") as file:
         paper.save(file, "PNG", compress_level=1)  # twice as fast as the default, and hardly larger
 
 
-def _tiles(row: Row, low: float, high: float) -> tuple[Image.Image, Image.Image]:
+def _tiles(row: Row, low: float, high: float, pixel_threshold: float | None) -> tuple[Image.Image, Image.Image]:
     def resize(x: torch.Tensor, mode: str) -> torch.Tensor:  # (C, H, W) -> (C, TILE, TILE)
         smooth = {"antialias": True, "align_corners": False} if mode == "bilinear" else {}
         return F.interpolate(x[None].float(), (TILE, TILE), mode=mode, **smooth)[0]
 
+    scores = row.map.cpu()
     image = resize(row.image.cpu(), "bilinear").round().clamp(0, 255).to(torch.uint8)
-    heat = overlay(image, resize(row.map.cpu()[None], "bilinear")[0], low, high)
+    heat = overlay(image, resize(scores[None], "bilinear")[0], low, high)
+    heat = outline_above(heat, resize(scores[None], "nearest-exact")[0], pixel_threshold)
     if row.mask is not None and row.mask.any():
         mask = resize(row.mask.cpu()[None], "nearest-exact")[0] > 0
         image, heat = outline(image, mask), outline(heat, mask)
-    return _picture(image), _picture(heat)
+    image, heat = to_pil(image), to_pil(heat)
+    mark_peak(ImageDraw.Draw(heat), tuple(at * TILE / n for at, n in zip(row.peak, scores.shape)), 14)
+    return image, heat
 
 
-def _legend(paper: Image.Image, low: float, high: float) -> None:
-    """Two lines under the title: the outline's meaning, and the ramp as it looks over a mid-grey picture."""
-    draw, y, length = ImageDraw.Draw(paper), 64, 240
-    draw.rectangle((MARGIN, y + 2, MARGIN + 22, y + 18), outline=OUTLINE, width=3)
-    draw.text((MARGIN + 30, y), "true defect", INK, font(16))
-    x = MARGIN + TILE + GAP
-    ramp = torch.linspace(low, high, length).expand(18, -1)  # (18, length)
-    paper.paste(_picture(overlay(torch.full((3, 18, length), 128, dtype=torch.uint8), ramp, low, high)), (x, y + 1))
-    draw.text((x + length + 10, y), f"score {low:.3g} (usual) to {high:.3g} and more", SOFT, font(16))
+def legend(
+    paper: Image.Image,
+    at: tuple[int, int],
+    low: float,
+    high: float,
+    pixel_threshold: float | None,
+    *,
+    masked: bool,
+    width: int,
+    size: int = 16,
+) -> int:
+    """Say what outlines, cross and ramp mean, from `at` (x, y) in lines of `width` pixels, letters of `size`; returns
+    where the next line would begin. `masked`: whether true defects are outlined. The ramp is as over mid-grey."""
+    draw, side, (x, y) = ImageDraw.Draw(paper), round(1.25 * size), at
+    grey = torch.full((3, side, side), 128, dtype=torch.uint8)
+    box = torch.zeros(side, side, dtype=torch.bool)
+    box[side // 4 : -(side // 4), side // 4 : -(side // 4)] = True
+    cross = to_pil(grey)
+    mark_peak(ImageDraw.Draw(cross), (side / 2, side / 2), 0.7 * side)
+    ramp = torch.linspace(low, high, 9 * size).expand(side, -1)  # (side, 9 size)
+    items = [(to_pil(outline(grey, box)), "true defect")] if masked else []
+    if pixel_threshold is not None:
+        swatch = to_pil(outline(grey, box, ABOVE, rim=1))
+        items.append((swatch, f"above the pixel threshold {pixel_threshold:.4g}"))
+    items.append((cross, "most anomalous place"))
+    ramp = overlay(torch.full((3, *ramp.shape), 128, dtype=torch.uint8), ramp, low, high)
+    items.append((to_pil(ramp), f"{low:.3g} (usual) to {high:.3g} and more"))
+    for swatch, text in items:
+        needed = swatch.width + 0.5 * size + font(size).getlength(text)
+        if x > at[0] and x + needed > at[0] + width:
+            x, y = at[0], y + round(1.75 * size)
+        paper.paste(swatch, (x, y))
+        draw.text((x + swatch.width + 0.5 * size, y + side / 2), text, INK, font(size), anchor="lm")
+        x += round(needed + 1.5 * size)
+    return y + round(1.75 * size)
 
 
-def _picture(image: torch.Tensor) -> Image.Image:
+def to_pil(image: torch.Tensor) -> Image.Image:
+    """uint8 (3, H, W) on the CPU."""
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())  # (H, W, 3)

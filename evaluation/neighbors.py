@@ -1,6 +1,5 @@
 """Why a picture was called anomalous: its most anomalous patch beside the training patch that comes nearest to it."""
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +7,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from evaluation.heatmaps import GAP, INK, MARGIN, PAPER, SOFT, TILE, WRONG, save
+from evaluation.colors import INK, PAPER, PEAK, RIM, SOFT
+from evaluation.heatmaps import GAP, MARGIN, TILE, verdict_color
 from evaluation.lettering import font, write
 
 ZOOM = 0.25  # side of the patch that is shown enlarged, of the picture's shorter side; a patch sees about as much
@@ -24,12 +24,13 @@ class Pair:
     neighbor: Tensor  # uint8 (3, H', W')
     place: tuple[float, float] | None
     lines: list[str]  # the first is the heading
+    correct: bool | None = None  # the verdict, for the heading's color
 
 
-def neighbor_sheet(pairs: list[Pair], path: str | os.PathLike, *, title: str) -> None:
-    """Write a sheet with a row for each pair: the test picture with its most anomalous place marked, that place
+def neighbor_sheet(pairs: list[Pair], *, title: str) -> Image.Image:
+    """A sheet with a row for each pair: the test picture with its most anomalous place marked, that place
     enlarged, the nearest training patch enlarged, its picture with the place marked, and what is said about it."""
-    heads = ["test picture", "its most anomalous patch", "nearest training patch", "training picture"]
+    heads = ["test image", "its most anomalous patch", "nearest training patch", "training image"]
     top, block = 104, TILE + GAP
     paper = Image.new("RGB", (2 * MARGIN + 4 * block + 320, top + len(pairs) * block + MARGIN), PAPER)
     draw = ImageDraw.Draw(paper)
@@ -42,10 +43,10 @@ def neighbor_sheet(pairs: list[Pair], path: str | os.PathLike, *, title: str) ->
         for column, tile in enumerate(tiles):
             paper.paste(tile, (MARGIN + column * block, y))
         x = MARGIN + 4 * block + 4
-        draw.text((x, y + 4), pair.lines[0], INK, font(19))
+        draw.text((x, y + 4), pair.lines[0], verdict_color(pair.correct), font(19))
         for i, line in enumerate(pair.lines[1:]):
             write(draw, (x, y + 34 + 22 * i), line, INK, 16, width=paper.width - MARGIN - x)
-    save(paper, path)
+    return paper
 
 
 def _whole_and_part(image: Tensor, place: tuple[float, float] | None) -> tuple[Image.Image, Image.Image]:
@@ -57,7 +58,8 @@ def _whole_and_part(image: Tensor, place: tuple[float, float] | None) -> tuple[I
     top, left = (round(min(max(p - side / 2, 0), n - side)) for p, n in zip(place, (height, width)))
     whole = _tile(image)
     corners = [left * TILE / width, top * TILE / height, (left + side) * TILE / width, (top + side) * TILE / height]
-    ImageDraw.Draw(whole).rectangle(corners, outline=WRONG, width=3)
+    for color, width in ((RIM, 5), (PEAK, 3)):
+        ImageDraw.Draw(whole).rectangle(corners, outline=color, width=width)
     return whole, _tile(image[:, top : top + side, left : left + side])
 
 

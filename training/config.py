@@ -230,6 +230,29 @@ def as_dict(config) -> dict:
     return config
 
 
+def changed(config, prefix: str = "") -> dict:
+    """{dotted key: value} of what differs from the schema's defaults, which a key without default always does.
+
+    An optional section that is there counts as True if all of it has defaults. Of plain nested values, which have no
+    schema, everything.
+    """
+    if isinstance(config, dict):
+        return flatten(config, prefix)
+    flat = {}
+    for field in dataclasses.fields(config):
+        value, key, default = getattr(config, field.name), prefix + field.name, field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if dataclasses.is_dataclass(value):
+            flat |= changed(value, f"{key}.") or ({key: True} if default is None else {})
+        elif (chooser := chooser_of(type(config))) and field.name == "options":
+            known = options_of(chooser, getattr(config, chooser.name))
+            flat |= {prefix + name: given for name, given in value.items() if given != known[name][1]}
+        elif value != default:
+            flat[key] = as_dict(value)
+    return flat
+
+
 def flatten(nested: dict, prefix: str = "") -> dict:
     """{'a': {'b': 1}} -> {'a.b': 1}."""
     flat = {}

@@ -11,28 +11,43 @@ from pathlib import Path
 
 import torch
 import yaml
+from tensorboard.compat.proto.summary_pb2 import DataClass
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard import SummaryWriter, summary
 from tqdm import tqdm
 
 from training import checkpoint, distributed
-from training.config import flatten
+from training.config import as_dict, changed
 from training.errors import ADVICE, UserError
 from training.files import whole_file
+from training.tags import HEADLINES, layout, tag_of
 from training.text import printable
 from training.version import another_version
+
+# What torch leaves out of these kinds of summaries, without which TensorBoard's loader drops the description.
+WITHOUT_METADATA = {
+    "simple_value": ("scalars", DataClass.DATA_CLASS_SCALAR),
+    "image": ("images", DataClass.DATA_CLASS_BLOB_SEQUENCE),
+    "histo": ("histograms", DataClass.DATA_CLASS_TENSOR),
+}
 
 
 class Log:
     """What a run shows: `scalars` to TensorBoard and metrics.jsonl, pictures, text, and the final results.
 
+    In TensorBoard everything stands under the tag, and with the description, that training/tags.py has for its key.
+
     Args:
-        folder: the run folder. `step`: where training (re)starts; lines and events after it, left by a killed process,
-        are dropped, so that an interrupted run's curves equal an uninterrupted one's.
+        folder: the run folder.
+        config: the script's Config, or plain nested values.
+        step: where training (re)starts; lines and events after it, left by a killed process, are dropped, so that an
+            interrupted run's curves equal an uninterrupted one's.
     """
 
-    def __init__(self, folder: str | Path, config: dict, step: int = 0):
-        self.folder, self.config, self.writer, self.warnings = Path(folder), config, None, 0
+    def __init__(self, folder: str | Path, config, step: int = 0):
+        self.folder, self.config, self.writer, self.warnings = Path(folder), as_dict(config), None, 0
+        self.hparams, self.has_charts = changed(config), False
+        self.hparams.pop("run_name", None)  # TensorBoard names each run anyway
         if not distributed.is_main():
             return
         lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
@@ -42,7 +57,7 @@ class Log:
         threading.excepthook = _without_tensorboard
         with self._writing():
             self.writer = SummaryWriter(self.folder, purge_step=step + 1)
-        self.text("config", "```yaml\n" + yaml.safe_dump(config, sort_keys=False) + "```")
+        self.text("config", "```yaml\n" + yaml.safe_dump(self.config, sort_keys=False) + "```")
 
     @contextmanager
     def _writing(self):
@@ -54,6 +69,15 @@ class Log:
             advice = f"{ADVICE.get(error.errno, 'make it possible')}, then the same command resumes"
             raise UserError(f"{what}; {advice}; {checkpoint.last_good(self.folder)}") from None
 
+    def _add(self, key: str, made, step: int) -> None:
+        """Write one of torch's summaries, made with `key` as its tag, under the tag that tags.py has for the key."""
+        key, (value,) = printable(key), made.value
+        tag, value.metadata.summary_description = tag_of(key)
+        value.tag = tag + value.tag.removeprefix(key)  # torch adds "/text_summary" to texts
+        if kind := WITHOUT_METADATA.get(value.WhichOneof("value")):
+            value.metadata.plugin_data.plugin_name, value.metadata.data_class = kind
+        self.writer.file_writer.add_summary(made, step)
+
     @property
     def _metrics(self) -> Path:
         return self.folder / "metrics.jsonl"
@@ -64,17 +88,32 @@ class Log:
         if self.writer:
             finite = {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
             with self._writing():
+                if not self.has_charts:
+                    self.writer.add_custom_scalars(layout())
+                    self.has_charts = True
                 for key, value in values.items():
-                    self.writer.add_scalar(key, value, step)
+                    self._add(key, summary.scalar(key, value), step)
                 with open(self._metrics, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": step, **finite}) + "\n")
         return values
 
-    def picture(self, tag: str, image: Tensor, step: int = 0) -> None:
+    def picture(self, key: str, image: Tensor, step: int = 0) -> None:
         """A (3, H, W) picture, uint8 or float in [0, 1]."""
         if self.writer:
             with self._writing():
-                self.writer.add_image(tag, image, step)
+                self._add(key, summary.image(printable(key), image, dataformats="CHW"), step)
+
+    def histogram(self, key: str, values: Tensor, step: int = 0) -> None:
+        """How the values (N,) spread."""
+        if self.writer:
+            with self._writing():
+                self._add(key, summary.histogram(printable(key), values.numpy(), self.writer.default_bins), step)
+
+    def precision_recall(self, key: str, labels: Tensor, predictions: Tensor) -> None:
+        """TensorBoard's curve of `labels` (N,) 0/1 and `predictions` (N,) in [0, 1]."""
+        if self.writer:
+            with self._writing():
+                self._add(key, summary.pr_curve(printable(key), labels.numpy(), predictions.numpy()), 0)
 
     def say(self, line: str) -> None:
         """A line for the person at the terminal, on stderr: stdout's last line is the results."""
@@ -94,20 +133,23 @@ class Log:
             self.say(f"step {step}: {warning}")
             self.text("warning", warning, step)
 
-    def text(self, tag: str, text: str, step: int = 0) -> None:
+    def text(self, key: str, text: str, step: int = 0) -> None:
         if self.writer:
             with self._writing():
-                self.writer.add_text(tag, printable(text), step)
+                self._add(key, summary.text(printable(key), printable(text)), step)
 
     def results(self, results: dict) -> None:
         """Write results.json and TensorBoard's hparams; print the JSON as the script's last line on stdout."""
         if not self.writer:
             return
-        hparams = {k: v for k, v in flatten(self.config).items() if isinstance(v, int | float | str | bool)}
-        hparams = {k: printable(v) if isinstance(v, str) else v for k, v in hparams.items()}
-        metrics = {f"final/{k}": v for k, v in results.items() if isinstance(v, int | float)}
+        values = {f"{'1_final' if k in HEADLINES else 'final'}/{k}": v for k, v in results.items() if _is_number(v)}
+        values |= {key: v if _is_number(v) else printable(str(v)) for key, v in self.hparams.items()}
         with self._writing():
-            self.writer.add_hparams(hparams, metrics, run_name=".")
+            # Not add_hparams: its metrics are cards of one dot, and its list of keys, which TensorBoard reads of the
+            # first run only, hides the keys that only other runs have.
+            _, *session = summary.hparams(values, {})
+            for part in session:
+                self.writer.file_writer.add_summary(part)
             self.writer.close()
         with whole_file(self.folder / "results.json") as file:
             file.write(json.dumps(results) + "\n")
@@ -122,6 +164,10 @@ class Log:
             self.say(f"done before{other}: these are the results in {path} (resume=never starts afresh)")
             print(path.read_text().strip(), flush=True)
         return path.exists()
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _without_tensorboard(failed: threading.ExceptHookArgs) -> None:

@@ -5,15 +5,15 @@ import pytest
 import torch
 
 from evaluation.curves import (
-    BLUE,
+    ALARM,
     GRID,
     LEFT,
     NAMES,
-    ORANGE,
     PANEL,
     PLOT,
     ROW,
     TOP,
+    USUAL,
     bar_edges,
     histogram_picture,
     roc_pr_picture,
@@ -44,7 +44,7 @@ def middle(where: np.ndarray) -> tuple[float, float]:
 def test_the_dot_is_where_the_threshold_is():
     """At 0.65 two of four anomalous pictures are found with one false alarm of four: precision 2/3."""
     picture = roc_pr_picture(torch.tensor(SCORES), torch.tensor(LABELS), "a run", 0.65)
-    orange = colored(picture, ORANGE)
+    orange = colored(picture, ALARM)
     assert picture.size == (1008, 640)
     for box, (x, y) in zip(BOXES, [(0.25, 0.5), (0.5, 2 / 3)]):
         left, top, width, height = box
@@ -52,11 +52,11 @@ def test_the_dot_is_where_the_threshold_is():
         panel[top - 10 : top + height + 10, left - 10 : left + width + 10] = True
         assert middle(orange & panel) == pytest.approx(pixel(box, x, y), abs=1)
     assert orange[TOP + PANEL + 40 :].any()  # and in the key
-    assert not colored(roc_pr_picture(SCORES, LABELS, "a run"), ORANGE).any()
+    assert not colored(roc_pr_picture(SCORES, LABELS, "a run"), ALARM).any()
 
 
 def test_the_curves_go_through_their_points():
-    blue = colored(roc_pr_picture(SCORES, LABELS, "a run"), BLUE)
+    blue = colored(roc_pr_picture(SCORES, LABELS, "a run"), USUAL)
     for box, points in zip(
         BOXES, [[(0, 0), (0.25, 0.4), (0.25, 0.75), (0.4, 0.75), (1, 1)], [(0.5, 2 / 3), (0.75, 3 / 4), (1, 4 / 6)]]
     ):
@@ -70,11 +70,11 @@ def test_the_curves_go_through_their_points():
 @pytest.mark.parametrize(("scores", "labels"), [([], []), ([1.0], [0]), ([1.0], [1]), ([1.0, 2.0], [1, 1])])
 def test_plots_without_a_class_stay_empty(scores, labels):
     picture = roc_pr_picture(np.array(scores), np.array(labels), "one class", 0.5)
-    assert not colored(picture, BLUE).any() and not colored(picture, ORANGE).any()
+    assert not colored(picture, USUAL).any() and not colored(picture, ALARM).any()
 
 
 def test_no_alarm_has_no_precision():
-    orange = colored(roc_pr_picture(SCORES, LABELS, "a run", 5.0), ORANGE)[: TOP + PANEL + 10]
+    orange = colored(roc_pr_picture(SCORES, LABELS, "a run", 5.0), ALARM)[: TOP + PANEL + 10]
     assert orange[:, : BOXES[1][0] - 60].any() and not orange[:, BOXES[1][0] - 20 :].any()
 
 
@@ -88,7 +88,7 @@ def test_bars_change_color_at_the_threshold():
     groups = {"normals": torch.tensor([1.0, 2, 3, 3, 4]), "good": np.array([4.0]), "hole": [4.1, 9, 10], "none": []}
     picture = histogram_picture(groups, 4.0)
     assert picture.size == (1098, 164 + 4 * ROW)
-    blue, orange = ([row_of(picture, i, color) for i in range(4)] for color in (BLUE, ORANGE))
+    blue, orange = ([row_of(picture, i, color) for i in range(4)] for color in (USUAL, ALARM))
     assert [b.any() for b in blue] == [True, True, False, False]  # a tie with the threshold is no alarm
     assert [o.any() for o in orange] == [False, False, True, False]
     line = np.nonzero(blue[1].any(0))[0].max() + 1  # the bar of 4.0 ends at the threshold
@@ -99,8 +99,8 @@ def test_bars_change_color_at_the_threshold():
 
 def test_groups_without_threshold_are_all_blue():
     picture = histogram_picture({"a": [1.0], "b": []}, None)
-    assert colored(picture, BLUE).any() and not colored(picture, ORANGE).any()
-    left, right = np.nonzero(row_of(picture, 0, BLUE).any(0))[0][[0, -1]]
+    assert colored(picture, USUAL).any() and not colored(picture, ALARM).any()
+    left, right = np.nonzero(row_of(picture, 0, USUAL).any(0))[0][[0, -1]]
     assert (left + right) / 2 == pytest.approx(PLOT / 2, abs=12)  # one value stands in the middle
 
 
@@ -108,7 +108,7 @@ def test_groups_without_threshold_are_all_blue():
 def test_no_group_and_infinite_scores(threshold):
     assert colored(histogram_picture({}, threshold), GRID).any()
     picture = histogram_picture({"a": [-np.inf, 0.0, 1.0, np.inf]}, threshold)
-    assert (row_of(picture, 0, BLUE) | row_of(picture, 0, ORANGE)).any()
+    assert (row_of(picture, 0, USUAL) | row_of(picture, 0, ALARM)).any()
     with pytest.raises(UserError, match="scores of a are not a number"):
         histogram_picture({"a": [float("nan")]}, threshold)
 

@@ -22,15 +22,15 @@ def test_scalars_reach_json_and_tensorboard(tmp_path, capsys):
     log = Log(tmp_path, {"optim": {"lr": 0.1}})
     assert log.scalars(1, {"loss": torch.tensor(2.0), "nothing": None}) == {"loss": 2.0}
     log.scalars(2, {"loss": 1.5, "bad": math.nan})
-    log.picture("views/0", torch.zeros(3, 8, 8))
+    log.picture("views/images 1-4", torch.zeros(3, 8, 8))
     log.results({"knn20_top1": 0.5, "name": "x"})
     assert lines(tmp_path) == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5, "bad": "nan"}]
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"knn20_top1": 0.5, "name": "x"}
     assert json.loads((tmp_path / "results.json").read_text())["knn20_top1"] == 0.5
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 2.0), (2, 1.5)]
-    assert events.Tags()["images"] == ["views/0"]
+    assert [(e.step, e.value) for e in events.Scalars("1_loss/loss")] == [(1, 2.0), (2, 1.5)]
+    assert events.Tags()["images"] == ["7_views/images 1-4"]
     assert log.repeat_results()
     assert "knn20_top1" in capsys.readouterr().out
 
@@ -96,7 +96,7 @@ def main(argv):
         log.writer.close = lambda: (waiting.put(bytes(100_000)), close())  # nobody asks how it went
         return log.results({"done": 1})
     if when == "in hparams":
-        log.config = {str(i): "x" * 2000 for i in range(40)}
+        log.hparams = {str(i): "x" * 2000 for i in range(40)}
         return log.results({"done": 1})
     for step in range(1, 1000):
         log.scalars(step, {"loss": step})
