@@ -163,6 +163,7 @@ def measure(cfg: Config) -> None:
     name = f"eval_{cfg.task.name}"
     folder = config.run_folder(cfg) / name
     if cfg.checkpoint:  # beside it; of other checkpoints than last.pt by their name
+        cfg.checkpoint = str(checkpoint.file_of(cfg.checkpoint))
         stem = Path(cfg.checkpoint).stem
         folder = Path(cfg.checkpoint).parent / (name if stem == "last" else f"{name}_{stem}")
     resolved, began = config.as_dict(cfg), time.perf_counter()
@@ -282,8 +283,7 @@ def stored(layers: list[dict]) -> list[dict]:
     named = [layer["checkpoint"] for layer in layers if "checkpoint" in layer]
     if not named or (path := coerce(named[-1], PathText | None, "checkpoint")) is None:
         return []
-    path = str(checkpoint.file_of(path))
-    sections = checkpoint.load(path)["config"]
+    sections, path = checkpoint.load(path)["config"], str(checkpoint.file_of(path))
     return [{"data": sections["data"], "backbone": sections["backbone"] | {"weights": path, "part": "auto"}}]
 
 

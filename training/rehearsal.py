@@ -18,11 +18,7 @@ def no_trace(network: nn.Module, device: torch.device, *, training: bool) -> Ite
     modes = {module: module.training for module in network.modules()}
     network.train(training)
     try:
-        with (
-            torch.no_grad(),
-            frozen_statistics(network),
-            torch.random.fork_rng(devices),
-        ):
+        with torch.no_grad(), frozen_statistics(network), torch.random.fork_rng(devices):
             yield
     finally:
         for module, mode in modes.items():
