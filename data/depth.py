@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from training.distributed import is_main
+from training.text import printable
 
 WHITE = 65535  # of a file that uses its 16 bits
 PHOTOMETRIC, SAMPLE_FORMAT = 262, 339  # TIFF tags
@@ -110,7 +111,7 @@ def _scaled(image: Image.Image, white: int) -> np.ndarray:
     if most > white and is_main() and not _SAID[0]:
         _SAID[0] = 1
         share = f"{np.count_nonzero(values > white):,} of {values.size:,} values"
-        name = getattr(image, "filename", "an image")
+        name = printable(getattr(image, "filename", "an image"))
         print(f"warning: {name}: {share} lie above data.white={white} (up to {most}) and are clipped to it; further "
               "images are not named", file=sys.stderr)  # fmt: skip
     return _table(white)[values] if values.itemsize == 2 else _to_nearest(values, white)

@@ -13,7 +13,7 @@ import predict
 import train_anomaly
 from tests.pictures import write_mvtec
 
-TINY = ["configs/patchcore_demo.yaml", "data.category=part", "data.size=32", "batch_size=8", "device=cpu"]
+TINY = ["configs/patchcore_demo.yaml", "data.category=part", "batch_size=8", "device=cpu"]
 TINY += ["backbone=mobilenet_v2", "backbone.width=0.25"]
 
 
@@ -33,8 +33,8 @@ def roots(tmp_path_factory):
     return place
 
 
-def run(root, runs, name, *more):
-    train_anomaly.main([*TINY, f"data.root={root}", f"runs={runs}", f"run_name={name}", *more])
+def run(root, runs, name, *more, size=32):
+    train_anomaly.main([*TINY, f"data.size={size}", f"data.root={root}", f"runs={runs}", f"run_name={name}", *more])
     with open(runs / name / "test_scores.csv") as file:
         scores = [float(row["score"]) for row in csv.DictReader(file)]
     return scores, yaml.safe_load((runs / name / "config.yaml").read_text())["data"]
@@ -84,7 +84,7 @@ def test_a_crop_says_what_it_hides(roots, tmp_path, capsys):
 
 
 def test_native_size_and_filter_are_stored(roots, tmp_path, capsys):
-    _, data = run(roots / "shallow", tmp_path, "native", "data.size=native", "data.resample=lanczos")
+    _, data = run(roots / "shallow", tmp_path, "native", "data.resample=lanczos", size="native")
     assert data["size"] == [48, 48] and data["resample"] == "lanczos"
     state = torch.load(tmp_path / "native" / "last.pt", weights_only=True)
     assert predict.load_run(tmp_path / "native")[1].resample == state["config"]["data"]["resample"] == "lanczos"

@@ -118,7 +118,7 @@ def test_a_file_shows_its_values_and_the_command_line_above_them(printed):
     found = rows(printed(train_ssl.main, "configs/byol_scavport.yaml", "optim.lr=0.7", "sam.rho=2", "--help"))
     shown = {key: words[1] for key, words in found.items() if len(words) > 1}
     assert (shown["optim.name"], shown["optim.lr"], shown["optim.warmup_epochs"]) == ("lars", "0.7", "10")
-    assert (shown["data.size"], shown["sam.rho"], shown["run_name"]) == ("256", "2", "byol_scavport")
+    assert (shown["data.size"], shown["sam.rho"], shown["run_name"]) == ("384", "2", "byol_scavport")
     assert (
         found["augment.blur_p"][:3] == ["2", "numbers", "1,0.1"]
         and shown["backbone.weights"] == "none"
