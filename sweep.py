@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
         record = {"script": words[0], "config": configs[name], "pretraining": pretrained}
         known = json.loads(note.read_text()) if os.path.exists(note) else None  # of a name too long: no
         stale = another_version(made_by(folder, known), script) if known else ""
-        anew = known is not None and (is_another(known, record) or (stale != "" and cfg.stale == "rerun"))
+        anew = known is not None and (is_another(known, record, words) or (stale != "" and cfg.stale == "rerun"))
         if known and results_of(folder) and not anew and not script_decides(known, record, words):
             say(number, cells, began, f"{name}: done before{stale and f', by {stale}; stale=rerun runs it anew'}")
         else:
@@ -240,11 +240,14 @@ def as_path(weights: str | None) -> Path | None:
     return None if weights is None or weights.lower() in ("none", "null", "") else Path(weights).expanduser()
 
 
-def is_another(known: dict, record: dict) -> bool:
-    """Whether a run folder holds another cell than the record: keys that cannot change the result may differ."""
+def is_another(known: dict, record: dict, words: list[str]) -> bool:
+    """Whether a run folder holds another cell than the record: keys that cannot change the result may differ, and keys
+    that the folder is older than have their defaults."""
     if any(known[part] != record[part] for part in ("script", "pretraining")):
         return True
-    return bool(checkpoint.config_changes(known["config"], record["config"]))
+    schema = scripts.schema_of(words)
+    before = config.completed(schema, known["config"]) if schema else known["config"]
+    return bool(checkpoint.config_changes(before, record["config"]))
 
 
 def script_decides(known: dict, record: dict, words: list[str]) -> bool:

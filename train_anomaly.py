@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from data import DataConfig, build_dataset, settled, what_is_used
 from data.loading import Loader, holdout, names_of
+from data.masks import names_with_sizes
 from evaluation.anomaly_report import report
 from evaluation.calibration import calibrate, promise
 from evaluation.detection import batches_of, examine_set
@@ -65,10 +66,6 @@ def main(argv: list[str]) -> None:
     # ---------------------------------------------------------------- configuration, run folder
     cfg = config.load(Config, argv)
     device, world = distributed.setup(cfg.device), distributed.world_size()
-    if cfg.update and cfg.data.white == "auto":
-        cfg.data.white = white_of(cfg.update)
-    cfg.data = settled(cfg.data)
-    resolved, folder = config.as_dict(cfg), config.run_folder(cfg)
     config.at_least_one(cfg, "batch_size", "log_every", "save_every")
     if cfg.batch_size % world:
         raise errors.UserError(f"batch_size={cfg.batch_size} is no multiple of {world} processes")
@@ -76,6 +73,10 @@ def main(argv: list[str]) -> None:
         raise errors.UserError("sync_bn=true needs CUDA devices; set sync_bn=false on a CPU")
     if not 0 < cfg.false_alarm_rate < 1:
         raise errors.UserError(f"false_alarm_rate={cfg.false_alarm_rate} must lie between 0 and 1")
+    if cfg.update and cfg.data.white == "auto":
+        cfg.data.white = white_of(cfg.update)
+    cfg.data = settled(cfg.data)
+    resolved, folder = config.as_dict(cfg), config.run_folder(cfg)
 
     # ---------------------------------------------------------------- networks
     torch.manual_seed(cfg.seed)
@@ -132,14 +133,15 @@ def main(argv: list[str]) -> None:
         optimizer = build_optimizer(cfg.optim, detector)
         parts |= {"optimizer": optimizer, "scaler": scaler}
     root = cfg.data.options["root"]
-    images = {"names": names_of(train_set, root), "learned": train_ids.tolist(), "tested": names_of(test_set, root)}
+    used = {"names": names_of(train_set, root), "learned": train_ids.tolist(), "tested": names_of(test_set, root)}
+    used["masks"] = names_with_sizes(getattr(test_set, "mask_paths", []), root)
     if lessons is not train_set:
-        images["elsewhere"] = names_of(lessons, cfg.data.options.get("others") or root)
+        used["elsewhere"] = names_of(lessons, cfg.data.options.get("others") or root)
     elif fits and detector.fitted_on == "test":
-        images["elsewhere"] = images["tested"]
-    state = checkpoint.open_run(folder, resolved, resume=cfg.resume, images=images)
+        used["elsewhere"] = used["tested"]
+    state = checkpoint.open_run(folder, resolved, schema=Config, resume=cfg.resume, images=used)
     start, finished = (state["step"], state["step"] == total and state.get("fitted", True)) if state else (0, False)
-    about = images | {"config": resolved}  # images by the numbers that a detector remembers
+    about = used | {"config": resolved}  # images by the numbers that a detector remembers
     if state:
         checkpoint.restore(state, parts)
     log, window, began = Log(folder, cfg, start), Window(device), time.perf_counter()
@@ -209,8 +211,8 @@ def main(argv: list[str]) -> None:
                 else:
                     detector.fit(batches_of(source, "features"), len(source.indices))
         except errors.UserError as error:
-            last = checkpoint.last_good(folder)
-            kept = f"; {last}: as detector.weights, with epochs=0, it is fitted with other options" if total > 1 else ""
+            again = f"detector.weights={folder / checkpoint.LAST} epochs=0 fits it again with other options"
+            kept = f"; the training is kept: {again}" if total > 1 else ""
             raise errors.UserError(f"{error}{kept}") from None
     about["seconds_fit"] = before if finished else before + time.perf_counter() - began
     if not finished:

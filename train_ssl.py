@@ -10,6 +10,7 @@ killed one stopped. All that happens is in `main`, top to bottom.
 import training.threads  # before torch
 
 import time
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
@@ -19,7 +20,16 @@ from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from data import AugmentConfig, DataConfig, DefectConfig, build_augment, build_dataset, settled, what_is_used
+from data import (
+    AugmentConfig,
+    DataConfig,
+    DefectConfig,
+    build_augment,
+    build_dataset,
+    build_geometry,
+    settled,
+    what_is_used,
+)
 from data.augment import unnormalize
 from data.defects import DEFECTS
 from data.loading import Loader, holdout, names_of
@@ -102,8 +112,6 @@ def main(argv: list[str]) -> None:
     if cfg.overfit:
         cfg.batch_size, cfg.holdout = cfg.overfit, 0
     device, world = distributed.setup(cfg.device), distributed.world_size()
-    native, cfg.data = cfg.data.size == "native", settled(cfg.data)
-    resolved, folder = config.as_dict(cfg), config.run_folder(cfg)
     config.at_least_one(cfg, "epochs", "batch_size", "accumulate", "eval_every", "log_every")
     config.at_least_one(cfg.save, "every")
     in_epochs = {f"method.{k}": cfg.method.options[k] for k in SSL_METHODS[cfg.method.name].in_epochs}
@@ -119,6 +127,8 @@ def main(argv: list[str]) -> None:
         raise errors.UserError(f"pretraining needs whole images: data.fit=squash, not {cfg.data.fit}")
 
     # ---------------------------------------------------------------- data
+    native, cfg.data = cfg.data.size == "native", settled(cfg.data)
+    resolved, folder = config.as_dict(cfg), config.run_folder(cfg)
     train_set = build_dataset(cfg.data, "train")
     classes = len(train_set.labels.unique())
     train_ids, held_out = holdout(train_set, cfg.holdout if classes > 1 else 0.0, cfg.seed)
@@ -135,8 +145,9 @@ def main(argv: list[str]) -> None:
     augment = build_augment(cfg.augment, cfg.seed, train_set.sizes)
     blurred = blur_note(augment, train_set.geometry, train_set.sizes)
     seen = train_set  # by kNN; at their native size, images would take more time and memory than the training
-    if native and measurable:
-        seen = build_dataset(replace(cfg.data, size=augment.views[0].shape), "train")
+    if native and measurable and cfg.augment.name != "patches":
+        seen = copy(train_set)
+        seen.geometry = build_geometry(replace(cfg.data, size=augment.views[0].shape))
     bank, queries = (Loader(seen, 256, device, indices=ids, **load) for ids in (train_ids, held_out))
     if cfg.defect is not None:
         augment = DefectiveView(augment, DEFECTS[cfg.defect.name](**cfg.defect.options))
@@ -163,12 +174,14 @@ def main(argv: list[str]) -> None:
     epoch_steps = len(loader) // cfg.accumulate
     if epoch_steps == 0:
         raise errors.UserError(f"accumulate={cfg.accumulate} is more than the {len(loader)} batches of an epoch")
-    image, about = train_set[int(train_ids[0])][0], {"classes": classes, "n_images": len(train_ids)}
-    warnings = rehearse(method, objective, augment, image, cfg, **about, measured=measurable, autocast=autocast)
+    image, measured = (images[int(train_ids[0])][0] for images in (train_set, seen))
+    about = {"classes": classes, "n_images": len(train_ids), "measured": measured if measurable else None}
+    warnings = rehearse(method, objective, augment, image, cfg, **about, autocast=autocast)
     start, total, best, curves, figures = 0, cfg.epochs * epoch_steps, -1.0, {}, {}
     parts = {"model": method, "optimizer": optimizer, "scaler": scaler}
     images = {"names": names_of(train_set, cfg.data.options["root"]), "learned": train_ids.tolist()}
-    state, began = checkpoint.open_run(folder, resolved, resume=cfg.resume, images=images), time.perf_counter()
+    about = {"schema": Config, "resume": cfg.resume, "images": images}
+    state, began = checkpoint.open_run(folder, resolved, **about), time.perf_counter()
     if state is not None:
         checkpoint.restore(state, parts)
         start, best, curves, figures = (state[key] for key in ("step", "best", "curves", "figures"))
@@ -178,17 +191,13 @@ def main(argv: list[str]) -> None:
     parameters = sum(p.numel() for p in method.online.parameters())
     log.say(f"{cfg.run_name}: {cfg.method.name} on {len(train_ids)} pictures, {cfg.backbone.name} ({report}), ")
     log.say(f"{parameters:,} parameters, {epoch_steps} steps an epoch, step {start} of {total}, {world} x {device}")
-    if measurable and (few := few_neighbors(len(train_ids))):
-        log.say(few)
-    for warning in warnings:
-        log.warn_now(start, warning)
-
     unused = {f"held out (holdout={cfg.holdout})": len(held_out)}
     unused["not in overfit"] = len(train_set) - len(train_ids) - len(held_out)
-    log.say(what_is_used(train_set, len(train_ids), unused))
-
-    if blurred:
-        log.say(blurred)
+    few = few_neighbors(len(train_ids)) if measurable else None
+    for note in filter(None, (what_is_used(train_set, len(train_ids), unused), few, blurred)):
+        log.say(note)
+    for warning in warnings:
+        log.warn_now(start, warning)
 
     # ---------------------------------------------------------------- train
     if start == total and log.repeat_results():

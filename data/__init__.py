@@ -65,7 +65,8 @@ class DefectConfig:
 def settled(config: DataConfig) -> DataConfig:
     """The section with numbers for `size: native` and `white: auto`, found from the training set.
 
-    A run stores the numbers, so that its test set, predict.py and a resumed run have the same.
+    A run stores the numbers, so that its test set, predict.py and `update=` have the same. One that resumes finds them
+    again, and is refused when they changed.
 
     Raises:
         UserError: `native` with training images of several sizes.

@@ -3,7 +3,6 @@
 import functools
 import heapq
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from PIL import Image
 
 from training.distributed import is_main
 from training.errors import UserError
-from training.text import printable
+from training.text import say_once
 
 NO_IMAGES = {  # formats that Pillow opens, but that are no photographs it can decode
     *("BUFR", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"),  # only recognised (WMF is drawn on Windows alone)
@@ -122,7 +121,7 @@ def list_images(folder: str | Path, *, leave_out: str | Path | None = None) -> L
     for paths in (found.paths, found.junk, found.runs, found.others):
         paths.sort()
     if is_main() and (left_out := found.notice()):
-        _say_once(f"{top}: left out {left_out}")
+        say_once(f"{top}: left out {left_out}")
     return found
 
 
@@ -185,9 +184,3 @@ def _unreadable(path: str | Path, error: OSError) -> str:
 
 def _number(things, noun: str) -> str:
     return f"{len(things)} {noun}" if len(things) == 1 else f"{len(things)} {noun}s"
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    """The training and the test part of a set list the same folder."""
-    print(printable(line), file=sys.stderr)

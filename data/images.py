@@ -4,7 +4,6 @@ Letters: H and W height and width of the input, N pictures, h and w the original
 """
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from data.depth import largest_channel, not_black, to_8_bit
 from data.geometry import Geometry, as_geometry
 from training.distributed import is_main
 from training.errors import UserError
-from training.text import printable
+from training.text import say_once
 
 Image.MAX_IMAGE_PIXELS = 2**30  # Pillow refuses twice as many; by default 179 million, fewer than line cameras deliver
 OnError = Literal["fail", "skip"]
@@ -125,8 +124,7 @@ def readable(load: Callable[[int], object], paths: list[str], on_error: OnError)
         raise UserError(f"none of the {len(paths)} pictures can be read, the first is {paths[0]}: check the files")
     if broken and is_main():
         names = ", ".join(broken)
-        line = f"warning: left out {len(broken)} of {len(paths)} pictures, not readable: {names}"
-        print(printable(line), file=sys.stderr)
+        say_once(f"warning: left out {len(broken)} of {len(paths)} pictures, not readable: {names}")
     return [position for position, is_good in zip(positions, good) if is_good]
 
 

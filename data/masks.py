@@ -4,7 +4,6 @@ Letters: N images, h and w the original height and width.
 """
 
 import os
-import sys
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
@@ -17,7 +16,7 @@ from data.image_files import find_images
 from data.images import in_threads, mask_values, picture_sizes
 from training.distributed import is_main
 from training.errors import UserError
-from training.text import printable
+from training.text import say_once
 
 Masks = Literal["all", "some"]
 
@@ -53,6 +52,11 @@ def masks_of(images: list[str], top: Path, needed: Masks) -> list[str | None]:
         line = f"{_first(without)} of {len(images)} defective images have no mask: left out of the pixel metrics"
         _warn(line + (f"; masks that belong to no image: {_first(unused)}" if unused else ""))
     return masks
+
+
+def names_with_sizes(masks: list[str | None], root: str) -> list[str]:
+    """Each mask as `<path below root>, <n> bytes`: what tells that the ground truth of a finished run has changed."""
+    return [f"{os.path.relpath(mask, root)}, {os.path.getsize(mask)} bytes" for mask in masks if mask is not None]
 
 
 def check_sizes(pairs: list[tuple[str, str]]) -> None:
@@ -117,4 +121,4 @@ def _first(paths: list[str]) -> str:
 
 
 def _warn(line: str) -> None:
-    print(f"warning: {printable(line)}", file=sys.stderr)
+    say_once(f"warning: {line}")

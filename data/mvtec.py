@@ -81,14 +81,14 @@ class MVTec:
         self.classes = ["normal", "anomalous"]
         self.labels = torch.tensor([int(defect != "good") for defect in self.defects])
         self.has_masks = split == "test" and is_folder(top / "ground_truth")
-        self._masks: list[str | None] = [None] * len(self.paths)
+        self.mask_paths: list[str | None] = [None] * len(self.paths)
         if self.has_masks:
             defective = self.labels.nonzero().flatten().tolist()
             for i, mask in zip(defective, masks_of([self.paths[i] for i in defective], top, masks)):
-                self._masks[i] = mask
+                self.mask_paths[i] = mask
         self._keep(readable(self.__getitem__, self.paths, on_error), "not readable")
-        check_sizes([(path, mask) for path, mask in zip(self.paths, self._masks) if mask is not None])
-        warn_of_values(mask for mask in self._masks if mask is not None)
+        check_sizes([(path, mask) for path, mask in zip(self.paths, self.mask_paths) if mask is not None])
+        warn_of_values(mask for mask in self.mask_paths if mask is not None)
 
     @cached_property
     def sizes(self) -> Tensor:
@@ -97,7 +97,7 @@ class MVTec:
 
     @property
     def mask_known(self) -> Tensor:
-        return torch.tensor([mask is not None for mask in self._masks]) | (self.labels == 0)
+        return torch.tensor([mask is not None for mask in self.mask_paths]) | (self.labels == 0)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -110,7 +110,7 @@ class MVTec:
 
     def mask(self, index: int, *, original: bool = False) -> Tensor:
         """The true mask of a test picture: bool (H, W), or `original` (h, w) as it is stored; empty without one."""
-        path = self._masks[index]
+        path = self.mask_paths[index]
         if path is None:
             size = self.sizes[index].tolist() if original else (self.geometry.height, self.geometry.width)
             return torch.zeros(*size, dtype=torch.bool)
@@ -121,7 +121,7 @@ class MVTec:
             self.left_out[why] = len(self.paths) - len(positions)
         self.paths = [self.paths[i] for i in positions]
         self.defects = [self.defects[i] for i in positions]
-        self._masks = [self._masks[i] for i in positions]
+        self.mask_paths = [self.mask_paths[i] for i in positions]
         self.labels = self.labels[positions]
 
 

@@ -2,8 +2,6 @@
 
 import os
 import struct
-import sys
-from itertools import islice
 
 from PIL import Image
 
@@ -11,11 +9,12 @@ from data.depth import WHITE, deep_values, is_deep
 from data.images import in_threads, naming
 from training.distributed import is_main
 from training.errors import UserError
+from training.text import say_once
 
 MAY_BE_DEEP = {".png", ".tif", ".tiff", ".pgm", ".pnm", ".jp2"}
 CAMERAS = (255, 1023, 4095, 16383)  # white of 8, 10, 12 and 14 bits
 BITS_PER_SAMPLE, MAX_SAMPLE, S_MAX_SAMPLE = 258, 281, 341  # TIFF tags
-LOOKED_AT = 100  # deep images, for the warning
+LOOKED_AT = 100  # images, for the warning
 
 
 def find_white(paths: list[str]) -> int:
@@ -35,18 +34,20 @@ def find_white(paths: list[str]) -> int:
 
 
 def warn_if_dark(paths: list[str], white: int) -> None:
-    """One line on stderr when the first hundred deep images have no value in the upper three quarters of the range."""
+    """One line on stderr when the deep ones of the first hundred images have no value above a quarter of the range."""
     if not is_main():
         return
-    paths = [path for path in paths if _may_be_deep(path)]
+    paths = [path for path in paths if _may_be_deep(path)][:LOOKED_AT]
     deep = (path for path, is_so in zip(paths, in_threads(_is_deep, paths, "reading depths")) if is_so)
-    largest = list(in_threads(_largest, islice(deep, LOOKED_AT), "looking for white"))
+    largest = list(in_threads(_largest, deep, "looking for white"))
     most = max(largest, default=white)
     if 0 < most < white / 4:
         likely = next((camera for camera in CAMERAS if most <= camera), most)
-        print(f"warning: no value of the first {len(largest)} images of 16 bits is above {most}, so that at "
-              f"data.white={white} they are nearly black: set data.white={likely} if that is the camera's white, or "
-              "data.white=auto", file=sys.stderr)  # fmt: skip
+        say_once(
+            f"warning: no value of the first {len(largest)} images of 16 bits is above {most}, so that at "
+            f"data.white={white} they are nearly black: set data.white={likely} if that is the camera's white, or "
+            "data.white=auto"
+        )
 
 
 def _may_be_deep(path: str) -> bool:

@@ -113,7 +113,8 @@ def show_pages(log: Log, name: str, draw: Callable, rows: list, title: str) -> N
 def image_row(found: Findings, dataset, caption: Caption) -> Row:
     image, mask, *_ = dataset[caption.index]
     mask = mask if dataset.has_masks and dataset.mask_known[caption.index] else None
-    return Row(image, found.maps[caption.index], mask, tuple(found.peaks[caption.index].tolist()), caption)
+    peak = None if found.peaks is None else tuple(found.peaks[caption.index].tolist())
+    return Row(image, found.maps[caption.index], mask, peak, caption)
 
 
 def neighbor_pair(found: Findings, test_set, train_set, caption: Caption) -> Pair:

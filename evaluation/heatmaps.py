@@ -50,7 +50,7 @@ class Row:
     image: torch.Tensor  # uint8 (3, H, W)
     map: torch.Tensor  # float (H, W), raw scores
     mask: torch.Tensor | None  # bool (H, W)
-    peak: tuple[float, float]  # (y, x) of the most anomalous place in the map
+    peak: tuple[float, float] | None  # (y, x) of the most anomalous place in the map; None: the detector names none
     caption: Caption
 
 
@@ -192,7 +192,7 @@ def verdict_color(correct: bool | None) -> tuple[int, int, int]:
 
 
 def _where_the_peak_is(row: Row) -> list[str]:
-    if row.mask is None or not row.mask.any():
+    if row.peak is None or row.mask is None or not row.mask.any():
         return []
     y, x = (min(max(int(at), 0), side - 1) for at, side in zip(row.peak, row.mask.shape))
     return [f"peak {'inside' if row.mask[y, x] else 'outside'} the true defect"]
@@ -217,7 +217,8 @@ def _tiles(row: Row, low: float, high: float, pixel_threshold: float | None) -> 
         mask = resize(row.mask.cpu()[None], "nearest-exact")[0] > 0
         image, heat = outline(image, mask), outline(heat, mask)
     image, heat = to_pil(image), to_pil(heat)
-    mark_peak(ImageDraw.Draw(heat), tuple(at * TILE / n for at, n in zip(row.peak, scores.shape)), 14)
+    if row.peak is not None:
+        mark_peak(ImageDraw.Draw(heat), tuple(at * TILE / n for at, n in zip(row.peak, scores.shape)), 14)
     return image, heat
 
 

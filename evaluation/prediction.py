@@ -59,8 +59,8 @@ def write_heatmap(
 
 
 def captioned(drawn: Image.Image, calibration: dict, score: float, threshold: float | None) -> Image.Image:
-    """`drawn` with a band below it, of letters as large as the image; one that is narrow gets white at its right."""
-    size = max(16, round(drawn.width / 50))
+    """`drawn` with a band below it, of letters that grow with the image; one that is narrow gets white at its right."""
+    size = min(max(16, round(drawn.width / 50)), 48)
     width, pad, low, high = max(drawn.width, NARROWEST), size // 2, calibration["low"], calibration["high"]
     paper = Image.new("RGB", (width, drawn.height + 10 * size), PAPER)
     paper.paste(drawn, (0, 0))

@@ -3,16 +3,19 @@
 import torch
 from torch import nn
 
+from data import DataConfig
 from data.depth import WHITE
 from data.loading import Loader
 from evaluation.detection import batches_of
+from models.anomaly import DetectorConfig
+from models.build import BackboneConfig
 from training import checkpoint
-from training.config import flatten
+from training.config import completed, flatten
 from training.errors import UserError
 from training.version import another_version
 
-SECTIONS = ("backbone", "detector", "data", "precision")  # of the config: must be what the old run had,
-FREE = ("backbone.weights", "backbone.part", "detector.image_score")  # but for where weights are and what is scored
+SECTIONS = {"backbone": BackboneConfig, "detector": DetectorConfig, "data": DataConfig}  # must be what the old run had,
+FREE = ("backbone.weights", "backbone.part", "detector.image_score", "data.masks")  # but for what changes no memory
 
 
 def white_of(path: str) -> int:
@@ -29,7 +32,9 @@ def load_memory(path: str, resolved: dict, detector: nn.Module) -> dict:
     old = checkpoint.load(path)
     if "calibration" not in old:
         raise UserError(f"update={path} is not the last.pt of a finished run of train_anomaly.py")
-    before, now = ({section: c[section] for section in SECTIONS} for c in (old["config"], resolved))
+    before = {name: completed(schema, old["config"][name]) for name, schema in SECTIONS.items()}
+    before["precision"] = old["config"]["precision"]
+    now = {name: resolved[name] for name in before}
     for key in checkpoint.config_changes(before, now):
         if key not in FREE:
             raise UserError(

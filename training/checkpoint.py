@@ -11,26 +11,28 @@ import torch
 import yaml
 
 from training import distributed
-from training.config import flatten
+from training.config import completed, flatten
 from training.errors import UserError
 from training.files import remove_unfinished, whole_file
 from training.version import another_version, code_version, goes_on_from
 
 LAST = "last.pt"
-CHANGES_NOTHING = (  # keys that cannot change weights or metrics, so they may differ when a run is resumed: where
-    "runs",  # things are,
+# Keys that cannot change weights or metrics, so that they may differ when a run is resumed, and so may `device` between
+# auto and what it is here, or another GPU. (`loss` alone is the mean since the last point of the curves, wherever it is.)
+CHANGES_NOTHING = (
+    "runs",  # where things are
     "run_name",
-    "data.root",  # as long as the images' names below it are the same, which the scripts check,
-    "data.on_error",  # likewise: an image that is left out is a name less;
-    "data.cache",  # how much memory they take,
+    "data.root",  # as long as the images' names below it are the same, which the scripts check
+    "data.on_error",  # likewise: an image that is left out is a name less
+    "data.cache",  # how much memory things take
     "data.workers",
     "detector.memory_limit",
-    "log_every",  # where the curves have points (the last point's mean is the loss in results.json),
+    "log_every",  # where the curves have points, and when checkpoints are written
     "save_every",
     "save.every",
     "save.keep_last",
     "resume",
-)  # and `device` between auto and what it is here, or another GPU
+)
 
 
 def save(path: str | Path, parts: dict, **about) -> None:
@@ -117,18 +119,19 @@ IMAGES = {  # of a run, under these keys of its checkpoint
     "learned": "numbers of the training images that are not held out",
     "elsewhere": "images of another set that it learns from",
     "tested": "test images",
+    "masks": "masks of the test images, or their sizes in bytes,",
 }
 
 
 def require_same_images(state: dict, images: dict[str, list], folder: Path) -> None:
     """UserError when a run that resumes was begun with other images, or has results of others.
 
-    `images` are names, by the keys of `IMAGES`; the test images count once there are results.
+    `images` are names, by the keys of `IMAGES`; the test images and their masks count once there are results.
     """
     finished = (folder / "results.json").exists()
     for key, now in images.items():
         before = state.get(key, now)  # what older checkpoints do not have
-        if before == now or (key == "tested" and not finished):
+        if before == now or (key in ("tested", "masks") and not finished):
             continue
         changes = []
         for change, names in (("added", {*now} - {*before}), ("removed", {*before} - {*now})):
@@ -144,19 +147,26 @@ def require_same_images(state: dict, images: dict[str, list], folder: Path) -> N
 
 
 def open_run(
-    folder: str | Path, config: dict, *, resume: str = "auto", images: dict[str, list] | None = None
+    folder: str | Path,
+    config: dict,
+    *,
+    schema: type | None = None,
+    resume: str = "auto",
+    images: dict[str, list] | None = None,
 ) -> dict | None:
     """Make the run folder and write config.yaml; returns the state to go on from, or None for a fresh start.
 
     resume `auto`: a folder with a checkpoint of the same config goes on; one that `config_changes` tells apart is an
     error that names the keys, and so are other `images` (`require_same_images`). resume `never`: a run that is there
-    is removed first. Call it when everything else of the config has proved right, for it may delete.
+    is removed first. With `schema`, the config's dataclass, keys that the checkpoint is older than have their defaults.
+    Call it when everything else of the config has proved right, for it may delete.
     """
     folder, state = Path(folder), None
     if resume == "auto" and os.path.exists(folder / LAST):  # of a name that is too long it says no
         state = load(folder / LAST)
-        if keys := config_changes(state["config"], config):
-            old, new = flatten(state["config"]), flatten(config)
+        before = completed(schema, state["config"]) if schema else state["config"]
+        if keys := config_changes(before, config):
+            old, new = flatten(before), flatten(config)
             changes = ", ".join(f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys[:4])
             raise UserError(
                 f"{folder} holds a run with another config ({changes}{', ...' if len(keys) > 4 else ''}); "
@@ -166,7 +176,7 @@ def open_run(
     goes_on_from(state and state.get("version"))
     other = another_version(state.get("version")) if state else ""
     if other and distributed.is_main() and not (folder / "results.json").exists():  # else Log.repeat_results says it
-        print(f"{folder} goes on from a checkpoint of {other}; resume=never starts afresh", file=sys.stderr)
+        print(f"{folder} resumes from a checkpoint of {other}; resume=never starts afresh", file=sys.stderr)
     distributed.barrier()  # all ranks have looked before rank 0 changes anything
     if distributed.is_main():
         try:

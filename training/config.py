@@ -253,6 +253,15 @@ def changed(config, prefix: str = "") -> dict:
     return flat
 
 
+def completed(schema: type, stored: dict) -> dict:
+    """A stored resolved config with the defaults of keys that are newer than it, so that the two can be compared; as it
+    is where `schema` cannot read it any more."""
+    try:
+        return as_dict(build(schema, stored))
+    except UserError:
+        return stored
+
+
 def flatten(nested: dict, prefix: str = "") -> dict:
     """{'a': {'b': 1}} -> {'a.b': 1}."""
     flat = {}

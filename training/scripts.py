@@ -13,7 +13,7 @@ from types import ModuleType
 
 from training import config
 from training.errors import UserError
-from training.version import TOP
+from training.version import TOP, code_version
 
 
 def path_of(word: str) -> Path:
@@ -42,14 +42,15 @@ def module_of(word: str) -> ModuleType:
     return module
 
 
-def config_of(words: list[str]) -> dict | None:
-    """The resolved config that a command line gives its script, which is not run.
-
-    Its schema is what the script's `schema(argv)` returns or, without one, its `Config`; None where it has neither.
-    """
+def schema_of(words: list[str]) -> type | None:
+    """What the script's `schema(argv)` returns or, without one, its `Config`; None where it has neither."""
     script = module_of(words[0])
-    schema = script.schema(words[1:]) if hasattr(script, "schema") else getattr(script, "Config", None)
-    if schema is None:
+    return script.schema(words[1:]) if hasattr(script, "schema") else getattr(script, "Config", None)
+
+
+def config_of(words: list[str]) -> dict | None:
+    """The resolved config that a command line gives its script, which is not run; None of one without `schema_of`."""
+    if (schema := schema_of(words)) is None:
         return None
     with contextlib.redirect_stderr(io.StringIO()):  # the options that a choice drops are reported when it runs
         return config.as_dict(config.load(schema, words[1:]))
@@ -79,12 +80,15 @@ def run(words: list[str], launcher: str, server) -> str | None:
 
 def call_script(words: list[str], send) -> None:
     """In a fresh process: `main` of the script, its errors sent back as one line."""
-    error, sys.argv = None, words  # whose first is the script that counts in the version
+    error, sys.argv = None, words
+    code_version(words[0])  # read before the script is, so that it is the version of what runs
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             module_of(words[0]).main(words[1:])
     except UserError as problem:
         error = str(problem)
+    except SystemExit as problem:
+        error = f"exit status {problem.code}" if problem.code else None
     except Exception as problem:
         traceback.print_exc()
         error = f"{type(problem).__name__}: {problem}"

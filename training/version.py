@@ -7,8 +7,8 @@ stale, and an edit counts whether git knows of the file or not. What matters:
 - packages: every .py file below the repository's folders with an `__init__.py`, but for `NO_PART`;
 - script: the file that runs (a copied one as well), with what it imports from beside it. Its name does not count.
 
-The packages are read once, when this module is imported, as nearly all of them are: an edit in the middle of a run is
-not in its memory, and so not in its version.
+All of it is read once, when this module is imported, as nearly all modules are: an edit in the middle of a run is not
+in its memory, and so not in its version.
 """
 
 import ast
@@ -107,4 +107,5 @@ def _hash(files: dict[str, Path]) -> str:
 
 
 _PACKAGES = packages_hash(TOP)
+_script_hash(Path(sys.argv[0]).resolve())  # now, for an edit while it runs is not in its memory
 _earlier = ""  # the version that began this run, if it was another one

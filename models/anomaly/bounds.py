@@ -23,9 +23,8 @@ def pair_distances(a: Tensor, i: Tensor, b: Tensor, j: Tensor) -> Tensor:
     """|a[i] - b[j]|^2 -> (n,) float64 for index pairs i, j (n,): by difference, so without cancellation."""
     out = torch.empty(len(i), dtype=torch.float64, device=a.device)
     at_once = 32 * PAIRS
-    if (
-        a.device.type == "cpu"
-    ):  # of few, less than 2^15 numbers: for these torch wakes no threads, which would cost more
+    if a.device.type == "cpu":
+        # below 2^15 numbers torch wakes no threads, which would cost more than the work
         at_once = PAIRS if len(i) > 32 * PAIRS else max(1, (2**15 - 1) // a.shape[1])
     for some, p, q in zip(out.split(at_once), i.split(at_once), j.split(at_once)):
         difference = a.index_select(0, p).double().sub_(b.index_select(0, q))  # (PAIRS, D)

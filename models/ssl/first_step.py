@@ -26,17 +26,17 @@ def rehearse(
     *,
     classes: int,
     n_images: int,
-    measured: bool,
+    measured: Tensor | None,
     autocast: Callable[[], AbstractContextManager],
 ) -> list[str]:
     """Pass one image's views through a pretraining method, and the image through its backbone in eval mode.
 
     Args:
         method: on its device. objective: the method, or SPD around it.
-        augment: makes the views. image: uint8 (3, S, S), as stored at data.size.
+        augment: makes the views. image: uint8 (3, H, W), as stored at data.size.
         cfg: the config of train_ssl.py.
         classes: of the training set. n_images: images to learn from.
-        measured: whether the kNN metric will be taken, at data.size.
+        measured: uint8 (3, h, w), an image as the kNN metric will see it; None: it will not be taken.
         autocast: makes the context of the forward pass.
 
     Returns:
@@ -68,24 +68,25 @@ def rehearse(
     objective.check_views(len(views))
     with naming(sizes), batch_norm_needs_more(cfg.batch_size), no_trace(objective, device, training=True), autocast():
         embeddings = objective.embed(views)
-    if measured:
-        with naming({"data.size": cfg.data.size[0]}), no_trace(method, device, training=False):
-            method.backbone(normalize(images[:1]))
+    if measured is not None:
+        with naming({"data.size": tuple(measured.shape[1:])}), no_trace(method, device, training=False):
+            method.backbone(normalize(measured[None].to(device)))
 
+    stored, made = tuple(image.shape[1:]), {tuple(view.shape[2:]) for view in views}
     warnings = [
-        f"{key}={words(size)} is larger than data.size={cfg.data.size[0]}: views are enlarged from fewer pixels; "
+        f"{key}={words(size)} is larger than data.size={words(stored)}: views are enlarged from fewer pixels; "
         f"lower {key}, or raise data.size"
         for key, size in sizes.items()
-        if max(shape_of(size)) > cfg.data.size[0] and shape_of(size) in {tuple(view.shape[2:]) for view in views}
+        if any(v > s for v, s in zip(shape_of(size), stored)) and shape_of(size) in made
     ]
     for key, queue in method.named_children():
         if isinstance(queue, Queue):
             length, width = queue.rows.shape
-            made = cfg.batch_size * embeddings[0][0].numel() // width  # the first are what the method compares
-            queue.require_room(made)
+            pushed = cfg.batch_size * embeddings[0][0].numel() // width  # the first are what the method compares
+            queue.require_room(pushed)
             if length > n_images:
                 warnings.append(
                     f"method.{key}={length} is longer than the training set of {n_images} images, whose own earlier "
-                    f"embeddings are in it: set method.{key}={max(suitable_length(n_images), made)}"
+                    f"embeddings are in it: set method.{key}={max(suitable_length(n_images), pushed)}"
                 )
     return warnings

@@ -78,7 +78,7 @@ def test_without_masks_and_with_nothing_hidden(dataset):
     results = crop_results(scores, None, None, dataset)
     assert list(results) == ["crop_share_seen"] and "without masks nobody knows" in crop_line(results)
     dataset.has_masks, dataset.geometry = True, Geometry(32, 64, "crop", 64)
-    dataset._masks = [None] * 7
+    dataset.mask_paths = [None] * 7
     results = crop_results(scores, None, None, dataset)
     assert results["n_defects_cut"] == results["n_defects_hidden"] == 0 and "image_auroc_seen" not in results
     line = crop_line(results | {"n_test_anomalous": 4})

@@ -5,12 +5,14 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 import train_anomaly
 from models.anomaly import DETECTORS
 from tests.pictures import write_mvtec
 from tests.scripts.test_train_anomaly import METRICS, words
 from tests.scripts.test_train_ssl_resume import interrupt_at
+from training.config import overlay
 from training.errors import UserError
 
 
@@ -55,6 +57,31 @@ def test_results_of_other_test_images_are_not_repeated(pictures, tmp_path, capsy
     (copy / "part/test/good/000.png").unlink()
     with pytest.raises(UserError, match=r"1 removed: part/test/good/000\.png"):
         train_anomaly.main(run)
+    shutil.copy(pictures / "part/test/good/000.png", copy / "part/test/good")
+    train_anomaly.main(run)
+    mask = copy / "part/ground_truth/spot/000_mask.png"
+    Image.new("L", Image.open(mask).size, 255).save(mask)
+    with pytest.raises(
+        UserError, match=r"masks of the test images, .* changed since its results \(1 added: .*000_mask"
+    ):
+        train_anomaly.main(run)
+
+
+def test_a_run_that_is_older_than_a_key_resumes_and_is_updated(pictures, tmp_path, capsys):
+    run = words("patchcore", pictures, tmp_path)
+    train_anomaly.main(run)
+    first = json.loads(capsys.readouterr().out.splitlines()[-1])
+    last = tmp_path / "run" / "last.pt"
+    state = torch.load(last, weights_only=True)
+    for section, key in (("data", "white"), ("data", "masks"), ("detector", "neighbors")):
+        del state["config"][section][key]
+    torch.save(state, last)
+    train_anomaly.main(run)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == first
+    updating = [f"update={last}", "run_name=updated"]
+    train_anomaly.main(overlay(run, updating))
+    with pytest.raises(UserError, match=r"fitted with detector\.neighbors=\d, this config says 2: make them equal"):
+        train_anomaly.main(overlay(run, updating, ["detector.neighbors=2", "run_name=other"]))
 
 
 @pytest.mark.parametrize("name", ["cflow", *(pytest.param(n, marks=pytest.mark.slow) for n in ("cutpaste", "regad"))])
@@ -64,7 +91,10 @@ def test_a_fit_that_fails_or_is_killed_does_not_lose_the_training_before_it(name
     train_anomaly.main(words(name, pictures, tmp_path / "a"))
     run = words(name, pictures, tmp_path / "b")
     for problem, text in (
-        (UserError("out of luck"), "out of luck; the last good checkpoint is .*: as detector.weights"),
+        (
+            UserError("out of luck"),
+            "out of luck; the training is kept: detector.weights=.*last.pt epochs=0 fits it again",
+        ),
         (KeyboardInterrupt(), "^$"),
     ):
         with monkeypatch.context() as patch, pytest.raises(type(problem), match=text):

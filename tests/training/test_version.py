@@ -92,6 +92,15 @@ def test_what_changes_the_version_and_what_does_not(repository, tmp_path):
     assert len(seen) == 4 and printed(repository)[1] == packages
 
 
+def test_an_edit_while_a_script_runs_is_not_in_its_version(repository, monkeypatch):
+    script = repository / "my_train.py"
+    edit = "import os, pathlib\nif 'EDIT' in os.environ:\n    pathlib.Path(__file__).write_text('other code')\n"
+    script.write_text(script.read_text().replace("print(", edit + "print("))
+    before = printed(repository)
+    monkeypatch.setenv("EDIT", "")
+    assert printed(repository)[1:] == before[1:] and script.read_text() == "other code"
+
+
 def test_files_that_are_none_do_not_stop_a_run(repository):
     before = printed(repository)
     os.symlink("nowhere", repository / "losses" / ".#ntxent.py")  # an editor's lock
@@ -134,7 +143,7 @@ def test_a_resumed_run_says_that_another_version_began_it(tmp_path, capsys, monk
     monkeypatch.setattr(version, "_PACKAGES", "00000000")
     open_run(tmp_path / "run", {})
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{tmp_path}/run goes on from a checkpoint of another version" in line
+    assert f"{tmp_path}/run resumes from a checkpoint of another version" in line
     assert old in line and "here is" in line and "resume=never" in line
     save(tmp_path / "run" / LAST, {}, step=2, config={})
     assert load(tmp_path / "run" / LAST)["version"].startswith(f"{old}, then ")
