@@ -18,7 +18,7 @@ from training.version import another_version, code_version, goes_on_from
 
 LAST = "last.pt"
 # Keys that cannot change weights or metrics, so that they may differ when a run is resumed, and so may `device` between
-# auto and what it is here, or another GPU. (`loss` alone is the mean since the last point of the curves, wherever it is.)
+# auto and what it is here, or another GPU. (`loss` alone, the mean since the last point of the curves, may move.)
 CHANGES_NOTHING = (
     "runs",  # where things are
     "run_name",

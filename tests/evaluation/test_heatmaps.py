@@ -148,7 +148,7 @@ def test_sheet(n):
     heat = torch.zeros(40, 60)
     heat[30:35, 10:20] = 1.0
     caption = Caption(0, "missed", ["hole", "called normal", "score 1", "rank 1 of 1"], False)
-    rows = [Row(image, heat, mask if i == 0 else None, (32.5, 45.0) if i % 2 else None, caption) for i in range(n)]
+    rows = [Row(image, heat, mask if i == 0 else None, None if i == 1 else (32.5, 45.0), caption) for i in range(n)]
     title = "tiles: image AUROC 0.9 [0.8, 1.0]"
     drawn = torch.from_numpy(np.array(sheet(rows, low=0.0, high=2.0, pixel_threshold=0.5, title=title)))  # (H, W, 3)
     lines = -(-n // 2)

@@ -278,7 +278,7 @@ def test_images_stored_at_their_native_size(tmp_path, capsys, more):
     captured = capsys.readouterr()
     assert "blurred" not in captured.err and 0 <= json.loads(captured.out.splitlines()[-1])["knn20_top1"] <= 1
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["size"] == [30, 44]
-    vit = ["backbone=vit_tiny", "backbone.patch=12", "run_name=vit"]  # for which 30 x 44 would not do
+    vit = ["backbone=vit_tiny", "backbone.patch=8", "run_name=vit"]  # for which 30 x 44 would not do
     train_ssl.main(config.overlay([word for word in about if not word.startswith("backbone")], vit))
     train_ssl.main(about)  # finished before, with the same config
     train_ssl.main(
