@@ -13,12 +13,11 @@ def test_no_trace(training):
     network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).train()
     network[1].eval()  # a module in another mode than the whole
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    random, modes, x = torch.get_rng_state(), [m.training for m in network.modules()], torch.randn(5, 3)
+    modes, x = [m.training for m in network.modules()], torch.randn(5, 3)
     random = torch.get_rng_state()
     with pytest.raises(RuntimeError), no_trace(network, torch.device("cpu"), training=training):
         out = network(x)
         assert not out.requires_grad and all(module.training == training for module in network.modules())
-        assert bool((out.mean(0).abs() < 1e-6).any()) is False or not training
         torch.rand(3)
         raise RuntimeError
     assert torch.equal(torch.get_rng_state(), random) and [m.training for m in network.modules()] == modes
