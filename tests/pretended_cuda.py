@@ -161,6 +161,8 @@ def pretended_cuda() -> Iterator[_Pretend]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(Tensor, "pin_memory", lambda self, *_: self))
         stack.enter_context(patch("torch.cuda.mem_get_info", lambda *_: (2**33, 2**34)))
+        stack.enter_context(patch("torch.cuda.get_rng_state", lambda *_: None))  # the device draws from the CPU's
+        stack.enter_context(patch("torch.cuda.set_rng_state", lambda *_: None))
         stack.enter_context(patch("torch.load", load_values))
         stack.enter_context(patch("torch.inference_mode", torch.no_grad))  # inference tensors cannot be wrapped
         mode = stack.enter_context(_Pretend(stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))))

@@ -126,7 +126,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(name, pictures, tmp
 def test_a_score_of_the_whole_test_set_is_fitted_on_it(pictures, tmp_path, capsys):
     states = []
     for split in ("train", "test"):
-        train_anomaly.main([*words("cflow", pictures, tmp_path / split), f"detector.normalize={split}"])
+        train_anomaly.main(words("cflow", pictures, tmp_path / split, f"detector.normalize={split}"))
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["normalized_on"] == split
         states.append(torch.load(tmp_path / split / "run" / "last.pt", weights_only=True)["model"])
     assert [key for key in states[0] if not torch.equal(states[0][key], states[1][key])] == ["likeliest"]
@@ -163,7 +163,7 @@ def test_without_held_out_normals_each_is_left_out_in_turn(name, pictures, tmp_p
 )
 def test_where_no_picture_can_be_left_out_there_is_no_threshold(shots, options, pictures, tmp_path, capsys):
     about = ["data.name=few_shot", f"data.shots={shots}", "holdout=null", *options]
-    train_anomaly.main([*words("embedding", pictures, tmp_path), *about])
+    train_anomaly.main(words("embedding", pictures, tmp_path, *about))
     out, err = capsys.readouterr()
     results = json.loads(out.splitlines()[-1])
     assert (results["n_train"], results["n_normals"], results["threshold"]) == (shots, 0, None)
@@ -174,8 +174,8 @@ def test_few_shots_learn_elsewhere_once_and_keep_every_support(pictures, tmp_pat
     """Another draw needs neither training nor other categories; nothing is held out unless it is said."""
 
     def results(name, *more):
-        own = ["data.name=few_shot", "data.shots=3", "holdout=null", *more]
-        train_anomaly.main([*words(name, pictures, tmp_path), *own])
+        own = config.overlay(["data.name=few_shot", "data.shots=3", "holdout=null"], list(more))
+        train_anomaly.main(words(name, pictures, tmp_path, *own))
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
     first = results("regad", "epochs=1")
@@ -209,7 +209,7 @@ def test_an_update_learns_what_is_new_and_forgets_what_is_gone(pictures, tmp_pat
     (good / "005.png").unlink()
     again = words("patchcore", copy, tmp_path, "holdout=0", f"update={tmp_path}/run/last.pt")
     capsys.readouterr()
-    train_anomaly.main([*again, "run_name=updated"])
+    train_anomaly.main(config.overlay(again, ["run_name=updated"]))
     assert "2 pictures added, 1 removed, 11 in all" in capsys.readouterr().err
     after = torch.load(tmp_path / "updated" / "last.pt", weights_only=True)
     banks = [
@@ -220,7 +220,7 @@ def test_an_update_learns_what_is_new_and_forgets_what_is_gone(pictures, tmp_pat
     assert {name for name, *_ in added} <= {"part/train/good/003.png", "part/train/good/007.png"}
     assert {name for name, *_ in gone} == {"part/train/good/005.png"}
     with pytest.raises(UserError, match=r"fitted with detector.coreset=0.1, this config says 0.2"):
-        train_anomaly.main([*again, "run_name=other", "detector.coreset=0.2"])
+        train_anomaly.main(config.overlay(again, ["run_name=other", "detector.coreset=0.2"]))
 
 
 def test_original_resolution_and_padding(tmp_path, capsys):
