@@ -236,15 +236,16 @@ def legend(
     """Say what outlines, cross and ramp mean, from `at` (x, y) in lines of `width` pixels, letters of `size`; returns
     where the next line would begin. `masked`: whether true defects are outlined. The ramp is as over mid-grey."""
     draw, side, (x, y) = ImageDraw.Draw(paper), round(1.25 * size), at
+    rim = max(1, side // 20)
     grey = torch.full((3, side, side), 128, dtype=torch.uint8)
     box = torch.zeros(side, side, dtype=torch.bool)
     box[side // 4 : -(side // 4), side // 4 : -(side // 4)] = True
     cross = to_pil(grey)
     mark_peak(ImageDraw.Draw(cross), (side / 2, side / 2), 0.7 * side)
     ramp = torch.linspace(low, high, 9 * size).expand(side, -1)  # (side, 9 size)
-    items = [(to_pil(outline(grey, box)), "true defect")] if masked else []
+    items = [(to_pil(outline(grey, box, width=2 * rim)), "true defect")] if masked else []
     if pixel_threshold is not None:
-        swatch = to_pil(outline(grey, box, ABOVE, rim=1))
+        swatch = to_pil(outline(grey, box, ABOVE, width=2 * rim, rim=rim))
         items.append((swatch, f"above the pixel threshold {pixel_threshold:.4g}"))
     items.append((cross, "most anomalous place"))
     ramp = overlay(torch.full((3, *ramp.shape), 128, dtype=torch.uint8), ramp, low, high)
