@@ -172,7 +172,8 @@ def sheet(
     draw = ImageDraw.Draw(paper)
     write(draw, (MARGIN, 18), title, INK, 24, width=size[0] - 2 * MARGIN)
     masked = any(row.mask is not None for row in rows)
-    legend(paper, (MARGIN, 60), low, high, pixel_threshold, masked=masked, width=size[0] - 2 * MARGIN)
+    marks = {"masked": masked, "peaked": any(row.peak is not None for row in rows)}
+    legend(paper, (MARGIN, 60), low, high, pixel_threshold, **marks, width=size[0] - 2 * MARGIN)
     for number, row in enumerate(rows):
         line, column = divmod(number, columns)
         x, y = MARGIN + column * block, top + line * (TILE + GAP)
@@ -230,23 +231,27 @@ def legend(
     pixel_threshold: float | None,
     *,
     masked: bool,
+    peaked: bool,
     width: int,
     size: int = 16,
 ) -> int:
     """Say what outlines, cross and ramp mean, from `at` (x, y) in lines of `width` pixels, letters of `size`; returns
-    where the next line would begin. `masked`: whether true defects are outlined. The ramp is as over mid-grey."""
+    where the next line would begin. `masked`, `peaked`: whether true defects and peaks are marked. The ramp is
+    as over mid-grey.
+    """
     draw, side, (x, y) = ImageDraw.Draw(paper), round(1.25 * size), at
+    rim = max(1, side // 20)
     grey = torch.full((3, side, side), 128, dtype=torch.uint8)
     box = torch.zeros(side, side, dtype=torch.bool)
     box[side // 4 : -(side // 4), side // 4 : -(side // 4)] = True
     cross = to_pil(grey)
     mark_peak(ImageDraw.Draw(cross), (side / 2, side / 2), 0.7 * side)
     ramp = torch.linspace(low, high, 9 * size).expand(side, -1)  # (side, 9 size)
-    items = [(to_pil(outline(grey, box)), "true defect")] if masked else []
+    items = [(to_pil(outline(grey, box, width=2 * rim)), "true defect")] if masked else []
     if pixel_threshold is not None:
-        swatch = to_pil(outline(grey, box, ABOVE, rim=1))
+        swatch = to_pil(outline(grey, box, ABOVE, width=2 * rim, rim=rim))
         items.append((swatch, f"above the pixel threshold {pixel_threshold:.4g}"))
-    items.append((cross, "most anomalous place"))
+    items += [(cross, "most anomalous place")] if peaked else []
     ramp = overlay(torch.full((3, *ramp.shape), 128, dtype=torch.uint8), ramp, low, high)
     items.append((to_pil(ramp), f"{low:.3g} (usual) to {high:.3g} and more"))
     for swatch, text in items:

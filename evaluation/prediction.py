@@ -55,10 +55,12 @@ def write_heatmap(
     drawn = to_pil(outline_above(torch.cat(strips, dim=1), heat, calibration["pixel_threshold"]))
     if peak is not None:
         mark_peak(ImageDraw.Draw(drawn), peak, max(12, min(drawn.size) / 20))
-    save(captioned(drawn, calibration, score, threshold), target)
+    save(captioned(drawn, calibration, score, threshold, peaked=peak is not None), target)
 
 
-def captioned(drawn: Image.Image, calibration: dict, score: float, threshold: float | None) -> Image.Image:
+def captioned(
+    drawn: Image.Image, calibration: dict, score: float, threshold: float | None, *, peaked: bool = True
+) -> Image.Image:
     """`drawn` with a band below it, of letters that grow with the image; one that is narrow gets white at its right."""
     size = min(max(16, round(drawn.width / 50)), 48)
     width, pad, low, high = max(drawn.width, NARROWEST), size // 2, calibration["low"], calibration["high"]
@@ -75,5 +77,5 @@ def captioned(drawn: Image.Image, calibration: dict, score: float, threshold: fl
         x = end + size
     draw.text((x, y + 0.75 * size), f"score {score:.4g}, {limit}", INK, font(size), anchor="lm")
     at, shown = (pad, y + 2 * size), calibration["pixel_threshold"]
-    bottom = legend(paper, at, low, high, shown, masked=False, width=width - 2 * pad, size=size)
+    bottom = legend(paper, at, low, high, shown, masked=False, peaked=peaked, width=width - 2 * pad, size=size)
     return paper.crop((0, 0, width, min(bottom + pad, paper.height)))

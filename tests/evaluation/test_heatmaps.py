@@ -154,7 +154,7 @@ def test_sheet(n):
     lines = -(-n // 2)
     assert drawn.shape == (104 + lines * 216 + 16, 1392, 3)
     blue, green = spots(drawn, TRUE_DEFECT), spots(drawn, PEAK)
-    assert blue[:104].any() == (n > 0) and green[:104].any()  # the key on top
+    assert blue[:104].any() == green[:104].any() == (n > 0)  # the key on top
     assert blue[104:, 24:232].any() == blue[104:, 240:448].any() == (n > 0)  # on the image and on its heat map
     assert not blue[104:, 460:].any()  # rows without a mask
     if n:

@@ -80,3 +80,5 @@ def test_the_verdict_is_that_of_the_table():
     assert has(below[2.1], ALARM) and not has(below[2.0], ALARM)
     without = np.asarray(captioned(drawn, CALIBRATION | {"pixel_threshold": None}, 3.0, None))[50:]
     assert tuple(without[11, 11]) == (255, 255, 255) and not has(without, ALARM)
+    assert has(without, PEAK)
+    assert not has(np.asarray(captioned(drawn, CALIBRATION, 3.0, None, peaked=False)), PEAK)
