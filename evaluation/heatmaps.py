@@ -83,15 +83,24 @@ def outline(
     with `rim` black pixels on both sides of the line."""
     colors = torch.tensor([color, RIM], dtype=torch.uint8, device=image.device)[..., None, None]  # (2, 3, 1, 1)
     inner = _grown(mask, rim)
-    image = torch.where(_grown(mask, 2 * rim + width) & ~mask, colors[1], image) if rim else image
-    return torch.where(_grown(mask, rim + width) & ~inner, colors[0], image)
+    line = _grown(inner, width)
+    if rim:
+        image = torch.where(_grown(line, rim) & ~mask, colors[1], image)
+    return torch.where(line & ~inner, colors[0], image)
 
 
 def _grown(mask: torch.Tensor, pixels: int) -> torch.Tensor:
-    """`mask` (H, W) and what is at most so many rows and columns away."""
-    side = 2 * pixels + 1
-    rows = F.max_pool2d(mask[None].float(), (side, 1), stride=1, padding=(pixels, 0))
-    return F.max_pool2d(rows, (1, side), stride=1, padding=(0, pixels))[0] > 0
+    """`mask` bool (H, W) and what is at most so many rows and columns away."""
+    for _ in range(2):
+        reach = 0
+        while reach < pixels:  # twice as far at each turn
+            step = min(reach + 1, pixels - reach)
+            wider = mask.clone()
+            wider[step:] |= mask[:-step]
+            wider[:-step] |= mask[step:]
+            mask, reach = wider, reach + step
+        mask = mask.T  # rows, then columns
+    return mask
 
 
 def outline_above(image: torch.Tensor, heat: torch.Tensor, pixel_threshold: float | None) -> torch.Tensor:

@@ -70,17 +70,22 @@ def test_heat_range_comes_from_the_quantiles_of_normal_maps():
         heat_range(torch.full((1, 2, 2), float("nan")))
 
 
-def test_outlines_against_scipy():
-    image, mask = torch.randint(1, 250, (3, 40, 50), dtype=torch.uint8), torch.rand(40, 50) > 0.99
+@pytest.mark.parametrize(("width", "rim"), [(2, 0), (2, 1), (9, 4)])
+@pytest.mark.parametrize("size", [(40, 50), (1, 7), (6, 1)])
+def test_outlines_against_scipy(size, width, rim):
+    torch.manual_seed(0)
+    image, mask = torch.randint(1, 250, (3, *size), dtype=torch.uint8), torch.rand(size) > 0.99
+    mask[0, 0] = True
     square = np.ones((3, 3), bool)
 
     def grown(pixels):
         return binary_dilation(mask.numpy(), square, iterations=pixels) if pixels else mask.numpy()
 
-    drawn = outline(image, mask, ABOVE, width=2, rim=1).permute(1, 2, 0).numpy()
+    drawn = outline(image, mask, ABOVE, width=width, rim=rim).permute(1, 2, 0).numpy()
     expected = image.permute(1, 2, 0).numpy().copy()
-    expected[grown(4) & ~mask.numpy()] = 0
-    expected[grown(3) & ~grown(1)] = ABOVE
+    if rim:
+        expected[grown(2 * rim + width) & ~mask.numpy()] = 0
+    expected[grown(rim + width) & ~grown(rim)] = ABOVE
     assert np.array_equal(drawn, expected)
 
 
