@@ -16,8 +16,9 @@ the variant's `backbone` keys as well), else of the detectors. `seeds` in it are
 
 Before the first cell runs, the config of every cell is built and checked: for mistakes, for the weights that its
 pretraining means, and that no two cells are the same. A cell is done if its results are there and its config has no
-other value of a key that may change them, nor its pretraining other results; else it runs anew. Results of another
-version of the code (training/version.py) are kept and marked with a star, or with stale=rerun made anew.
+other value of a key that may change them, nor its pretraining other results; else it runs anew. Its images are not
+looked at again: after adding some, also="resume=never". Results of another version of the code (training/version.py)
+are kept and marked with a star, or with stale=rerun made anew.
 
 Writes runs/<run_name>/results.md and results.csv, and a run folder for every cell, heat maps in it. A cell that fails
 stands in the table with its error, the rest goes on.

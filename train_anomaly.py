@@ -152,7 +152,7 @@ def main(argv: list[str]) -> None:
     )
     log.say(what_is_used(train_set, len(train_ids), {f"held out for thresholds (holdout={share})": len(held_out)}))
     if finished and log.repeat_results():
-        return
+        return distributed.cleanup()
 
     # ---------------------------------------------------------------- train
     if by_gradient:

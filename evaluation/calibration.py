@@ -37,8 +37,6 @@ def promise(calibration: dict) -> str:
     """What to tell the user when the wanted rate cannot be promised."""
     n, rate = calibration["n_normals"], calibration["promised_false_alarm_rate"]
     if rate is None:
-        why = (
-            "the detector was fitted on every normal image and can leave none out, or none of so few or so similar ones"
-        )
+        why = "the detector was fitted on all normal images and can leave none out, as they are too few or too similar"
         return f"no threshold: {why}; add some, or set holdout=0.1"
     return f"{n} normals cannot promise false_alarm_rate: the threshold is their largest score, good for {rate:.1%}"

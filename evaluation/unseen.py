@@ -51,7 +51,7 @@ def crop_line(results: dict) -> str:
     line = f"data.fit=crop shows {results['crop_share_seen']:.0%} of an image (median)"
     cut, hidden = results.get("n_defects_cut"), results.get("n_defects_hidden")
     if cut is None:
-        return f"{line}; without masks nobody knows which defects lie outside"
+        return f"{line}; without masks it is unknown which defects lie outside"
     line += f"; of {results['n_test_anomalous']} defective test images {cut} have part of their mask outside"
     line += f", {hidden} all of it"
     if cut or hidden:

@@ -76,7 +76,7 @@ def test_without_masks_and_with_nothing_hidden(dataset):
     assert "pixel_auroc_seen" not in crop_results(scores, None, None, dataset)
     dataset.has_masks = False
     results = crop_results(scores, None, None, dataset)
-    assert list(results) == ["crop_share_seen"] and "without masks nobody knows" in crop_line(results)
+    assert list(results) == ["crop_share_seen"] and "without masks it is unknown" in crop_line(results)
     dataset.has_masks, dataset.geometry = True, Geometry(32, 64, "crop", 64)
     dataset.mask_paths = [None] * 7
     results = crop_results(scores, None, None, dataset)
