@@ -50,8 +50,8 @@ class CFlow(Detector):
     rests while others train; with torch before 2.0 Adam's momentum went on moving it, as zeroed gradients are
     gradients. The learning rate follows its curve batch by batch: in the official code it is constant for 8 of 200
     epochs at a time, warms up from a tenth of it and not from 0, and goes on from there along a cosine that began with
-    the warm-up. The last epoch is reported, not each metric's best on the test set. Official recipe: Wide-ResNet-50-2 with
-    `reflect`, batch 32, Adam with learning rate 2e-4, 25 x 8 epochs, squashed pictures of 512 pixels, but 256 for
+    the warm-up. The last epoch is reported, not each metric's best on the test set. Official recipe: Wide-ResNet-50-2
+    with `reflect`, batch 32, Adam with learning rate 2e-4, 25 x 8 epochs, squashed pictures of 512 pixels, but 256 for
     cable, capsule, hazelnut, metal nut, pill and 128 for transistor.
 
     Args:
