@@ -15,6 +15,7 @@ from data.demo_condition import CONDITIONS, VIEW, draw, one_ring
 from data.demo_outliers import THINGS, VEILS, outlier
 from data.demo_parts import PARTS
 from data.demo_sheet import contact_sheet
+from evaluation.colors import TRUE_DEFECT
 from training.errors import UserError
 
 SMALL = 0.001  # two pictures a folder
@@ -199,7 +200,7 @@ def test_command_line(root, capsys):
 def test_contact_sheet(root, tmp_path):
     sheet = contact_sheet(root)
     assert 900 <= sheet.width <= 1100
-    assert (np.asarray(sheet) == (255, 70, 60)).all(-1).sum() > 200  # the masks' outlines
+    assert (np.asarray(sheet) == TRUE_DEFECT).all(-1).sum() > 200  # the masks' outlines
     packed = io.BytesIO()
     sheet.save(packed, "JPEG", quality=72)
     assert packed.tell() < 200_000
