@@ -15,7 +15,7 @@ GradScaler (torch switches both off without CUDA), torch.compile, nccl.
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -164,7 +164,8 @@ def pretended_cuda() -> Iterator[_Pretend]:
         stack.enter_context(patch("torch.cuda.get_rng_state", lambda *_: None))  # the device draws from the CPU's
         stack.enter_context(patch("torch.cuda.set_rng_state", lambda *_: None))
         stack.enter_context(patch("torch.load", load_values))
-        stack.enter_context(patch("torch.inference_mode", torch.no_grad))  # inference tensors cannot be wrapped
+        no_grad = patch("torch.inference_mode", lambda on=True: torch.no_grad() if on else nullcontext())
+        stack.enter_context(no_grad)  # inference tensors cannot be wrapped
         mode = stack.enter_context(_Pretend(stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))))
         _MODE.append(mode)
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # a module's parameters become `Pretended`
