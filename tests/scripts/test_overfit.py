@@ -11,6 +11,7 @@ from evaluation.collapse import LEAST_STD
 from models.ssl import SSL_METHODS
 from tests.models.ssl.test_floors import CASES
 from tests.scripts.test_train_ssl import TINY
+from training.config import overlay
 
 RECIPE = ["optim=adam", "optim.lr=1e-3", "ema.start=0.9", "ema.end=0.9"]
 PATIENT = ["optim.lr=3e-4", "ema.start=0.99", "ema.end=0.99"]  # MoCo v2's queue holds yesterday's keys of each picture
@@ -42,8 +43,8 @@ def test_overfit_reaches_the_floor(name, tmp_path, capsys):
     words += [f"data.root={write_patterns(tmp_path / 'pictures')}", "data.size=36", *backbone, *RECIPE]
     words += [*(f"method.{key}={value}" for key, value in options.items()), "overfit=8", "epochs=400"]
     words += ["save.every=1000", "log_every=1", "device=cpu", "precision=fp32", "sync_bn=false"]
-    words += [f"runs={tmp_path}", "run_name=run", *MORE.get(name, [])]
-    train_ssl.main(words)
+    words += [f"runs={tmp_path}", "run_name=run"]
+    train_ssl.main(overlay(words, MORE.get(name, [])))
     curve = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [point["loss"] for point in curve if "loss" in point]
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
