@@ -140,6 +140,7 @@ def test_files_that_hold_no_scores(tmp_path):
         load_scores(tmp_path / "last.pt")
     with pytest.raises(UserError, match="not a number"):
         save_scores(tmp_path / "nan.pt", ["a", "b"], [0, 1], [0.0, float("nan")], NOTHING, None)
+    (tmp_path / "no").write_text("a file")
     with pytest.raises(UserError, match="cannot write"):
         save_scores(tmp_path / "no" / "folder.pt", ["a", "b"], [0, 1], [0.0, 1.0], NOTHING, None)
     with pytest.raises(ValueError, match="1 paths for 2"):

@@ -116,8 +116,8 @@ def test_mistakes_are_one_line(pictures, tmp_path):
     assert "student=vgg: it is auto, resnet18" in error("rd4ad", "detector.student=vgg")
     assert "epochs=0: at least 1" in error("rd4ad", "epochs=0")
     assert "needs an optim section" in error("patchcore", "detector=rd4ad", "detector.image_score=max")
-    sgd = ["optim.name=sgd", "optim.lr=0.1"]
-    assert "data.name=mvtec has no split 'others'" in error("patchcore", "detector=regad", *sgd)
+    sgd, best = ["optim.name=sgd", "optim.lr=0.1"], "detector.image_score=max"  # not PatchCore's own
+    assert "data.name=mvtec has no split 'others'" in error("patchcore", "detector=regad", best, *sgd)
     assert "data.shots=13, but" in error("regad", "data.shots=13")
     for name, held in {"rd4ad": [1.0], "nsa": torch.ones(3), "cutpaste": torch.ones(3)}.items():
         torch.save(held, tmp_path / "strange.pt")
