@@ -241,7 +241,7 @@ def test_an_absent_part_lists_those_there_are(tmp_path):
 def test_files_that_are_no_checkpoints(tmp_path):
     model = MobileNetV2(width=WIDTH)
     assert "No such file" in refused(model, tmp_path / "none.pth")
-    assert "Is a directory" in refused(model, tmp_path)
+    assert "is a folder without last.pt" in refused(model, tmp_path)
     path = tmp_path / "file.pth"
     for contents in (b"", b"hello\n", b"PK\x03\x04", b"\x80\x02}q\x00.", os.urandom(64)):
         path.write_bytes(contents)
