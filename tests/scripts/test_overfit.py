@@ -14,6 +14,10 @@ from tests.scripts.test_train_ssl import TINY
 from training.config import overlay
 
 RECIPE = ["optim=adam", "optim.lr=1e-3", "ema.start=0.9", "ema.end=0.9"]
+# and what the methods' own files say of their optimizers: nothing of it here
+RECIPE += ["optim.lr_scaling=none", "optim.schedule=cosine", "optim.warmup_epochs=0", "optim.final_lr=0"]
+RECIPE += ["optim.weight_decay=0", "optim.decay_norms=false", "optim.bias_lr_scale=1", "optim.fix_predictor_lr=false"]
+RECIPE += ["optim.betas=0.9,0.999"]
 PATIENT = ["optim.lr=3e-4", "ema.start=0.99", "ema.end=0.99"]  # MoCo v2's queue holds yesterday's keys of each picture
 MORE = {
     "moco_v2": ["method.out=32", *PATIENT],
