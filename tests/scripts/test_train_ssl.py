@@ -177,7 +177,8 @@ def test_sam_climbs_and_with_rho_0_changes_nothing(pictures, tmp_path):
 def test_m_sharpness_with_two_processes(accumulate, pictures, tmp_path):
     for run, more in {"all": [], "own": ["sam.m_sharpness=true"], "zero": ["sam.m_sharpness=true", "sam.rho=0"],
                       "plain": ["sam.rho=0"]}.items():  # fmt: skip
-        about = ["epochs=1", "batch_size=16", f"accumulate={accumulate}", "sam.rho=0.1", f"run_name={run}", *more]
+        about = ["epochs=1", "batch_size=16", f"accumulate={accumulate}", "sam.rho=0.1", f"run_name={run}"]
+        about = config.overlay(about, more)
         script(["train_ssl.py", *words("byol", pictures, tmp_path, *about)], processes=2)
     shared, own, zero, plain = (
         torch.load(tmp_path / run / "last.pt", weights_only=True)["model"]["online.backbone.features.0.0.weight"]
