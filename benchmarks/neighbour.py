@@ -22,9 +22,10 @@ from benchmarks.coreset import network
 from benchmarks.machine import commit, processor
 from models.anomaly.coreset import greedy_coreset
 from models.resnet import ResNet18
+from training import threads
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-SETTINGS = {"spin": {"GOMP_SPINCOUNT": "300000"}, "sleep": {"OMP_WAIT_POLICY": "PASSIVE"}}
+SETTINGS = {"spin": {"GOMP_SPINCOUNT": "300000"}, "sleep": threads.OURS}
 
 
 def serve(pixels: int) -> None:

@@ -136,7 +136,16 @@ def _lay(schema: type, lower: dict, upper: dict, where: str, dropped: list[str])
             below, above = (_spelled_out(kind, raw.get(name), f"{where}{name}") for raw in (lower, upper))
             both = isinstance(above, dict) and isinstance(below, dict)
             merged[name] = _lay(section, below, above, f"{where}{name}.", dropped) if both else above
+        elif name in upper:
+            merged[name] = _united(lower.get(name), upper[name])
     return merged
+
+
+def _united(lower, upper):
+    """`upper`'s keys over `lower`'s at every depth, for fields declared as dicts, whose keys are free."""
+    if not (isinstance(lower, dict) and isinstance(upper, dict)):
+        return upper
+    return lower | {key: _united(lower.get(key), value) for key, value in upper.items()}
 
 
 def _spelled_out(kind, raw, where: str) -> dict | None:

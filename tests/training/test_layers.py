@@ -10,6 +10,7 @@ import torchvision
 import yaml
 
 import eval as evaluate
+import sweep
 import train_anomaly
 import train_ssl
 from tests.pictures import TOP, write_classes
@@ -197,6 +198,13 @@ def test_overlay_lets_later_pieces_win():
 
 
 # ---------------------------------------------------------------- eval.py: a checkpoint's config is the lowest layer
+
+
+def test_a_key_of_a_free_section_keeps_the_file_s_other_keys():
+    cfg = load(sweep.Config, ["configs/sweep_condition.yaml", "pretraining.imagenet=X", "pretraining.own=Y"])
+    assert cfg.pretraining == {"random": "backbone.name=resnet18", "imagenet": "X", "own": "Y"}
+    layers = {"grid": {"optim": {"lr": [1, 2]}, "seeds": [0]}}, {"grid": {"optim": {"momentum": [0, 1]}}}
+    assert merge(sweep.Config, *layers)["grid"] == {"optim": {"lr": [1, 2], "momentum": [0, 1]}, "seeds": [0]}
 
 
 def test_eval_gives_weights_to_the_backbone_named_after_them(tmp_path, capsys):

@@ -43,7 +43,7 @@ def settings_at_import(words, folder, **environment):
 @pytest.mark.parametrize("words", PROGRAMS, ids=lambda words: " ".join(Path(word).name for word in words[:2]))
 def test_every_program_sets_it_before_torch(words, tmp_path):
     found = settings_at_import(words, tmp_path)
-    assert found and all(line == ["PASSIVE", "-", "-", "-"] for line in found)
+    assert found and all(line == ["PASSIVE", "10000", "-", "-"] for line in found)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -59,9 +59,11 @@ def test_torch_s_openmp_has_read_it():
     done = subprocess.run(
         [sys.executable, "-c", start],
         cwd=ROOT,
-        env=environment | {"OMP_DISPLAY_ENV": "true"},
+        env=environment | {"OMP_DISPLAY_ENV": "verbose"},
         capture_output=True,
         text=True,
     )
     policies = re.findall(r"OMP_WAIT_POLICY\s*=\s*'(\w+)'", done.stderr)
     assert policies and set(policies) == {"PASSIVE"}, done.stderr
+    if counts := re.findall(r"GOMP_SPINCOUNT\s*=\s*'(\d+)'", done.stderr):  # GCC's alone
+        assert set(counts) == {"10000"}
