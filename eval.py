@@ -14,7 +14,7 @@ sheet of synthetic defects on training pictures: all kinds, or one with its opti
 `describe` prints what backbones cost, each a name and its options (`backbones=all`: every name): one table.
 """
 
-import training.threads  # before torch
+import runtime.threads  # before torch
 
 import time
 from dataclasses import dataclass, field
@@ -27,25 +27,26 @@ from torchvision.transforms.functional import pil_to_tensor
 from data import DataConfig, DefectConfig, build_dataset, settled, what_is_used
 from data.defects import DEFECTS
 from data.loading import Loader
-from evaluation.classification import classification_report, confusion_matrix, confusion_picture
+from evaluation.anomaly.compare import compare as compare_runs
+from evaluation.anomaly.compare import compare_table, load_scores
+from evaluation.classification import classification_report, confusion_matrix
 from evaluation.collapse import constant_warning, feature_health
-from evaluation.compare import compare as compare_runs
-from evaluation.compare import compare_table, load_scores
-from evaluation.defect_sheet import defect_sheet
-from evaluation.description import describe as description
-from evaluation.description import description_table
+from evaluation.cost import describe as description
+from evaluation.cost import description_table
 from evaluation.features import extract
-from evaluation.heatmaps import save
 from evaluation.knn import KNN_SETTINGS, few_neighbors, knn_scores
 from evaluation.linear_probe import linear_probe
-from evaluation.report import markdown_table
-from models import BACKBONES
-from models.build import BackboneConfig, build_backbone
-from training import checkpoint, config, distributed, errors, help
-from training.log import Log
+from evaluation.tables import markdown_table
+from models.backbones import BACKBONES
+from models.backbones.build import BackboneConfig, build_backbone
+from plots.confusion import confusion_picture
+from plots.heatmaps import save
+from plots.sheets import defect_sheet
+from runtime import checkpoint, config, distributed, errors, help
+from runtime.log import Log
+from runtime.values import PathText, Seed, coerce
+from runtime.version import code_version
 from training.optim import PRECISIONS
-from training.values import PathText, Seed, coerce
-from training.version import code_version
 
 
 def knn(train, test, classes: list[str], say, *, k: int = 20, temperature: float = 0.07) -> tuple[torch.Tensor, dict]:

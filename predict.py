@@ -18,7 +18,7 @@ nothing: give one. A picture that cannot be read is named on stderr and in the J
 whose heat map cannot be written is named in the same way and keeps its row; the exit status is then 1.
 """
 
-import training.threads  # before torch
+import runtime.threads  # before torch
 
 import csv
 import json
@@ -39,21 +39,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import DataConfig, Geometry, build_geometry
-from data.augment import normalize
 from data.image_files import find_images
 from data.images import REMEDY, decode, picture_size
-from evaluation.prediction import ahead, write_heatmap
-from evaluation.tiling import check_tiling, examine_tiles
+from data.normalize import normalize
+from evaluation.anomaly.prediction import ahead, write_heatmap
+from evaluation.anomaly.tiling import check_tiling, examine_tiles
 from models.anomaly import DETECTORS, DetectorConfig
 from models.anomaly.detector import Detector, Findings
-from models.build import BackboneConfig, build_backbone
-from training import checkpoint, config, distributed, errors, help
-from training.errors import UserError
-from training.files import remove_unfinished, whole_file
+from models.backbones.build import BackboneConfig, build_backbone
+from runtime import checkpoint, config, distributed, errors, help
+from runtime.errors import UserError
+from runtime.files import remove_unfinished, whole_file
+from runtime.text import printable
+from runtime.values import PathText
+from runtime.version import another_version
 from training.optim import PRECISIONS
-from training.text import printable
-from training.values import PathText
-from training.version import another_version
 
 COLUMNS = ("path", "score", "is_anomalous", "threshold", "nearest_training_picture", "y", "x")
 USAGE = "usage: python predict.py <run folder> <pictures: folder or file> [out=results threshold=.. tile=512 ...]"

@@ -17,14 +17,14 @@ the variant's `backbone` keys as well), else of the detectors. `seeds` in it are
 Before the first cell runs, the config of every cell is built and checked: for mistakes, for the weights that its
 pretraining means, and that no two cells are the same. A cell is done if its results are there and its config has no
 other value of a key that may change them, nor its pretraining other results; else it runs anew. Its images are not
-looked at again: after adding some, also="resume=never". Results of another version of the code (training/version.py)
+looked at again: after adding some, also="resume=never". Results of another version of the code (runtime/version.py)
 are kept and marked with a star, or with stale=rerun made anew.
 
 Writes runs/<run_name>/results.md and results.csv, and a run folder for every cell, heat maps in it. A cell that fails
 stands in the table with its error, the rest goes on.
 """
 
-import training.threads  # before torch
+import runtime.threads  # before torch
 
 import itertools
 import json
@@ -40,11 +40,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from evaluation.sweep_table import Axes, Outcome, write_tables
-from training import checkpoint, config, errors, scripts
-from training.files import remove_unfinished, whole_file
-from training.grid import variants
-from training.values import PathText, Seed
-from training.version import TOP, another_version, code_version
+from runtime import checkpoint, config, errors, scripts
+from runtime.files import remove_unfinished, whole_file
+from runtime.grid import variants
+from runtime.values import PathText, Seed
+from runtime.version import TOP, another_version, code_version
 
 
 @dataclass(kw_only=True)

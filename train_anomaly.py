@@ -9,7 +9,7 @@ once, after its last epoch. Thresholds come from normal training pictures that i
 turn where the detector can do that, else held out. All of it is in `main`.
 """
 
-import training.threads  # before torch
+import runtime.threads  # before torch
 
 import time
 from dataclasses import dataclass
@@ -21,21 +21,22 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import DataConfig, build_dataset, settled, what_is_used
-from data.loading import Loader, holdout, names_of
+from data.loading import Loader, names_of
 from data.masks import names_with_sizes
-from evaluation.anomaly_report import report
-from evaluation.calibration import calibrate, promise
-from evaluation.detection import batches_of, examine_set
-from evaluation.update import load_memory, update_memory, white_of
+from data.splits import holdout
+from evaluation.anomaly.bank_updates import load_memory, update_memory, white_of
+from evaluation.anomaly.calibration import calibrate, promise
+from evaluation.anomaly.detection import batches_of, examine_set
+from evaluation.anomaly.report import report
 from models.anomaly import DetectorConfig, build_detector
 from models.anomaly.detector import TrainingBatch
-from models.build import BackboneConfig, build_backbone
-from training import checkpoint, config, distributed, errors
-from training.log import Log, Window
+from models.backbones.build import BackboneConfig, build_backbone
+from runtime import checkpoint, config, distributed, errors
+from runtime.log import Log, Window
+from runtime.values import PathText, Seed
+from runtime.version import code_version
 from training.optim import PRECISIONS, OptimConfig, build_optimizer, clip_gradients, set_rates
 from training.schedule import check_lengths
-from training.values import PathText, Seed
-from training.version import code_version
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,7 @@ Writes runs/<run_name>/: last.pt, metrics.jsonl, results.json, TensorBoard event
 killed one stopped. All that happens is in `main`, top to bottom.
 """
 
-import training.threads  # before torch
+import runtime.threads  # before torch
 
 import time
 from copy import copy
@@ -30,29 +30,30 @@ from data import (
     settled,
     what_is_used,
 )
-from data.augment import unnormalize
+from data.augment.negatives import DefectiveView
+from data.augment.spd_views import SpotTheDifference
+from data.augment.view_detail import blur_note
 from data.defects import DEFECTS
-from data.loading import Loader, holdout, names_of
-from data.negatives import DefectiveView
-from data.spd import SpotTheDifference
-from data.view_detail import blur_note
+from data.loading import Loader, names_of
+from data.normalize import unnormalize
+from data.splits import holdout
 from evaluation.collapse import collapse_warning, constant_warning, embedding_health
 from evaluation.knn import few_neighbors, knn_figures
-from evaluation.view_sheet import view_sheets
-from models.build import BackboneConfig, build_backbone, refuse_classifier
-from models.split_batch_norm import SplitBatchNorm2d
+from models.backbones.build import BackboneConfig, build_backbone, refuse_classifier
+from models.backbones.split_batch_norm import SplitBatchNorm2d
 from models.ssl import SSL_METHODS, MethodConfig
 from models.ssl.first_step import rehearse
-from models.ssl.gradients import Embed, backward
 from models.ssl.spd import SPD
-from training import checkpoint, config, distributed, errors
+from plots.sheets import view_sheets
+from runtime import checkpoint, config, distributed, errors
+from runtime.log import Log, Window
+from runtime.values import PathText, Seed
+from runtime.version import code_version
 from training.ema import ema_update
-from training.log import Log, Window
+from training.gradients import Embed, backward
 from training.optim import PRECISIONS, OptimConfig, build_optimizer, clip_gradients, set_rates
 from training.sam import SAMConfig, climbed, frozen_statistics
 from training.schedule import check_lengths, warmup_cosine
-from training.values import PathText, Seed
-from training.version import code_version
 
 
 @dataclass(kw_only=True)

@@ -1,1 +1,1 @@
-import training.threads  # before torch
+import runtime.threads  # before torch

@@ -22,7 +22,8 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from benchmarks.machine import commit, processor
-from evaluation.anomaly_metrics import (
+from evaluation.anomaly.bootstrap import with_intervals
+from evaluation.anomaly.metrics import (
     NEIGHBORS_8,
     PRO_LIMITS,
     area_under,
@@ -30,7 +31,6 @@ from evaluation.anomaly_metrics import (
     pixel_metrics,
     sorted_positives,
 )
-from evaluation.bootstrap import with_intervals
 
 SMALL, LARGE = (115, 256), (150, 1024)  # pictures, pixels a side
 GOALS = {SMALL: "under 0.3 s", LARGE: "under 2 GB"}  # of AU-PRO

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import commit, processor
-from models.anomaly.bounds import full_precision
-from models.anomaly.coreset import greedy_coreset
+from search.bounds import full_precision
+from search.coreset import greedy_coreset
 
 SIZES = [  # N, D, picks: a small set, 1 % and 10 % under the projection, 1 % without
     (20_000, 128, 300),

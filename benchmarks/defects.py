@@ -23,8 +23,8 @@ from scipy.sparse.linalg import factorized
 
 from benchmarks.machine import commit, processor
 from data.defects import DEFECTS
-from data.nsa import NSA
-from data.poisson import laplacian, solve
+from data.defects.nsa import NSA
+from data.defects.poisson import laplacian, solve
 
 PATCHES, SIZES = 16, (34, 66, 102)  # of a picture of 256 x 256, the largest patch of NSA has 102 pixels a side
 PICTURES = (32, 256)  # of the kinds

@@ -14,12 +14,12 @@ import torch
 import train_anomaly
 from data import build_dataset, settled
 from data.loading import Loader
-from evaluation.detection import batches_of, examine_set, region_maps
-from evaluation.report import markdown_table
-from evaluation.threshold import binomial_interval, normal_threshold, pixel_threshold
+from evaluation.anomaly.detection import batches_of, examine_set, region_maps
+from evaluation.anomaly.thresholds import binomial_interval, normal_threshold, pixel_threshold
+from evaluation.tables import markdown_table
 from models.anomaly import DETECTORS
-from models.build import build_backbone
-from training import config, errors
+from models.backbones.build import build_backbone
+from runtime import config, errors
 
 FOLDS = 5
 RATES = (0.01, 0.05, 0.1)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from benchmarks.coreset import network, timed
 from benchmarks.machine import commit, processor
-from models.anomaly.bounds import matmul_precision
-from models.anomaly.nearest import nearest, prepare
+from search.bounds import matmul_precision
+from search.nearest import nearest, prepare
 
 SIZES = [(784, 16_384, 128), (784, 16_384, 1024), (1024, 16_384, 1536)]  # queries, entries, features
 NEIGHBORS = (1, 9)

@@ -3,7 +3,7 @@
     python -m benchmarks.neighbour [--write]      # --write: benchmarks/results/neighbour.md
 
 "Spin" is what GCC's OpenMP, which torch's Linux wheels bring, does where nobody asks for anything else: a thread that
-waits for the others spins 300,000 times before it sleeps. "Sleep" is what training/threads.py sets. The step is a
+waits for the others spins 300,000 times before it sleeps. "Sleep" is what runtime/threads.py sets. The step is a
 ResNet-18's forward, backward and SGD in float32; the neighbours are processes that count, one for each core. Two
 processes, one of each kind, take turns, and medians count.
 """
@@ -20,9 +20,9 @@ import torch
 
 from benchmarks.coreset import network
 from benchmarks.machine import commit, processor
-from models.anomaly.coreset import greedy_coreset
-from models.resnet import ResNet18
-from training import threads
+from models.backbones.resnet import ResNet18
+from runtime import threads
+from search.coreset import greedy_coreset
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 SETTINGS = {"spin": {"GOMP_SPINCOUNT": "300000"}, "sleep": threads.OURS}

@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.machine import commit, processor
 from models.anomaly.detector import Batch
 from models.anomaly.padim import PaDiM
-from models.resnet import WideResNet50
+from models.backbones.resnet import WideResNet50
 
 N, SIZE, BATCH = 209, 224, 16
 STAGES = ((256, 56), (512, 28), (1024, 14))  # channels, side

@@ -31,13 +31,13 @@ from torch import Tensor, nn
 import train_ssl
 from benchmarks.machine import commit, processor
 from data import build_augment
+from data.augment.negatives import DefectiveView
 from data.defects import DEFECTS
-from data.negatives import DefectiveView
-from models.build import build_backbone
+from models.backbones.build import build_backbone
 from models.ssl import SSL_METHODS
-from models.ssl.gradients import backward
-from training import config, distributed
+from runtime import config, distributed
 from training.ema import ema_update
+from training.gradients import backward
 from training.optim import PRECISIONS, build_optimizer, clip_gradients, set_rates
 
 CONFIGS = {"revd": ["configs/revd_neu.yaml", "data.size=32", "augment.size=32"]}

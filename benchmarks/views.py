@@ -18,8 +18,9 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from benchmarks.machine import commit, processor
-from data.augment import MEAN, STD, Augment, View
-from data.recipes import RECIPES
+from data.augment.recipes import RECIPES
+from data.augment.views import Augment, View
+from data.normalize import MEAN, STD
 
 GOAL = 10  # times torchvision's rate, for SimCLR's views
 

@@ -1,26 +1,26 @@
 """Datasets and augmentation recipes by the name that the configuration gives them."""
 
-import training.threads  # before torch
+import runtime.threads  # before torch
 
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args, get_type_hints
 
 from torch import Tensor
 
-from data.augment import Augment
-from data.cifar10 import CIFAR10
+from data.augment.patch_grid import PatchGrid
+from data.augment.recipes import RECIPES
+from data.augment.views import Augment
+from data.datasets.cifar10 import CIFAR10
+from data.datasets.few_shot import FewShot
+from data.datasets.folder import ClassFolder
+from data.datasets.mvtec import MVTec
+from data.datasets.one_against_all import OneAgainstAll
 from data.defects import DEFECTS
 from data.depth import WHITE
-from data.few_shot import FewShot
-from data.folder import ClassFolder
 from data.geometry import Fit, Geometry, Resample
-from data.mvtec import MVTec
-from data.one_against_all import OneAgainstAll
-from data.patches import PatchGrid
-from data.recipes import RECIPES
 from data.white import find_white, warn_if_dark
-from training.errors import UserError
-from training.schema import choice
+from runtime.errors import UserError
+from runtime.schema import choice
 
 DATASETS = {
     "folder": ClassFolder,

@@ -10,8 +10,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from training.distributed import is_main
-from training.text import printable
+from runtime.distributed import is_main
+from runtime.text import printable
 
 WHITE = 65535  # of a file that uses its 16 bits
 PHOTOMETRIC, SAMPLE_FORMAT = 262, 339  # TIFF tags

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from data import resample
-from data.augment import MEAN
+from data.augment import resample
 from data.depth import WHITE
-from training.errors import UserError
+from data.normalize import MEAN
+from runtime.errors import UserError
 
 Fit = Literal["squash", "crop", "pad"]
 Resample = Literal["bilinear", "bicubic", "lanczos"]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from training.distributed import is_main
-from training.errors import UserError
-from training.text import say_once
+from runtime.distributed import is_main
+from runtime.errors import UserError
+from runtime.text import say_once
 
 NO_IMAGES = {  # formats that Pillow opens, but that are no photographs it can decode
     *("BUFR", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"),  # only recognised (WMF is drawn on Windows alone)

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from data.depth import largest_channel, not_black, to_8_bit
 from data.geometry import Geometry, as_geometry
-from training.distributed import is_main
-from training.errors import UserError
-from training.text import say_once
+from runtime.distributed import is_main
+from runtime.errors import UserError
+from runtime.text import say_once
 
 Image.MAX_IMAGE_PIXELS = 2**30  # Pillow refuses twice as many; by default 179 million, fewer than line cameras deliver
 OnError = Literal["fail", "skip"]

@@ -14,9 +14,9 @@ import numpy as np
 
 from data.image_files import find_images
 from data.images import in_threads, mask_values, picture_sizes
-from training.distributed import is_main
-from training.errors import UserError
-from training.text import say_once
+from runtime.distributed import is_main
+from runtime.errors import UserError
+from runtime.text import say_once
 
 Masks = Literal["all", "some"]
 

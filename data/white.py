@@ -7,9 +7,9 @@ from PIL import Image
 
 from data.depth import WHITE, deep_values, is_deep
 from data.images import in_threads, naming
-from training.distributed import is_main
-from training.errors import UserError
-from training.text import say_once
+from runtime.distributed import is_main
+from runtime.errors import UserError
+from runtime.text import say_once
 
 MAY_BE_DEEP = {".png", ".tif", ".tiff", ".pgm", ".pnm", ".jp2"}
 CAMERAS = (255, 1023, 4095, 16383)  # white of 8, 10, 12 and 14 bits

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.augment import normalize
 from data.loading import Loader
-from training.distributed import gather_rows, is_main
-from training.errors import UserError
+from data.normalize import normalize
+from runtime.distributed import gather_rows, is_main
+from runtime.errors import UserError
 
 
 @torch.no_grad()

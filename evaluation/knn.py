@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from evaluation.collapse import feature_health
 from evaluation.features import extract
-from training.errors import UserError
+from runtime.errors import UserError
 
 # DINO's own setting, and the one lightly and most CIFAR tables use; both are always reported.
 KNN_SETTINGS = ({"k": 20, "temperature": 0.07}, {"k": 200, "temperature": 0.1})

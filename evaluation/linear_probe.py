@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.loading import stratified_split
-from training.errors import UserError
+from data.splits import stratified_split
+from runtime.errors import UserError
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 MOMENTUM = 0.9

@@ -5,8 +5,8 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from evaluation.report import csv_table, markdown_table, with_interval
-from training.files import whole_file
+from evaluation.tables import csv_table, markdown_table, with_interval
+from runtime.files import whole_file
 
 OF_PRETRAINING = ["method", "steps", "loss", "knn20_top1", "seconds", "error"]  # columns of its own table
 OF_THE_PLACE = ("runs", "run_name", "resume")  # keys that differ between cells and say nothing

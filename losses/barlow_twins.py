@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from training.distributed import gather, world_size
+from runtime.distributed import gather, world_size
 
 
 def barlow_twins(

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.distributed import all_reduce_sum, world_size
+from runtime.distributed import all_reduce_sum, world_size
 
 LEAST = 1e-6  # a discrepancy below it counts as this much in the weights, which would be infinite at 0
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from training.distributed import all_reduce_sum, world_size
+from runtime.distributed import all_reduce_sum, world_size
 
 # Student logits in float32 at a time: 8 MiB, and work takes five such tensors; the bfloat16 logits of a batch of 64 are
 # 80 MiB (V = 10, K = 65536). Less is no slower on a CPU, but a GPU would launch more kernels, each too short to pay.

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from losses.focal import focal
-from training.distributed import gather, rank
+from runtime.distributed import gather, rank
 
 
 def nt_xent(z: Tensor, temperature: float, *, bank: Tensor | None = None, gamma: float = 0.0) -> Tensor:

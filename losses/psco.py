@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.distributed import gather
+from runtime.distributed import gather
 
 
 @torch.no_grad()

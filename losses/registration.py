@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.distributed import all_reduce_sum, world_size
+from runtime.distributed import all_reduce_sum, world_size
 
 
 def symmetric_negative_cosine(p1: Tensor, z1: Tensor, p2: Tensor, z2: Tensor) -> Tensor:

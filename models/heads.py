@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from training.errors import UserError
+from runtime.errors import UserError
 
 
 def head_widths(features: int, head: Literal["linear", "mlp"], hidden: int, out: int, *, layers: int = 2) -> list[int]:

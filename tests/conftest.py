@@ -1,6 +1,6 @@
 """Fixtures shared by all tests: fixed seeds, one thread count, and the real data when `.ci/run` names its folder."""
 
-import training.threads  # before torch
+import runtime.threads  # before torch
 
 import os
 from pathlib import Path

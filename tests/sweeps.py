@@ -5,15 +5,15 @@ import json
 from pathlib import Path
 
 import sweep
-from training import version
+from runtime import version
 
 SCRIPT = """
 import json, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from training import config
-from training.version import code_version
+from runtime import config
+from runtime.version import code_version
 
 
 def network():

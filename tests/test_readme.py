@@ -16,11 +16,11 @@ import sweep
 import train_anomaly
 import train_ssl
 from data import build_augment
-from data.demo import generate
+from data.demo.generate import generate
 from models.ssl import SSL_METHODS
+from runtime import config
+from runtime.errors import UserError
 from tests.pictures import TOP, script, write_classes, write_mvtec
-from training import config
-from training.errors import UserError
 
 SMALL = {
     "train_ssl.py": [

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from training.errors import UserError
+from runtime.errors import UserError
 
 Form = Literal["official", "tensorflow", "solo"]
 

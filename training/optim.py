@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from training.errors import UserError
+from runtime.errors import UserError
+from runtime.schema import choice
 from training.lars import LARS, Form
 from training.schedule import warmup_constant, warmup_cosine, warmup_exponential, warmup_steps
-from training.schema import choice
 
 
 def sgd(groups, *, momentum: float = 0.9, nesterov: bool = False):

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from training.errors import UserError
+from runtime.errors import UserError
 from training.sam import frozen_statistics
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from training.errors import UserError
+from runtime.errors import UserError
 
 
 @dataclass(kw_only=True)

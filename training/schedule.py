@@ -11,7 +11,7 @@ step i, as in the official DINO. What other official codes do differently, and s
 
 import math
 
-from training.errors import UserError
+from runtime.errors import UserError
 
 
 def warmup_cosine(step: int, total: int, *, start: float, end: float = 0.0, warmup: int = 0) -> float:

@@ -14,11 +14,11 @@ from models.anomaly.padim import PaDiM
 from models.anomaly.patchcore import PatchCore
 from models.anomaly.rd4ad import RD4AD
 from models.anomaly.regad import RegAD
-from models.weight_options import wrong_options
-from training import checkpoint
-from training.errors import UserError
-from training.schema import choice
-from training.values import PathText
+from models.weights.options import wrong_options
+from runtime import checkpoint
+from runtime.errors import UserError
+from runtime.schema import choice
+from runtime.values import PathText
 
 DETECTORS = {
     "cdo": CDO,

@@ -7,15 +7,15 @@ from typing import Literal, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.augment import normalize
-from data.noise_patches import NoisePatches
+from data.defects.noise import NoisePatches
+from data.normalize import normalize
 from losses.cdo import collaborative_discrepancy, discrepancy
-from models import BACKBONES
 from models.anomaly.detector import Detector, Findings, TrainingBatch
 from models.anomaly.maps import ImageScore, image_score, peak, smooth_inside, upsample
-from models.stages import stage_shapes, train_stages
-from training.config import pick
-from training.errors import UserError
+from models.backbones import BACKBONES
+from models.backbones.stages import stage_shapes, train_stages
+from runtime.config import pick
+from runtime.errors import UserError
 
 
 class Version(NamedTuple):

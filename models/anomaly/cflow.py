@@ -8,20 +8,20 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from data.augment import normalize
-from data.pasting import between, draw, moved
-from data.random_numbers import stream
+from data.augment.random_numbers import stream
+from data.defects.blend import between, draw, moved
+from data.normalize import normalize
 from losses.flow_likelihood import flow_likelihood, log_density
-from models.anomaly.bounds import require_finite
-from models.anomaly.cflow_flows import ConditionalFlow, encode_places
+from models.anomaly.cflow_networks import ConditionalFlow, encode_places
 from models.anomaly.detector import Batch, Detector, Findings, TrainingBatch
 from models.anomaly.maps import ImageScore, grid_valid, image_score, peak, upsample
-from models.mobilenet_v3 import MobileNetV3
-from training.distributed import gather_rows, world_size
-from training.errors import UserError
+from models.backbones.mobilenet_v3 import MobileNetV3
+from runtime.distributed import gather_rows, world_size
+from runtime.errors import UserError
+from search.bounds import require_finite
 
 PLACES = 128  # numbers that describe a place, the official condition_vec
-KIND = 6  # of random numbers, beside those of data/defects.py
+KIND = 6  # of random numbers, beside those of data/defects/__init__.py
 ROWS = 2**14  # vectors that are scored at a time
 
 

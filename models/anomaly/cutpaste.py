@@ -8,18 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.augment import normalize
+from data.augment.random_numbers import send
 from data.defects import DEFECTS
-from data.pasting import JITTER_DRAWS, blend, draw, jittered
-from data.random_numbers import send
-from models.anomaly.bounds import require_finite
+from data.defects.blend import JITTER_DRAWS, blend, draw, jittered
+from data.normalize import normalize
 from models.anomaly.detector import Batch, Detector, Findings, TrainingBatch
 from models.anomaly.gaussian import shrunk_gaussian
 from models.anomaly.gradcam import grad_cam
 from models.anomaly.maps import grid_valid, image_score, peak, pool, render
+from models.backbones.stages import stage_shapes, train_stages
 from models.heads import normed_mlp
-from models.stages import stage_shapes, train_stages
-from training.errors import UserError
+from runtime.errors import UserError
+from search.bounds import require_finite
 
 # the defects of each variant; those of `union` are one class, of which a picture gets either
 VARIANTS = {"normal": ("cutpaste",), "scar": ("scar",), "union": ("cutpaste", "scar"), "3way": ("cutpaste", "scar")}
@@ -43,7 +43,7 @@ class CutPaste(Detector):
     Different from them: images are resized by `data.resample`, there bicubically; pytorch-cutpaste decays biases and
     norms, too, and leaves the weights of a pretrained backbone as they are for 20 steps (`optim.warmup_epochs` spares
     them here). The paper also translates pictures randomly, pytorch-cutpaste does not. What differs in the defects,
-    `data/cutpaste.py` says. The last epoch is reported.
+    `data/defects/cutpaste.py` says. The last epoch is reported.
 
     Official training, 256 x 256 pictures, ResNet-18 from random weights: SGD, learning rate 0.03, momentum 0.9, cosine,
     weight decay 3e-5, 32 pictures a step (64 or 96 with their defects); 65,536 steps in the paper, 10,000 for

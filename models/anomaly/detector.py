@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data.augment import normalize
+from data.normalize import normalize
 from models.anomaly.maps import blank
-from training.distributed import all_reduce_sum, gather_rows, world_size
-from training.errors import UserError
+from runtime.distributed import all_reduce_sum, gather_rows, world_size
+from runtime.errors import UserError
 from training.rehearsal import batch_norm_needs_more, naming, no_trace
 
 

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.anomaly.bounds import require_finite
 from models.anomaly.detector import Batch, Detector, Findings
 from models.anomaly.gaussian import put_left_out, shrunk_gaussian, shrunk_left_out
 from models.anomaly.maps import pool
-from models.anomaly.nearest import nearest_squared
-from training.errors import UserError
+from runtime.errors import UserError
+from search.bounds import require_finite
+from search.nearest import nearest_squared
 
 
 class Embedding(Detector):

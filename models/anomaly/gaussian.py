@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from training.distributed import all_reduce_sum
+from runtime.distributed import all_reduce_sum
 
 
 class Gaussians(NamedTuple):

@@ -7,18 +7,65 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.augment import normalize
-from data.nsa import NSA as Defects
-from data.pasting import moved, whole
-from data.random_numbers import send, uniform
+from data.augment.random_numbers import send, uniform
+from data.defects.blend import moved, whole
+from data.defects.nsa import NSA as Defects
+from data.normalize import normalize
 from models.anomaly.detector import Detector, Findings, TrainingBatch
 from models.anomaly.maps import ImageScore, image_score, peak
-from models.anomaly.nsa_network import ENLARGED, LocalizationDecoder
-from models.stages import stage_shapes, train_stages
-from training.distributed import gather, rank
-from training.errors import UserError
+from models.backbones.stages import stage_shapes, train_stages
+from runtime.distributed import gather, rank
+from runtime.errors import UserError
 
 ENCODER = ("conv1.", "bn1.", "layer")  # how names of the ResNet's parameters begin in an official checkpoint
+
+
+ENLARGED = 32  # how many times as high and wide the logits are as the decoder's input
+
+
+class TransposedBlock(nn.Module):
+    """ResNet-18's block backwards: (B, inputs, H, W) -> (B, planes, 2H, 2W). The official TransposeBasicBlock."""
+
+    def __init__(self, inputs: int, planes: int):
+        super().__init__()
+        double = {"stride": 2, "output_padding": 1, "bias": False}
+        self.conv1, self.bn1 = nn.ConvTranspose2d(inputs, planes, 3, padding=1, **double), nn.BatchNorm2d(planes)
+        self.conv2, self.bn2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False), nn.BatchNorm2d(planes)
+        self.upsample = nn.Sequential(nn.ConvTranspose2d(inputs, planes, 1, **double), nn.BatchNorm2d(planes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.upsample(x)
+        x = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(x)) + shortcut)
+
+
+class LocalizationDecoder(nn.Module):
+    """The half of the official resnet18_enc_dec (model/resnet.py, `pool=True`, `preact=False`) behind its ResNet.
+
+    Convolutions start by He initialisation, fan out; transposed ones keep PyTorch's default, as there. The sigmoid is
+    left to the caller.
+
+    Args:
+        inputs: channels of the backbone's last stage, 512 in the official network.
+    """
+
+    def __init__(self, inputs: int):
+        super().__init__()
+        to_256, to_128 = (nn.Conv2d(i, o, 1, bias=False) for i, o in ((inputs, 256), (256, 128)))
+        self.nin = nn.Sequential(to_256, nn.ReLU(), to_128, nn.ReLU())
+        self.uplayer1 = nn.Sequential(TransposedBlock(128, 64))
+        self.uplayer2 = nn.Sequential(TransposedBlock(64, 32))
+        self.uplayer3 = nn.Sequential(TransposedBlock(32, 16))
+        self.convtranspose1 = nn.ConvTranspose2d(16, 1, 7, stride=2, padding=3, output_padding=1, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) -> logits (B, 32H, 32W)."""
+        x = self.uplayer3(self.uplayer2(self.uplayer1(self.nin(x))))  # (B, 16, 8H, 8W)
+        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+        return self.convtranspose1(x)[:, 0]
 
 
 class NSA(Detector):
@@ -26,7 +73,7 @@ class NSA(Detector):
 
     Network, labels, loss and score of the official code (github.com/hmsch/natural-synthetic-anomalies). The parameters
     carry its names, so that `detector.weights=<an official checkpoint> epochs=0` tests one. The loss is the mean binary
-    cross-entropy over pixels with the soft labels of `data/nsa.py`; the map is the probability of each pixel, and its
+    cross-entropy over pixels with the soft labels of `data/defects/nsa.py`; the map is the probability of each pixel, and its
     mean the picture's score. As there the patches come from the picture before, here of the batch of all processes (of
     the first one the last, and a batch of one is its own source).
 
@@ -37,7 +84,7 @@ class NSA(Detector):
     Different from them: images are resized by `data.resample`, there by Lanczos; a shifted or turned picture repeats
     its edge pixels, where theirs is cut from a slightly larger one (textures at 264, so 3 % larger than in the test);
     the strip that the crop leaves out does not count in the pixel figures, where they give it 0; the cosine falls at
-    every step, not epoch; the last incomplete batch is left out; what `data/nsa.py` lists.
+    every step, not epoch; the last incomplete batch is left out; what `data/defects/nsa.py` lists.
 
     Args:
         backbone: the encoder, any whose stage 4 is a map at 1/32 of the input; it is trained from what it has. Weights

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.anomaly.bounds import full_precision, require_finite
 from models.anomaly.detector import Batch, Detector, Findings
 from models.anomaly.gaussian import covariance_form, low_rank_form, put_left_out
 from models.anomaly.maps import ImageScore, image_score, peak, render
-from models.anomaly.memory import Workspace
-from training.distributed import gather_rows
-from training.errors import UserError
+from runtime.distributed import gather_rows
+from runtime.errors import UserError
+from search.bounds import full_precision, require_finite
+from search.spill import Workspace
 
 
 class PaDiM(Detector):

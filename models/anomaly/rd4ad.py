@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from losses.feature_distance import flattened_cosine
 from models.anomaly.detector import Detector, Findings
 from models.anomaly.maps import ImageScore, image_score, peak, smooth_inside, upsample
-from models.anomaly.rd4ad_networks import build_student
-from training.errors import UserError
+from models.reverse_distillation import build_student
+from runtime.errors import UserError
 
 
 class RD4AD(Detector):

@@ -7,17 +7,17 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from data.augment import MEAN, STD, standardize_, unnormalize
-from data.random_numbers import send, uniform
+from data.augment.random_numbers import send, uniform
+from data.normalize import MEAN, STD, standardize_, unnormalize
 from losses.registration import symmetric_negative_cosine
 from models.anomaly.detector import Batch, TrainingBatch
 from models.anomaly.maps import ImageScore
 from models.anomaly.padim import PaDiM
-from models.anomaly.spatial_transformer import N_VIEWS, SpatialTransformer, inverse, support_views, warp
-from models.resnet import conv1x1
-from models.stages import stage_shapes, train_stages
-from training.distributed import gather_rows, rank, world_size
-from training.errors import UserError
+from models.anomaly.regad_networks import N_VIEWS, SpatialTransformer, inverse, support_views, warp
+from models.backbones.resnet import conv1x1
+from models.backbones.stages import stage_shapes, train_stages
+from runtime.distributed import gather_rows, rank, world_size
+from runtime.errors import UserError
 
 SIDES = (14, 7, 4)  # of what the transformers' linear layers see behind stages 1 to 3
 
@@ -37,7 +37,7 @@ class RegAD(PaDiM):
     the other pictures of its batch (all processes), there from all of its category; both with repetition, so each
     single one is as likely, but two are alike more often. The official learning rate falls once an epoch, to 0 in the
     last, here at every step. The last epoch is reported, there the one with the best test AUROC. Official support sets
-    are files of pictures, here `data.few_shot` draws.
+    are files of pictures, here `data.datasets.few_shot` draws.
 
     The official recipe: 224 x 224 pictures, ImageNet's ResNet-18, batches of at most 32 pictures of one category, SGD
     with learning rate 1e-4 and momentum 0.9, cosine to 0, 50 epochs over the 14 other categories.

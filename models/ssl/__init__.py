@@ -15,7 +15,7 @@ from models.ssl.simsiam import SimSiam
 from models.ssl.supcon import SupCon
 from models.ssl.triplet import Triplet
 from models.ssl.vicreg import VICReg
-from training.schema import choice
+from runtime.schema import choice
 
 SSL_METHODS = {
     "simclr": SimCLR,

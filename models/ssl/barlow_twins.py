@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from losses.barlow_twins import barlow_twins
 from models.heads import head_widths, mlp
 from models.ssl.method import MANY, Encoder, SSLMethod, each_view
-from training.errors import UserError
+from runtime.errors import UserError
 
 
 class BarlowTwins(SSLMethod):

@@ -6,12 +6,12 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from data.augment import normalize
-from losses.queue import Queue, suitable_length
-from models.split_batch_norm import SplitBatchNorm2d
+from data.normalize import normalize
+from models.backbones.split_batch_norm import SplitBatchNorm2d
 from models.ssl.method import SSLMethod
-from training.distributed import world_size
-from training.errors import UserError
+from models.ssl.queue import Queue, suitable_length
+from runtime.distributed import world_size
+from runtime.errors import UserError
 from training.rehearsal import batch_norm_needs_more, naming, no_trace, shape_of, words
 
 GRID = "patches"  # the recipe that makes no views of a whole image

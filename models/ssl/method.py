@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from models.drop_path import DropPath
-from training.errors import UserError
+from models.backbones.drop_path import DropPath
+from runtime.errors import UserError
 
 
 class Encoder(nn.Module):

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from losses.info_nce import queue_nce
-from losses.queue import Queue
+from models.backbones.split_batch_norm import SplitBatchNorm2d
 from models.heads import head_widths, mlp
-from models.split_batch_norm import SplitBatchNorm2d
 from models.ssl.method import Encoder, SSLMethod, frozen_copy
-from training.distributed import gather, rank, world_size
-from training.errors import UserError
+from models.ssl.queue import Queue
+from runtime.distributed import gather, rank, world_size
+from runtime.errors import UserError
 
 
 class MoCoV2(SSLMethod):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from losses.info_nce import batch_nce
 from models.heads import head_widths, mlp
 from models.ssl.method import Encoder, SSLMethod, each_view, frozen_copy
-from training.distributed import world_size
+from runtime.distributed import world_size
 
 
 class MoCoV3(SSLMethod):

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from losses.info_nce import queue_nce
 from losses.psco import psco
-from losses.queue import Queue
 from models.heads import head_widths, mlp
 from models.ssl.method import Encoder, SSLMethod, frozen_copy
-from training.distributed import world_size
-from training.errors import UserError
+from models.ssl.queue import Queue
+from runtime.distributed import world_size
+from runtime.errors import UserError
 
 
 class PsCo(SSLMethod):

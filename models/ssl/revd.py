@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from losses.feature_distance import flattened_cosine
-from models.anomaly.rd4ad_networks import build_student
+from models.backbones.stages import train_stages
+from models.reverse_distillation import build_student
 from models.ssl.method import MANY, Encoder, SSLMethod
-from models.stages import train_stages
 
 
 class TeacherStudent(Encoder):

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from losses.nt_xent import nt_xent
-from losses.queue import Queue
 from models.heads import head_widths, mlp
 from models.ssl.method import MANY, Encoder, SSLMethod, all_views
-from training.distributed import world_size
+from models.ssl.queue import Queue
+from runtime.distributed import world_size
 
 
 class SimCLR(SSLMethod):

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from losses.spd import spd
 from models.ssl.method import SSLMethod, all_views
-from training.errors import UserError
+from runtime.errors import UserError
 
 
 class SPD(nn.Module):

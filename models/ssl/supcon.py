@@ -6,12 +6,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from losses.queue import Queue
-from losses.sup_con import sup_con
+from losses.supcon import sup_con
 from models.heads import head_widths, mlp
 from models.ssl.method import MANY, Encoder, SSLMethod, all_views
-from training.distributed import world_size
-from training.errors import UserError
+from models.ssl.queue import Queue
+from runtime.distributed import world_size
+from runtime.errors import UserError
 
 
 class SupCon(SSLMethod):
@@ -23,7 +23,7 @@ class SupCon(SSLMethod):
     Args:
         temperature: 0.1 officially, for CIFAR-10 and ImageNet.
         base_temperature: the loss is multiplied by temperature / base_temperature, officially 0.1 / 0.07.
-        form: `out`, the paper's and the official code's, or `in`, which is worse; see losses/sup_con.py.
+        form: `out`, the paper's and the official code's, or `in`, which is worse; see losses/supcon.py.
         head: `mlp`, two layers, or `linear`.
         hidden: width of the head's hidden layer; 0 takes the backbone's number of features, as officially.
         out: width of the embedding that the loss sees.

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from losses.triplet import Mining, triplet
 from models.heads import head_widths, mlp
 from models.ssl.method import Encoder, SSLMethod, all_views
-from training.errors import UserError
+from runtime.errors import UserError
 
 
 class Triplet(SSLMethod):
     """Another view of a picture lies nearer to it than views with a synthetic defect, by a margin.
 
     The anchor is the first view, the positive the second, the negative the last one with a defect (`defect=cutpaste`,
-    see data/defects.py). The loss is FaceNet's (Schroff et al. 2015); defects as negatives are this project's. Other
+    see data/defects/__init__.py). The loss is FaceNet's (Schroff et al. 2015); defects as negatives are this project's. Other
     pictures are no negatives: pictures of good parts may all look the same.
 
     Args:

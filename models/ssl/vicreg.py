@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from losses.vicreg import vicreg
 from models.heads import head_widths, mlp
 from models.ssl.method import MANY, Encoder, SSLMethod, each_view
-from training.errors import UserError
+from runtime.errors import UserError
 
 
 class VICReg(SSLMethod):

@@ -13,8 +13,8 @@ from data.depth import WHITE
 from data.geometry import Geometry
 from data.images import decode, decode_mask
 from data.white import find_white
-from training import config
-from training.errors import UserError
+from runtime import config
+from runtime.errors import UserError
 
 
 @pytest.fixture(autouse=True)

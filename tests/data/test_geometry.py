@@ -11,10 +11,10 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 from data import DataConfig, build_dataset, build_geometry
-from data.augment import normalize
 from data.geometry import FILL, Geometry, as_geometry
-from training import config
-from training.errors import UserError
+from data.normalize import normalize
+from runtime import config
+from runtime.errors import UserError
 
 NEAREST, BILINEAR = Image.Resampling.NEAREST, Image.Resampling.BILINEAR
 SIZES = [(37, 23), (23, 37), (64, 64), (9, 100), (101, 64), (33, 48), (1, 5), (48, 33), (300, 299), (20, 21), (1, 200)]

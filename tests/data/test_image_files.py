@@ -9,7 +9,7 @@ from PIL import Image, features
 
 from data import image_files
 from data.image_files import extensions, find_images, is_junk, list_images
-from training.errors import UserError
+from runtime.errors import UserError
 
 
 def touch(*paths):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from data.images import decode, decode_mask, in_threads, picture_size, picture_sizes, readable
-from training.errors import UserError
+from runtime.errors import UserError
 
 ORIENTATION = 0x0112
 

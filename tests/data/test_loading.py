@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 
 import data.loading
-from data.folder import ClassFolder
+from data.datasets.folder import ClassFolder
 from data.geometry import Geometry
-from data.loading import Loader, holdout, stratified_split
+from data.loading import Loader
+from data.splits import holdout, stratified_split
+from runtime.distributed import gather_rows
+from runtime.errors import UserError
 from tests.processes import run_processes
-from training.distributed import gather_rows
-from training.errors import UserError
 
 
 class Numbers:

@@ -5,9 +5,9 @@ import torch
 
 import data.loading
 from data.loading import Loader
+from runtime.errors import UserError
 from tests.data.test_loading import Numbers, flat, order
 from tests.processes import run_processes
-from training.errors import UserError
 
 TRAINING = {"shuffle": True, "seed": 5, "drop_last": True, "by_label": True}
 

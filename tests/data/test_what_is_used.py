@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from data import DataConfig, build_dataset, what_is_used
-from training import config
+from runtime import config
 
 DIVIDED = {"train/a": 6, "train/b": 4, "test/a": 1, "test/b": 1}
 MVTEC = {"part/train/good": 7, "part/test/good": 1, "part/test/dent": 1}

@@ -7,7 +7,8 @@ import pytest
 import torch
 from sklearn import metrics
 
-from evaluation.classification import classification_report, confusion_matrix, confusion_picture
+from evaluation.classification import classification_report, confusion_matrix
+from plots.confusion import confusion_picture
 
 
 def names(n):

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from data.augment import normalize
 from data.loading import Loader
+from data.normalize import normalize
 from evaluation.features import extract
+from runtime.errors import UserError
 from tests.processes import run_processes
-from training.errors import UserError
 
 
 class Pictures:

@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 
 import eval as evaluate
-from data.folder import ClassFolder
+from data.datasets.folder import ClassFolder
 from data.loading import Loader
 from evaluation import knn
 from evaluation.classification import classification_report
 from evaluation.features import extract
 from evaluation.knn import KNN_SETTINGS, few_neighbors, knn_accuracy, knn_scores
-from models import BACKBONES
-from models.weights import load_weights
-from training.errors import UserError
+from models.backbones import BACKBONES
+from models.weights.load import load_weights
+from runtime.errors import UserError
 
 
 def loop_scores(train, labels, test, k, temperature, n_classes):

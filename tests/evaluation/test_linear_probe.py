@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.loading import stratified_split
+from data.splits import stratified_split
 from evaluation.linear_probe import LEARNING_RATES, linear_probe, train_and_apply
-from training.errors import UserError
+from runtime.errors import UserError
 
 
 def clusters(n, dim=12, n_classes=3, noise=0.1, seed=0):

@@ -1,5 +1,5 @@
 """The networks behind published checkpoints, written down from a state_dict in its own names with nothing but torch's
-functions: oracles for what models/weights.py loads. Each gives pooled features, in eval mode."""
+functions: oracles for what models/weights/load.py loads. Each gives pooled features, in eval mode."""
 
 import torch
 import torch.nn.functional as F

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from models.backbones.resnet import ResNet18
 from models.heads import DINOHead, WeightNormLinear, head_widths, mlp
-from models.resnet import ResNet18
-from training.errors import UserError
+from runtime.errors import UserError
 
 
 def official_head(in_features, prototypes, hidden, bottleneck, use_bn, nlayers):

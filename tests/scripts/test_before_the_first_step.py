@@ -7,9 +7,9 @@ import torch
 
 import train_anomaly
 import train_ssl
+from runtime.errors import UserError
 from tests.pictures import write_classes, write_mvtec
 from tests.scripts import test_train_anomaly, test_train_ssl
-from training.errors import UserError
 
 
 @pytest.fixture(scope="module")

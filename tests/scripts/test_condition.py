@@ -5,7 +5,7 @@ import json
 import pytest
 
 import sweep
-from data.demo import generate
+from data.demo.generate import generate
 
 BASELINES = {  # the backbone, and the embedding at the size, or of the shots, that the detector has
     "rd4ad": ("imagenet", "embedding_128"),

@@ -13,8 +13,8 @@ import sweep
 import train_anomaly
 import train_ssl
 from evaluation.sweep_table import Axes, Outcome, mean_rows
+from runtime.errors import UserError
 from tests.pictures import write_classes, write_mvtec
-from training.errors import UserError
 
 
 @pytest.fixture(scope="module")

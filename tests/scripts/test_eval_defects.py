@@ -7,8 +7,8 @@ from PIL import Image
 
 import eval as evaluate
 from data.defects import DEFECTS
+from runtime.errors import UserError
 from tests.pictures import write_mvtec
-from training.errors import UserError
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import eval as evaluate
 import predict
 import train_anomaly
 import train_ssl
-from evaluation.compare import load_scores
+from evaluation.anomaly.compare import load_scores
 from tests.pictures import TOP, command, write_classes, write_mvtec
 from tests.scripts.test_train_anomaly import words as anomaly_words
 from tests.scripts.test_train_ssl import words as ssl_words

@@ -11,12 +11,12 @@ import eval as evaluate
 import predict
 import train_anomaly
 import train_ssl
-from models import BACKBONES
+from models.backbones import BACKBONES
+from runtime.config import overlay
 from tests.networks import FourStages
 from tests.pictures import write_classes, write_mvtec
 from tests.pretended_cuda import pretended_cuda
 from tests.scripts import test_train_anomaly, test_train_ssl
-from training.config import overlay
 
 # Files that read values of the device by design. A step of training is in none of them: log.py and collapse.py read
 # when a point of the curves is due, view_sheet.py after the first step, knn.py and features.py when it is evaluated.
@@ -47,7 +47,7 @@ def parts(tmp_path_factory):
 
 def on_cuda(main, words, *more):
     """Run the script on the pretended device; returns {(file, function): how often the host read a value there}."""
-    with pretended_cuda() as cuda, patch("training.distributed.setup", lambda _: torch.device("cuda")):
+    with pretended_cuda() as cuda, patch("runtime.distributed.setup", lambda _: torch.device("cuda")):
         main(overlay(words, [*more, "device=cuda"]))
     return cuda.reads
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.folder import ClassFolder
+from data.datasets.folder import ClassFolder
 from data.loading import Loader
 from tests.pictures import TOP, command, write_classes
 from tests.scripts.test_train_ssl import words
 
 BUG = """
 import sys
-from training import distributed, errors
+from runtime import distributed, errors
 def main(argv):
     distributed.setup("cpu")
     if distributed.rank() == 1:

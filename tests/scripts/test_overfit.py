@@ -9,9 +9,9 @@ from PIL import Image
 import train_ssl
 from evaluation.collapse import LEAST_STD
 from models.ssl import SSL_METHODS
+from runtime.config import overlay
 from tests.models.ssl.test_floors import CASES
 from tests.scripts.test_train_ssl import TINY
-from training.config import overlay
 
 RECIPE = ["optim=adam", "optim.lr=1e-3", "ema.start=0.9", "ema.end=0.9"]
 # and what the methods' own files say of their optimizers: nothing of it here

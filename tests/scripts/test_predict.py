@@ -14,19 +14,19 @@ from PIL import Image
 
 import predict
 from data import DataConfig, build_geometry
-from data.augment import normalize
 from data.image_files import find_images
 from data.images import decode
-from evaluation.colors import PEAK
-from evaluation.heatmaps import outline_above, overlay
-from evaluation.prediction import decode_whole
-from evaluation.tiling import examine_tiles
+from data.normalize import normalize
+from evaluation.anomaly.prediction import decode_whole
+from evaluation.anomaly.tiling import examine_tiles
 from models.anomaly import DETECTORS, DetectorConfig
 from models.anomaly.detector import Batch
-from models.build import BackboneConfig, build_backbone
+from models.backbones.build import BackboneConfig, build_backbone
+from plots.heatmaps import outline_above, overlay
+from plots.style import PEAK
+from runtime import checkpoint, config
+from runtime.errors import UserError
 from tests.pictures import TOP, write_mvtec
-from training import checkpoint, config
-from training.errors import UserError
 
 OPTIONS = {"patchcore": {"coreset": 0.2}, "padim": {"stages": [1], "channels": 8}}
 CALIBRATION = {"threshold": None, "pixel_threshold": None, "low": None, "high": None, "false_alarm_rate": 0.1}

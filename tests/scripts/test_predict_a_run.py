@@ -9,8 +9,8 @@ import pytest
 import eval as evaluate
 import predict
 import train_anomaly
+from runtime.errors import UserError
 from tests.pictures import write_mvtec
-from training.errors import UserError
 
 
 def test_scores_alarms_and_neighbors_are_those_of_the_run(tmp_path, capsys):

@@ -12,10 +12,10 @@ import pytest
 
 import predict
 from data.image_files import find_images
+from runtime.errors import UserError
+from runtime.files import temporary_name
 from tests.pictures import write_mvtec
 from tests.scripts.test_predict import run, write_run
-from training.errors import UserError
-from training.files import temporary_name
 
 
 @pytest.fixture(scope="module")

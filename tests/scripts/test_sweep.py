@@ -3,9 +3,9 @@
 import pytest
 
 import sweep
+from runtime.errors import UserError
 from tests.pictures import TOP
 from tests.sweeps import cells_of, make, write
-from training.errors import UserError
 
 
 @pytest.fixture

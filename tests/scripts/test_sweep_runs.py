@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 import sweep
+from runtime import version
 from tests.sweeps import SCRIPT, YAML, calls, edit, make, rows_of, write
-from training import version
 
 
 @pytest.fixture

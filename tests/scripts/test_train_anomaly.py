@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import train_anomaly
-from evaluation.compare import load_scores
+from evaluation.anomaly.compare import load_scores
 from models.anomaly import DETECTORS
+from runtime import config
+from runtime.errors import UserError
 from tests.pictures import script, write_mvtec
 from tests.scripts.test_train_ssl import kill_after
-from training import config
-from training.errors import UserError
 
 TINY = {
     "embedding": ["configs/embedding_demo.yaml"],

@@ -10,10 +10,10 @@ from PIL import Image
 
 import train_anomaly
 from models.anomaly import DETECTORS
+from runtime.errors import UserError
+from runtime.log import Window
 from tests.pictures import write_mvtec
 from tests.scripts.test_train_anomaly import BY_GRADIENT, TINY, words
-from training.errors import UserError
-from training.log import Window
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_a_full_disk_leaves_nothing_half_written(pictures, tmp_path, monkeypatch
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("training.checkpoint.os.fsync", full)
+    monkeypatch.setattr("runtime.checkpoint.os.fsync", full)
     with pytest.raises(UserError, match="No space left on device"):
         train_anomaly.main(words("patchcore", pictures, tmp_path))
     assert not list((tmp_path / "run").glob("last.pt*"))

@@ -9,11 +9,11 @@ from PIL import Image
 
 import train_anomaly
 from models.anomaly import DETECTORS
+from runtime.config import overlay
+from runtime.errors import UserError
 from tests.pictures import write_mvtec
 from tests.scripts.test_train_anomaly import METRICS, words
 from tests.scripts.test_train_ssl_resume import interrupt_at
-from training.config import overlay
-from training.errors import UserError
 
 
 @pytest.fixture(scope="module")

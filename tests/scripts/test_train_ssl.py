@@ -14,11 +14,11 @@ import yaml
 from PIL import Image
 
 import train_ssl
-from models import BACKBONES
-from models.weights import load_weights
+from models.backbones import BACKBONES
+from models.weights.load import load_weights
+from runtime import config
+from runtime.errors import UserError
 from tests.pictures import TOP, command, script, write_classes
-from training import config
-from training.errors import UserError
 
 TINY = {  # four at 33 pixels: at 24 MobileNetV2 ends in single pixels, whose batch norms made gradients of 1e5 to inf
     "simclr": ["configs/simclr_demo.yaml", "augment.size=24", "method.out=8"],

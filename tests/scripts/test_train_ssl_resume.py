@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import train_ssl
+from runtime import checkpoint
+from runtime.errors import UserError
+from runtime.log import Window
 from tests.pictures import write_classes
 from tests.scripts.test_train_ssl import losses, words
-from training import checkpoint
-from training.errors import UserError
-from training.log import Window
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import torch
 import train_ssl
 from benchmarks.train_step import CONFIGS, measure
 from models.ssl import SSL_METHODS
-from training import config
+from runtime import config
 
 FAST = "dino", "moco_v2"
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from training.config import build
-from training.errors import UserError
+from runtime.config import build
+from runtime.errors import UserError
 from training.lars import LARS
 from training.optim import OptimConfig
 

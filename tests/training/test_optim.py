@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from runtime.errors import UserError
 from training.ema import ema_update
-from training.errors import UserError
 from training.optim import OptimConfig, _depth, build_optimizer, clip_gradients, parameter_groups, set_rates
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.errors import UserError
+from runtime.errors import UserError
 from training.rehearsal import batch_norm_needs_more, naming, no_trace, words
 
 

@@ -9,10 +9,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
+from runtime.distributed import unsynchronised
+from runtime.errors import UserError
 from tests.processes import run_processes
 from training import sam
-from training.distributed import unsynchronised
-from training.errors import UserError
 
 
 def quadratic(w):

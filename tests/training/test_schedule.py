@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from models.resnet import ResNet18
+from models.backbones.resnet import ResNet18
 from models.ssl.dino import DINO
-from training.errors import UserError
+from runtime.errors import UserError
 from training.optim import OptimConfig
 from training.schedule import (
     check_lengths,

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from models.anomaly import DETECTORS, DetectorConfig, build_detector
 from models.anomaly.detector import Detector, TrainingBatch
-from models.resnet import ResNet18
+from models.backbones.resnet import ResNet18
+from runtime.errors import UserError
 from tests.processes import run_processes
-from training.errors import UserError
 
 OPTIONS: dict[str, dict] = {  # of every such detector: what makes it small, or nothing
     "cdo": {},

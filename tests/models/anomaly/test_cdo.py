@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from data.augment import normalize
-from data.noise_patches import NoisePatches
+from data.defects.noise import NoisePatches
+from data.normalize import normalize
 from models.anomaly.cdo import CDO
 from models.anomaly.detector import TrainingBatch
-from models.mobilenet import MobileNetV2
-from models.resnet import ResNet18, ResNet34, WideResNet50
+from models.backbones.mobilenet import MobileNetV2
+from models.backbones.resnet import ResNet18, ResNet34, WideResNet50
+from runtime.errors import UserError
 from tests.networks import Tokens
-from training.errors import UserError
 
 
 def detector(**options) -> CDO:

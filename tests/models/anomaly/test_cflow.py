@@ -7,16 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.functional import rotate
 
-from data.augment import normalize
+from data.normalize import normalize
 from models.anomaly.cflow import CFlow, rows_of, turn
-from models.anomaly.cflow_flows import encode_places
+from models.anomaly.cflow_networks import encode_places
 from models.anomaly.detector import TrainingBatch
-from models.mobilenet import MobileNetV2
-from models.mobilenet_v3 import MobileNetV3Large
-from models.resnet import ResNet18, WideResNet50
+from models.backbones.mobilenet import MobileNetV2
+from models.backbones.mobilenet_v3 import MobileNetV3Large
+from models.backbones.resnet import ResNet18, WideResNet50
+from runtime.errors import UserError
 from tests.pictures import batches
 from tests.processes import run_processes
-from training.errors import UserError
 
 SMALL = {"stages": (2, 3), "blocks": 2, "fiber": 8}
 

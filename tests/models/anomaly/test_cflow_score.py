@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.augment import normalize
+from data.normalize import normalize
 from models.anomaly.cflow import CFlow, rows_of
+from runtime.errors import UserError
 from tests.models.anomaly.test_cflow import detector, pictures
 from tests.pictures import batches
 from tests.processes import run_processes
-from training.errors import UserError
 
 
 def fitted(model: CFlow | None = None, count: int = 6) -> tuple[CFlow, Tensor]:

@@ -10,16 +10,16 @@ import torchvision
 import torchvision.transforms.functional as TF
 from torch import Tensor, nn
 
-from data.augment import normalize
+from data.augment.random_numbers import uniform
 from data.defects import DEFECTS
-from data.random_numbers import uniform
+from data.normalize import normalize
 from models.anomaly.cutpaste import VARIANTS, CutPaste
 from models.anomaly.detector import TrainingBatch
-from models.mobilenet import MobileNetV2
-from models.resnet import ResNet18
+from models.backbones.mobilenet import MobileNetV2
+from models.backbones.resnet import ResNet18
+from runtime.errors import UserError
 from tests.networks import Tokens
 from tests.pictures import batches
-from training.errors import UserError
 
 
 class Tiny(nn.Module):

@@ -8,12 +8,12 @@ from sklearn.covariance import LedoitWolf
 from sklearn.neighbors import KernelDensity
 from torch import Tensor, nn
 
-from data.augment import normalize
+from data.normalize import normalize
 from models.anomaly.cutpaste import CutPaste
+from runtime.errors import UserError
 from tests.models.anomaly.test_cutpaste import Tiny, detector, pictures, step_of
 from tests.pictures import batches
 from tests.processes import run_processes
-from training.errors import UserError
 
 
 def fitted(images: Tensor, **options) -> CutPaste:

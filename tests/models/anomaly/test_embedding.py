@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from models.anomaly.detector import Batch
 from models.anomaly.embedding import Embedding
-from models.resnet import ResNet18
+from models.backbones.resnet import ResNet18
+from runtime.errors import UserError
 from tests.processes import run_processes
-from training.errors import UserError
 
 MAHALANOBIS = {"distance": "mahalanobis"}
 

@@ -7,8 +7,8 @@ from sklearn.covariance import LedoitWolf
 from torch import Tensor, nn
 
 from models.anomaly.embedding import Embedding
+from runtime.errors import UserError
 from tests.models.anomaly.test_embedding import MAHALANOBIS, backbone, batches, fitted, pictures, vectors
-from training.errors import UserError
 
 
 @pytest.mark.parametrize("k", [1, 3, 7])

@@ -10,7 +10,7 @@ from models.anomaly.maps import blank, grid_valid, image_score, peak, render, sm
 from models.anomaly.padim import PaDiM
 from models.anomaly.patchcore import PatchCore
 from models.anomaly.rd4ad import RD4AD
-from models.resnet import ResNet18
+from models.backbones.resnet import ResNet18
 from tests.pictures import batches
 
 

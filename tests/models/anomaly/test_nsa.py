@@ -7,16 +7,15 @@ import torchvision
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from data.augment import normalize
-from data.nsa import NSA as Defects
+from data.defects.nsa import NSA as Defects
+from data.normalize import normalize
 from models.anomaly import DetectorConfig, build_detector
 from models.anomaly.detector import TrainingBatch
-from models.anomaly.nsa import NSA
-from models.anomaly.nsa_network import LocalizationDecoder
-from models.mobilenet import MobileNetV2
-from models.resnet import ResNet18, ResNet50
+from models.anomaly.nsa import NSA, LocalizationDecoder
+from models.backbones.mobilenet import MobileNetV2
+from models.backbones.resnet import ResNet18, ResNet50
+from runtime.errors import UserError
 from tests.networks import Tokens
-from training.errors import UserError
 
 
 def detector(**options) -> NSA:

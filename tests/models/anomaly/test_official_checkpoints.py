@@ -11,15 +11,15 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from models.anomaly import DetectorConfig, build_detector
-from models.anomaly.cflow_flows import ConditionalFlow
+from models.anomaly.cflow_networks import ConditionalFlow
 from models.anomaly.detector import Detector
 from models.anomaly.rd4ad import RD4AD
-from models.mobilenet_v3 import MobileNetV3Large, MobileNetV3Small
-from models.resnet import ResNet18
-from tests.models.anomaly.test_cflow_flows import by_hand
+from models.backbones.mobilenet_v3 import MobileNetV3Large, MobileNetV3Small
+from models.backbones.resnet import ResNet18
+from runtime.errors import UserError
+from tests.models.anomaly.test_cflow_networks import by_hand
 from tests.models.anomaly.test_nsa import Official as OfficialNSA
 from tests.models.official_networks import norm
-from training.errors import UserError
 
 
 def load(tmp_path, name: str, contents: dict, backbone: nn.Module, **options) -> tuple[Detector, str]:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from models.anomaly.detector import Batch
 from models.anomaly.padim import PaDiM
-from models.resnet import ResNet18
+from models.backbones.resnet import ResNet18
+from runtime.errors import UserError
 from tests.processes import run_processes
-from training.errors import UserError
 
 FORMS = ["covariance", "low_rank"]
 

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from models.anomaly.detector import Batch
 from models.anomaly.patchcore import PatchCore
-from models.resnet import ResNet18
+from models.backbones.resnet import ResNet18
+from runtime.errors import UserError
 from tests.pictures import batches
 from tests.processes import run_processes
-from training.errors import UserError
 
 
 def detector(**options) -> PatchCore:

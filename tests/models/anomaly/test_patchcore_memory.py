@@ -9,7 +9,7 @@ import torch
 
 from models.anomaly.padim import PaDiM
 from models.anomaly.patchcore import PatchCore
-from models.resnet import ResNet18
+from models.backbones.resnet import ResNet18
 from tests.models.anomaly.test_patchcore import distances, textures
 from tests.pictures import TOP, batches
 

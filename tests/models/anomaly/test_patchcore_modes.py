@@ -7,9 +7,8 @@ from scipy.ndimage import convolve1d
 from sklearn.random_projection import SparseRandomProjection, johnson_lindenstrauss_min_dim
 from torch import Tensor, nn
 
-from models.anomaly.patchcore import PatchCore
-from models.anomaly.patchcore_modes import anomalib_width, average_twice, linear_layer, sparse
-from models.resnet import ResNet18
+from models.anomaly.patchcore import PatchCore, anomalib_width, average_twice, linear_layer, sparse
+from models.backbones.resnet import ResNet18
 from tests.models.anomaly.test_patchcore import distances, enlarge, farthest_points, plain_patches, stages, textures
 from tests.pictures import batches
 

@@ -7,9 +7,9 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from models.anomaly.rd4ad import RD4AD
-from models.mobilenet import MobileNetV2
-from models.resnet import ResNet18, ResNet34, ResNet50, ResNet101, WideResNet50
-from training.errors import UserError
+from models.backbones.mobilenet import MobileNetV2
+from models.backbones.resnet import ResNet18, ResNet34, ResNet50, ResNet101, WideResNet50
+from runtime.errors import UserError
 
 
 def detector() -> RD4AD:

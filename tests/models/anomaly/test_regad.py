@@ -5,15 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.augment import normalize
+from data.normalize import normalize
 from models.anomaly import DetectorConfig, build_detector
 from models.anomaly.detector import TrainingBatch
 from models.anomaly.regad import RegAD
-from models.mobilenet import MobileNetV2
-from models.resnet import ResNet18
+from models.backbones.mobilenet import MobileNetV2
+from models.backbones.resnet import ResNet18
+from runtime.errors import UserError
 from tests.pictures import batches
 from tests.processes import run_processes
-from training.errors import UserError
 
 
 def detector(backbone: type[nn.Module] = ResNet18, **options) -> RegAD:

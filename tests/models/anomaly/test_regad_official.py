@@ -9,13 +9,13 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import mahalanobis
 from torch import Tensor, nn
 
-from data.augment import normalize
+from data.normalize import normalize
 from models.anomaly import DetectorConfig, build_detector
 from models.anomaly.regad import RegAD
-from models.resnet import ResNet18
+from models.backbones.resnet import ResNet18
+from runtime.errors import UserError
 from tests.models.anomaly.test_regad import batch, detector, pictures
 from tests.pictures import batches
-from training.errors import UserError
 
 
 def test_what_is_trained_has_the_official_number_of_parameters():

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from losses.sup_con import sup_con
-from models.resnet import ResNet18
+from losses.supcon import sup_con
+from models.backbones.resnet import ResNet18
 from models.ssl import SSL_METHODS
 from models.ssl.method import MANY
+from runtime.distributed import data_parallel
+from runtime.errors import UserError
 from tests.processes import run_processes
-from training.distributed import data_parallel
 from training.ema import ema_update
-from training.errors import UserError
 from training.optim import clip_gradients, parameter_groups
 
 SMALL = {

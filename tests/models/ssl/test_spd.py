@@ -8,9 +8,9 @@ from torch import nn
 from losses.spd import spd
 from models.ssl import SSL_METHODS
 from models.ssl.spd import SPD
+from runtime.errors import UserError
 from tests.models.ssl.test_methods import SMALL, build, views
 from tests.processes import run_processes
-from training.errors import UserError
 
 CONTRASTIVE = [
     name for name in SSL_METHODS if SSL_METHODS[name].projects

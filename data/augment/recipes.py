@@ -1,0 +1,215 @@
+"""Augmentation recipes by the name that the configuration gives them; their keyword-only arguments are its options.
+
+    views = RECIPES["dino"](local_crops=6)  # what `Augment` takes; data.build_augment makes either kind of row ready
+
+Defaults are ImageNet's, at 224 pixels unless the docstring says otherwise; it gives CIFAR-10's, too. Mean and standard
+deviation are ImageNet's for every set, but `patches` takes each patch's own mean. `flip_p=0` keeps left and right
+apart, for pictures in which they differ. The blur of all recipes but `simclr` is PIL's in most official code, three box
+blurs whose extent follows sigma; here it is the Gaussian itself out to 4 times the largest sigma (17 taps), or as far
+as a small view allows.
+
+Args:
+    size: side of a view in pixels.
+    scale: least and largest share of the image's area in a crop.
+    blur_p: probability of the blur; of two distributions a pair.
+    solarize_p: probability of solarization; of two distributions a pair.
+    flip_p: probability of a horizontal flip.
+    views: how many, at least 1.
+    interpolation: of the resized crop.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+from data.augment.patch_grid import PatchGrid
+from data.augment.views import View
+from runtime.errors import UserError
+
+Interpolation = Literal["bilinear", "bicubic"]
+WEAK_JITTER, ASYMMETRIC_JITTER = (0.4, 0.4, 0.4, 0.1), (0.4, 0.4, 0.2, 0.1)  # of MoCo v2; of BYOL and all after it
+
+
+def simclr(
+    *,
+    size: int = 224,
+    scale: tuple[float, float] = (0.08, 1.0),
+    strength: float = 1.0,
+    blur_p: float = 0.5,
+    flip_p: float = 0.5,
+    views: int = 2,
+    interpolation: Interpolation = "bicubic",
+) -> list[View]:
+    """SimCLR (Chen et al. 2020, appendix A): views of one distribution.
+
+    For CIFAR-10 the paper takes size=32, strength=0.5 and blur_p=0. The blur has size // 10 taps, made odd, as in the
+    official code.
+
+    Args:
+        strength: factor on the color jitter.
+    """
+    view = View(
+        size,
+        scale=scale,
+        interpolation=interpolation,
+        flip_p=flip_p,
+        jitter_p=0.8,
+        jitter=(0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength),
+        gray_p=0.2,
+        blur_p=blur_p,
+        blur_kernel=size // 10 // 2 * 2 + 1,
+    )
+    return cycle([view], views)
+
+
+def moco(
+    *,
+    size: int = 224,
+    scale: tuple[float, float] = (0.2, 1.0),
+    blur_p: float = 0.5,
+    flip_p: float = 0.5,
+    views: int = 2,
+    interpolation: Interpolation = "bilinear",
+) -> list[View]:
+    """MoCo v2 (Chen et al. 2020, main_moco.py --aug-plus) and SimSiam (main_simsiam.py): views of one distribution.
+
+    For CIFAR-10 SimSiam takes size=32 and blur_p=0, and MoCo's notebook scale=0.08,1 besides.
+    """
+    view = strong(size, scale=scale, interpolation=interpolation, flip_p=flip_p, jitter=WEAK_JITTER, blur_p=blur_p)
+    return cycle([view], views)
+
+
+def byol(
+    *,
+    size: int = 224,
+    scale: tuple[float, float] = (0.08, 1.0),
+    blur_p: tuple[float, float] = (1.0, 0.1),
+    solarize_p: tuple[float, float] = (0.0, 0.2),
+    flip_p: float = 0.5,
+    views: int = 2,
+    interpolation: Interpolation = "bicubic",
+) -> list[View]:
+    """BYOL (Grill et al. 2020, appendix B), also of Barlow Twins (main.py), VICReg (augmentations.py) and MoCo v3: two
+    distributions, between which more than two views alternate.
+
+    MoCo v3 takes interpolation=bilinear, and for ResNet-50 scale=0.2,1 (main_moco.py).
+    For CIFAR-10 solo-learn takes size=32 and blur_p=0,0, and for VICReg scale=0.2,1 and solarize_p=0.1,0.1 as well.
+    """
+    common = {"scale": scale, "interpolation": interpolation, "flip_p": flip_p, "jitter": ASYMMETRIC_JITTER}
+    pair = [strong(size, **common, blur_p=blur, solarize_p=solarize) for blur, solarize in zip(blur_p, solarize_p)]
+    return cycle(pair, views)
+
+
+def psco(
+    *,
+    size: int = 84,
+    scale: tuple[float, float] = (0.2, 1.0),
+    blur_p: float = 0.0,
+    flip_p: float = 0.5,
+    interpolation: Interpolation = "bicubic",
+) -> list[View]:
+    """PsCo (Jang et al., ICLR 2023, datasets.py): a strong view for the queries, then a weak one for the keys.
+
+    The defaults are miniImageNet's. CIFAR-10 takes size=32, ImageNet size=224 and blur_p=0.5.
+    """
+    common = {"scale": scale, "interpolation": interpolation, "flip_p": flip_p}
+    return [strong(size, **common, jitter=WEAK_JITTER, blur_p=blur_p), View(size, **common)]
+
+
+def dino(
+    *,
+    size: int = 224,
+    local_size: int = 96,
+    local_crops: int = 8,
+    global_scale: tuple[float, float] = (0.4, 1.0),
+    local_scale: tuple[float, float] = (0.05, 0.4),
+    blur: bool = True,
+    flip_p: float = 0.5,
+    strips: int = 0,
+    strip_size: tuple[int, int] = (224, 64),
+    strip_width: tuple[float, float] = (0.1, 0.4),
+    interpolation: Interpolation = "bicubic",
+) -> list[View]:
+    """DINO (Caron et al. 2021, main_dino.py): two global views, `local_crops` local ones, `strips` vertical strips.
+
+    `blur=False` leaves the blur out, as solo-learn and lightly do for the 32 pixels of CIFAR-10, where it erases all.
+
+    The strips are ours, for cylinder liners, on which a scratch runs from top to bottom: the full height of the
+    picture, a uniform share `strip_width` of its width at a uniform place, resized to `strip_size` (height, width), in
+    colors like the local ones. Like those they are for the student alone.
+
+    Args:
+        size: side of a global view in pixels.
+        local_size: side of a local view in pixels.
+        local_crops: how many local views.
+        global_scale: least and largest share of the image's area in a global crop.
+        local_scale: least and largest share of the image's area in a local crop.
+        blur: false: none at all, as others do for 32 pixels.
+        strips: how many vertical strips.
+        strip_size: height and width of a strip in pixels.
+        strip_width: least and largest share of the image's width in a strip.
+    """
+    for name, count in (("local_crops", local_crops), ("strips", strips)):
+        if count < 0:
+            raise UserError(f"augmentation: {name} must not be negative, got {count}")
+    common = {"interpolation": interpolation, "flip_p": flip_p, "jitter": ASYMMETRIC_JITTER}
+    always, seldom, half = (1.0, 0.1, 0.5) if blur else (0.0, 0.0, 0.0)
+    first = strong(size, scale=global_scale, **common, blur_p=always)
+    second = strong(size, scale=global_scale, **common, blur_p=seldom, solarize_p=0.2)
+    local = strong(local_size, scale=local_scale, **common, blur_p=half)
+    strip = strong(strip_size, scale=strip_width, ratio="full_height", **common, blur_p=half)
+    return [first, second] + [local] * local_crops + [strip] * strips
+
+
+def aligned(
+    *,
+    size: int = 224,
+    scale: tuple[float, float] = (0.8, 1.0),
+    views: int = 2,
+    interpolation: Interpolation = "bicubic",
+) -> list[View]:
+    """Views that leave every part at its place, for parts that lie alike in all pictures. Ours, no paper's.
+
+    No flips, no turn of the hue; crops near the whole, with the picture's own proportions; slight jitter and blur.
+    """
+    view = View(
+        size,
+        scale=scale,
+        ratio="own",
+        interpolation=interpolation,
+        jitter_p=0.8,
+        jitter=(0.2, 0.2, 0.2, 0.0),
+        blur_p=0.5,
+        blur_kernel=min(9, 2 * size - 1),
+        blur_sigma=(0.1, 1.0),
+    )
+    return cycle([view], views)
+
+
+def none(*, size: int = 224) -> list[View]:
+    """One view, resized and normalised and nothing else."""
+    return [View(size)]
+
+
+def strong(size: int | tuple[int, int], **options) -> View:
+    """What MoCo v2 and all after it share: jitter of 4 in 5 views, gray 1 in 5, PIL's blur; `options` as of `View`."""
+    side = size if isinstance(size, int) else min(size)
+    return View(size, jitter_p=0.8, gray_p=0.2, blur_kernel=min(17, 2 * side - 1), **options)
+
+
+def cycle(kinds: list[View], views: int) -> list[View]:
+    """So many views, of each kind in turn."""
+    if views < 1:
+        raise UserError(f"augmentation: views must be at least 1, got {views}")
+    return [kinds[number % len(kinds)] for number in range(views)]
+
+
+RECIPES: dict[str, Callable[..., list[View]] | type[PatchGrid]] = {
+    "simclr": simclr,
+    "moco": moco,
+    "byol": byol,
+    "psco": psco,
+    "dino": dino,
+    "aligned": aligned,
+    "patches": PatchGrid,
+    "none": none,
+}

@@ -1,0 +1,98 @@
+"""Few normal pictures of one category, and the other categories to learn from: the protocol of RegAD."""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from data.datasets.folder import ClassFolder
+from data.datasets.mvtec import MVTec
+from data.geometry import Geometry, as_geometry
+from data.image_files import is_folder, is_junk
+from data.images import OnError
+from data.masks import Masks
+from runtime.errors import UserError
+from runtime.values import PathText, Seed
+
+
+class FewShot(MVTec):
+    """One category in MVTec's layout with few normal pictures, for any detector.
+
+    `train`: `shots` pictures of `train/good`, the support set. They are the first of a permutation that
+    RandomState(draw) makes of the sorted paths: the same on every machine, and those of 2 shots are among those of 4.
+    `test`: all of the category's test pictures, as `MVTec` gives them.
+    `others`: the good training pictures of all other categories below `root` (leave one category out), or all training
+    pictures of `others`, as items `(image, label, index)`; labels number the categories, `classes` are their names.
+
+    RegAD's own draws are files of pictures to be downloaded; the draws here only need the data set.
+
+    Args:
+        root: folder of the categories; all others are learnt from, unless `others` is given.
+        shots: size of the support set.
+        draw: number of the support set; papers report the mean over several.
+        others: another folder to learn from, in MVTec's layout or with class folders (`ClassFolder`).
+
+    Raises:
+        UserError: fewer pictures than shots, no other category or one with a single picture, or as for `MVTec`.
+    """
+
+    few = True  # no picture of `train` can be spared for a threshold, unless the user says so
+
+    def __init__(
+        self,
+        split: Literal["train", "test", "others"],
+        size: int | Geometry,
+        *,
+        root: PathText,
+        category: str,
+        shots: int,
+        draw: Seed = 0,
+        others: PathText | None = None,
+        masks: Masks = "all",
+        on_error: OnError = "fail",
+    ):
+        if shots < 1 or draw < 0:
+            raise UserError(f"data.shots={shots} must be at least 1 and data.draw={draw} at least 0")
+        if split == "others":
+            self._learn_from(Path(others or root), Path(root) / category, size, on_error)
+            return
+        super().__init__(split, size, root=root, category=category, masks=masks, on_error=on_error)
+        if split == "train":
+            if len(self) < shots:
+                raise UserError(
+                    f"data.shots={shots}, but {root}/{category}/train/good has {len(self)} pictures: lower it"
+                )
+            kept = sorted(np.random.RandomState(draw).permutation(len(self))[:shots].tolist())
+            self._keep(kept, f"beyond data.shots={shots}")
+
+    def _learn_from(self, root: Path, target: Path, size: int | Geometry, on_error: OnError) -> None:
+        """Become the training pictures of all categories below `root` but `target`."""
+        if not is_folder(root):
+            raise UserError(f"{root} is not a folder to take other categories from: check data.others")
+        found = sorted(good.parent.parent for good in root.glob("*/train/good"))
+        found = [category for category in found if not is_junk(category.name)]
+        if found:
+            chosen = [folder for folder in found if folder.resolve() != target.resolve()]
+            if len({folder.resolve() for folder in chosen}) < len(chosen):
+                raise UserError(f"a category of {root} is in it twice, by a link: remove the link")
+            sets = [MVTec("train", size, root=str(root), category=c.name, on_error=on_error) for c in chosen]
+            self.classes, paths = [c.name for c in chosen], [s.paths for s in sets]
+        else:
+            folders = ClassFolder("train", size, root=str(root), test_fraction=0.0, on_error=on_error)
+            self.classes, labels = folders.classes, folders.labels.tolist()
+            paths = [[p for p, of in zip(folders.paths, labels) if of == c] for c in range(len(self.classes))]
+        if not self.classes:
+            raise UserError(
+                f"{root} has no category but {target.name} to learn from: set data.others to a folder that has some"
+            )
+        for name, its in zip(self.classes, paths):
+            if len(its) < 2:
+                raise UserError(
+                    f"category {name} of {root} has {len(its)} training picture, and comparing needs two: add one, or "
+                    f"hide the folder (name it .{name})"
+                )
+        self.split, self.geometry, self.has_masks, self.left_out = "others", as_geometry(size), False, {}
+        self.paths = [path for its in paths for path in its]
+        self.labels = torch.tensor([label for label, its in enumerate(paths) for _ in its])
+        self.defects = ["good"] * len(self.paths)

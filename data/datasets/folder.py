@@ -1,0 +1,144 @@
+"""Pictures in class folders."""
+
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from data.geometry import Geometry, as_geometry
+from data.image_files import is_folder, list_images, refuse_shared_folders
+from data.images import OnError, decode, picture_sizes, readable
+from data.splits import stratified_split
+from runtime.errors import UserError
+from runtime.values import PathText
+
+LAYOUT = (
+    "expected <root>/<class>/*.jpg, or <root>/train/<class>/*.jpg and <root>/test/<class>/*.jpg, "
+    "or pictures without classes in <root>"
+)
+SPLIT_SEED = 0  # of the split into training and test pictures; fixed, so that every run tests on the same ones
+
+
+class ClassFolder:
+    """Items `(image uint8 (3, H, W), label, index)` of a folder in one of three layouts:
+
+    - `<root>/train/<class>/...` and `<root>/test/<class>/...`: the split is as the folders say;
+    - `<root>/<class>/...`: of each class the same `test_fraction` is tested on, drawn by a fixed seed over the sorted
+      paths within the class (`loading.stratified_split`), so it depends on nothing but the files' names;
+    - pictures directly in `<root>` (or `<root>/train`): one class, "unlabelled", enough for pretraining on all of them.
+
+    Classes are numbered in the order of their sorted names; pictures may lie at any depth below a class folder.
+    `left_out` says how many images of the folder are not in the set, by the reason.
+
+    Args:
+        size: how pictures become H x W; a number S squashes them to S x S.
+        root: folder with the classes, or with `train` and `test`, or of images without classes.
+        test_fraction: in [0, 1), for the layouts without `train`; none: 0.2 of each class folder, 0 without classes.
+        on_error: `fail` names a broken picture when it is decoded; `skip` looks for them now and leaves them out.
+
+    Raises:
+        UserError: a missing, empty or unreadable folder, an unclear layout, MVTec's layout, a class in test that is not
+            in train, one folder linked as two classes or into training and test.
+    """
+
+    def __init__(
+        self,
+        split: Literal["train", "test"],
+        size: int | Geometry,
+        *,
+        root: PathText,
+        test_fraction: float | None = None,
+        on_error: OnError = "fail",
+    ):
+        self.geometry = as_geometry(size)
+        top = Path(root)
+        if not is_folder(top):
+            raise UserError(f"data.root={root} is not a folder: {LAYOUT}")
+        divided = (top / "train").is_dir()
+        if not divided:
+            _refuse_mvtec(top)
+        by_class = _pictures_by_class(top / "train" if divided else top)
+        self.classes = list(by_class)
+        if divided and split == "test":
+            train = [path for paths in by_class.values() for path in paths]
+            by_class = _pictures_by_class(top / "test")
+            unknown = sorted(set(by_class) - set(self.classes))
+            if unknown:
+                raise UserError(f"{top / 'test'} has classes that {top / 'train'} has not: {', '.join(unknown)}")
+            refuse_shared_folders(train, (path for paths in by_class.values() for path in paths))
+        self.paths, self.left_out = [path for paths in by_class.values() for path in paths], {}
+        number = {name: label for label, name in enumerate(self.classes)}
+        self.labels = torch.tensor([number[name] for name, paths in by_class.items() for _ in paths])
+        if not divided:
+            share = test_fraction
+            if share is None:
+                share = 0.0 if self.classes == ["unlabelled"] else 0.2
+            train, test = stratified_split(self.labels, share, SPLIT_SEED)
+            other = "testing" if split == "train" else "training"
+            self.keep({"train": train, "test": test}[split].tolist(), f"kept for {other} (data.test_fraction={share})")
+            if not self.paths:
+                raise UserError(
+                    f"{root} with data.test_fraction={share} has no test image: raise it, or add images or classes"
+                )
+        self.keep(readable(self.__getitem__, self.paths, on_error), "not readable")
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """Height and width of each original picture, upright: int64 (N, 2), read from the headers when first asked."""
+        return picture_sizes(self.paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        return decode(self.paths[index], self.geometry), int(self.labels[index]), index
+
+    def keep(self, positions: list[int], why: str) -> None:
+        """Leave out all pictures but these, for the reason `why`; they are numbered anew, the classes stay."""
+        if len(positions) < len(self.paths):
+            self.left_out[why] = len(self.paths) - len(positions)
+        self.paths = [self.paths[i] for i in positions]
+        self.labels = self.labels[positions]
+
+
+def _refuse_mvtec(top: Path) -> None:
+    """MVTec's categories would pass for classes, with defects and the masks of ground_truth among their pictures."""
+    for good in sorted(top.glob("*/train/good")):
+        raise UserError(
+            f"data.root={top} is in MVTec layout ({good} exists): use data.name=mvtec "
+            f"data.category={good.parent.parent.name}, or data.root={good.parent} for the good pictures alone"
+        )
+
+
+def _pictures_by_class(folder: Path) -> dict[str, list[str]]:
+    """{class: sorted paths} in the order of the class names; {"unlabelled": paths} of a folder without classes."""
+    if not is_folder(folder):
+        raise UserError(
+            f"there is no folder {folder}, yet {folder.parent}/train exists: make it, link another one to it "
+            f"(ln -s val {folder}), or put the class folders directly into {folder.parent} to have a part tested on"
+        )
+    by_class: dict[str, list[str]] = {}
+    listing, start = list_images(folder), len(str(folder)) + 1
+    for path in listing.paths:
+        name, _, below = path[start:].partition(os.sep)
+        by_class.setdefault(name if below else "", []).append(path)
+    if not by_class:
+        raise UserError(f"{folder} holds no picture: {LAYOUT}")
+    loose = by_class.pop("", [])
+    if not by_class:
+        return {"unlabelled": loose}
+    if loose:
+        raise UserError(f"{folder} holds class folders and loose pictures such as {loose[0]}: move these into a class")
+    of_runs = {path[start:].partition(os.sep)[0] for path in listing.runs}
+    below = listing.folders[1:]  # the first is `folder` itself
+    for name in sorted({path[start:].partition(os.sep)[0] for path in below} - of_runs - by_class.keys()):
+        raise UserError(
+            f"class folder {folder / name} holds no picture: fill it, remove it or hide it (name it .{name})"
+        )
+    for link, entered in listing.repeated.items():
+        if os.path.dirname(link) == str(folder) and entered in below:
+            raise UserError(f"class folder {link} is a link to {entered}, whose images are in already: remove it")
+    return {name: by_class[name] for name in sorted(by_class)}

@@ -1,0 +1,27 @@
+"""Synthetic defects by name: batched, on the pictures' device, with masks, a function of (seed, epoch, view, sample).
+
+    defect = DEFECTS["cutpaste"](area=(0.02, 0.15))
+    defective, masks = defect(images, sample_ids, epoch, seed=0)
+
+images (B, 3, H, W) uint8; sample_ids (B,) int64 on the CPU -> defective pictures (B, 3, H, W) uint8, since that is what
+`Augment` and `normalize` take, and masks (B, H, W) bool; outside its mask a picture is as it was. `view` tells apart
+several defects of one kind on one picture. Nothing of it depends on the other pictures of the batch.
+
+Raises: UserError for pictures in which the defect finds no room, or options that make no sense.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from data.defects.cutpaste import CutPaste, Scar, SmoothBlend
+from data.defects.noise import NoisePatches
+from data.defects.nsa import NSA
+
+DEFECTS: dict[str, Callable[..., Callable[..., tuple[Tensor, Tensor]]]] = {
+    "cutpaste": CutPaste,
+    "scar": Scar,
+    "smooth_blend": SmoothBlend,
+    "nsa": NSA,
+    "noise": NoisePatches,
+}

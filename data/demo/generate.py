@@ -1,0 +1,148 @@
+"""Draw the demo set: procedural pictures in the layouts of ScavPort, ScavPortAnom and Condition.
+
+    python -m data.demo datasets/demo [seed=0] [scale=1.0]
+
+    scavport/{train,test}/<class>/NNNN.jpg                       8 classes, 100 + 40 pictures each
+    scavport_anom/train/good, test/{good,outlier}/NNNN.jpg       160, 60 + 60 pictures, no masks
+    condition/<subset>/train/good, test/{good,<defect>}/NNNN.png 120, 50 + 3 x 20 pictures, subsets liner and rings
+    condition/<subset>/ground_truth/<defect>/NNNN_mask.png       0 or 255
+
+A picture depends on the seed and its own path only: any number of processes draws the same bytes, and a smaller `scale`
+draws the first pictures of every folder. Pictures are 96 x 128 to 144 x 160 pixels (height x width).
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from data.demo.canvas import Canvas
+from data.demo.condition import CONDITIONS, draw
+from data.demo.light import expose, sense, soil
+from data.demo.outliers import outlier
+from data.demo.parts import PARTS, SEEN_PARTS
+from runtime.errors import UserError
+from runtime.files import remove_unfinished, temporary_name
+
+VERSION = 1  # raise it when the pictures change
+VIEWS = {"scavport": {"turn": 0.6, "zoom": (0.75, 1.5), "shift": 0.3, "tilt": 0.25},
+         "scavport_anom": {"turn": 0.35, "zoom": (0.85, 1.25), "shift": 0.2, "tilt": 0.2}}  # fmt: skip
+
+
+def layout(scale: float) -> list[str]:
+    """The paths of all pictures, masks aside, relative to the set's root."""
+    folders = {}
+    for name in sorted(PARTS):
+        folders |= {f"scavport/train/{name}": 100, f"scavport/test/{name}": 40}
+    folders |= {"scavport_anom/train/good": 160, "scavport_anom/test/good": 60, "scavport_anom/test/outlier": 60}
+    for subset, defects in CONDITIONS.items():
+        folders |= {f"condition/{subset}/train/good": 120, f"condition/{subset}/test/good": 50}
+        folders |= {f"condition/{subset}/test/{defect}": 20 for defect in defects}
+    return [f"{folder}/{k:04d}.{'png' if folder.startswith('condition') else 'jpg'}"
+            for folder, count in folders.items() for k in range(max(2, round(count * scale)))]  # fmt: skip
+
+
+def render(path: str, seed: int) -> tuple[Image.Image, Image.Image | None]:
+    """The picture that belongs at `path` (relative to the root) and its mask, if it has one."""
+    rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
+    size = int(rng.integers(96, 145)), int(rng.integers(128, 161))
+    task, *folders, name, file = path.split("/")
+    if task == "condition":
+        subset = folders[0]
+        _, picture, mask = draw(subset, None if name == "good" else name, rng, size)
+        return sense(picture, rng), None if name == "good" else Image.fromarray(mask.astype(np.uint8) * 255)
+    canvas = Canvas(rng, size, **VIEWS[task])
+    if name == "outlier":
+        outlier(canvas, rng, int(file[:4]))
+    else:
+        PARTS[str(rng.choice(SEEN_PARTS)) if name == "good" else name](canvas, rng)
+        soil(canvas, rng)
+    return expose(canvas, rng), None
+
+
+def write(path: str, root: Path, seed: int) -> None:
+    """Render one picture and save it, with its mask, under `root`."""
+    picture, mask = render(path, seed)
+    place = root / path
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if place.suffix == ".jpg":
+        picture.save(place, quality=92)
+    else:
+        picture.save(place)
+    if mask is not None:
+        folder = place.parents[2] / "ground_truth" / place.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        mask.save(folder / f"{place.stem}_mask.png")
+
+
+def generate(root: str | Path, *, seed: int = 0, scale: float = 1.0, workers: int | None = None) -> Path:
+    """Write the demo set to `root` with `workers` processes (None: one a core; 0: this one) and return `root`.
+
+    The folder appears only when complete; a complete set of the same seed, scale and version is left alone. Raises
+    `UserError` when `root` holds anything else.
+    """
+    if seed < 0 or not scale > 0:
+        raise UserError(f"demo set: seed={seed} scale={scale}: the seed must be at least 0 and the scale above 0")
+    root = Path(root)
+    identity = {"version": VERSION, "seed": seed, "scale": scale}
+    if is_there(root, identity):
+        return root
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    paths = layout(scale)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(root.parent)
+    unfinished = temporary_name(root)
+    try:
+        unfinished.mkdir()
+        job = partial(write, root=unfinished, seed=seed)
+        bar = partial(tqdm, total=len(paths), desc=f"drawing {root}", unit=" pictures")
+        if workers:
+            with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+                for _ in bar(pool.map(job, paths, chunksize=8)):
+                    pass
+        else:
+            for path in bar(paths):
+                job(path)
+        (unfinished / "demo.json").write_text(json.dumps(identity) + "\n")
+        if not is_there(root, identity):  # another process may have been quicker
+            unfinished.rename(root)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return root
+
+
+def is_there(root: Path, identity: dict) -> bool:
+    """Whether `root` holds the complete set `identity`; raises `UserError` when it holds something else."""
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return False
+    try:
+        found = json.loads((root / "demo.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{root} exists and is not a demo set: move it away or name another folder") from None
+    if found != identity:
+        raise UserError(f"{root} holds another demo set ({found}, wanted {identity}): remove it or name another folder")
+    return True
+
+
+def main(argv: list[str]) -> None:
+    if not argv or "=" in argv[0]:
+        raise UserError("no folder given: python -m data.demo ROOT [seed=0] [scale=1.0]")
+    options = {"seed": 0, "scale": 1.0}
+    for word in argv[1:]:
+        key, _, value = word.partition("=")
+        if key not in options:
+            raise UserError(f"unknown option {word!r}: python -m data.demo ROOT [seed=0] [scale=1.0]")
+        try:
+            options[key] = type(options[key])(value)
+        except ValueError:
+            raise UserError(f"{word}: {key} must be of type {type(options[key]).__name__}") from None
+    print(f"demo set in {generate(argv[0], **options)}")

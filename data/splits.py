@@ -1,0 +1,29 @@
+"""Which images are trained on and which are held out."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runtime.errors import UserError
+
+
+def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split positions into (rest, picked), both ascending int64, the same fraction of every class.
+
+    Of a class with n items, n * fraction rounded to the nearest are picked, but at least one and never all; a class
+    of one item stays in the rest. Every class draws its own permutation of n from RandomState(seed), whose stream
+    NumPy never changes, so a class's split does not depend on other classes, machine or library version.
+    """
+    if not 0 <= fraction < 1:
+        raise UserError(f"a held-out or test fraction must be at least 0 and below 1, not {fraction}")
+    picked = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        count = min(max(int(len(members) * fraction + 0.5), 1), len(members) - 1) if fraction > 0 else 0
+        picked[members[np.random.RandomState(seed).permutation(len(members))[:count]]] = True
+    return (~picked).nonzero().flatten(), picked.nonzero().flatten()
+
+
+def holdout(dataset, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """(train indices, held-out indices) of the dataset, stratified by label: `stratified_split` of its labels."""
+    return stratified_split(dataset.labels, fraction, seed)

@@ -1,0 +1,70 @@
+"""Change the training pictures of a fitted detector: learn what was added, forget what is gone, leave the rest."""
+
+import torch
+from torch import nn
+
+from data import DataConfig
+from data.depth import WHITE
+from data.loading import Loader
+from evaluation.anomaly.detection import batches_of
+from models.anomaly import DetectorConfig
+from models.backbones.build import BackboneConfig
+from runtime import checkpoint
+from runtime.config import completed, flatten
+from runtime.errors import UserError
+from runtime.version import another_version
+
+SECTIONS = {"backbone": BackboneConfig, "detector": DetectorConfig, "data": DataConfig}  # must be what the old run had,
+FREE = ("backbone.weights", "backbone.part", "detector.image_score", "data.masks")  # but for what changes no memory
+
+
+def white_of(path: str) -> int:
+    """The white that the run to update was fitted with: `data.white=auto` must not find another one."""
+    return checkpoint.load(path)["config"]["data"].get("white", WHITE)
+
+
+def load_memory(path: str, resolved: dict, detector: nn.Module) -> dict:
+    """The checkpoint of a fitted run to update, proved to fit this run's config and backbone.
+
+    Raises:
+        UserError: it is no finished run, or its detector, backbone, input or precision differ.
+    """
+    old = checkpoint.load(path)
+    if "calibration" not in old:
+        raise UserError(f"update={path} is not the last.pt of a finished run of train_anomaly.py")
+    before = {name: completed(schema, old["config"][name]) for name, schema in SECTIONS.items()}
+    before["precision"] = old["config"]["precision"]
+    now = {name: resolved[name] for name in before}
+    for key in checkpoint.config_changes(before, now):
+        if key not in FREE:
+            raise UserError(
+                f"update={path} was fitted with {key}={flatten(before).get(key)}, this config says "
+                f"{flatten(now).get(key)}: make them equal, or fit anew without update"
+            )
+    for name, tensor in detector.backbone.state_dict().items():
+        if not torch.equal(tensor.cpu(), old["model"][f"backbone.{name}"]):
+            raise UserError(
+                f"update={path} has other backbone weights ({name} differs): give the same backbone.weights"
+            )
+    return old
+
+
+def update_memory(detector: nn.Module, old: dict, names: list[str], loader: Loader) -> str:
+    """Bring the fitted detector of checkpoint `old` to the pictures of `loader`; says what changed.
+
+    Pictures are the same when their names below data.root are; `names` are those of all of the loader's dataset. The
+    detector has `keep(numbers)` and `add(batches, n)`. Raises UserError when none of its pictures is left.
+    """
+    detector.load_state_dict(old["model"])
+    number = {names[i]: i for i in loader.indices.tolist()}
+    learned = {old["names"][i] for i in old["learned"]}
+    detector.keep(torch.tensor([number.get(n, -1) if n in learned else -1 for n in old["names"]], device=loader.device))
+    new = torch.tensor([i for name, i in number.items() if name not in learned])
+    if len(new):
+        added = Loader(
+            loader.dataset, loader.batch_size, loader.device, indices=new, cache=loader.cache, workers=loader.workers
+        )
+        detector.add(batches_of(added, "new pictures"), len(new))
+    other = another_version(old.get("version"), with_script=False)
+    kept = other and f"; those from before were learned by {other}, without update all are learned anew"
+    return f"update: {len(new)} pictures added, {len(learned - set(number))} removed, {len(number)} in all{kept}"

@@ -1,0 +1,169 @@
+"""Is one run better than another on the same test pictures? A paired bootstrap over the pictures.
+
+The figures of two runs rise and fall together with the pictures that are drawn, so their intervals may overlap widely
+where the difference is sure. Each replicate of evaluation/anomaly/bootstrap.py is therefore taken for all runs alike, and what
+is judged is the distribution of the difference (Efron and Tibshirani 1993, chapters 13 and 16).
+"""
+
+import itertools
+import os
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from evaluation.anomaly.bootstrap import (
+    Histograms,
+    draw_pictures,
+    image_replicates,
+    pixel_replicates,
+)
+from evaluation.anomaly.metrics import (
+    IMAGE_METRICS,
+    PIXEL_METRICS,
+    Array,
+    real_numbers,
+    to_numpy,
+)
+from runtime import checkpoint
+from runtime.errors import UserError
+
+TYPES = Histograms(np.int32, np.int32, np.float32)  # of the stored histograms: 12 bytes a bin, 24 KB a picture
+
+
+@dataclass
+class Scores:
+    """What a run made of the N test pictures."""
+
+    paths: list[str]
+    labels: np.ndarray  # (N,) bool
+    scores: np.ndarray  # (N,)
+    figures: dict[str, float | None]  # `image_metrics` and `pixel_metrics`; those of pixels None without maps or masks
+    histograms: Histograms | None  # of pixels, (N, K) each
+
+
+def save_scores(
+    path: str | os.PathLike,
+    paths: list[str],
+    labels: Array,
+    scores: Array,
+    figures: dict[str, float | None],
+    histograms: Histograms | None,
+) -> None:
+    """Write what `compare` needs of a run: rank 0 writes, whole or not at all.
+
+    `paths` N names, best relative to the data set so that runs on two machines agree; `labels` (N,) 0/1, `scores` (N,);
+    `figures` has those of `image_metrics` and `pixel_metrics`, perhaps more; `histograms` from `pixel_histograms`, or
+    None without maps, take about 24 KB a picture. Raises UserError on NaN and when the file cannot be written.
+    """
+    labels, scores = to_numpy(labels).astype(bool), real_numbers(to_numpy(scores), "image scores")
+    if len(paths) != len(scores):
+        raise ValueError(f"{len(paths)} paths for {len(scores)} scores")
+    if histograms is not None:
+        if len(histograms.negatives) != len(scores):
+            raise ValueError(f"histograms of {len(histograms.negatives)} pictures for {len(scores)} scores")
+        histograms = [torch.from_numpy(np.ascontiguousarray(h, dtype)) for h, dtype in zip(histograms, TYPES)]
+    checkpoint.save(
+        path,
+        {},
+        paths=[str(name) for name in paths],
+        labels=torch.from_numpy(labels),
+        scores=torch.from_numpy(scores.copy()),
+        figures={key: figures[key] for key in IMAGE_METRICS + PIXEL_METRICS},
+        histograms=histograms,
+    )
+
+
+def load_scores(path: str | os.PathLike) -> Scores:
+    """What `save_scores` wrote. Raises UserError for any other file; no code in it is run."""
+    state = checkpoint.read(path)
+    keys = ("paths", "labels", "scores", "figures", "histograms")
+    if not isinstance(state, dict) or not set(keys) <= set(state):
+        raise UserError(f"{path} holds no test scores; name a run folder's test_scores.pt, written by train_anomaly.py")
+    paths, labels, scores, figures, histograms = (state[key] for key in keys)
+    if histograms is not None:
+        histograms = Histograms(*(h.double().numpy() for h in histograms))
+    return Scores(paths, labels.numpy(), scores.numpy(), figures, histograms)
+
+
+@dataclass
+class Difference:
+    """Figure of run `b` minus that of run `a`."""
+
+    figure: str
+    a: str
+    b: str
+    value_a: float
+    value_b: float
+    difference: float
+    interval: list[float]  # 95 %, percentiles
+    p: float  # two-sided
+    verdict: str  # "win" for b when the interval lies above 0, "loss" below, else "none"
+
+
+def compare(runs: list[Scores], names: list[str], seed: int = 0) -> dict:
+    """Every pair of runs, every figure that both have, ready for JSON.
+
+    `{"names", "n_test_normal", "n_test_anomalous", "replicates", "differences": [Difference as a dict]}`. The values
+    are exact; the replicates of pixel figures come from histograms (evaluation/anomaly/bootstrap.py). p is twice the smaller
+    share of replicates on either side of 0, each with one replicate added: (1 + count) / (R + 1), so never below
+    2 / (R + 1) (Davison and Hinkley 1997, section 4.2). It is not corrected for the number of comparisons, and says
+    nothing of what another training seed would change.
+
+    Raises UserError when the runs were not tested on the same pictures in the same order, naming the first difference.
+    """
+    if len(runs) < 2 or len(names) != len(runs):
+        raise UserError(f"comparing needs two runs or more, each with a name, not {len(runs)} runs and names {names}")
+    for run, name in zip(runs[1:], names[1:]):
+        same_pictures(runs[0], run, names[0], name)
+    labels = runs[0].labels
+    draws = draw_pictures(labels, seed)
+    replicates = [replicate(run, draws) for run in runs]
+    differences = []
+    for a, b in itertools.combinations(range(len(runs)), 2):
+        for key in (key for key in IMAGE_METRICS + PIXEL_METRICS if key in replicates[a] and key in replicates[b]):
+            values = runs[a].figures[key], runs[b].figures[key]
+            judged = judge(replicates[b][key] - replicates[a][key])
+            differences.append(asdict(Difference(key, names[a], names[b], *values, values[1] - values[0], *judged)))
+    counts = {"n_test_normal": int((~labels).sum()), "n_test_anomalous": int(labels.sum())}
+    return {"names": names} | counts | {"replicates": len(draws), "differences": differences}
+
+
+def replicate(run: Scores, draws: np.ndarray) -> dict[str, np.ndarray]:
+    """{figure: (R,)} of the figures that are defined."""
+    figures = image_replicates(run.scores, run.labels, draws) if run.figures["image_auroc"] is not None else {}
+    return figures | (pixel_replicates(run.histograms, draws) if run.histograms is not None else {})
+
+
+def judge(differences: np.ndarray) -> tuple[list[float], float, str]:
+    """(95 % interval, p, verdict) from replicates of a difference, (R,), without those that are NaN (no mask drawn)."""
+    kept = differences[~np.isnan(differences)].round(12)  # 1e-17 between equal figures is no difference
+    low, high = np.percentile(kept, (2.5, 97.5)).tolist()
+    tail = min(np.count_nonzero(kept <= 0), np.count_nonzero(kept >= 0))
+    p = min(1.0, 2 * (1 + tail) / (1 + len(kept)))
+    return [low, high], p, "win" if low > 0 else "loss" if high < 0 else "none"
+
+
+def same_pictures(a: Scores, b: Scores, name_a: str, name_b: str) -> None:
+    """UserError with the first difference of the two test sets, if there is one."""
+    advice = "compare runs of one data set"
+    for i, (path_a, path_b) in enumerate(zip(a.paths, b.paths)):
+        if path_a != path_b:
+            raise UserError(f"test picture {i} is {path_a} in {name_a} and {path_b} in {name_b}; {advice}")
+        if a.labels[i] != b.labels[i]:
+            kinds = [("normal", "anomalous")[int(run.labels[i])] for run in (a, b)]
+            raise UserError(f"{path_a} is {kinds[0]} in {name_a} and {kinds[1]} in {name_b}; {advice}")
+    if len(a.paths) != len(b.paths):
+        raise UserError(f"{name_a} has {len(a.paths)} test pictures and {name_b} has {len(b.paths)}; {advice}")
+
+
+def compare_table(result: dict) -> tuple[list[str], list[list[str]]]:
+    """(header, rows) of `compare`'s result for `report.markdown_table`."""
+    header = ["figure", "a", "b", "of a", "of b", "b - a [95 %]", "p", "b against a"]
+    rows = []
+    for row in result["differences"]:
+        low, high = row["interval"]
+        values = [f"{row['value_a']:.3f}", f"{row['value_b']:.3f}"]
+        change = f"{row['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+        rows.append([row["figure"], row["a"], row["b"], *values, change, f"{row['p']:.3f}", row["verdict"]])
+    return header, rows

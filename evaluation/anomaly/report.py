@@ -1,0 +1,146 @@
+"""What a run of train_anomaly.py shows of its test: figures, tables, curves, pictures, in its folder and TensorBoard.
+
+test_scores.csv (a line a picture), test_scores.pt (for eval.py task=compare), heatmaps.png (the best, the worst and the
+most mistaken; where no normal was spared for thresholds, the scale of the colors is that of the good test pictures),
+neighbors.png (what they were compared with), curves.png, scores.png, suspicious.png.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+from data.loading import names_of
+from evaluation.anomaly.bootstrap import pixel_histograms
+from evaluation.anomaly.compare import save_scores
+from evaluation.anomaly.detection import anomaly_results, region_maps, region_masks, without_pixels
+from evaluation.anomaly.unseen import crop_line, crop_results
+from evaluation.tables import csv_table, markdown_table, with_interval
+from models.anomaly.detector import Findings
+from plots.curves import histogram_picture, roc_pr_picture
+from plots.heatmaps import Caption, Row, heat_range, pick, save, sheet
+from plots.neighbors import Pair, neighbor_sheet
+from runtime.files import whole_file
+from runtime.log import Log
+from runtime.text import printable
+
+ROWS = 4  # of a sheet in TensorBoard; the files in the run folder have all
+
+
+def report(
+    log: Log, found: Findings, test_set, normal: Findings | None, normals, calibration: dict, *, original: bool
+) -> dict:
+    """Write and log everything on the test pictures; returns what results.json gets of it.
+
+    Args:
+        found: findings of `test_set`. normal: of the pictures of the Loader `normals`, which the thresholds are from.
+        original: pixel figures at the original files' resolution.
+    """
+    threshold, folder, seed = calibration["threshold"], log.folder, log.config["seed"]
+    has_masks = found.maps is not None and test_set.has_masks
+    maps = None if found.maps is None else region_maps(found.maps, test_set, original=original)
+    masks = region_masks(test_set, original=original) if has_masks else None
+    if has_masks:
+        maps, masks = (without_pixels(values, test_set.mask_known) for values in (maps, masks))
+    shown = has_masks and any(m.any() for m in masks) and not all(m.all() for m in masks)
+    histograms = pixel_histograms(maps, masks) if shown else None
+    results = anomaly_results(found.scores, maps, masks, test_set, threshold, seed=seed, histograms=histograms)
+    results |= {
+        key: calibration[key] for key in ("pixel_threshold", "promised_false_alarm_rate", "n_normals", "suspicious")
+    }
+    if test_set.geometry.fit == "crop":
+        results |= crop_results(found.scores, maps, masks, test_set)
+        log.say(crop_line(results))
+    for line in calibration["suspicious"]:
+        log.say(f"suspicious normal, look at it: {line['path']} (score {line['score']:.4g})")
+    write_scores(folder, found, test_set, normals.dataset, threshold)
+    names = names_of(test_set, log.config["data"]["root"])  # the same on every machine
+    save_scores(folder / "test_scores.pt", names, test_set.labels, found.scores, results, histograms)
+
+    table = defect_table(results)
+    log.text("per defect", table)
+    print(printable(table), file=sys.stderr)
+    defects = np.array(test_set.defects)
+    groups = {"training normals": normal.scores} if normal is not None else {}
+    groups |= {name: found.scores[defects == name] for name in sorted(set(defects), key=lambda n: (n != "good", n))}
+    for name, scores in groups.items():
+        log.histogram(f"scores/{name}", scores)
+    show(log, "scores", histogram_picture(groups, threshold))
+    if results["image_auroc"] is not None:
+        show(log, "curves", roc_pr_picture(found.scores, test_set.labels, log.config["run_name"], threshold))
+        least, most = found.scores.min(), found.scores.max()
+        share = (found.scores - least) / (most - least).clamp(min=1e-12)
+        log.precision_recall("precision_recall", test_set.labels, share)
+
+    chosen = pick(found.scores, test_set.labels, test_set.defects, threshold)
+    title = f"{log.config['detector']['name']}, {log.config['backbone']['name']}, {log.config['run_name']}"
+    low, high = calibration["low"], calibration["high"]
+    if maps is not None and low is None and (defects == "good").any():  # no normals to spare
+        low, high = heat_range([maps[i] for i in np.flatnonzero(defects == "good")])
+    if maps is not None and low is not None:
+        rows = [image_row(found, test_set, caption) for caption in chosen]
+        scale = {"low": low, "high": high, "pixel_threshold": calibration["pixel_threshold"]}
+        drawn = partial(sheet, **scale)
+        save(drawn(rows, title=title), folder / "heatmaps.png")
+        show_pages(log, "heatmaps", partial(drawn, columns=1), rows, title)
+    if found.pictures is not None:
+        pairs = [neighbor_pair(found, test_set, normals.dataset, caption) for caption in chosen]
+        title += ": what comes nearest"
+        save(neighbor_sheet(pairs, title=title), folder / "neighbors.png")
+        show_pages(log, "neighbors", neighbor_sheet, pairs, title)
+    return results
+
+
+def show(log: Log, name: str, image: Image.Image) -> None:
+    """Put <name>.png into the run folder, and into TensorBoard."""
+    save(image, log.folder / f"{name}.png")
+    log.picture(name, pil_to_tensor(image))
+
+
+def show_pages(log: Log, name: str, draw: Callable, rows: list, title: str) -> None:
+    """Put sheets of a few rows each, readable at once, into TensorBoard; `draw(rows, title=...)` makes one."""
+    pages = [rows[start : start + ROWS] for start in range(0, len(rows), ROWS)]
+    for number, page in enumerate(pages, 1):
+        which = f"{number} of {len(pages)}"
+        log.picture(f"{name}/{which}", pil_to_tensor(draw(page, title=f"{which}: {title}")))
+
+
+def image_row(found: Findings, dataset, caption: Caption) -> Row:
+    image, mask, *_ = dataset[caption.index]
+    mask = mask if dataset.has_masks and dataset.mask_known[caption.index] else None
+    peak = None if found.peaks is None else tuple(found.peaks[caption.index].tolist())
+    return Row(image, found.maps[caption.index], mask, peak, caption)
+
+
+def neighbor_pair(found: Findings, test_set, train_set, caption: Caption) -> Pair:
+    """The picture of a caption beside the training picture that its most anomalous patch is nearest to."""
+    number = int(found.pictures[caption.index])
+    places = [None if p is None else tuple(p[caption.index].tolist()) for p in (found.peaks, found.places)]
+    lines = [caption.heading, *caption.lines, "nearest:", os.path.basename(train_set.paths[number])]
+    return Pair(test_set[caption.index][0], places[0], train_set[number][0], places[1], lines, caption.correct)
+
+
+def write_scores(folder: Path, found: Findings, test_set, train_set, threshold: float | None) -> None:
+    """test_scores.csv: path, defect, label, score, is_anomalous, nearest_training_picture."""
+    rows = []
+    for i, (path, defect, score) in enumerate(zip(test_set.paths, test_set.defects, found.scores.tolist())):
+        row = {"path": path, "defect": defect, "label": int(test_set.labels[i]), "score": score}
+        row["is_anomalous"] = None if threshold is None else int(score > threshold)
+        row["nearest_training_picture"] = None if found.pictures is None else train_set.paths[int(found.pictures[i])]
+        rows.append(row)
+    with whole_file(folder / "test_scores.csv") as file:
+        file.write(csv_table(rows))
+
+
+def defect_table(results: dict) -> str:
+    """Markdown: each defect against all good pictures, and all of them together with intervals."""
+    header = ["defect", "pictures", "image AUROC", "pixel AUROC", "AU-PRO 0.3", "AU-PRO 0.05", "AU-PRO 0.01"]
+    keys = ("image_auroc", "pixel_auroc", "aupro", "aupro_005", "aupro_001")
+    rows = [[name, str(f["n"]), *(with_interval(f, key) for key in keys)] for name, f in results["per_defect"].items()]
+    rows.append(["all", str(results["n_test_anomalous"]), *(with_interval(results, key) for key in keys)])
+    return markdown_table(header, rows)

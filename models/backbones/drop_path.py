@@ -1,0 +1,35 @@
+"""Stochastic depth (Huang et al. 2016, arXiv 1603.09382): in training a block is its shortcut now and then."""
+
+import torch
+from torch import Tensor, nn
+
+from runtime.errors import UserError
+
+
+class DropPath(nn.Module):
+    """Zero the residual branch of a picture with probability `p`, else divide it by 1 - p: (B, ...) -> (B, ...).
+
+    In training only, each picture by itself, as in timm and torchvision (`mode="row"`); Huang et al. drop whole batches
+    and scale in testing. The expected value of a block is what testing gives.
+    """
+
+    def __init__(self, p: float = 0.0):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.p == 0.0 or not self.training:
+            return x
+        keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.p  # (B, 1, ...)
+        return x * keep / (1 - self.p)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p:.3f}"
+
+
+def drop_rates(rate: float, blocks: int) -> list[float]:
+    """One rate a block, from 0 for the first to `rate` for the last in equal steps (Huang et al., equation 4, counts
+    from the input; official DINO's linspace is this)."""
+    if not 0 <= rate < 1:
+        raise UserError(f"backbone.drop_path={rate} must be at least 0 and below 1")
+    return [rate * i / max(1, blocks - 1) for i in range(blocks)]

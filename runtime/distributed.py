@@ -1,0 +1,145 @@
+"""Processes: torchrun's environment, gather and reduce. At world size 1 everything here is the identity."""
+
+import inspect
+import os
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from runtime.errors import UserError
+
+
+def setup(device: str = "auto") -> torch.device:
+    """Join torchrun's process group when there is one (nccl on CUDA, gloo on CPU) and return this process's device.
+
+    Args:
+        device: `auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:1`.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device={device}, but torch finds no CUDA device here; use device=cpu")
+    if device.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise UserError(f"device={device} is one device for several processes; device=cuda gives each its own")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        target = torch.device(device)
+        if target.type not in ("cpu", "cuda"):
+            raise RuntimeError
+        if target.type == "cuda":
+            torch.cuda.set_device(target)
+    except RuntimeError:
+        raise UserError(
+            f"device={device} is not here ({torch.cuda.device_count()} CUDA devices); auto or cpu"
+        ) from None
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        backend = "nccl" if target.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    return target
+
+
+def cleanup() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def data_parallel(model: nn.Module) -> nn.Module:
+    """The model, or with several processes DistributedDataParallel of it, which averages gradients and leaves buffers
+    alone: a queue of 65536 keys need not travel each step, as it is equal on all ranks, and running statistics count in
+    evaluation only, which takes rank 0's (`share_buffers`)."""
+    if world_size() == 1:
+        return model
+    known = inspect.signature(DistributedDataParallel).parameters
+    keyword = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name since 2.13
+    return DistributedDataParallel(model, **{keyword: False})
+
+
+def unsynchronised(model: nn.Module, when: bool) -> AbstractContextManager:
+    """Inside, if `when`, each process's backward passes leave its own gradients in place of the mean over processes."""
+    return model.no_sync() if when and isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+class _Gather(torch.autograd.Function):
+    """all_gather whose backward sums the incoming gradients over ranks (official VICReg's FullGatherLayer)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.rows = len(x)
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)  # (W*B, ...)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad[rank() * ctx.rows : (rank() + 1) * ctx.rows]  # (B, ...)
+
+
+def gather(x: Tensor) -> Tensor:
+    """The rows of all ranks in rank order, (B, ...) -> (W*B, ...), differentiable; B must be equal on all ranks.
+
+    The backward sums over ranks: with every rank's loss the mean over its own anchors and DDP's average of gradients,
+    W processes on B/W rows each have exactly one process's gradient.
+    """
+    return _Gather.apply(x) if world_size() > 1 else x
+
+
+@torch.no_grad()
+def gather_rows(x: Tensor) -> Tensor:
+    """Like `gather` without gradient, for any number of rows a rank: (B_r, ...) -> (sum of B_r, ...)."""
+    if world_size() == 1:
+        return x
+    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
+    most = max(int(count) for count in counts)
+    padded = x.new_zeros((most, *x.shape[1:]))
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts)])
+
+
+@torch.no_grad()
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum of x over ranks, without gradient; x itself at world size 1."""
+    if world_size() > 1:
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
+def all_reduce_mean(x: Tensor) -> Tensor:
+    """Mean of x over ranks, without gradient."""
+    return all_reduce_sum(x) / world_size()
+
+
+@torch.no_grad()
+def share_buffers(model: nn.Module) -> None:
+    """Give every process rank 0's buffers: each has running BatchNorm statistics of its own."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)

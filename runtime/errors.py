@@ -1,0 +1,117 @@
+"""Mistakes of the user: one line on stderr and exit status 2 instead of a traceback, also of many processes."""
+
+import errno
+import os
+import re
+import reprlib
+import sys
+import time
+import traceback
+from datetime import timedelta
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from runtime.text import printable
+
+ADVICE = {  # for what the system refuses
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
+    errno.EROFS: "choose another place",
+    errno.EACCES: "choose another place, or change who may use it",
+    errno.ENOTDIR: "choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+SHORT = reprlib.Repr()  # of any value: neither its depth nor its length costs more than a line
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 90
+SHORT.maxlevel = 3
+LOST = re.compile(
+    r"Connection (closed|reset) by peer|Broken pipe|Socket closed|remote (worker|process)|gloo.*[Tt]imed out"
+)
+PATIENCE = 10.0  # seconds in which a process that broke has said why
+
+
+class UserError(Exception):
+    """Something the user can fix. The message says in one line what is wrong, where, and what to do."""
+
+
+def shown(value) -> str:
+    """A value of the user's in a message: as Python writes it, cut to 90 characters."""
+    return cut(SHORT.repr(value))
+
+
+def cut(text: str, width: int = 90) -> str:
+    """At most `width` characters: of a longer text the beginning and the end."""
+    return text if len(text) <= width else f"{text[: width - 33]}...{text[-30:]}"
+
+
+def run(main) -> None:
+    """Call `main(argv)`; a `UserError` becomes `error: ...` and exit status 2, Ctrl-C becomes exit status 130.
+
+    Under torchrun every cause has one line, whichever processes it strikes; what the others meet when they lose a
+    process is no cause.
+    """
+    try:
+        main(sys.argv[1:])
+    except (Exception, KeyboardInterrupt) as error:
+        line, status = explain(error)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            _leave_together(error, line, status)
+        if line is None:
+            raise
+        tqdm.write(line, file=sys.stderr)  # above a progress bar, not behind it
+        sys.exit(status)
+
+
+def explain(error: BaseException) -> tuple[str | None, int]:
+    """What to tell the user, and the exit status; (None, 1) of an error that is ours, whose traceback is needed."""
+    if isinstance(error, UserError):
+        return f"error: {' '.join(printable(str(error)).split())}", 2
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped; where there is a checkpoint, the same command goes on from it", 130
+    if isinstance(error, ValueError) and str(error).startswith("Expected more than 1 value per channel"):
+        return "error: batch norm cannot train on one value a channel: raise batch_size or data.size", 2
+    if type(error).__name__ == "OutOfMemoryError":  # torch's
+        how = "lower batch_size, data.size or predict.py's tile, or set precision=bf16"
+        return f"error: the GPU's memory is full: {how}", 2
+    if isinstance(error, OSError) and error.errno in ADVICE:
+        what = f"cannot use {cut(str(error.filename or 'a file'))}: {error.strerror}"
+        return f"error: {what}; {ADVICE[error.errno]}", 2
+    return None, 1
+
+
+def _leave_together(error: BaseException, line: str | None, status: int) -> NoReturn:
+    """End this process of several at once, without waiting for the others in a destructor; the first to meet a cause
+    prints it, and torchrun ends those that wait for this one."""
+    try:
+        store = _torchrun_store()
+        if line is None and isinstance(error, RuntimeError) and LOST.search(str(error)):
+            deadline = time.monotonic() + PATIENCE
+            while not store.add("scavenge/causes", 0) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            if store.add("scavenge/causes", 0):
+                os._exit(2)
+            line, status = "error: another process of this run has died without a word; is memory short?", 2
+        store.add("scavenge/causes", 1)
+        new = store.add(f"scavenge/{line or os.environ.get('RANK')}", 1) == 1
+    except Exception:  # another launcher than torchrun, or it is gone: better said twice than never
+        new = True
+    if new and line:
+        bar_elsewhere = "\n" if os.environ.get("RANK") != "0" else ""
+        tqdm.write(bar_elsewhere + line, file=sys.stderr)
+    elif line is None:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _torchrun_store():
+    """A connection of this process's own to the key-value store of torchrun, which outlives the processes."""
+    from torch.distributed import TCPStore  # not at the top: importing torch has to wait for the scripts
+
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        raise RuntimeError("torchrun shares no store")
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=PATIENCE))

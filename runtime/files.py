@@ -1,0 +1,81 @@
+"""Files that have their name only once they are complete."""
+
+import errno
+import hashlib
+import os
+import platform
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from runtime.errors import UserError
+
+
+@contextmanager
+def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """A file, of text (UTF-8) or with mode "wb" of bytes, that has its name only once all is written.
+
+    After an error or Ctrl-C it is gone and what had the name before is untouched; after a kill, what had been flushed
+    lies beside it under a temporary name until `remove_unfinished`. Makes the folder. A disk that is full or read-only
+    is a `UserError`; so is, before anything is written, a name that is too long or a folder's.
+    """
+    path, temporary = Path(path), None
+    text = {} if "b" in mode else {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+    try:
+        with suppress(FileExistsError):  # a file in the folder's place, which the next line names better
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            if stat.S_ISDIR(path.stat().st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        temporary = temporary_name(path)
+        with open(temporary, mode, **text) as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException as error:
+        if temporary and (temporary.is_file() or temporary.is_symlink()):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            why = error.strerror or error
+            raise UserError(f"cannot write {path}: {why}; nothing under that name was changed") from None
+        raise
+
+
+def remove_unfinished(folder: Path, *, below: bool = False) -> None:
+    """Remove what killed processes left under a `temporary_name` in this folder, and with `below` in those in it.
+
+    Only its own machine knows whether a process still runs, so files of other machines stay.
+    """
+    found = folder.glob(f"{'**/' if below else ''}*.unfinished-*") if os.path.isdir(folder) else ()
+    for path in found:
+        writer = re.fullmatch(r".*\.unfinished-(.+)-(\d+)", path.name, re.DOTALL)
+        if writer and writer[1] == platform.node() and not _runs(int(writer[2])):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    path.unlink()
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that says which process writes it; short where the folder allows no longer one."""
+    mark = f".unfinished-{platform.node()}-{os.getpid()}"
+    if len(os.fsencode(path.name + mark)) <= os.pathconf(path.parent, "PC_NAME_MAX"):
+        return path.with_name(path.name + mark)
+    return path.with_name(hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16] + mark)
+
+
+def _runs(process: int) -> bool:
+    """Whether another process of this number runs on this machine."""
+    if process == os.getpid():  # of an earlier process with the same number, as in a container
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's; no number of a process
+        return True
+    return True

@@ -1,0 +1,234 @@
+"""TensorBoard, metrics.jsonl and results.json of a run folder; only rank 0 writes."""
+
+import json
+import math
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+from tensorboard.compat.proto.summary_pb2 import DataClass
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter, summary
+from tqdm import tqdm
+
+from runtime import checkpoint, distributed
+from runtime.config import as_dict, changed
+from runtime.errors import ADVICE, UserError
+from runtime.files import whole_file
+from runtime.tags import HEADLINES, layout, tag_of
+from runtime.text import printable
+from runtime.version import another_version
+
+# What torch leaves out of these kinds of summaries, without which TensorBoard's loader drops the description.
+WITHOUT_METADATA = {
+    "simple_value": ("scalars", DataClass.DATA_CLASS_SCALAR),
+    "image": ("images", DataClass.DATA_CLASS_BLOB_SEQUENCE),
+    "histo": ("histograms", DataClass.DATA_CLASS_TENSOR),
+}
+
+
+class Log:
+    """What a run shows: `scalars` to TensorBoard and metrics.jsonl, pictures, text, and the final results.
+
+    In TensorBoard everything stands under the tag, and with the description, that runtime/tags.py has for its key.
+
+    Args:
+        folder: the run folder.
+        config: the script's Config, or plain nested values.
+        step: where training (re)starts; lines and events after it, left by a killed process, are dropped, so that an
+            interrupted run's curves equal an uninterrupted one's.
+    """
+
+    def __init__(self, folder: str | Path, config, step: int = 0):
+        self.folder, self.config, self.writer, self.warnings = Path(folder), as_dict(config), None, 0
+        self.hparams, self.has_charts = changed(config), False
+        self.hparams.pop("run_name", None)  # TensorBoard names each run anyway
+        if not distributed.is_main():
+            return
+        lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        with whole_file(self._metrics) as file:
+            file.writelines(line + "\n" for line in kept)
+        threading.excepthook = _without_tensorboard
+        with self._writing():
+            self.writer = SummaryWriter(self.folder, purge_step=step + 1)
+        self.text("config", "```yaml\n" + yaml.safe_dump(self.config, sort_keys=False) + "```")
+
+    @contextmanager
+    def _writing(self):
+        """What cannot be written inside, or by TensorBoard's thread before, is a `UserError`."""
+        try:
+            yield
+        except OSError as error:
+            what = f"cannot write the curves in {self.folder}: {error.strerror or error}"
+            advice = f"{ADVICE.get(error.errno, 'make it possible')}, then the same command resumes"
+            raise UserError(f"{what}; {advice}; {checkpoint.last_good(self.folder)}") from None
+
+    def _add(self, key: str, made, step: int) -> None:
+        """Write one of torch's summaries, made with `key` as its tag, under the tag that tags.py has for the key."""
+        key, (value,) = printable(key), made.value
+        tag, value.metadata.summary_description = tag_of(key)
+        value.tag = tag + value.tag.removeprefix(key)  # torch adds "/text_summary" to texts
+        if kind := WITHOUT_METADATA.get(value.WhichOneof("value")):
+            value.metadata.plugin_data.plugin_name, value.metadata.data_class = kind
+        self.writer.file_writer.add_summary(made, step)
+
+    @property
+    def _metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def scalars(self, step: int, values: dict[str, float | Tensor]) -> dict[str, float]:
+        """Write one line and one point a value; tensors are read here, which waits for the device. Returns floats."""
+        values = {key: float(value) for key, value in values.items() if value is not None}
+        if self.writer:
+            finite = {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
+            with self._writing():
+                if not self.has_charts:
+                    self.writer.add_custom_scalars(layout())
+                    self.has_charts = True
+                for key, value in values.items():
+                    self._add(key, summary.scalar(key, value), step)
+                with open(self._metrics, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": step, **finite}) + "\n")
+        return values
+
+    def picture(self, key: str, image: Tensor, step: int = 0) -> None:
+        """A (3, H, W) picture, uint8 or float in [0, 1]."""
+        if self.writer:
+            with self._writing():
+                self._add(key, summary.image(printable(key), image, dataformats="CHW"), step)
+
+    def histogram(self, key: str, values: Tensor, step: int = 0) -> None:
+        """How the values (N,) spread."""
+        if self.writer:
+            with self._writing():
+                self._add(key, summary.histogram(printable(key), values.numpy(), self.writer.default_bins), step)
+
+    def precision_recall(self, key: str, labels: Tensor, predictions: Tensor) -> None:
+        """TensorBoard's curve of `labels` (N,) 0/1 and `predictions` (N,) in [0, 1]."""
+        if self.writer:
+            with self._writing():
+                self._add(key, summary.pr_curve(printable(key), labels.numpy(), predictions.numpy()), 0)
+
+    def say(self, line: str) -> None:
+        """A line for the person at the terminal, on stderr: stdout's last line is the results."""
+        if self.writer:
+            tqdm.write(printable(line), file=sys.stderr)  # above a progress bar, not into it
+
+    def warn(self, step: int, warning: str | None) -> None:
+        """Say what is wrong when it was so at three points in a row, for a loss may pass through any value; once until
+        it is well again. Also under TensorBoard's text."""
+        self.warnings = self.warnings + 1 if warning else 0
+        if self.warnings == 3:
+            self.warn_now(step, warning)
+
+    def warn_now(self, step: int, warning: str | None) -> None:
+        """Say at once what is wrong at this step, if anything is; also under TensorBoard's text."""
+        if warning:
+            self.say(f"step {step}: {warning}")
+            self.text("warning", warning, step)
+
+    def text(self, key: str, text: str, step: int = 0) -> None:
+        if self.writer:
+            with self._writing():
+                self._add(key, summary.text(printable(key), printable(text)), step)
+
+    def results(self, results: dict) -> None:
+        """Write results.json and TensorBoard's hparams; print the JSON as the script's last line on stdout."""
+        if not self.writer:
+            return
+        values = {f"{'1_final' if k in HEADLINES else 'final'}/{k}": v for k, v in results.items() if _is_number(v)}
+        values |= {key: v if _is_number(v) else printable(str(v)) for key, v in self.hparams.items()}
+        with self._writing():
+            # Not add_hparams: its metrics are cards of one dot, and its list of keys, which TensorBoard reads of the
+            # first run only, hides the keys that only other runs have.
+            _, *session = summary.hparams(values, {})
+            for part in session:
+                self.writer.file_writer.add_summary(part)
+            self.writer.close()
+        with whole_file(self.folder / "results.json") as file:
+            file.write(json.dumps(results) + "\n")
+        print(json.dumps(results), flush=True)
+
+    def repeat_results(self) -> bool:
+        """Whether this run had its results written already; prints them again."""
+        path = self.folder / "results.json"
+        if path.exists() and self.writer:
+            other = another_version(json.loads(path.read_text()).get("version"))
+            other = other and f", by {other}"
+            self.say(f"done before{other}: these are the results in {path} (resume=never starts afresh)")
+            print(path.read_text().strip(), flush=True)
+        return path.exists()
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _without_tensorboard(failed: threading.ExceptHookArgs) -> None:
+    """threading.excepthook: what TensorBoard's thread could not write its writer raises again, so no traceback here."""
+    if not type(failed.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(failed)
+
+
+class Window:
+    """Means since the last reading: loss, pictures a second, share of the time spent waiting for data.
+
+    The loss is added up on the device, so nothing waits for it until `read`.
+    """
+
+    def __init__(self, device: torch.device):
+        self.loss = torch.zeros((), device=device)
+        self._restart()
+
+    def _restart(self) -> None:
+        self.loss.zero_()
+        self.losses = self.pictures = 0
+        self.waited, self.started = 0.0, time.perf_counter()
+
+    def next(self, batches: Iterator):
+        """next(batches), timed and counted; the pictures are as many as the batch's last entry has rows."""
+        asked = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - asked
+        self.pictures += len(batch[-1]) * distributed.world_size()
+        return batch
+
+    def add(self, loss: Tensor) -> None:
+        self.loss += loss.detach()
+        self.losses += 1
+
+    @contextmanager
+    def paused(self):
+        """What happens inside, evaluation and saving, is no training time."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
+
+    def check(self, grad_norm: Tensor | None, where: str, scale: float = 1.0) -> None:
+        """Stop on a loss of this window that is not finite, or a gradient of the last step (None: fp16's scaler has
+        skipped such a step), before weights that it ruined are saved; `where` says step, learning rate and what to go
+        back to. `scale` is that scaler's: it halves with each step that is skipped."""
+        if scale < 1:
+            raise UserError(f"fp16 has skipped nearly every step {where}; use precision=bf16 or fp32")
+        for name, value in (("loss", self.loss), ("gradient's norm", grad_norm)):
+            if value is not None and not torch.isfinite(value):
+                raise UserError(
+                    f"the {name} is {float(value)} {where}; lower the learning rate or use precision=bf16 or fp32"
+                )
+
+    def read(self) -> dict[str, float]:
+        """Means over this window and all ranks; starts the next window. Every rank must call it."""
+        seconds = time.perf_counter() - self.started
+        values = {
+            "loss": float(distributed.all_reduce_mean(self.loss)) / max(self.losses, 1),
+            "speed/images_per_second": self.pictures / seconds,
+            "speed/data_wait_share": self.waited / seconds,
+        }
+        self._restart()
+        return values

@@ -1,0 +1,95 @@
+"""Other scripts, ours and copied ones, for who runs many of them: where they are, their config, a run of one."""
+
+import contextlib
+import importlib.util
+import io
+import os
+import shlex
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+from runtime import config
+from runtime.errors import UserError
+from runtime.version import TOP, code_version
+
+
+def path_of(word: str) -> Path:
+    """Where a script is: as named, or in this repository."""
+    path = next((path for path in (Path(word), TOP / word) if path.is_file()), None)
+    if path is None:
+        raise UserError(f"the script {word} is not there")
+    return path.resolve()
+
+
+def module_of(word: str) -> ModuleType:
+    """The module of a script, imported once per process."""
+    path = path_of(word)
+    module = sys.modules.get(path.stem)
+    if module is not None and getattr(module, "__file__", None) == str(path):
+        return module
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[path.stem]
+        raise UserError(f"{word} cannot be imported: {type(error).__name__}: {error}") from None
+    if not hasattr(module, "main"):
+        raise UserError(f"{word} has no main(argv)")
+    return module
+
+
+def schema_of(words: list[str]) -> type | None:
+    """What the script's `schema(argv)` returns or, without one, its `Config`; None where it has neither."""
+    script = module_of(words[0])
+    return script.schema(words[1:]) if hasattr(script, "schema") else getattr(script, "Config", None)
+
+
+def config_of(words: list[str]) -> dict | None:
+    """The resolved config that a command line gives its script, which is not run; None of one without `schema_of`."""
+    if (schema := schema_of(words)) is None:
+        return None
+    with contextlib.redirect_stderr(io.StringIO()):  # the options that a choice drops are reported when it runs
+        return config.as_dict(config.load(schema, words[1:]))
+
+
+def run(words: list[str], launcher: str, server) -> str | None:
+    """Run one command; what it did wrong in one line, or None. Its progress goes to the terminal."""
+    words = [str(path_of(words[0])), *words[1:]]
+    if launcher:
+        try:
+            done = subprocess.run([*shlex.split(launcher), *words], stdout=subprocess.DEVNULL)
+        except OSError as error:
+            raise UserError(f"launcher={launcher} cannot be started: {error.strerror}") from None
+        return f"exit status {done.returncode}; run it by itself to see why" if done.returncode else None
+    receive, send = server.Pipe(duplex=False)
+    process = server.Process(target=call_script, args=(words, send))
+    process.start()
+    send.close()
+    try:
+        error = receive.recv()
+    except EOFError:  # killed before it could say anything
+        process.join()
+        error = f"the process died (exit code {process.exitcode}); out of memory?"
+    process.join()
+    return error
+
+
+def call_script(words: list[str], send) -> None:
+    """In a fresh process: `main` of the script, its errors sent back as one line."""
+    error, sys.argv = None, words
+    code_version(words[0])  # read before the script is, so that it is the version of what runs
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            module_of(words[0]).main(words[1:])
+    except UserError as problem:
+        error = str(problem)
+    except SystemExit as problem:
+        error = f"exit status {problem.code}" if problem.code else None
+    except Exception as problem:
+        traceback.print_exc()
+        error = f"{type(problem).__name__}: {problem}"
+    send.send(error and " ".join(error.split()))

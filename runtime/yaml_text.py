@@ -1,0 +1,81 @@
+"""YAML files as nested texts: every single value stays as it was written, and the schema says what it means.
+
+`category: 01` is "01" and `weight_decay: 1e-6` is a number, for only the declared type decides. A key
+without a value is None.
+"""
+
+import os
+from pathlib import Path
+
+import yaml
+
+from runtime.errors import UserError, cut, shown
+
+MAX_NODES, MAX_DEPTH = 20_000, 20  # keys and values with all aliases expanded; sections in sections
+TAG = "tag:yaml.org,2002:"
+
+
+def read_yaml(path: str | Path) -> dict:
+    """A YAML file that must be a mapping without duplicate keys; an empty file is an empty mapping.
+
+    Raises:
+        UserError: the file cannot be read or parsed, a key stands twice or is no text, aliases multiply without bounds.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            node = yaml.compose(file, yaml.BaseLoader)
+        values = None if node is None else _Reader(path).values(node)
+    except OSError as error:
+        raise UserError(f"cannot read config file {cut(str(path))}: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{cut(str(path))}{line} is not valid YAML: {cut(error.problem)}") from None
+    except (yaml.YAMLError, ValueError) as error:  # characters that YAML does not allow; bytes that are not UTF-8
+        raise UserError(f"{cut(str(path))} is not valid YAML: {cut(str(error))}") from None
+    except RecursionError:
+        raise UserError(f"{cut(str(path))} is not valid YAML: it is nested more than {MAX_DEPTH} deep") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        kind = "list" if isinstance(values, list) else "single value"
+        raise UserError(f"{cut(str(path))} must be a mapping of keys to values, not a {kind}")
+    return values
+
+
+class _Reader:
+    """Texts, lists and dicts from the nodes of one file, which are counted: nine aliases of nine aliases of ... are few
+    lines, and more values than memory holds."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path, self.nodes = path, 0
+
+    def values(self, node: yaml.Node, depth: int = 0):
+        self.nodes += 1
+        if self.nodes > MAX_NODES:
+            raise self.error(node, f"more than {MAX_NODES} values: too many aliases (*name)?")
+        if depth > MAX_DEPTH:
+            raise self.error(node, f"nested more than {MAX_DEPTH} deep")
+        if node.tag.removeprefix(TAG) not in ("str", "seq", "map"):
+            raise self.error(node, f"tag {cut(node.tag.replace(TAG, '!!'))} is not supported: write plain values")
+        if isinstance(node, yaml.ScalarNode):
+            return node.value if node.value or node.style else None
+        if isinstance(node, yaml.SequenceNode):
+            return [self.values(item, depth + 1) for item in node.value]
+        own, merged = {}, {}
+        for key_node, value_node in node.value:
+            key, value = self.values(key_node, depth + 1), self.values(value_node, depth + 1)
+            if not isinstance(key, str) or not key:
+                raise self.error(key_node, f"a key must be a word, not {shown(key)}")
+            if key in own:
+                raise self.error(key_node, f"key {shown(key)} is given twice")
+            if key == "<<":  # YAML's merge key: the sections that it names stand under this one's own keys
+                for section in reversed(value) if isinstance(value, list) else [value]:
+                    if not isinstance(section, dict):
+                        raise self.error(value_node, "<< needs a section, or a list of sections")
+                    merged |= section
+            else:
+                own[key] = value
+        return merged | own
+
+    def error(self, node: yaml.Node, what: str) -> UserError:
+        return UserError(f"{cut(str(self.path))}:{node.start_mark.line + 1}: {what}")

@@ -1,0 +1,89 @@
+"""The hash against plain-integer splitmix64, and the quality of its numbers where neighbours would show."""
+
+import pytest
+import torch
+from scipy import stats
+
+from data.augment.random_numbers import send, stream, uniform
+
+MASK = (1 << 64) - 1
+
+
+def step(state: int) -> int:
+    """splitmix64 in Python integers: the output for a state that is still to be incremented."""
+    z = (state + 0x9E3779B97F4A7C15) & MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
+
+
+def test_oracle_is_splitmix64():
+    state, stream = 1234567, []
+    for _ in range(3):
+        stream.append(step(state))
+        state += 0x9E3779B97F4A7C15
+    assert stream == [6457827717110365317, 3203168211198807973, 9817491932198370423]  # published test vector
+
+
+@pytest.mark.parametrize("key", [(0, 0, 0, 0), (3, 17, 1, 123456789), (-1, 2**62, 5, -7)])
+def test_equals_plain_integers(key):
+    state = 0
+    for part in key:
+        state = step(state ^ (part & MASK))
+    expected = [(step(state + draw * 0x9E3779B97F4A7C15) >> 40) / 2**24 for draw in range(5)]
+    assert uniform(key, 5)[0].tolist() == expected
+    assert uniform((*key[:3], torch.tensor([9, key[3]])), 5)[1].tolist() == expected
+
+
+@pytest.mark.parametrize("key", [(0, 0), (3, 17, -5), (-1, 2**62, 123456789)])
+def test_the_stream_on_a_device_is_the_same(key):
+    ids = torch.cat([torch.randint(-(2**62), 2**62, (40,)), torch.arange(3)])
+    numbers = stream((*key, ids), 300, torch.device("cpu"))
+    assert torch.equal(numbers.double() / 2**24, uniform((*key, ids), 300))
+    assert stream((0, ids[:0]), 5, torch.device("cpu")).shape == (0, 5)
+
+
+def test_rows_do_not_depend_on_the_batch_nor_on_later_draws():
+    ids = torch.randint(0, 10**6, (50,))
+    every = uniform((1, 2, ids), 6)
+    assert torch.equal(every.flip(0), uniform((1, 2, ids.flip(0)), 6))
+    assert torch.equal(every[7:8], uniform((1, 2, ids[7:8]), 6))
+    assert torch.equal(every[:, :2], uniform((1, 2, ids), 2))
+    assert uniform((1, 2, ids[:0]), 6).shape == (0, 6)
+
+
+def test_uniform_in_the_half_open_interval():
+    numbers = uniform((0, 0, torch.arange(20000)), 4)
+    assert numbers.min() >= 0 and numbers.max() < 1 and numbers.float().max() < 1
+    for draw in numbers.T:
+        assert stats.kstest(draw.numpy(), "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("part", ["seed", "epoch", "view", "id"])
+def test_neighbouring_keys_are_independent(part):
+    ids = torch.arange(20000)
+    zero = torch.zeros_like(ids)
+    here = {"seed": zero, "epoch": zero, "view": zero, "id": ids} | {part: ids}
+    for distance in (1, 2, 256):
+        there = here | {part: ids + distance}
+        first, second = (uniform(tuple(key.values()), 3) for key in (here, there))
+        for a, b in [(0, 0), (0, 1), (2, 2)]:
+            x, y = first[:, a].numpy(), second[:, b].numpy()
+            assert stats.pearsonr(x, y).pvalue > 1e-3
+            assert stats.kstest((y - x) % 1, "uniform").pvalue > 1e-3  # a shift would pass the correlation
+
+
+def test_draws_of_a_row_are_independent():
+    numbers = uniform((5, 1, 0, torch.arange(20000)), 8)
+    correlation = torch.corrcoef(numbers.T) - torch.eye(8)
+    assert correlation.abs().max() < 4.5 / 20000**0.5
+
+
+def test_parts_do_not_commute():
+    values = {uniform(key, 1).item() for key in [(1, 2, 3), (3, 2, 1), (2, 1, 3), (1, 2), (1, 2, 3, 0), (0, 1, 2, 3)]}
+    assert len(values) == 6
+
+
+def test_send_to_the_cpu_is_the_identity():
+    numbers = torch.rand(3)
+    assert send(numbers, torch.device("cpu")) is numbers
