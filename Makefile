@@ -4,7 +4,7 @@ PY = .venv/bin/python
 
 demo: .venv/installed
 	$(PY) -m data.demo datasets/demo
-	$(PY) sweep.py configs/sweep_demo.yaml
+	$(PY) sweep.py configs/sweeps/demo.yaml
 
 test: .venv/developer
 	$(PY) -m pytest -m "not slow"

@@ -1,10 +1,10 @@
 """Run a grid of pretraining x detector x task, skip what is done, and write one table.
 
-    python sweep.py configs/sweep_demo.yaml
-    python sweep.py configs/sweep_demo.yaml launcher="torchrun --nproc_per_node=4" also="data.size=64"
+    python sweep.py configs/sweeps/demo.yaml
+    python sweep.py configs/sweeps/demo.yaml launcher="torchrun --nproc_per_node=4" also="data.size=64"
 
 Every value is a piece of a command line. A pretraining that begins with a YAML file is a run of train_ssl.py, or of the
-script before it (`my_train.py configs/simclr_demo.yaml ...`), whose last.pt the detectors then get as backbone.weights;
+script before it (`my_train.py configs/simclr_neu.yaml ...`), whose last.pt the detectors then get as backbone.weights;
 any other is overrides for the detectors (none: random weights). A detector may have a script before its YAML file too,
 or be `eval.py task=knn ...`: what is measured is then the backbone itself. Words with the same key replace one another
 in the order detector, task, pretraining, `also`, grid, seed; `also=` on the command line adds to the YAML's.

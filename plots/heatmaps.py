@@ -1,5 +1,5 @@
 """Anomaly maps as images: a color ramp, an overlay, outlines, a legend, and a sheet that shows at a glance what a
-detector finds, misses and wrongly reports. Images are uint8 (3, H, W); Pillow draws. Colors: plots/colors.py."""
+detector finds, misses and wrongly reports. Images are uint8 (3, H, W); Pillow draws. Colors: plots/style.py."""
 
 import os
 from dataclasses import dataclass

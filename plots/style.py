@@ -1,6 +1,6 @@
 """What all drawings share: the meaning of each color, and text in any script.
 
-One color means one thing, told apart by people with any kind of color vision (tests/plots/test_style.py), on the heat
+One color means one thing, told apart by people with any kind of color vision (tests/plots/test_colors.py), on the heat
 map and on grey too: blue lies on neither, white and green have a black rim. Pillow's own font has ASCII letters only;
 for other characters a font of this machine is taken.
 

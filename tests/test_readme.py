@@ -46,6 +46,7 @@ FURTHER = {  # what makes a config small beyond that
         "method.warmup_teacher_epochs=0",
     ],
 }
+CONFIGS = sorted((TOP / "configs").rglob("*.yaml"))
 
 
 def commands() -> list[str]:
@@ -96,16 +97,16 @@ SCHEMAS = {"train_ssl.py": train_ssl.Config, "train_anomaly.py": train_anomaly.C
            "sweep.py": sweep.Config}  # fmt: skip
 
 
-@pytest.mark.parametrize("path", sorted((TOP / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_loads_and_names_its_command_and_expectation(path):
     first, second = path.read_text().splitlines()[:2]
     name = re.search(r"\w+\.py", first)[0]
-    assert f"configs/{path.name}" in first and second.startswith("# Expected: ")
+    assert f"{path.relative_to(TOP)}" in first and second.startswith("# Expected: ")
     cfg = config.load(SCHEMAS[name], [str(path)])
     assert cfg.run_name in (path.stem, yaml.safe_load(path.read_text()).get("run_name"))
 
 
-@pytest.mark.parametrize("path", sorted((TOP / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_command_of_every_config_is_understood(path, monkeypatch):
     """Its first line's keys, and of a sweep every cell's, whose backbone is the one that its pretraining leaves."""
     monkeypatch.chdir(TOP)
@@ -143,7 +144,7 @@ def pretraining_gets_its_views(cfg: train_ssl.Config) -> None:
 
 def test_the_demo_sweep_names_configs_and_folders_that_exist(tmp_path):
     generate(tmp_path / "demo", scale=0.02, workers=0)
-    cfg = config.load(sweep.Config, [str(TOP / "configs" / "sweep_demo.yaml")])
+    cfg = config.load(sweep.Config, [str(TOP / "configs" / "sweeps" / "demo.yaml")])
     _, plan = sweep.plan(cfg)
     assert len(plan) == 2 + len(cfg.detectors) * len(cfg.pretraining) * len(cfg.tasks)
     for name, *words in (cell.words for cell in plan):

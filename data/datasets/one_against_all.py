@@ -20,7 +20,7 @@ class OneAgainstAll:
 
     The training set is the training pictures of `normal`, the test set all test pictures: label 0 if they are of that
     class, else 1 (Ruff et al. 2018, "Deep One-Class Classification", section 4.3). The published figure is the mean of
-    the AUROC over the classes, each in turn the normal one: one run a class, see configs/sweep_cifar10_anomaly.yaml.
+    the AUROC over the classes, each in turn the normal one: one run a class, see configs/sweeps/cifar10_anomaly.yaml.
 
     image uint8 (3, H, W); mask bool (H, W), empty, for nobody marked where a picture is of another class: `has_masks`
     is False. `defects` says for each picture "good" or its class; `classes` are ["normal", "anomalous"].

@@ -1,7 +1,7 @@
 """NSA: patches of another picture blended in by their gradients, without a seam (Schlüter et al., ECCV 2022).
 
-After the authors' self_sup_tasks.py (github.com/hmsch/natural-synthetic-anomalies), with the solver of data/defects/poisson.py
-in place of cv2.seamlessClone. The call is that of `data/defects/__init__.py`, plus `sources`.
+After the authors' self_sup_tasks.py (github.com/hmsch/natural-synthetic-anomalies), with the solver of poisson.py in place
+of cv2.seamlessClone. The call is that of `data/defects/__init__.py`, plus `sources`.
 """
 
 from dataclasses import dataclass

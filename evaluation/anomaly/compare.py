@@ -1,7 +1,7 @@
 """Is one run better than another on the same test pictures? A paired bootstrap over the pictures.
 
 The figures of two runs rise and fall together with the pictures that are drawn, so their intervals may overlap widely
-where the difference is sure. Each replicate of evaluation/anomaly/bootstrap.py is therefore taken for all runs alike, and what
+where the difference is sure. Each replicate of bootstrap.py is therefore taken for all runs alike, and what
 is judged is the distribution of the difference (Efron and Tibshirani 1993, chapters 13 and 16).
 """
 
@@ -105,7 +105,7 @@ def compare(runs: list[Scores], names: list[str], seed: int = 0) -> dict:
     """Every pair of runs, every figure that both have, ready for JSON.
 
     `{"names", "n_test_normal", "n_test_anomalous", "replicates", "differences": [Difference as a dict]}`. The values
-    are exact; the replicates of pixel figures come from histograms (evaluation/anomaly/bootstrap.py). p is twice the smaller
+    are exact; the replicates of pixel figures come from histograms (bootstrap.py). p is twice the smaller
     share of replicates on either side of 0, each with one replicate added: (1 + count) / (R + 1), so never below
     2 / (R + 1) (Davison and Hinkley 1997, section 4.2). It is not corrected for the number of comparisons, and says
     nothing of what another training seed would change.

@@ -73,8 +73,8 @@ class NSA(Detector):
 
     Network, labels, loss and score of the official code (github.com/hmsch/natural-synthetic-anomalies). The parameters
     carry its names, so that `detector.weights=<an official checkpoint> epochs=0` tests one. The loss is the mean binary
-    cross-entropy over pixels with the soft labels of `data/defects/nsa.py`; the map is the probability of each pixel, and its
-    mean the picture's score. As there the patches come from the picture before, here of the batch of all processes (of
+    cross-entropy over pixels with the soft labels of `data/defects/nsa.py`; the map is the probability of each pixel,
+    and its mean the picture's score. As there the patches come from the picture before, here of the batch of all processes (of
     the first one the last, and a batch of one is its own source).
 
     The official training (Shift-Intensity for objects, Shift-Intensity-M for textures): from random weights, Adam, 1e-3

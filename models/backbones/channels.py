@@ -13,7 +13,7 @@ OneChannel = Literal["copy", "learned"]
 def take_channel(backbone: nn.Module, channel: Channel, how: OneChannel) -> None:
     """Let every stem of `backbone`, a convolution of the pictures (B, 3, H, W), see one of their channels alone.
 
-    A stem of one channel (`in_channels=1`) sees it as it is; models/weights/load.py adds up the weights of three for it,
+    A stem of one channel (`in_channels=1`) sees it as it is; weights/load.py adds up the weights of three for it,
     which gives the output of `copy` with a third of the stem's work. A stem of three sees it
 
         copy: three times;

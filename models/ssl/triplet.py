@@ -15,7 +15,7 @@ class Triplet(SSLMethod):
     """Another view of a picture lies nearer to it than views with a synthetic defect, by a margin.
 
     The anchor is the first view, the positive the second, the negative the last one with a defect (`defect=cutpaste`,
-    see data/defects/__init__.py). The loss is FaceNet's (Schroff et al. 2015); defects as negatives are this project's. Other
+    see data/defects). The loss is FaceNet's (Schroff et al. 2015); defects as negatives are this project's. Other
     pictures are no negatives: pictures of good parts may all look the same.
 
     Args:

@@ -150,7 +150,7 @@ def test_only_the_first_process_prints(monkeypatch, printed):
 
 
 def test_a_reader_that_closes_early():
-    program = "from training import help; help.show('word ' * 9 + chr(10) * 300_000)"
+    program = "from runtime import help; help.show('word ' * 9 + chr(10) * 300_000)"
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(1)
     process.stdout.close()

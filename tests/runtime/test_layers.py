@@ -201,7 +201,7 @@ def test_overlay_lets_later_pieces_win():
 
 
 def test_a_key_of_a_free_section_keeps_the_file_s_other_keys():
-    cfg = load(sweep.Config, ["configs/sweep_condition.yaml", "pretraining.imagenet=X", "pretraining.own=Y"])
+    cfg = load(sweep.Config, ["configs/sweeps/condition.yaml", "pretraining.imagenet=X", "pretraining.own=Y"])
     assert cfg.pretraining == {"random": "backbone.name=resnet18", "imagenet": "X", "own": "Y"}
     layers = {"grid": {"optim": {"lr": [1, 2]}, "seeds": [0]}}, {"grid": {"optim": {"momentum": [0, 1]}}}
     assert merge(sweep.Config, *layers)["grid"] == {"optim": {"lr": [1, 2], "momentum": [0, 1]}, "seeds": [0]}
@@ -218,7 +218,7 @@ def test_eval_gives_weights_to_the_backbone_named_after_them(tmp_path, capsys):
 
 
 def test_eval_keeps_what_a_checkpoint_says_about_the_data(tmp_path, capsys):
-    stored = ssl("configs/simclr_demo.yaml", "data.test_fraction=0.3", "data.size=48")
+    stored = ssl("configs/demo/simclr_demo.yaml", "data.test_fraction=0.3", "data.size=48")
     torch.save({"config": as_dict(stored)}, tmp_path / "last.pt")
     typed = {"checkpoint": str(tmp_path / "last.pt"), "task": "knn", "data": {"": "mvtec", "category": "01"}}
     cfg = build(evaluate.Config, merge(evaluate.Config, *evaluate.stored([{}, typed]), {}, typed))

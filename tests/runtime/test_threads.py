@@ -11,10 +11,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-MODULES = sorted([*ROOT.glob("benchmarks/*.py"), *ROOT.glob("data/*.py")])
+MODULES = sorted([*ROOT.glob("benchmarks/*.py"), *ROOT.glob("data/demo/*.py")])
 PROGRAMS = [  # words after `python`
     *([str(file)] for file in sorted(ROOT.glob("*.py"))),
-    *(["-m", f"{file.parent.name}.{file.stem}"] for file in MODULES if "__main__" in file.read_text()),
+    *(
+        ["-m", ".".join(file.relative_to(ROOT).with_suffix("").parts)]
+        for file in MODULES
+        if "__main__" in file.read_text()
+    ),
+    ["-m", "data.demo"],
     ["-m", "pytest", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), str(ROOT / "tests/test_readme.py")],
 ]
 SPY = f"""

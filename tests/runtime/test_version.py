@@ -22,7 +22,7 @@ def repository(tmp_path):
     """A small one: two packages, a script that prints its version, a module and a folder that it imports, a test."""
     top = tmp_path / "repository"
     files = {
-        "losses/__init__.py": "", "losses/deep/ntxent.py": "x = 1\n", "training/__init__.py": "",
+        "losses/__init__.py": "", "losses/deep/ntxent.py": "x = 1\n", "runtime/__init__.py": "",
         "mine.py": "import sub.part\n", "sub/part.py": "y = 2\n", "other.py": "z = 3\n", "README.md": "words\n",
         "tests/__init__.py": "", "tests/test_a.py": "", "benchmarks/step.py": "",
         "my_train.py": "import mine\nfrom runtime.version import code_version\nprint(code_version())\n",
@@ -30,7 +30,7 @@ def repository(tmp_path):
     for name, text in files.items():
         (top / name).parent.mkdir(parents=True, exist_ok=True)
         (top / name).write_text(text)
-    shutil.copy(TOP / "training" / "version.py", top / "training")
+    shutil.copy(TOP / "runtime" / "version.py", top / "runtime")
     git(top, "init", "-q")
     commit(top)
     return top
@@ -153,7 +153,7 @@ def test_a_resumed_run_says_that_another_version_began_it(tmp_path, capsys, monk
 
 def test_whoever_meets_results_of_another_version_says_so(tmp_path, capsys, monkeypatch):
     root = write_mvtec(tmp_path / "set", size=32, normal=6)
-    words = ["configs/patchcore_demo.yaml", f"data.root={root}", "data.category=part", "data.size=32"]
+    words = ["configs/demo/patchcore_demo.yaml", f"data.root={root}", "data.category=part", "data.size=32"]
     words += [f"runs={tmp_path}", "device=cpu", "batch_size=4"]
     look = [str(tmp_path / "run"), str(root / "part" / "test" / "good"), f"out={tmp_path / 'out'}", "device=cpu"]
 

@@ -23,7 +23,7 @@ def test_trained_detectors_beat_the_embedding(real_weights, tmp_path):
     generate(tmp_path / "demo")
     weights = f"backbone.weights={real_weights}/mobilenet_v2_imagenet.pth"
     words = [f"also=data.root={tmp_path}/demo/condition", f"runs={tmp_path}"]
-    sweep.main(["configs/sweep_condition.yaml", *words, f"pretraining.imagenet=backbone.name=mobilenet_v2 {weights}"])
+    sweep.main(["configs/sweeps/condition.yaml", *words, f"pretraining.imagenet=backbone.name=mobilenet_v2 {weights}"])
 
     def auroc(*cell: str) -> float:
         file = tmp_path.joinpath("condition", *cell, "results.json")

@@ -24,7 +24,7 @@ def pictures(tmp_path_factory):
 
 def test_eval_needs_only_a_checkpoint(pictures, tmp_path, capsys):
     small = [f"data.root={pictures}", "data.size=32", f"runs={tmp_path}", "run_name=run", "epochs=1", "batch_size=8"]
-    train_ssl.main(["configs/simclr_demo.yaml", *small, "augment.size=24", "device=cpu"])
+    train_ssl.main(["configs/demo/simclr_demo.yaml", *small, "augment.size=24", "device=cpu"])
     for task in ("knn", "linear"):
         evaluate.main([f"task={task}", f"checkpoint={tmp_path}/run/last.pt", "device=cpu"])
         out, err = capsys.readouterr()
@@ -88,9 +88,9 @@ def test_one_class_is_no_test(task, tmp_path):
 def test_compare_runs_on_the_same_pictures(tmp_path, capsys):
     write_mvtec(tmp_path / "mvtec")
     about = [f"data.root={tmp_path}/mvtec", "data.category=part", "data.size=32", f"runs={tmp_path}", "device=cpu"]
-    train_anomaly.main(["configs/embedding_demo.yaml", *about, "run_name=a"])
-    train_anomaly.main(["configs/patchcore_demo.yaml", *about, "run_name=b"])
-    train_anomaly.main(["configs/patchcore_demo.yaml", *about, "run_name=c", "detector.coreset=0.5"])
+    train_anomaly.main(["configs/demo/embedding_demo.yaml", *about, "run_name=a"])
+    train_anomaly.main(["configs/demo/patchcore_demo.yaml", *about, "run_name=b"])
+    train_anomaly.main(["configs/demo/patchcore_demo.yaml", *about, "run_name=c", "detector.coreset=0.5"])
     values = {n: json.loads((tmp_path / n / "results.json").read_text()) for n in "abc"}
     capsys.readouterr()
     evaluate.main(["task=compare", f"runs={tmp_path}/a,{tmp_path}/b,{tmp_path}/c"])
@@ -120,9 +120,9 @@ def test_means_over_tasks_have_a_deviation():
 SWEEP = """
 pretraining:
   random: ""
-  simclr: configs/simclr_demo.yaml data.root={classes} epochs=1 augment.size=24
+  simclr: configs/demo/simclr_demo.yaml data.root={classes} epochs=1 augment.size=24
   broken: backbone.weights=no.pt
-detectors: {{embedding: configs/embedding_demo.yaml, patchcore: configs/patchcore_demo.yaml}}
+detectors: {{embedding: configs/demo/embedding_demo.yaml, patchcore: configs/demo/patchcore_demo.yaml}}
 tasks: {{part: data.root={mvtec} data.category=part}}
 also: data.size=32 batch_size=8 device=cpu
 metrics: [image_auroc, aupro]
@@ -197,7 +197,7 @@ def test_sweep_over_seeds(pictures, tmp_path, capfd):
     write_mvtec(tmp_path / "mvtec")
     text = SWEEP.format(classes=pictures, mvtec=tmp_path / "mvtec", runs=tmp_path / "runs")
     text = text.replace("{part:", "{again: data.root=" + f"{tmp_path}/mvtec data.category=part holdout=0.3, part:")
-    text = text.replace("embedding: configs/embedding_demo.yaml, ", "")
+    text = text.replace("embedding: configs/demo/embedding_demo.yaml, ", "")
     path = tmp_path / "grid.yaml"
     path.write_text("\n".join(line for line in text.splitlines() if "broken" not in line) + "\nseeds: [3, 4]\n")
     sweep.main([str(path)])

@@ -19,8 +19,8 @@ from tests.pretended_cuda import pretended_cuda
 from tests.scripts import test_train_anomaly, test_train_ssl
 
 # Files that read values of the device by design. A step of training is in none of them: log.py and collapse.py read
-# when a point of the curves is due, view_sheet.py after the first step, knn.py and features.py when it is evaluated.
-CURVES = {"log.py", "collapse.py", "view_sheet.py"}
+# when a point of the curves is due, sheets.py after the first step, knn.py and features.py when it is evaluated.
+CURVES = {"log.py", "collapse.py", "sheets.py"}
 EVALUATION = {"features.py", "knn.py"}
 # A detector is fitted and measured by whole sets, not by steps: one verdict per set on whether values are finite, the
 # findings of each batch, and what the exact searches branch on (the coreset's pool, the candidates of the kNN).

@@ -16,7 +16,7 @@ from tests.pictures import write_mvtec
 def test_scores_alarms_and_neighbors_are_those_of_the_run(tmp_path, capsys):
     root = write_mvtec(tmp_path / "set")
     words = [f"data.root={root}", "data.category=part", "data.size=64", f"runs={tmp_path}", "run_name=run"]
-    train_anomaly.main(["configs/patchcore_demo.yaml", *words, "batch_size=4", "device=cpu"])
+    train_anomaly.main(["configs/demo/patchcore_demo.yaml", *words, "batch_size=4", "device=cpu"])
     os.rename(root, tmp_path / "moved")  # the run folder is all that is needed
     pictures = tmp_path / "moved" / "part" / "test"
     capsys.readouterr()
@@ -45,7 +45,7 @@ def test_scores_alarms_and_neighbors_are_those_of_the_run(tmp_path, capsys):
 def test_a_detector_of_positions_refuses_pictures_that_would_be_padded(tmp_path):
     root = write_mvtec(tmp_path / "set")
     words = [f"data.root={root}", "data.category=part", "data.size=64", "data.fit=pad", f"runs={tmp_path}"]
-    train_anomaly.main(["configs/padim_demo.yaml", *words, "run_name=run", "batch_size=4", "device=cpu"])
+    train_anomaly.main(["configs/demo/padim_demo.yaml", *words, "run_name=run", "batch_size=4", "device=cpu"])
     write_mvtec(tmp_path / "wide", width=80, normal=1)
     with pytest.raises(UserError, match="position by position, which padding shifts"):
         predict.main([str(tmp_path / "run"), str(tmp_path / "wide"), f"out={tmp_path / 'out'}", "device=cpu"])
@@ -62,7 +62,7 @@ def test_a_run_folder_and_its_last_checkpoint_do_alike(tmp_path, capsys):
     root = write_mvtec(tmp_path / "set")
     about = [f"data.root={root}", "data.category=part", "data.size=32", f"runs={tmp_path}", "device=cpu"]
     run, file = tmp_path / "run", tmp_path / "run" / "last.pt"
-    patchcore = ["configs/patchcore_demo.yaml", *about]
+    patchcore = ["configs/demo/patchcore_demo.yaml", *about]
     last(train_anomaly.main, *patchcore, "run_name=run")
     for number, (place, path) in enumerate(((run, file), (file, run))):
         found = last(predict.main, str(place), str(root / "part/test"), f"out={tmp_path}/out{number}", "device=cpu")
@@ -73,7 +73,7 @@ def test_a_run_folder_and_its_last_checkpoint_do_alike(tmp_path, capsys):
     compared = last(evaluate.main, "task=compare", f"runs={file},{tmp_path}/update0")
     assert compared["task"] == "compare" and (run / "eval_compare" / "results.json").exists()
 
-    rd4ad = ["configs/rd4ad_demo.yaml", *about]
+    rd4ad = ["configs/demo/rd4ad_demo.yaml", *about]
     trained = last(train_anomaly.main, *rd4ad, "run_name=trained", "epochs=1", "batch_size=4")
     tested = last(train_anomaly.main, *rd4ad, "run_name=tested", "epochs=0", f"detector.weights={tmp_path}/trained")
     assert tested["image_auroc"] == trained["image_auroc"]
@@ -83,7 +83,7 @@ def test_advice_names_keys_that_predict_has(tmp_path, capsys):
     root = write_mvtec(tmp_path / "set", size=64)
     about = [f"data.root={root}", "data.category=part", f"runs={tmp_path}", "run_name=run", "device=cpu"]
     vit = ["backbone=vit_tiny", "backbone.patch=14", "backbone.size=56", "data.size=56"]
-    train_anomaly.main(["configs/patchcore_demo.yaml", *about, *vit])
+    train_anomaly.main(["configs/demo/patchcore_demo.yaml", *about, *vit])
     pictures = root / "part" / "test"
     (pictures / "good" / "broken.png").write_bytes(b"no image")
     out = [str(tmp_path / "run"), str(pictures), f"out={tmp_path / 'out'}", "device=cpu"]

@@ -125,7 +125,7 @@ def test_24_cells_do_not_show_random_weights_under_the_names_of_pretrainings(mon
     pretraining = {m: f"configs/cpu_cifar10.yaml method={m} data.root=x" for m in ("simclr", "supcon", "vicreg")}
     cfg = sweep.Config(
         pretraining=pretraining | {"random": ""},
-        detectors={"patchcore": "configs/patchcore_demo.yaml", "rd4ad": "configs/rd4ad_demo.yaml"},
+        detectors={"patchcore": "configs/demo/patchcore_demo.yaml", "rd4ad": "configs/demo/rd4ad_demo.yaml"},
         tasks={task: f"data.root=x data.category={task}" for task in ("bottle", "tile", "screw")},
         also="backbone=resnet18",
         run_name="grid",

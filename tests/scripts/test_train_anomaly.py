@@ -16,16 +16,16 @@ from tests.pictures import script, write_mvtec
 from tests.scripts.test_train_ssl import kill_after
 
 TINY = {
-    "embedding": ["configs/embedding_demo.yaml"],
-    "patchcore": ["configs/patchcore_demo.yaml"],
-    "padim": ["configs/padim_demo.yaml"],
-    "rd4ad": ["configs/rd4ad_demo.yaml", "epochs=4", "save_every=3", "log_every=1"],
-    "cdo": ["configs/cdo_demo.yaml", "epochs=4", "save_every=3", "log_every=1"],
-    "cutpaste": ["configs/cutpaste_demo.yaml", "epochs=4", "save_every=3", "log_every=1"],
-    "cflow": ["configs/cflow_demo.yaml", "epochs=4", "save_every=3", "log_every=1", "detector.stages=2,3"]
+    "embedding": ["configs/demo/embedding_demo.yaml"],
+    "patchcore": ["configs/demo/patchcore_demo.yaml"],
+    "padim": ["configs/demo/padim_demo.yaml"],
+    "rd4ad": ["configs/demo/rd4ad_demo.yaml", "epochs=4", "save_every=3", "log_every=1"],
+    "cdo": ["configs/demo/cdo_demo.yaml", "epochs=4", "save_every=3", "log_every=1"],
+    "cutpaste": ["configs/demo/cutpaste_demo.yaml", "epochs=4", "save_every=3", "log_every=1"],
+    "cflow": ["configs/demo/cflow_demo.yaml", "epochs=4", "save_every=3", "log_every=1", "detector.stages=2,3"]
     + ["detector.blocks=2", "detector.fiber=16"],
-    "nsa": ["configs/nsa_demo.yaml", "epochs=4", "save_every=3", "log_every=1"],
-    "regad": ["configs/regad_demo.yaml", "backbone=resnet18", "epochs=3", "save_every=3", "log_every=1"],
+    "nsa": ["configs/demo/nsa_demo.yaml", "epochs=4", "save_every=3", "log_every=1"],
+    "regad": ["configs/demo/regad_demo.yaml", "backbone=resnet18", "epochs=3", "save_every=3", "log_every=1"],
 }
 BY_GRADIENT = tuple(name for name in TINY if DETECTORS[name].by_gradient)
 QUICK = ("patchcore", "rd4ad")  # what needs processes of its own is for `make test-all` with the others

@@ -21,10 +21,10 @@ from runtime.errors import UserError
 from tests.pictures import TOP, command, script, write_classes
 
 TINY = {  # four at 33 pixels: at 24 MobileNetV2 ends in single pixels, whose batch norms made gradients of 1e5 to inf
-    "simclr": ["configs/simclr_demo.yaml", "augment.size=24", "method.out=8"],
+    "simclr": ["configs/demo/simclr_demo.yaml", "augment.size=24", "method.out=8"],
     "supcon": ["configs/supcon_neu.yaml", "augment.size=24", "method.out=8"],
     "revd": ["configs/revd_neu.yaml", "augment.size=32"],
-    "dino": ["configs/dino_demo.yaml", "augment.size=24", "augment.local_size=16", "method.prototypes=16"],
+    "dino": ["configs/demo/dino_demo.yaml", "augment.size=24", "augment.local_size=16", "method.prototypes=16"],
     "triplet": ["configs/triplet_scavport.yaml", "augment.size=24", "method.out=8"],
     "moco_v2": ["configs/moco_v2_scavport.yaml", "augment.size=24", "method.out=8", "method.queue=40"],
     "moco_v3": ["configs/moco_v3_scavport.yaml", "augment.size=33", "method.out=8", "method.hidden=16"],
@@ -293,7 +293,7 @@ def test_images_stored_at_their_native_size(tmp_path, capsys, more):
 
 
 def test_exit_status_two_without_traceback(tmp_path):
-    words = ["train_ssl.py", "configs/simclr_demo.yaml", "epoch=3", f"runs={tmp_path}/runs"]
+    words = ["train_ssl.py", "configs/demo/simclr_demo.yaml", "epoch=3", f"runs={tmp_path}/runs"]
     done = subprocess.run(command(words), cwd=TOP, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == ["error: unknown key 'epoch', did you mean 'epochs'?"]

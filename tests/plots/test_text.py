@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from plots import style as lettering
+from plots import style
 from plots.style import NO_CHARACTER, font, lettered, write
 
 
 @pytest.fixture(params=["this machine's fonts", "Pillow's own font alone"])
 def fonts(request, monkeypatch):
     if request.param.endswith("alone"):
-        monkeypatch.setattr(lettering, "_fonts", lambda: ("",))
+        monkeypatch.setattr(style, "_fonts", lambda: ("",))
 
 
 NAMES = ["Kratzer_größe", "Жук", "中文 1", "שלום", "ελ", "a\nb\tc", os.fsdecode(b"\xff\xe4.png"), "😀", "ＡＢ", "", " "]
@@ -33,7 +33,7 @@ def test_no_character_is_a_box(name):
 
 
 def test_what_no_font_has(monkeypatch):
-    monkeypatch.setattr(lettering, "_fonts", lambda: ("",))
+    monkeypatch.setattr(style, "_fonts", lambda: ("",))
     for name, expected in {
         "Lunker-Größe é": r"Lunker-Gro\u00dfe e",
         unicodedata.normalize("NFD", "é"): "e",
@@ -48,7 +48,7 @@ def test_what_no_font_has(monkeypatch):
 
 
 def test_a_font_of_this_machine_is_taken_only_when_it_is_needed():
-    if "DejaVuSans.ttf" not in lettering._fonts():
+    if "DejaVuSans.ttf" not in style._fonts():
         pytest.skip("no DejaVu here")
     shown, face = lettered("größe Жук α", 17)
     assert shown == "größe Жук α" and face.getname()[0] == "DejaVu Sans"
