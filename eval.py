@@ -1,16 +1,16 @@
 """Measure a backbone, or compare runs.
 
     python eval.py task=knn checkpoint=runs/simclr_scavport/last.pt
-    python eval.py configs/eval_folder.yaml task=linear data.root=/pictures backbone.weights=weights.pth
+    python eval.py configs/eval_folder.yaml task=linear data.root=/images backbone.weights=weights.pth
     python eval.py task=compare runs=runs/patchcore_imagenet,runs/patchcore_dino
     python eval.py task=defects data.name=mvtec data.root=/mvtec data.category=tile data.size=256
     python eval.py task=describe backbones="resnet50,vit_small patch=8,convnext_tiny"
 
 With `checkpoint`, data and backbone are what the run's config says, unless keys here say otherwise. Writes
 results.json, confusion.png and TensorBoard events to eval_<task>/ in the checkpoint's folder (without one: in
-runs/<run_name>/). `compare` takes folders of train_anomaly.py whose test pictures are the same, draws them again and
+runs/<run_name>/). `compare` takes folders of train_anomaly.py whose test images are the same, draws them again and
 again for all runs together (paired bootstrap), and prints which differences are more than chance. `defects` draws a
-sheet of synthetic defects on training pictures: all kinds, or one with its options (`defect=nsa defect.patches=1`).
+sheet of synthetic defects on training images: all kinds, or one with its options (`defect=nsa defect.patches=1`).
 `describe` prints what backbones cost, each a name and its options (`backbones=all`: every name): one table.
 """
 
@@ -39,7 +39,7 @@ from evaluation.linear_probe import linear_probe
 from evaluation.tables import markdown_table
 from models.backbones import BACKBONES
 from models.backbones.build import BackboneConfig, build_backbone
-from plots.confusion import confusion_picture
+from plots.confusion import confusion_image
 from plots.heatmaps import save
 from plots.sheets import defect_sheet
 from runtime import checkpoint, config, distributed, errors, help
@@ -120,7 +120,7 @@ class DefectsConfig:
     task: str  # this one
     data: DataConfig  # the images
     defect: DefectConfig | None = None  # None: all kinds, as they are by default
-    pictures: int = 6  # rows of the sheet
+    images: int = 6  # rows of the sheet
     seed: Seed = 0  # of the defects
     device: str = "auto"  # auto, cpu, cuda or cuda:1; auto: CUDA where there is one
     runs: PathText = "runs"  # folder of all runs
@@ -131,7 +131,7 @@ class DefectsConfig:
 class DescribeConfig:
     task: str  # this one
     backbones: list[str]  # each a name and its options, as words
-    size: int = 224  # side of the pictures
+    size: int = 224  # side of the images
     batch_size: int = 16  # images per forward
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward whose speed is measured
     device: str = "auto"  # auto, cpu, cuda or cuda:1; auto: CUDA where there is one
@@ -180,7 +180,7 @@ def measure(cfg: Config) -> None:
             f"task={cfg.task.name} tells classes apart, but all training images of {cfg.data.options['root']} are of "
             "one: data.root needs a folder for each class, two at least"
         )
-    log.say(f"{name}: {cfg.backbone.name} ({report}), {len(train_set)} training and {len(test_set)} test pictures")
+    log.say(f"{name}: {cfg.backbone.name} ({report}), {len(train_set)} training and {len(test_set)} test images")
     log.say(what_is_used(train_set, len(train_set), {}))
     load = {"cache": cfg.data.cache, "workers": cfg.data.workers}
     train, test = (
@@ -195,9 +195,9 @@ def measure(cfg: Config) -> None:
 
     if distributed.is_main():
         matrix = confusion_matrix(scores.argmax(1), test[1], len(train_set.classes))
-        picture = confusion_picture(matrix, train_set.classes)
-        save(picture, folder / "confusion.png")
-        log.picture("confusion", pil_to_tensor(picture))
+        image = confusion_image(matrix, train_set.classes)
+        save(image, folder / "confusion.png")
+        log.image("confusion", pil_to_tensor(image))
     log.results(results | {"seconds": time.perf_counter() - began, "version": code_version()})
     distributed.cleanup()
 
@@ -226,12 +226,12 @@ def compare(cfg: CompareConfig) -> None:
 
 
 def defects(cfg: DefectsConfig) -> None:
-    """A sheet of synthetic defects on training pictures, spread evenly over the set."""
-    config.at_least_one(cfg, "pictures")
+    """A sheet of synthetic defects on training images, spread evenly over the set."""
+    config.at_least_one(cfg, "images")
     device = distributed.setup(cfg.device)
     cfg.data = settled(cfg.data)
     dataset = build_dataset(cfg.data, "train")
-    ids = torch.linspace(0, len(dataset) - 1, min(cfg.pictures, len(dataset))).round().long()
+    ids = torch.linspace(0, len(dataset) - 1, min(cfg.images, len(dataset))).round().long()
     images = torch.stack([dataset[i][0] for i in ids.tolist()]).to(device)
     chosen = {cfg.defect.name: cfg.defect.options} if cfg.defect else {name: {} for name in DEFECTS}
     made = {name: DEFECTS[name](**options)(images, ids, 0, seed=cfg.seed) for name, options in chosen.items()}
@@ -239,9 +239,9 @@ def defects(cfg: DefectsConfig) -> None:
     folder = config.run_folder(cfg) / "eval_defects"
     checkpoint.open_run(folder, config.as_dict(cfg))
     log = Log(folder, cfg)
-    picture = defect_sheet(images, made, f"Synthetic defects on training pictures, seed {cfg.seed}")
-    save(picture, folder / "defects.png")
-    log.picture("defects", pil_to_tensor(picture))
+    image = defect_sheet(images, made, f"Synthetic defects on training images, seed {cfg.seed}")
+    save(image, folder / "defects.png")
+    log.image("defects", pil_to_tensor(image))
     shares = {name: {"masked": float(masks.float().mean())} for name, (_, masks) in made.items()}
     log.results({"task": "defects", "sheet": str(folder / "defects.png"), "kinds": shares})
     distributed.cleanup()

@@ -1,20 +1,20 @@
-"""Examine pictures with the detector of a run of train_anomaly.py.
+"""Examine images with the detector of a run of train_anomaly.py.
 
-    python predict.py runs/patchcore_own pictures/ out=results/
-    python predict.py runs/patchcore_own pictures/large.jpg out=results/ tile=512 overlap=64 threshold=3.5
+    python predict.py runs/patchcore_own images/ out=results/
+    python predict.py runs/patchcore_own images/large.jpg out=results/ tile=512 overlap=64 threshold=3.5
 
-The run folder is all it needs. Pictures are those in a folder and below, or one file, of any sizes. Writes to `out`:
+The run folder is all it needs. Images are those in a folder and below, or one file, of any sizes. Writes to `out`:
 
-predictions.csv: a row a picture: path (below the folder), score, is_anomalous (1 if the score is above the threshold,
-    else 0), threshold, nearest_training_picture (of detectors with a memory), and y, x: row and column of the most
+predictions.csv: a row an image: path (below the folder), score, is_anomalous (1 if the score is above the threshold,
+    else 0), threshold, nearest_training_image (of detectors with a memory), and y, x: row and column of the most
     anomalous pixel of the original. What is not known is empty.
 heatmaps/<path>.png: the original in grey under its anomaly map, pixel for pixel, regions above the pixel threshold
     outlined and the peak marked; below it the verdict, the score and a legend. None for detectors without maps, and for
-    runs that had no normal pictures to take the color scale from.
+    runs that had no normal images to take the color scale from.
 
-`tile`: pictures are not fitted into the input but cut into squares at their own resolution; the score is the largest of
-all tiles' scores. The stored thresholds were measured on whole pictures in the input's size, so with tiles they promise
-nothing: give one. A picture that cannot be read is named on stderr and in the JSON on the last line, and skipped. One
+`tile`: images are not fitted into the input but cut into squares at their own resolution; the score is the largest of
+all tiles' scores. The stored thresholds were measured on whole images in the input's size, so with tiles they promise
+nothing: give one. An image that cannot be read is named on stderr and in the JSON on the last line, and skipped. One
 whose heat map cannot be written is named in the same way and keeps its row; the exit status is then 1.
 """
 
@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from data import DataConfig, Geometry, build_geometry
 from data.image_files import find_images
-from data.images import REMEDY, decode, picture_size
+from data.images import REMEDY, decode, image_size
 from data.normalize import normalize
 from evaluation.anomaly.prediction import ahead, write_heatmap
 from evaluation.anomaly.tiling import check_tiling, examine_tiles
@@ -55,25 +55,25 @@ from runtime.values import PathText
 from runtime.version import another_version
 from training.optim import PRECISIONS
 
-COLUMNS = ("path", "score", "is_anomalous", "threshold", "nearest_training_picture", "y", "x")
-USAGE = "usage: python predict.py <run folder> <pictures: folder or file> [out=results threshold=.. tile=512 ...]"
-THREADS = min(16, os.cpu_count() or 1)  # that decode and draw; each holds a picture at full size
+COLUMNS = ("path", "score", "is_anomalous", "threshold", "nearest_training_image", "y", "x")
+USAGE = "usage: python predict.py <run folder> <images: folder or file> [out=results threshold=.. tile=512 ...]"
+THREADS = min(16, os.cpu_count() or 1)  # that decode and draw; each holds an image at full size
 
 
 @dataclass(kw_only=True)
 class Config:
     run: PathText  # folder of a finished run
-    pictures: PathText  # a folder or a file
+    images: PathText  # a folder or a file
     out: PathText = "results"  # folder of the table and the heat maps
     threshold: float | None = None  # of the score; none: the run's own
-    tile: int = 0  # side of square tiles in pixels; 0: whole pictures, as in training
+    tile: int = 0  # side of square tiles in pixels; 0: whole images, as in training
     overlap: int = 64  # pixels that neighbouring tiles share
-    batch_size: int = 16  # pictures, or tiles of one picture
+    batch_size: int = 16  # images, or tiles of one image
     device: str = "auto"  # auto, cpu, cuda or cuda:1; auto: CUDA where there is one
     precision: Literal["fp32", "bf16", "fp16"] | None = None  # none: the run's own, which its thresholds are of
 
 
-class Picture(NamedTuple):
+class LoadedImage(NamedTuple):
     path: str
     size: tuple[int, int]  # height and width of the original
     geometry: Geometry  # how it became the image
@@ -81,10 +81,10 @@ class Picture(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    # ---------------------------------------------------------------- configuration, detector, pictures
+    # ---------------------------------------------------------------- configuration, detector, images
     if not help.asked(argv) and (len(argv) < 2 or not all("=" in word for word in argv[2:])):
         raise UserError(USAGE)
-    words = [word for word in argv if help.asked([word])] or [f"run={argv[0]}", f"pictures={argv[1]}", *argv[2:]]
+    words = [word for word in argv if help.asked([word])] or [f"run={argv[0]}", f"images={argv[1]}", *argv[2:]]
     cfg = config.load(Config, words)
     config.at_least_one(cfg, "batch_size")
     device = distributed.setup(cfg.device)
@@ -101,9 +101,9 @@ def main(argv: list[str]) -> None:
     if threshold is None:
         say(f"warning: {cfg.run} has no threshold, so nothing is called anomalous or normal: give threshold=")
     elif cfg.tile and cfg.threshold is None:
-        say("warning: the run's thresholds were measured on whole pictures, not on tiles: give threshold=")
+        say("warning: the run's thresholds were measured on whole images, not on tiles: give threshold=")
     out = Path(cfg.out)
-    root, paths = list_pictures(Path(cfg.pictures), out)
+    root, paths = list_images(Path(cfg.images), out)
     if os.path.isfile(out / "heatmaps"):
         raise UserError(f"{out / 'heatmaps'} is no folder: remove it or choose another out=")
     remove_unfinished(out)
@@ -111,11 +111,11 @@ def main(argv: list[str]) -> None:
 
     # ---------------------------------------------------------------- read, examine, draw, write: all while going
     began, skipped, not_drawn, n_rows, n_anomalous = time.perf_counter(), [], [], 0, 0
-    load = partial(load_picture, geometry=geometry, whole=bool(cfg.tile))
+    load = partial(load_image, geometry=geometry, whole=bool(cfg.tile))
     finish = partial(row_and_heatmap, root=root, out=out, threshold=threshold, state=state)
     with (
         whole_file(out / "predictions.csv") as file,
-        tqdm(total=len(paths), desc="pictures", unit="picture") as bar,
+        tqdm(total=len(paths), desc="images", unit="image") as bar,
         ThreadPoolExecutor(THREADS) as pool,
     ):
         table = csv.writer(file)
@@ -131,11 +131,11 @@ def main(argv: list[str]) -> None:
             n_rows, n_anomalous = n_rows + 1, n_anomalous + (row[2] == 1)
             bar.update()
         if not n_rows:
-            raise UserError(f"none of the {len(paths)} pictures in {cfg.pictures} can be read: check the files")
+            raise UserError(f"none of the {len(paths)} images in {cfg.images} can be read: check the files")
 
     # ---------------------------------------------------------------- what was done
     seconds = time.perf_counter() - began
-    results = {"pictures": n_rows, "anomalous": None if threshold is None else n_anomalous, "skipped": skipped}
+    results = {"images": n_rows, "anomalous": None if threshold is None else n_anomalous, "skipped": skipped}
     results |= {"without_heatmap": not_drawn}
     results |= {"seconds": seconds, "images_per_second": n_rows / seconds, "out": str(out)}
     print(json.dumps(results), flush=True)
@@ -144,12 +144,12 @@ def main(argv: list[str]) -> None:
 
 
 def examine(
-    detector: Detector, pictures: Iterator[Picture], device: torch.device, cfg: Config
-) -> Iterator[tuple[Picture, Findings]]:
-    """Each picture and the `Findings` (of 1) in its image, on the CPU; batches have pictures of one input size."""
+    detector: Detector, loaded: Iterator[LoadedImage], device: torch.device, cfg: Config
+) -> Iterator[tuple[LoadedImage, Findings]]:
+    """Each image and the `Findings` (of 1) in its image, on the CPU; batches have images of one input size."""
     dtype = PRECISIONS[cfg.precision]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    while group := list(islice(pictures, 1 if cfg.tile else cfg.batch_size)):
+    while group := list(islice(loaded, 1 if cfg.tile else cfg.batch_size)):
         with torch.inference_mode(), autocast:
             if cfg.tile:
                 size = {"tile": cfg.tile, "overlap": cfg.overlap, "batch_size": cfg.batch_size}
@@ -157,24 +157,24 @@ def examine(
             else:
                 geometry, valid = group[0].geometry, None
                 if geometry.fit == "pad":
-                    sizes = torch.tensor([picture.size for picture in group])
+                    sizes = torch.tensor([item.size for item in group])
                     valid = geometry.valid(geometry.regions(sizes).to(device))
                 found = detector.examine(normalize(torch.stack([p.image for p in group]).to(device)), valid)
                 found = Findings(*(None if values is None else values.cpu() for values in found))
-        for i, picture in enumerate(group):
-            yield picture, Findings(*(None if values is None else values[i : i + 1] for values in found))
+        for i, item in enumerate(group):
+            yield item, Findings(*(None if values is None else values[i : i + 1] for values in found))
 
 
 def row_and_heatmap(
-    examined: tuple[Picture, Findings], *, root: Path, out: Path, threshold: float | None, state: dict
+    examined: tuple[LoadedImage, Findings], *, root: Path, out: Path, threshold: float | None, state: dict
 ) -> tuple[list, UserError | None]:
-    """Draw a picture's heat map, if its detector has maps; returns its row of the table, and why it is not drawn."""
+    """Draw an image's heat map, if its detector has maps; returns its row of the table, and why it is not drawn."""
     (path, size, geometry, _), found = examined
     score, name, (y, x), problem = float(found.scores), "", ("", ""), None
     if not math.isfinite(score):
         raise UserError(f"the score of {path} is {score}: use precision=fp32; if it is, the run has diverged")
-    if found.pictures is not None:
-        name = state["names"][int(found.pictures)]
+    if found.nearest_image is not None:
+        name = state["names"][int(found.nearest_image)]
     if found.peaks is not None:
         point = geometry.to_original_point(found.peaks, torch.tensor([size]))[0].tolist()
         y, x = (min(max(int(p), 0), side - 1) for p, side in zip(point, size))  # a patch may stick out
@@ -192,7 +192,7 @@ def row_and_heatmap(
 
 
 def load_run(folder: Path) -> tuple[Detector, Geometry, dict]:
-    """The detector of a run folder, how its pictures become inputs, and the checkpoint's other values."""
+    """The detector of a run folder, how its images become inputs, and the checkpoint's other values."""
     file = checkpoint.file_of(folder)
     if not file.exists():
         raise UserError(f"{folder} has no {checkpoint.LAST}: name the folder of a finished run of train_anomaly.py")
@@ -209,36 +209,36 @@ def load_run(folder: Path) -> tuple[Detector, Geometry, dict]:
     return detector, build_geometry(config.build(DataConfig, sections["data"], "data.")), state
 
 
-def list_pictures(place: Path, out: Path) -> tuple[Path, list[str]]:
-    """The folder that paths in the table are relative to, and the pictures, without heat maps of this or other runs."""
+def list_images(place: Path, out: Path) -> tuple[Path, list[str]]:
+    """The folder that paths in the table are relative to, and the images, without heat maps of this or other runs."""
     if place.is_file():
         return place.parent, [str(place)]
     paths = find_images(place, leave_out=out / "heatmaps")
     if not paths:
-        raise UserError(f"there are no pictures in {place}" if place.is_dir() else f"{place} is not there. {USAGE}")
+        raise UserError(f"there are no images in {place}" if place.is_dir() else f"{place} is not there. {USAGE}")
     return place, paths
 
 
-def load_picture(path: str, geometry: Geometry, whole: bool) -> tuple[str, Picture | UserError]:
+def load_image(path: str, geometry: Geometry, whole: bool) -> tuple[str, LoadedImage | UserError]:
     """The image fitted into the input, or `whole`, as large as it is; of a broken one the error."""
     try:
-        size = picture_size(path)
+        size = image_size(path)
         geometry = Geometry(*size, white=geometry.white) if whole else geometry
-        return path, Picture(path, size, geometry, decode(path, geometry))
+        return path, LoadedImage(path, size, geometry, decode(path, geometry))
     except UserError as error:
         return path, error
 
 
 def without_broken(
-    loaded: Iterator[tuple[str, Picture | UserError]], skipped: list[str], bar: tqdm
-) -> Iterator[Picture]:
-    """The pictures that could be read; the others are named on stderr and added to `skipped`."""
-    for path, picture in loaded:
-        if isinstance(picture, Picture):
-            yield picture
+    loaded: Iterator[tuple[str, LoadedImage | UserError]], skipped: list[str], bar: tqdm
+) -> Iterator[LoadedImage]:
+    """The images that could be read; the others are named on stderr and added to `skipped`."""
+    for path, item in loaded:
+        if isinstance(item, LoadedImage):
+            yield item
         else:
             skipped.append(path)
-            say(f"skipped: {' '.join(str(picture).removesuffix(REMEDY).split())}")  # predict.py has no data.on_error
+            say(f"skipped: {' '.join(str(item).removesuffix(REMEDY).split())}")  # predict.py has no data.on_error
             bar.update()
 
 

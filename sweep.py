@@ -112,8 +112,8 @@ def main(argv: list[str]) -> None:
         outcomes[name] = Outcome(results, keys, bool(stale or (needs and outcomes[needs].stale)))
 
     print(write_tables(top, cfg.run_name, axes, outcomes, cfg.metrics, cfg.mean))
-    pictures = f"{top}/*/*/*{'/*' if cfg.seeds else ''}/heatmaps.png"
-    print(f"{top}/results.md, {top}/results.csv; pictures: {pictures}; curves: tensorboard --logdir {top}")
+    images = f"{top}/*/*/*{'/*' if cfg.seeds else ''}/heatmaps.png"
+    print(f"{top}/results.md, {top}/results.csv; images: {images}; curves: tensorboard --logdir {top}")
     failed = [name for name, outcome in outcomes.items() if "error" in outcome.results]
     stale = [name for name, outcome in outcomes.items() if outcome.stale]
     print(json.dumps({"cells": len(outcomes), "failed": failed, "stale": stale, "table": str(top / "results.md")}))

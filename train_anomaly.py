@@ -1,11 +1,11 @@
-"""Fit an anomaly detector on normal pictures and test it.
+"""Fit an anomaly detector on normal images and test it.
 
     python train_anomaly.py configs/patchcore_own.yaml data.root=/own data.category=bolt
     torchrun --nproc_per_node=2 train_anomaly.py configs/rd4ad_mvtec.yaml backbone.weights=runs/dino_scavport/last.pt
     python train_anomaly.py configs/patchcore_own.yaml data.root=/own data.category=bolt update=runs/old/last.pt
 
-Writes runs/<run_name>/: last.pt, results.json, test_scores.csv, pictures, TensorBoard events. The detector is tested
-once, after its last epoch. Thresholds come from normal training pictures that it was not fitted on: each left out in
+Writes runs/<run_name>/: last.pt, results.json, test_scores.csv, images, TensorBoard events. The detector is tested
+once, after its last epoch. Thresholds come from normal training images that it was not fitted on: each left out in
 turn where the detector can do that, else held out. All of it is in `main`.
 """
 
@@ -46,8 +46,8 @@ class Config:
     detector: DetectorConfig  # the method
     optim: OptimConfig | None = None  # for detectors trained by gradients; the others are fitted in one pass
     epochs: int = 1  # passes over the training set, for detectors trained by gradients
-    batch_size: int = 16  # pictures a step, over all processes
-    update: PathText | None = None  # last.pt of a fitted run: only learn what was added to its pictures or taken away
+    batch_size: int = 16  # images a step, over all processes
+    update: PathText | None = None  # last.pt of a fitted run: only learn what was added to its images or taken away
     holdout: float | None = None  # share of normals kept for thresholds; none: 0.1, 0 if few or each can be left out
     false_alarm_rate: float = 0.01  # what the thresholds promise; below 1 / (normals + 1) nothing can
     pixels: Literal["input", "original"] = "input"  # resolution of the pixel figures
@@ -225,13 +225,13 @@ def main(argv: list[str]) -> None:
     normal = None
     with autocast:
         if len(held_out) or detector.can_leave_out(len(train_ids)):
-            normal = examine_set(detector, normals, "normal pictures", leave_out=not len(held_out))
+            normal = examine_set(detector, normals, "normal images", leave_out=not len(held_out))
         calibration = calibrate(normal, normals, cfg.false_alarm_rate)
         if calibration["promised_false_alarm_rate"] != cfg.false_alarm_rate:
             log.say(promise(calibration))
         checkpoint.save(folder / checkpoint.LAST, parts, step=total, fitted=True, **about, calibration=calibration)
         seconds_threshold, began = time.perf_counter() - began, time.perf_counter()
-        found = examine_set(detector, Loader(test_set, **sizes, **load), "test pictures")
+        found = examine_set(detector, Loader(test_set, **sizes, **load), "test images")
     speed = {"seconds_fit": about["seconds_fit"], "seconds_threshold": seconds_threshold}
     speed["images_per_second"] = len(found.scores) / (time.perf_counter() - began)
     if distributed.is_main():

@@ -1,6 +1,6 @@
 """Pretrain a backbone without labels.
 
-    python train_ssl.py configs/simclr_scavport.yaml data.root=/pictures optim.lr=0.3
+    python train_ssl.py configs/simclr_scavport.yaml data.root=/images optim.lr=0.3
     torchrun --nproc_per_node=4 train_ssl.py configs/dino_scavport.yaml
 
 Writes runs/<run_name>/: last.pt, metrics.jsonl, results.json, TensorBoard events. The same command goes on where a
@@ -91,12 +91,12 @@ class Config:
     ema: EMAConfig = field(default_factory=EMAConfig)  # of methods with a target network
     save: SaveConfig = field(default_factory=SaveConfig)  # checkpoints
     epochs: int  # passes over the training set
-    batch_size: int  # pictures a step, over all processes and accumulated batches
-    accumulate: int = 1  # batches of a step, which has one loss of all its pictures
+    batch_size: int  # images a step, over all processes and accumulated batches
+    accumulate: int = 1  # batches of a step, which has one loss of all its images
     holdout: float = 0.1  # share of the training set kept for the kNN figure; 0: train on everything, no figure
     eval_every: int = 10  # epochs between kNN figures
     log_every: int = 10  # steps between points of the curves
-    overfit: int = 0  # learn so many pictures by heart, always in the same views: does the loss reach its floor?
+    overfit: int = 0  # learn so many images by heart, always in the same views: does the loss reach its floor?
     seed: Seed = 0  # of the weights, the order, the views and the hold-out
     device: str = "auto"  # auto, cpu, cuda or cuda:1; auto: CUDA where there is one
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # fp16's scaler waits for the device once a step
@@ -135,7 +135,7 @@ def main(argv: list[str]) -> None:
     train_ids, held_out = holdout(train_set, cfg.holdout if classes > 1 else 0.0, cfg.seed)
     measurable = len(held_out) > 0
     if not 0 <= cfg.overfit <= len(train_ids):
-        raise errors.UserError(f"overfit={cfg.overfit} must be 0 or a number of pictures, {len(train_ids)} at most")
+        raise errors.UserError(f"overfit={cfg.overfit} must be 0 or a number of images, {len(train_ids)} at most")
     if cfg.overfit:  # spread over the set, and so over its classes
         train_ids = train_ids[torch.linspace(0, len(train_ids) - 1, cfg.overfit).long()]
     if cfg.save.best and not measurable:
@@ -190,7 +190,7 @@ def main(argv: list[str]) -> None:
 
     log, window = Log(folder, cfg, start), Window(device)
     parameters = sum(p.numel() for p in method.online.parameters())
-    log.say(f"{cfg.run_name}: {cfg.method.name} on {len(train_ids)} pictures, {cfg.backbone.name} ({report}), ")
+    log.say(f"{cfg.run_name}: {cfg.method.name} on {len(train_ids)} images, {cfg.backbone.name} ({report}), ")
     log.say(f"{parameters:,} parameters, {epoch_steps} steps an epoch, step {start} of {total}, {world} x {device}")
     unused = {f"held out (holdout={cfg.holdout})": len(held_out)}
     unused["not in overfit"] = len(train_set) - len(train_ids) - len(held_out)
@@ -215,14 +215,14 @@ def main(argv: list[str]) -> None:
         lr = cfg.optim.lr_at(step, total, epoch_steps, cfg.batch_size)
         set_rates(optimizer, lr, cfg.optim.weight_decay_at(step, total), cfg.optim.peak_lr(cfg.batch_size))
 
-        pictures = [window.next(batches) for _ in range(cfg.accumulate)]  # (images, labels, ids) of each batch
+        micro_batches = [window.next(batches) for _ in range(cfg.accumulate)]  # (images, labels, ids) of each batch
         views = partial(augment, epoch=0 if cfg.overfit else epoch)  # (images, ids) -> V x (B, 3, h, w)
         with distributed.unsynchronised(model, cfg.sam is not None and cfg.sam.m_sharpness):
-            loss, stats = backward(model, objective, pictures, views, scaler, autocast, seed)
+            loss, stats = backward(model, objective, micro_batches, views, scaler, autocast, seed)
         if cfg.sam is not None:
             method.cancel_gradients()
             with climbed(method.parameters(), cfg.sam.rho, adaptive=cfg.sam.adaptive), frozen_statistics(method):
-                backward(model, objective, pictures, views, scaler, autocast, seed)
+                backward(model, objective, micro_batches, views, scaler, autocast, seed)
         window.add(loss)
 
         scaler.unscale_(optimizer)
@@ -237,9 +237,9 @@ def main(argv: list[str]) -> None:
         method.update()
 
         if step == 0:
-            shown, _, ids = (part[:8] for part in pictures[0])
+            shown, _, ids = (part[:8] for part in micro_batches[0])
             for name, sheet in view_sheets(shown, [unnormalize(view) for view in views(shown, ids)]).items():
-                log.picture(f"views/{name}", pil_to_tensor(sheet))
+                log.image(f"views/{name}", pil_to_tensor(sheet))
         done = step + 1
         log_due, eval_due, save_due = (
             done % every == 0 or done == total

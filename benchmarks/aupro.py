@@ -32,12 +32,12 @@ from evaluation.anomaly.metrics import (
     sorted_positives,
 )
 
-SMALL, LARGE = (115, 256), (150, 1024)  # pictures, pixels a side
+SMALL, LARGE = (115, 256), (150, 1024)  # images, pixels a side
 GOALS = {SMALL: "under 0.3 s", LARGE: "under 2 GB"}  # of AU-PRO
 
 
 def maps_and_masks(n: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Blurred noise, one to three brighter rectangles in four pictures of five: (N, S, S) float32 and bool."""
+    """Blurred noise, one to three brighter rectangles in four images of five: (N, S, S) float32 and bool."""
     rng = np.random.default_rng(0)
     maps, masks = np.empty((n, size, size), np.float32), np.zeros((n, size, size), bool)
     for i in range(n):

@@ -1,11 +1,11 @@
-"""Milliseconds for a picture: the Poisson solver against one sparse solve for each patch, and each kind of defects.
+"""Milliseconds for an image: the Poisson solver against one sparse solve for each patch, and each kind of defects.
 
     python -m benchmarks.defects                  # on one CPU thread
     python -m benchmarks.defects --write          # also benchmarks/results/defects.md
     python -m benchmarks.defects --device cuda
 
 Patches are square with three channels. "Sparse" is scipy's `factorized` (SuperLU) of the patch's equations and a solve
-for each channel: once anew for each patch, as a loop over pictures does it, and once with the factors kept. The error
+for each channel: once anew for each patch, as a loop over images does it, and once with the factors kept. The error
 is the largest difference between ours and the sparse solution, for patches of noise with values in 0 .. 255.
 """
 
@@ -26,8 +26,8 @@ from data.defects import DEFECTS
 from data.defects.nsa import NSA
 from data.defects.poisson import laplacian, solve
 
-PATCHES, SIZES = 16, (34, 66, 102)  # of a picture of 256 x 256, the largest patch of NSA has 102 pixels a side
-PICTURES = (32, 256)  # of the kinds
+PATCHES, SIZES = 16, (34, 66, 102)  # of an image of 256 x 256, the largest patch of NSA has 102 pixels a side
+IMAGES = (32, 256)  # of the kinds
 
 
 def factors(size: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -76,8 +76,8 @@ def solvers(size: int, device: torch.device) -> list[str]:
 
 
 def kinds(device: torch.device) -> list[list[str]]:
-    """Rows: kind, milliseconds a picture."""
-    count, size = PICTURES
+    """Rows: kind, milliseconds an image."""
+    count, size = IMAGES
     images, ids = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8).to(device), torch.arange(count)
     rows = []
     for name, make in DEFECTS.items():
@@ -109,9 +109,9 @@ def main() -> None:
         "|---|---|---|---|---|---|---|",
         *("| " + " | ".join(solvers(size, device)) + " |" for size in SIZES),
         "",
-        f"Defects for a picture of {PICTURES[1]} x {PICTURES[1]}, in batches of {PICTURES[0]}:",
+        f"Defects for an image of {IMAGES[1]} x {IMAGES[1]}, in batches of {IMAGES[0]}:",
         "",
-        "| kind | ms a picture |",
+        "| kind | ms an image |",
         "|---|---|",
         *("| " + " | ".join(row) + " |" for row in kinds(device)),
     ]

@@ -1,9 +1,9 @@
-"""Do thresholds from left-out normals keep their promise? Cross-validation over normal training pictures alone.
+"""Do thresholds from left-out normals keep their promise? Cross-validation over normal training images alone.
 
     python -m benchmarks.false_alarms configs/patchcore_mvtec.yaml data.root=/mvtec data.category=tile
 
-Each fold is held out in turn: the detector is fitted on the rest, the thresholds come from leaving its pictures out one
-by one, and the fold's pictures are counted that lie above. No test picture is read. The config is train_anomaly.py's.
+Each fold is held out in turn: the detector is fitted on the rest, the thresholds come from leaving its images out one
+by one, and the fold's images are counted that lie above. No test image is read. The config is train_anomaly.py's.
 """
 
 import sys

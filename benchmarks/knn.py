@@ -3,7 +3,7 @@
     python -m benchmarks.knn [--write]                 # --write: benchmarks/results/knn.md (knn_cuda.md)
     python -m benchmarks.knn --only 1536 --device cuda
 
-784 queries are the patches of one picture of 224 x 224 at stride 8. The peak is a plain product queries @ bank.T of the
+784 queries are the patches of one image of 224 x 224 at stride 8. The peak is a plain product queries @ bank.T of the
 same shape, measured here in the precision that the search uses; the share is its time over ours. torch.cdist computes
 float32 products as well, so its neighbours can be wrong: the table counts for how many of the first 64 queries the
 nearest is not that of a search by float64 differences. The ways take turns and the fastest turn of each counts.

@@ -79,7 +79,7 @@ def measure(workers: dict[str, subprocess.Popen], n_neighbours: int, turns: int)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=15, help="of each setting with each job")
-    parser.add_argument("--pixels", type=int, default=96, help="of a side of the step's 32 pictures")
+    parser.add_argument("--pixels", type=int, default=96, help="of a side of the step's 32 images")
     parser.add_argument("--write", action="store_true", help="also write benchmarks/results/neighbour.md")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

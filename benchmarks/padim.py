@@ -1,11 +1,11 @@
-"""Seconds to fit PaDiM at the size of a category of MVTec AD: 209 pictures of 224 x 224, Wide-ResNet-50-2, stages 1-3.
+"""Seconds to fit PaDiM at the size of a category of MVTec AD: 209 images of 224 x 224, Wide-ResNet-50-2, stages 1-3.
 
     python -m benchmarks.padim                 # all channels and the reference's 550, statistics alone and whole fit
     python -m benchmarks.padim --peers --write # adds the reference's loop; --write: results/padim.md
     python -m benchmarks.padim --device cuda
 
 "Statistics" is all of `fit` but the network, whose stages are random numbers made before; "whole fit" runs the network
-with random weights, 16 pictures at a time. "Score" is what a picture costs beyond the network, 16 at a time, map
+with random weights, 16 images at a time. "Score" is what an image costs beyond the network, 16 at a time, map
 included. The reference's loop (numpy.cov and numpy.linalg.inv, position by position) is timed on a few positions.
 """
 
@@ -37,7 +37,7 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
 
 
 def numbered(count: int, device: torch.device) -> list[Batch]:
-    """Random pictures in batches."""
+    """Random images in batches."""
     generator = torch.Generator(device).manual_seed(0)
     return [
         Batch(torch.randn(len(part), 3, SIZE, SIZE, generator=generator, device=device), None, part)
@@ -62,7 +62,7 @@ def reference_loop(channels: int, positions: int = 16) -> float:
 
 
 def statistics(channels: int | None, device: torch.device) -> tuple[float, float]:
-    """Seconds of `fit` without the network, and of scoring a picture without it."""
+    """Seconds of `fit` without the network, and of scoring an image without it."""
     model = PaDiM(torch.nn.Conv2d(3, 1, 1), channels=channels).to(device)
     stages = random_stages(N, device)
     parts = iter(list(zip(*(stage.split(BATCH) for stage in stages))))
@@ -91,12 +91,12 @@ def main() -> None:
     device = torch.device(options.device)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     lines = [
-        f"# PaDiM: seconds to fit {N} pictures of {SIZE} x {SIZE}, Wide-ResNet-50-2",
+        f"# PaDiM: seconds to fit {N} images of {SIZE} x {SIZE}, Wide-ResNet-50-2",
         "",
         f"`python -m benchmarks.padim` on {machine}, {torch.get_num_threads()} CPU threads; torch {torch.__version__}; "
         f"commit {commit()}.",
         "",
-        "| channels | statistics, s | whole fit, fp32, s | whole fit, bf16, s | score, s a picture | loop, s |",
+        "| channels | statistics, s | whole fit, fp32, s | whole fit, bf16, s | score, s an image | loop, s |",
         "|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)

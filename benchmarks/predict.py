@@ -1,12 +1,12 @@
-"""Seconds a picture that predict.py takes: PatchCore with a bank of about 16,000 patches.
+"""Seconds an image that predict.py takes: PatchCore with a bank of about 16,000 patches.
 
     python -m benchmarks.predict [--write]                 # --write: results/predict.md
     python -m benchmarks.predict --device cuda --turns 10 --precision bf16
 
-Weights are random and pictures are drawn, which changes no step of the work but how many distances the exact search
+Weights are random and images are drawn, which changes no step of the work but how many distances the exact search
 has to evaluate again. `examine` is the detector alone on batches that lie on the device: backbone, search, map. The
 last two columns are the whole script on JPEGs of 800 x 600, with decoding, heat maps and the table, in batches of 16:
-pictures as they are fitted into the input, and each in tiles of the input's size rounded up to a multiple of 32.
+images as they are fitted into the input, and each in tiles of the input's size rounded up to a multiple of 32.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from models.backbones.build import BackboneConfig, build_backbone
 from runtime import checkpoint, config
 
 CASES = [("wide_resnet50_2", 224), ("wide_resnet50_2", 256), ("mobilenet_v2", 224), ("mobilenet_v2", 256)]
-PATCHES = 16_000  # at least so many in the bank, which holds every patch of enough pictures
+PATCHES = 16_000  # at least so many in the bank, which holds every patch of enough images
 
 
 def drawn(height: int, width: int, seed: int) -> Tensor:
@@ -60,7 +60,7 @@ def fitted(backbone: str, size: int, device: torch.device) -> tuple[Detector, di
 
 
 def examine_seconds(detector: Detector, size: int, batch: int, turns: int, device: torch.device, dtype) -> float:
-    """Seconds a picture, of the fastest turn."""
+    """Seconds an image, of the fastest turn."""
     images = normalize(torch.stack([drawn(size, size, 1000 + i) for i in range(batch)])).to(device)
     seconds = []
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -71,22 +71,22 @@ def examine_seconds(detector: Detector, size: int, batch: int, turns: int, devic
     return min(seconds[1:]) / batch
 
 
-def script_seconds(detector: Detector, sections: dict, n_pictures: int, *words: str) -> float:
-    """Seconds a picture of predict.py, without reading the checkpoint."""
+def script_seconds(detector: Detector, sections: dict, n_images: int, *words: str) -> float:
+    """Seconds an image of predict.py, without reading the checkpoint."""
     scale = {"threshold": 1.0, "pixel_threshold": 1.0, "low": 0.0, "high": 1.0}
     with tempfile.TemporaryDirectory() as place:
         top = Path(place)
         (top / "run").mkdir()
-        (top / "pictures").mkdir()
+        (top / "images").mkdir()
         about = {"config": sections | {"precision": "fp32"}, "calibration": scale, "step": 1}
         names = [str(i) for i in range(100)]
         checkpoint.save(top / "run" / checkpoint.LAST, {"model": detector}, names=names, **about)
-        for i in range(n_pictures):
+        for i in range(n_images):
             pixels = drawn(600, 800, 2000 + i).permute(1, 2, 0).contiguous().numpy()  # (600, 800, 3)
-            Image.fromarray(pixels).save(top / "pictures" / f"{i}.jpg", quality=92)
+            Image.fromarray(pixels).save(top / "images" / f"{i}.jpg", quality=92)
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
-            predict.main([str(top / "run"), str(top / "pictures"), f"out={top / 'out'}", *words])
+            predict.main([str(top / "run"), str(top / "images"), f"out={top / 'out'}", *words])
         return 1 / json.loads(said.getvalue().splitlines()[-1])["images_per_second"]
 
 
@@ -95,14 +95,14 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", choices=list(predict.PRECISIONS), default="fp32")
     parser.add_argument("--turns", type=int, default=3, help="runs of `examine`, the fastest counts")
-    parser.add_argument("--pictures", type=int, default=32, help="pictures for the whole script; a quarter for tiles")
+    parser.add_argument("--images", type=int, default=32, help="images for the whole script; a quarter for tiles")
     parser.add_argument("--only", choices=sorted({name for name, _ in CASES}), help="one of the backbones")
     parser.add_argument("--write", action="store_true", help="also write benchmarks/results/predict.md")
     options = parser.parse_args()
     device = torch.device(options.device)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     lines = [
-        "# predict.py: seconds a picture, PatchCore",
+        "# predict.py: seconds an image, PatchCore",
         "",
         f"`python -m benchmarks.predict`, {options.precision}, fastest of {options.turns} turns (the script: one), on "
         f"{machine}, {torch.get_num_threads()} CPU threads; torch {torch.__version__}; commit {commit()}. Random "
@@ -119,9 +119,9 @@ def main() -> None:
         detector, sections = fitted(name, size, device)
         dtype = predict.PRECISIONS[options.precision]
         one, many = (examine_seconds(detector, size, batch, options.turns, device, dtype) for batch in (1, 16))
-        script = script_seconds(detector, sections, options.pictures, *words)
+        script = script_seconds(detector, sections, options.images, *words)
         tile = -(-size // 32) * 32
-        tiles = script_seconds(detector, sections, max(1, options.pictures // 4), *words, f"tile={tile}", "overlap=64")
+        tiles = script_seconds(detector, sections, max(1, options.images // 4), *words, f"tile={tile}", "overlap=64")
         bank = " x ".join(f"{n:,}" for n in detector.bank.entries.shape)
         lines.append(f"| {name} | {size} | {bank} | {one:.3f} | {many:.3f} | {script:.3f} | {tiles:.2f} |")
         print(lines[-1], flush=True)

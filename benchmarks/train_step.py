@@ -1,12 +1,12 @@
-"""Pictures a second of each pretraining method's step, against its network's bare passes over ready tensors.
+"""Images a second of each pretraining method's step, against its network's bare passes over ready tensors.
 
     python -m benchmarks.train_step [--write]      # --write: benchmarks/results/train_step.md (train_step_cuda.md)
     python -m benchmarks.train_step --device cuda --batch 512 --methods dino byol
 
-The step is what train_ssl.py does with uint8 pictures on the device: views, forward, loss, backward, clipping,
-optimizer, moving average, `update`; it neither reads pictures nor logs. Views, options and optimizer are those of
+The step is what train_ssl.py does with uint8 images on the device: views, forward, loss, backward, clipping,
+optimizer, moving average, `update`; it neither reads images nor logs. Views, options and optimizer are those of
 configs/<method>_cifar10.yaml (RevD has none: configs/revd_neu.yaml at 32 pixels); network, batch and precision are one
-for all rows, and pictures are noise. "Passes": how many views of a picture the network sees with a gradient, and its
+for all rows, and images are noise. "Passes": how many views of an image the network sees with a gradient, and its
 moving average without. "Bare" are the same passes over float tensors of the same sizes, forward and, with a gradient,
 backward: no head, loss or optimizer. RevD, which stops after stage 3, is compared to all four stages.
 
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--backbone", nargs="+", metavar=("NAME", "KEY=VALUE"), default=["resnet18", "stem=cifar"])
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
-    parser.add_argument("--batch", type=int, default=64, help="pictures a step")
+    parser.add_argument("--batch", type=int, default=64, help="images a step")
     parser.add_argument("--turns", type=int, default=5, help="of a step and bare passes each")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--write", action="store_true", help="also write benchmarks/results/train_step.md (_cuda.md)")
@@ -170,10 +170,10 @@ def main() -> None:
     clock = "events" if on_cuda else "CPU seconds" if options.threads == 1 else "wall seconds"
     machine = torch.cuda.get_device_name() if on_cuda else f"{processor()}, CPU threads: {options.threads}"
     lines = [
-        "# A training step and its network's bare passes: pictures a second\n",
+        "# A training step and its network's bare passes: images a second\n",
         f"`python -m benchmarks.train_step`, {' '.join(options.backbone)}, batch {options.batch}, {options.precision}, "
         f"median {clock} of {options.turns} turns, on {machine}; torch {torch.__version__}; commit {commit()}.\n",
-        "| method | passes | pixels | step, pictures/s | bare, pictures/s | step / bare | share of views | share of "
+        "| method | passes | pixels | step, images/s | bare, images/s | step / bare | share of views | share of "
         "optimizer, average, update | host waits | peak, MiB |",
         "|---" * 10 + "|",
     ]

@@ -1,4 +1,4 @@
-"""Speed of batched augmentation against torchvision v2 called picture by picture, on one CPU thread.
+"""Speed of batched augmentation against torchvision v2 called image by image, on one CPU thread.
 
     python -m benchmarks.views [--write]     # --write: also to benchmarks/results/views.md
 
@@ -47,7 +47,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def measure(views: list[View], images: Tensor, *, sample: int, turns: int) -> tuple[float, float]:
-    """Pictures a second, each giving all views: of Augment, and of torchvision on the first `sample` pictures."""
+    """Images a second, each giving all views: of Augment, and of torchvision on the first `sample` images."""
     augment, transforms = Augment(views, seed=0), [per_sample(view) for view in views]
     ids = torch.arange(len(images))
     batched, single = [], []
@@ -64,17 +64,17 @@ def main() -> None:
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
 
-    def pictures(count: int, size: int) -> Tensor:
+    def drawn(count: int, size: int) -> Tensor:
         coarse = torch.rand(count, 3, size // 4, size // 4, generator=generator)
         return v2.functional.resize(coarse, [size, size]).mul(255).byte()
 
     simclr = RECIPES["simclr"](size=32, strength=0.5, blur_p=0.0, interpolation="bilinear")
     cases = {
-        "SimCLR CIFAR-10, 2 x 32, batch 512": (simclr, pictures(512, 32), 128, 10),
-        "DINO, 2 x 224 + 8 x 96 from 256, batch 32": (RECIPES["dino"](), pictures(32, 256), 8, 3),
+        "SimCLR CIFAR-10, 2 x 32, batch 512": (simclr, drawn(512, 32), 128, 10),
+        "DINO, 2 x 224 + 8 x 96 from 256, batch 32": (RECIPES["dino"](), drawn(32, 256), 8, 3),
     }
     lines = [
-        "# Augmentation: pictures a second on one CPU thread",
+        "# Augmentation: images a second on one CPU thread",
         "",
         f"`python -m benchmarks.views --write` on {processor()}, one thread; torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}; commit {commit()}.",

@@ -37,7 +37,7 @@ class DataConfig:
 
     name: str = choice(DATASETS)
     size: tuple[int, ...] | Literal["native"]  # pixels: 256 for a square; 256,384: height, width; native: as the files
-    fit: Fit = "squash"  # how pictures of other proportions are made to fit it; data/geometry.py
+    fit: Fit = "squash"  # how images of other proportions are made to fit it; data/geometry.py
     resize: int | None = None  # fit=crop only: the short side before the centre crop
     resample: Resample = "bilinear"  # Pillow's filter, antialiased
     white: int | Literal["auto"] = WHITE  # full white of 16-bit files: 1023, 4095 of 10, 12-bit cameras; auto: find it
@@ -90,7 +90,7 @@ def native_size(dataset) -> tuple[int, int]:
 
 
 def build_geometry(config: DataConfig) -> Geometry:
-    """How the pictures of a settled `data` section become inputs."""
+    """How the images of a settled `data` section become inputs."""
     if len(config.size) not in (1, 2):
         numbers = ",".join(map(str, config.size))
         raise UserError(f"data.size={numbers} must be one number for a square, or two: height,width")
@@ -127,7 +127,7 @@ def what_is_used(dataset, learned: int, others: dict[str, int]) -> str:
 def build_augment(config: AugmentConfig, seed: int, sizes: Tensor) -> Augment | PatchGrid:
     """What makes the views of an `augment` section, ready to call: `views = augment(images, sample_ids, epoch)`.
 
-    `augment.views` describes them, each with its `size`. sizes (N, 2): heights and widths of the original pictures.
+    `augment.views` describes them, each with its `size`. sizes (N, 2): heights and widths of the original images.
     """
     recipe = RECIPES[config.name]
     if recipe is PatchGrid:

@@ -1,10 +1,10 @@
 """How an image of any size and depth becomes an input, and how maps and points find back to the original's pixels.
 
     geometry = Geometry(224, 224, fit="crop", resize=256)
-    small = geometry.apply(picture)
-    heat = geometry.to_original(map, (picture.height, picture.width))  # (h, w)
+    small = geometry.apply(image)
+    heat = geometry.to_original(map, (image.height, image.width))  # (h, w)
 
-Letters: H and W the input's height and width, h and w those of an original picture, N pictures. Coordinates are in
+Letters: H and W the input's height and width, h and w those of an original image, N images. Coordinates are in
 pixels, y before x, and pixel i reaches from i to i + 1, so its centre is i + 0.5.
 """
 
@@ -31,7 +31,7 @@ FILL = tuple(round(255 * channel) for channel in MEAN)  # normalised it is about
 
 @dataclass(frozen=True)
 class Geometry:
-    """An input of `height` x `width` pixels, and how pictures of other sizes and proportions are made to fit it.
+    """An input of `height` x `width` pixels, and how images of other sizes and proportions are made to fit it.
 
     `squash`: both axes are stretched, whatever the proportions. `crop`: the short side becomes `resize` pixels, the
     proportions stay, and the centre is cut out (torchvision's Resize and CenterCrop): what lies outside is not seen.
@@ -97,7 +97,7 @@ class Geometry:
         return canvas
 
     def regions(self, sizes: Tensor) -> Tensor:
-        """Where the input shows a picture and no padding, by the originals' `sizes` (N, 2) h, w, int64.
+        """Where the input shows an image and no padding, by the originals' `sizes` (N, 2) h, w, int64.
 
         Returns top, left, height and width in the input: int64 (N, 4); all of it for `squash` and `crop`.
         """
@@ -139,7 +139,7 @@ class Geometry:
         top, left, height, width = self._place(*size)
         if self._is_long(height, width):
             return self._long_to_original(maps, size, mode)
-        # the map of the whole picture: padding cut off, or the crop's border values repeated beyond it
+        # the map of the whole image: padding cut off, or the crop's border values repeated beyond it
         below, right = height + top - self.height, width + left - self.width
         whole = maps[max(top, 0) : self.height + min(below, 0), max(left, 0) : self.width + min(right, 0)]
         beyond = [max(-left, 0), max(right, 0), max(-top, 0), max(below, 0)]
@@ -184,9 +184,9 @@ class Geometry:
         return torch.cat([begin, extent], dim=1)[0].tolist()
 
     def _placements(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """(top, left) and (height, width) of each whole picture in input pixels, both int64 (N, 2).
+        """(top, left) and (height, width) of each whole image in input pixels, both int64 (N, 2).
 
-        A picture that is cropped begins above and to the left of the input, below 0.
+        An image that is cropped begins above and to the left of the input, below 0.
         """
         room = self._input(sizes)
         if self.fit == "squash":
@@ -204,5 +204,5 @@ class Geometry:
 
 
 def as_geometry(size: int | Geometry) -> Geometry:
-    """`size` itself, or the square of `size` x `size` pixels into which pictures are squashed."""
+    """`size` itself, or the square of `size` x `size` pixels into which images are squashed."""
     return size if isinstance(size, Geometry) else Geometry(size, size)

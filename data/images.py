@@ -1,6 +1,6 @@
-"""Picture files: decoding to uint8 inputs, sizes from the header, masks, and what to do about broken ones.
+"""Image files: decoding to uint8 inputs, sizes from the header, masks, and what to do about broken ones.
 
-Letters: H and W height and width of the input, N pictures, h and w the original height and width.
+Letters: H and W height and width of the input, N images, h and w the original height and width.
 """
 
 import os
@@ -40,7 +40,7 @@ _UPRIGHT = {
 
 
 def decode(path: str | Path, geometry: int | Geometry) -> Tensor:
-    """The picture upright, in 8-bit RGB, fitted into the input: uint8 (3, H, W); an int is the side of a square.
+    """The image upright, in 8-bit RGB, fitted into the input: uint8 (3, H, W); an int is the side of a square.
 
     Grey becomes three equal channels; of 16 and 32 bits the geometry's `white` becomes 255 (`depth.to_8_bit`);
     transparency lies on black; of several frames or pages the first counts. Resized by Pillow's filters, which
@@ -55,7 +55,7 @@ def decode(path: str | Path, geometry: int | Geometry) -> Tensor:
 
 
 def fitted(image: Image.Image, geometry: int | Geometry) -> Tensor:
-    """An 8-bit Pillow picture as uint8 (3, H, W)."""
+    """An 8-bit Pillow image as uint8 (3, H, W)."""
     pixels = np.array(as_geometry(geometry).apply(image).convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
 
@@ -85,23 +85,23 @@ def mask_values(path: str | Path) -> np.ndarray:
         return largest_channel(stored)
 
 
-def picture_size(path: str | Path) -> tuple[int, int]:
-    """(h, w) of the upright picture, from the file's header: the pixels are not decoded."""
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(h, w) of the upright image, from the file's header: the pixels are not decoded."""
     with naming(path), Image.open(path) as stored:
         width, height = stored.size
         return (width, height) if _orientation(stored) >= 5 else (height, width)
 
 
-def picture_sizes(paths: list[str]) -> Tensor:
-    """`picture_size` of each: int64 (N, 2)."""
-    return torch.tensor(list(in_threads(picture_size, paths, "reading sizes")), dtype=torch.int64).reshape(-1, 2)
+def image_sizes(paths: list[str]) -> Tensor:
+    """`image_size` of each: int64 (N, 2)."""
+    return torch.tensor(list(in_threads(image_size, paths, "reading sizes")), dtype=torch.int64).reshape(-1, 2)
 
 
 def readable(load: Callable[[int], object], paths: list[str], on_error: OnError) -> list[int]:
-    """Positions of the pictures to keep.
+    """Positions of the images to keep.
 
     Args:
-        load: decodes the picture at a position; its `UserError` means that the picture is broken.
+        load: decodes the image at a position; its `UserError` means that the image is broken.
         on_error: `fail`: keep all and read none; the first decoding of a broken one raises, naming it.
             `skip`: load every one now and leave out the broken ones, named in one warning line on stderr.
     """
@@ -118,13 +118,13 @@ def readable(load: Callable[[int], object], paths: list[str], on_error: OnError)
             return False
         return True
 
-    good = list(in_threads(loads, positions, "checking pictures"))
+    good = list(in_threads(loads, positions, "checking images"))
     broken = [path for path, is_good in zip(paths, good) if not is_good]
     if paths and len(broken) == len(paths):
-        raise UserError(f"none of the {len(paths)} pictures can be read, the first is {paths[0]}: check the files")
+        raise UserError(f"none of the {len(paths)} images can be read, the first is {paths[0]}: check the files")
     if broken and is_main():
         names = ", ".join(broken)
-        say_once(f"warning: left out {len(broken)} of {len(paths)} pictures, not readable: {names}")
+        say_once(f"warning: left out {len(broken)} of {len(paths)} images, not readable: {names}")
     return [position for position, is_good in zip(positions, good) if is_good]
 
 
@@ -136,9 +136,9 @@ def in_threads(function: Callable, items: Iterable, title: str) -> Iterator:
     items = list(items)
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = max(1, processors // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    bar = tqdm(total=len(items), desc=title, unit="picture", delay=2, leave=False, disable=not is_main())
+    bar = tqdm(total=len(items), desc=title, unit="image", delay=2, leave=False, disable=not is_main())
     with bar, ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(items), 256):  # parts: a result nobody has taken yet is a picture in memory
+        for start in range(0, len(items), 256):  # parts: a result nobody has taken yet is an image in memory
             for result in pool.map(function, items[start : start + 256]):
                 bar.update()
                 yield result
@@ -155,17 +155,17 @@ def naming(path: str | Path) -> Iterator[None]:
         elif os.path.isfile(path) and os.path.getsize(path) == 0:
             reason = "the file is empty"
         elif isinstance(error, UnidentifiedImageError):
-            reason = "it is not a picture of a known format"
+            reason = "it is not an image of a known format"
         else:
             reason = str(error) or type(error).__name__
-        raise UserError(f"cannot read picture {path}: {reason}{REMEDY}") from error
+        raise UserError(f"cannot read image {path}: {reason}{REMEDY}") from error
 
 
 def _orientation(stored: Image.Image) -> int:
     """EXIF orientation, 1 to 8, from the header; 1 for TIFF, which Pillow turns by itself while it loads."""
     if stored.format == "TIFF":
         return 1
-    # PNG's own getexif decodes the whole picture to find a chunk behind the pixels; nobody writes it there
+    # PNG's own getexif decodes the whole image to find a chunk behind the pixels; nobody writes it there
     try:
         orientation = Image.Image.getexif(stored).get(ExifTags.Base.Orientation, 1)
     except Exception:  # a malformed block, of PNG and WebP: SyntaxError, struct.error; of JPEG Pillow says nothing
@@ -174,7 +174,7 @@ def _orientation(stored: Image.Image) -> int:
 
 
 def _upright(stored: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """The stored picture, converted and then turned as its EXIF orientation says."""
+    """The stored image, converted and then turned as its EXIF orientation says."""
     orientation = _orientation(stored)
     image = convert(stored)
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image

@@ -1,6 +1,6 @@
-"""Batches of a dataset: the order of an epoch, its split over processes, and pictures decoded once and kept.
+"""Batches of a dataset: the order of an epoch, its split over processes, and images decoded once and kept.
 
-Letters: N items, B batch of this process, W processes, h and w a picture's height and width.
+Letters: N items, B batch of this process, W processes, h and w an image's height and width.
 """
 
 import os
@@ -57,7 +57,7 @@ class Loader:
         indices: take only these items of the dataset, for example one side of `holdout`.
 
     Raises:
-        UserError: with `drop_last` and no batch left; a cache that cannot fit; a broken picture.
+        UserError: with `drop_last` and no batch left; a cache that cannot fit; a broken image.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Loader:
         workers: int = 0,
     ):
         if batch_size < 1:
-            raise UserError(f"batch_size={batch_size}: a batch needs at least one picture a process")
+            raise UserError(f"batch_size={batch_size}: a batch needs at least one image a process")
         if cache not in ("auto", "device", "ram", "none"):
             raise UserError(f"data.cache={cache!r} is not known: choose auto, device, ram or none")
         self.dataset, self.batch_size, self.device = dataset, batch_size, torch.device(device)
@@ -128,10 +128,10 @@ class Loader:
 
     def _too_few(self, least: int) -> str:
         if self.by_label:
-            return f"no batch of one class has {least} pictures: raise batch_size, or add pictures to the classes"
+            return f"no batch of one class has {least} images: raise batch_size, or add images to the classes"
         return (
-            f"{len(self.indices)} pictures make no full batch of batch_size {self.batch_size} x {world_size()} "
-            f"processes = {least}: set batch_size to at most {len(self.indices) // world_size()}, or add pictures"
+            f"{len(self.indices)} images make no full batch of batch_size {self.batch_size} x {world_size()} "
+            f"processes = {least}: set batch_size to at most {len(self.indices) // world_size()}, or add images"
         )
 
     def _decode(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
@@ -150,7 +150,7 @@ class Loader:
 
 
 class _Batches(torch.utils.data.Dataset):
-    """Item k is batch k, collated; a broken picture's `UserError` is returned, as DataLoader would rewrite its text."""
+    """Item k is batch k, collated; a broken image's `UserError` is returned, as DataLoader would rewrite its text."""
 
     def __init__(self, dataset, batches: list[Tensor]):
         self.dataset, self.batches = dataset, batches
@@ -167,7 +167,7 @@ class _Batches(torch.utils.data.Dataset):
 
 
 class _Store:
-    """The decoded pictures (and masks) of one dataset in one memory, filled as epochs ask for them."""
+    """The decoded images (and masks) of one dataset in one memory, filled as epochs ask for them."""
 
     def __init__(self, dataset, example: tuple[Tensor, ...], where: torch.device):
         self.columns = [torch.empty((len(dataset), *x.shape), dtype=x.dtype, device=where) for x in example]
@@ -217,7 +217,7 @@ def _store(dataset, device: torch.device, cache: Cache) -> _Store | None:
             return stores[place]
     if cache != "auto":
         raise UserError(
-            f"data.cache={cache} needs {needed / 2**30:.1f} GiB for {len(dataset)} pictures, "
+            f"data.cache={cache} needs {needed / 2**30:.1f} GiB for {len(dataset)} images, "
             f"{free / 2**30:.1f} GiB are free on {place}: use data.cache=none with data.workers, or a smaller data.size"
         )
     return None

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from data.image_files import find_images
-from data.images import in_threads, mask_values, picture_sizes
+from data.images import image_sizes, in_threads, mask_values
 from runtime.distributed import is_main
 from runtime.errors import UserError
 from runtime.text import say_once
@@ -61,8 +61,8 @@ def names_with_sizes(masks: list[str | None], root: str) -> list[str]:
 
 def check_sizes(pairs: list[tuple[str, str]]) -> None:
     """Every mask must be as high and wide as its image; read from the headers."""
-    sizes = picture_sizes([image for image, _ in pairs]).tolist()
-    mask_sizes = picture_sizes([mask for _, mask in pairs]).tolist()
+    sizes = image_sizes([image for image, _ in pairs]).tolist()
+    mask_sizes = image_sizes([mask for _, mask in pairs]).tolist()
     for (image, mask), (height, width), (mask_height, mask_width) in zip(pairs, sizes, mask_sizes):
         if (height, width) != (mask_height, mask_width):
             raise UserError(

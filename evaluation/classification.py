@@ -16,9 +16,9 @@ def classification_report(scores: Tensor, labels: Tensor, classes: list[str]) ->
     """Every figure of a classification, ready for JSON; shares in [0, 1].
 
     Equal scores are settled for the lowest class index, in top-1, top-5 and the confusion matrix alike. Macro figures
-    are means over the classes *that have test pictures*, as scikit-learn's with `labels=` these classes, so that macro
+    are means over the classes *that have test images*, as scikit-learn's with `labels=` these classes, so that macro
     recall is balanced accuracy. Such a class that is never predicted has precision and F1 zero (zero_division=0); a
-    class without test pictures has None.
+    class without test images has None.
 
     Args:
         scores: (N, C), larger is likelier; -inf for a class that is no candidate (kNN: it got no vote), which is no
@@ -31,10 +31,10 @@ def classification_report(scores: Tensor, labels: Tensor, classes: list[str]) ->
         macro_precision, macro_recall, macro_f1;
         per_class: {name: {n_test, accuracy (= recall), precision, f1}};
         classes: the names, and confusion: C rows (truth) of C counts (prediction);
-        most_confused: [{truth, predicted, count, share (of the truth's pictures)}], by falling count.
+        most_confused: [{truth, predicted, count, share (of the truth's images)}], by falling count.
 
     Raises:
-        ValueError: shapes that do not fit, no picture, labels outside [0, C), scores that are NaN or +inf, a picture
+        ValueError: shapes that do not fit, no image, labels outside [0, C), scores that are NaN or +inf, an image
             without any candidate.
     """
     n_test, n_classes = len(labels), len(classes)
@@ -43,7 +43,7 @@ def classification_report(scores: Tensor, labels: Tensor, classes: list[str]) ->
     if labels.min() < 0 or labels.max() >= n_classes:
         raise ValueError(f"labels run from {labels.min()} to {labels.max()}, outside [0, {n_classes})")
     if not scores.amax(1).isfinite().all():  # NaN, +inf, or nothing but -inf
-        raise ValueError("scores hold values that are not finite, or a picture has no candidate")
+        raise ValueError("scores hold values that are not finite, or an image has no candidate")
 
     own = scores.gather(1, labels[:, None])  # (N, 1)
     lower = torch.arange(n_classes, device=labels.device) < labels[:, None]  # (N, C) columns that win a tie

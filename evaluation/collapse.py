@@ -1,16 +1,16 @@
 """Is pretraining collapsing? Figures of the embeddings for the curves, and a warning in words.
 
-What to read from each curve (`embedding_health`; B pictures, their V views, D dimensions, rows L2-normalised):
+What to read from each curve (`embedding_health`; B images, their V views, D dimensions, rows L2-normalised):
 
-- embedding/std: 1 healthy; 0: every picture has the same embedding. Lower `optim.lr`, lengthen its warm-up, look at the
+- embedding/std: 1 healthy; 0: every image has the same embedding. Lower `optim.lr`, lengthen its warm-up, look at the
   head's BatchNorm and the EMA momentum.
 - embedding/effective_rank: directions in use, at most min(B V, D), and B when views agree. Tens are healthy and rising
   is good; near 1 all lie on a line. Lower `optim.weight_decay` or `optim.lr`, weaken `augment` (Jing et al. 2022 show
   how it flattens). A method that learns from labels may well end at classes - 1.
-- embedding/alignment: squared distance of a picture's views, 2 - 2 positive_cosine. Falls towards 0, which is good only
+- embedding/alignment: squared distance of an image's views, 2 - 2 positive_cosine. Falls towards 0, which is good only
   while uniformity stays low; near 2 the views are strangers: augmentation too strong, or nothing learned yet.
 - embedding/uniformity: -2 to -4 healthy, 0 collapsed. Rising while alignment falls to 0: on the way to one point.
-- embedding/positive_cosine, embedding/negative_cosine: of a picture's views, and of different pictures. The gap between
+- embedding/positive_cosine, embedding/negative_cosine: of an image's views, and of different images. The gap between
   them is what is learned: 0.9 and 0.1 are healthy, 1 and 1 collapsed, equal ones nothing learned.
 
 All of these are measured in train mode, in which BatchNorm takes the batch's own statistics. Whoever uses the backbone,
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 512  # at most so many embeddings are looked at: 256 pictures of two views
+ROWS = 512  # at most so many embeddings are looked at: 256 images of two views
 COLUMNS_AT_ONCE = 8192  # of the float64 products; DINO's rows have 65536
 
 LEAST_STD = 0.05  # about sqrt(1 - mean cosine of pairs): pairs within 4 degrees; bfloat16's rounding makes 0.001
@@ -38,10 +38,10 @@ LEAST_DISTINCT = 8  # with fewer things to tell apart, a rank below 2 may be all
 
 @torch.no_grad()
 def embedding_health(z: Tensor) -> dict[str, float]:
-    """Figures of the embeddings z (B, V, D) of B pictures, V views each, of this process alone: no collective.
+    """Figures of the embeddings z (B, V, D) of B images, V views each, of this process alone: no collective.
 
     Rows are L2-normalised first (zeros stay), so their scale plays no part: the losses with a cosine do not see it.
-    With pictures i, j and views v, w:
+    With images i, j and views v, w:
 
         embedding/std              sqrt(D) mean over v, d of the standard deviation over i of z_ivd
         embedding/effective_rank   exp(-sum_k p_k ln p_k), p_k = s_k / sum s, s the singular values of all B V rows
@@ -50,12 +50,12 @@ def embedding_health(z: Tensor) -> dict[str, float]:
         embedding/positive_cosine  mean over i and v != w of z_iv . z_iw
         embedding/negative_cosine  mean over i != j, v, w of z_iv . z_jw
 
-    std is SimSiam's (Chen & He 2021, section 4.1), within each view, as views of several sizes differ even if pictures
+    std is SimSiam's (Chen & He 2021, section 4.1), within each view, as views of several sizes differ even if images
     do not. The rank is RankMe (Garrido et al. 2023) of normalised rows, without its epsilon, as 0 ln 0 = 0 here. Rows
     are not centred, as there: equal rows have rank 1 instead of 0 / 0. Alignment (alpha 2) and uniformity (t 2) are
-    Wang & Isola's (2020, section 4.1), the latter over pairs of different pictures in any views.
+    Wang & Isola's (2020, section 4.1), the latter over pairs of different images in any views.
 
-    Only the first max(2, 512 // V) pictures are used. The singular values are roots of the eigenvalues of Z Z^T
+    Only the first max(2, 512 // V) images are used. The singular values are roots of the eigenvalues of Z Z^T
     (B V, B V) or, if D is smaller, Z^T Z (D, D); these are float64, which autocast leaves alone, since float32's
     rounding would be hundreds of singular values of 1e-3. Waits for the device.
 
@@ -77,8 +77,8 @@ def embedding_health(z: Tensor) -> dict[str, float]:
     square = cosine.diagonal()  # 1, or 0 of a row of zeros
     distance = (square[:, None] + square - 2 * cosine).clamp_min(0)  # squared
 
-    picture = torch.arange(batch, device=z.device).repeat_interleave(views)  # (B V,)
-    same = picture[:, None] == picture
+    image = torch.arange(batch, device=z.device).repeat_interleave(views)  # (B V,)
+    same = image[:, None] == image
     health = {"effective_rank": _effective_rank(cosine if len(rows) <= dim else _products(rows.T))}
     if views > 1:
         positive = same & ~torch.eye(len(rows), dtype=torch.bool, device=z.device)
@@ -148,29 +148,29 @@ def collapse_warning(
     Args:
         loss: of the method alone, a mean over some steps.
         health: what `embedding_health` returned.
-        chance: the loss of a network that says the same of every picture, as ln K of DINO or ln(2N - 1) of SimCLR; the
+        chance: the loss of a network that says the same of every image, as ln K of DINO or ln(2N - 1) of SimCLR; the
             warning comes within 0.1 % of it. None: that loss is nothing special, as of BYOL, whose best it is.
         advice: what to do then, the method's words.
         epochs: trained so far.
-        distinct: what a healthy network tells apart in a batch: its pictures, or the classes of a method that learns
+        distinct: what a healthy network tells apart in a batch: its images, or the classes of a method that learns
             from labels. A line is all that two classes need.
     """
     if epochs < 1 or not all(math.isfinite(value) for value in (loss, *health.values())):
         return None
     if chance is not None and abs(loss - chance) <= 1e-3 * abs(chance):
         return (
-            f"the loss {loss:.4g} is that of a network that says the same of every picture, {chance:.4g}: collapsed "
+            f"the loss {loss:.4g} is that of a network that says the same of every image, {chance:.4g}: collapsed "
             f"or not learning; {advice}"
         )
     std, rank = (health.get(f"embedding/{name}", math.inf) for name in ("std", "effective_rank"))
     if std < LEAST_STD:
         return (
-            f"embedding/std {std:.2g} is below {LEAST_STD}: all pictures have nearly one embedding (collapse to a "
+            f"embedding/std {std:.2g} is below {LEAST_STD}: all images have nearly one embedding (collapse to a "
             "point); lower optim.lr or raise optim.warmup_epochs, and go back to a checkpoint from before"
         )
     if rank < LEAST_RANK and distinct >= LEAST_DISTINCT:
         return (
-            f"embedding/effective_rank {rank:.3g} is below {LEAST_RANK:g}: all pictures lie on a line (dimensional "
+            f"embedding/effective_rank {rank:.3g} is below {LEAST_RANK:g}: all images lie on a line (dimensional "
             "collapse); lower optim.weight_decay or optim.lr, or weaken augment"
         )
     return None

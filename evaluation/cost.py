@@ -1,4 +1,4 @@
-"""What a backbone costs: parameters, operations, the maps that it gives, pictures a second."""
+"""What a backbone costs: parameters, operations, the maps that it gives, images a second."""
 
 import statistics
 import time
@@ -13,9 +13,9 @@ TURNS = 5  # of which the median is the time
 
 @torch.no_grad()
 def describe(backbone: nn.Module, size: int, *, batch_size: int, device: torch.device, dtype: torch.dtype) -> dict:
-    """Figures of one backbone for pictures of size x size pixels, in eval mode.
+    """Figures of one backbone for images of size x size pixels, in eval mode.
 
-    parameters: trainable numbers. gflops: of one picture, 10^9 multiplications and additions, each counted, of
+    parameters: trainable numbers. gflops: of one image, 10^9 multiplications and additions, each counted, of
     convolutions and matrix products (torch's FlopCounterMode); papers often give multiply-adds, half as many.
     features: (D,). stages: [(C, H, W)]. images_per_second: of `forward` under autocast to `dtype` (float32: none), the
     median of 5 turns, on batches that are on the device.

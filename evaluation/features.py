@@ -12,10 +12,10 @@ from runtime.errors import UserError
 
 @torch.no_grad()
 def extract(backbone: nn.Module, loader: Loader, *, progress: str = "") -> tuple[Tensor, Tensor]:
-    """Features and labels of every picture of `loader`, in data set order and equal on all ranks.
+    """Features and labels of every image of `loader`, in data set order and equal on all ranks.
 
     The backbone runs in eval mode (BatchNorm uses its running statistics and leaves them alone); afterwards every
-    module is back in the mode it was in. Each rank computes its shard; the shards are gathered and sorted by picture.
+    module is back in the mode it was in. Each rank computes its shard; the shards are gathered and sorted by image.
 
     Args:
         backbone: images (B, 3, S, S) -> (B, D); not wrapped in DistributedDataParallel.
@@ -27,7 +27,7 @@ def extract(backbone: nn.Module, loader: Loader, *, progress: str = "") -> tuple
 
     Raises:
         UserError: features that are not finite: the checkpoint has diverged.
-        ValueError: the loader gave a picture twice.
+        ValueError: the loader gave an image twice.
     """
     modes = {module: module.training for module in backbone.modules()}
     features, labels, indices = [], [], []
@@ -42,7 +42,7 @@ def extract(backbone: nn.Module, loader: Loader, *, progress: str = "") -> tuple
         for module, mode in modes.items():
             module.training = mode
 
-    # A rank without any picture learns D from the others.
+    # A rank without any image learns D from the others.
     own_width = torch.tensor([features[0].shape[1] if features else 0], device=loader.device)
     width = int(gather_rows(own_width).max())
     nothing = torch.empty(0, dtype=torch.int64, device=loader.device)
@@ -52,12 +52,12 @@ def extract(backbone: nn.Module, loader: Loader, *, progress: str = "") -> tuple
 
     if (all_indices.diff() == 0).any():
         twice = int(all_indices[1:][all_indices.diff() == 0][0])
-        raise ValueError(f"the loader gave picture {twice} twice: {len(all_indices)} pictures in all")
+        raise ValueError(f"the loader gave image {twice} twice: {len(all_indices)} images in all")
     all_features, all_labels = all_features[order], all_labels[order]
     bad = ~all_features.isfinite().all(1)  # (N,)
     if bad.any():
         raise UserError(
-            f"the backbone's features of {int(bad.sum())} of {len(bad)} pictures are not finite (first: picture "
+            f"the backbone's features of {int(bad.sum())} of {len(bad)} images are not finite (first: image "
             f"{int(all_indices[bad][0])}): the checkpoint has diverged; use an earlier one or a lower learning rate"
         )
     return all_features, all_labels

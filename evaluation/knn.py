@@ -27,17 +27,17 @@ def knn_scores(
     """Class scores (N_test, n_classes) float32; each row sums to 1, and a class that got no vote has 0.
 
     The vote of DINO (Caron et al. 2021, eval_knn.py; InstDisc, Wu et al. 2018): features (N, D) are L2-normalised,
-    the k training pictures of highest cosine similarity s vote for their class with weight exp(s / temperature). The
+    the k training images of highest cosine similarity s vote for their class with weight exp(s / temperature). The
     votes are divided by their sum (a softmax over the neighbors, as in DINOv2): the same order, and no overflow at
     small temperatures. `argmax` and `classification_report` settle equal scores for the lowest class index.
 
     Deviations: similarities and votes are float64 rounded to float32, so TF32, the device and the chunk size change
-    nothing and copies of a picture tie exactly; of equally similar pictures the lower index is nearer (DINO: any
-    order). With fewer than k training pictures all of them vote (`few_neighbors` has the words for it).
+    nothing and copies of an image tie exactly; of equally similar images the lower index is nearer (DINO: any
+    order). With fewer than k training images all of them vote (`few_neighbors` has the words for it).
 
     Raises:
         UserError: one class only, of which every vote is right.
-        ValueError: shapes that do not fit, labels outside [0, n_classes), no training picture, values not finite.
+        ValueError: shapes that do not fit, labels outside [0, n_classes), no training image, values not finite.
     """
     _check(train_features, train_labels, test_features, n_classes)
     n_train = len(train_features)
@@ -64,7 +64,7 @@ def knn_accuracy(
     temperature: float,
     n_classes: int,
 ) -> float:
-    """Share of test pictures whose class gets the largest vote of `knn_scores`, in [0, 1]."""
+    """Share of test images whose class gets the largest vote of `knn_scores`, in [0, 1]."""
     scores = knn_scores(train_features, train_labels, test_features, k=k, temperature=temperature, n_classes=n_classes)
     return float((scores.argmax(1) == test_labels).double().mean())
 
@@ -79,7 +79,7 @@ def knn_figures(backbone: nn.Module, bank, queries) -> dict[str, float]:
 
 
 def few_neighbors(n_train: int, *ks: int) -> str | None:
-    """One line when there are fewer than k training pictures for a k of `KNN_SETTINGS` or of `ks`, or None."""
+    """One line when there are fewer than k training images for a k of `KNN_SETTINGS` or of `ks`, or None."""
     lacking = sorted(k for k in {setting["k"] for setting in KNN_SETTINGS} | set(ks) if k > n_train)
     if not lacking:
         return None

@@ -12,7 +12,7 @@ from runtime.errors import UserError
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 MOMENTUM = 0.9
-HOLDOUT = 0.2  # share of each class's training pictures on which the learning rate is chosen
+HOLDOUT = 0.2  # share of each class's training images on which the learning rate is chosen
 
 
 def linear_probe(
@@ -33,9 +33,9 @@ def linear_probe(
     learning rate is the one of best top-1 on a stratified fifth of the *training* set (ties: lower cross-entropy, then
     the lower rate); with it a classifier is trained anew on the whole training set. The test set has no part in it.
 
-    Deviations: features are standardized with the mean and deviation of the pictures trained on (MAE has a BatchNorm
+    Deviations: features are standardized with the mean and deviation of the images trained on (MAE has a BatchNorm
     without affine there; DINO and SimCLR have nothing), so one grid fits any backbone; features are cached, so there is
-    no augmentation; an epoch's batches differ by at most one picture, so there is no small last batch.
+    no augmentation; an epoch's batches differ by at most one image, so there is no small last batch.
     Deterministic in `seed`; works in the features' dtype; every rank computes the same, without communication.
 
     Args:
@@ -49,7 +49,7 @@ def linear_probe(
 
     Raises:
         UserError: one class only, of which every answer is right.
-        ValueError: no class has two training pictures (nothing to hold out), or shapes that do not fit.
+        ValueError: no class has two training images (nothing to hold out), or shapes that do not fit.
     """
     if train_features.shape[1:] != test_features.shape[1:] or train_labels.shape != train_features.shape[:1]:
         raise ValueError(
@@ -63,9 +63,7 @@ def linear_probe(
     if len(learning_rates) > 1:
         fit, held = stratified_split(train_labels.cpu(), HOLDOUT, seed)
         if len(held) == 0:
-            raise ValueError(
-                f"no class has two of the {len(train_labels)} pictures, nothing to hold out: give one rate"
-            )
+            raise ValueError(f"no class has two of the {len(train_labels)} images, nothing to hold out: give one rate")
         logits = train_and_apply(
             train_features[fit], train_labels[fit], train_features[held], learning_rates=learning_rates, **settings
         )  # (G, H, n_classes)

@@ -54,7 +54,7 @@ def write_tables(
     if axes.seeds:
         brackets = "Mean ± standard deviation over seeds " + ", ".join(map(str, axes.seeds))
     else:
-        brackets = "In brackets: 95 % bootstrap intervals over test pictures"
+        brackets = "In brackets: 95 % bootstrap intervals over test images"
         brackets += "; of a mean ± standard deviation over the tasks" if mean else ""
     with whole_file(folder / "results.md") as file:
         file.write(f"# {title}\n\n{brackets}.\n\n{table}")

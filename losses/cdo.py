@@ -1,4 +1,4 @@
-"""CDO's loss: an apprentice follows its expert where a picture is normal and departs from it where it is not."""
+"""CDO's loss: an apprentice follows its expert where an image is normal and departs from it where it is not."""
 
 import torch
 import torch.nn.functional as F
@@ -47,10 +47,10 @@ def collaborative_discrepancy(
 
     with n the normal and s the abnormal positions of the whole batch, all processes together, and d from
     `discrepancy`. Cao et al. 2023, "Collaborative discrepancy optimization for reliable image anomaly localization",
-    as in the official losses (models/CDO.py of v1, loss/cdo_loss.py of v2): the factor B, the number of pictures, is
+    as in the official losses (models/CDO.py of v1, loss/cdo_loss.py of v2): the factor B, the number of images, is
     theirs and makes the learning rate depend on it. Different from them: in the weights d is at least 1e-6.
 
-    The losses of W processes with equally many pictures average to that of one with all, and so do the gradients.
+    The losses of W processes with equally many images average to that of one with all, and so do the gradients.
 
     Args:
         expert, apprentice: as for `discrepancy`; gradients flow into both, so detach the expert's.

@@ -1,4 +1,4 @@
-"""DINO's loss: cross-entropy between sharpened, centred teacher and student outputs, a few pictures at a time."""
+"""DINO's loss: cross-entropy between sharpened, centred teacher and student outputs, a few images at a time."""
 
 from collections.abc import Iterator
 
@@ -25,9 +25,9 @@ class DINOLoss(nn.Module):
 
     Views 0 and 1 are the global crops that the teacher sees as well; there are 2 (V - 1) pairs. The centre moves when
     the training loop calls `update`, once after the optimizer's step: center <- m center + (1 - m) mean of the raw
-    teacher outputs over pictures, global views and ranks. A collapsed network shows loss = ln K.
+    teacher outputs over images, global views and ranks. A collapsed network shows loss = ln K.
 
-    Computed in at least float32 with autocast off, in chunks of pictures: log p, p and q of a large batch never
+    Computed in at least float32 with autocast off, in chunks of images: log p, p and q of a large batch never
     exist at once. The gradient is computed with the loss, as fused cross-entropy kernels do,
 
         d loss / d student_v = (n_v p_v - sum of q_i, i != v) / (2 (V - 1) B student_temperature),  n_v = #{i != v}
@@ -118,6 +118,6 @@ class _WithGradient(torch.autograd.Function):
 
 
 def _chunks(x: Tensor) -> Iterator[slice]:
-    """Slices of (B, V, K) along B: as many pictures as have CHUNK numbers, at least one."""
-    pictures = max(1, CHUNK // (x.shape[1] * x.shape[2]))
-    return (slice(start, start + pictures) for start in range(0, len(x), pictures))
+    """Slices of (B, V, K) along B: as many images as have CHUNK numbers, at least one."""
+    images = max(1, CHUNK // (x.shape[1] * x.shape[2]))
+    return (slice(start, start + images) for start in range(0, len(x), images))

@@ -11,7 +11,7 @@ from runtime.distributed import gather, rank
 def queue_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float, *, gamma: float = 0.0) -> Tensor:
     """MoCo v1 and v2 (He et al. 2020, eq. 1; official moco/builder.py).
 
-        loss = mean over pictures of  -log( exp(q.k / T) / (exp(q.k / T) + sum over rows n of the queue of
+        loss = mean over images of  -log( exp(q.k / T) / (exp(q.k / T) + sum over rows n of the queue of
                exp(q.n / T)) )
 
     Args:
@@ -21,7 +21,7 @@ def queue_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float, 
         temperature: T > 0. gamma: of the focal term, see losses/focal.py; 0: none.
 
     Returns:
-        The scalar mean over this rank's pictures: equal batches on all ranks make DDP's average the global one.
+        The scalar mean over this rank's images: equal batches on all ranks make DDP's average the global one.
         Computed in at least float32 with autocast off.
     """
     _same_shape("queue_nce", queries, keys)
@@ -35,7 +35,7 @@ def queue_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float, 
 def batch_nce(queries: Tensor, keys: Tensor, temperature: float, *, gamma: float = 0.0) -> Tensor:
     """One direction of MoCo v3 (Chen, Xie & He 2021, eq. 1 and algorithm 1; official moco/builder.py ctr_loss).
 
-        loss = 2 T * mean over pictures i of  -log( exp(q_i.k_i / T) / sum over the pictures j of all processes of
+        loss = 2 T * mean over images i of  -log( exp(q_i.k_i / T) / sum over the images j of all processes of
                exp(q_i.k_j / T) )
 
     Keys are gathered without gradient. Arguments and result as for `queue_nce`.

@@ -13,15 +13,15 @@ def nt_xent(z: Tensor, temperature: float, *, bank: Tensor | None = None, gamma:
 
         loss = mean over anchors a and their positives p of  -log( exp(a.p / T) / sum over all x != a of exp(a.x / T) )
 
-    with p the anchor's V - 1 other views and x running over all views of the pictures of all processes: W B V - 1 terms
+    with p the anchor's V - 1 other views and x running over all views of the images of all processes: W B V - 1 terms
     and, if there is a memory bank, its K rows. For V = 2 without a bank it is the paper's loss; TensorFlow SimCLR adds
     the means of the two halves and is therefore twice this value; lightly and solo-learn agree with it. For V > 2 it is
-    SupCon's L_out with a class for each picture. Computed in at least float32 with autocast off.
+    SupCon's L_out with a class for each image. Computed in at least float32 with autocast off.
 
     Args:
         z: (B, V, D) embeddings, normalised here; B equal on all ranks.
         temperature: T > 0.
-        bank: (K, D) normalised embeddings of earlier pictures, the same on all ranks; no gradient flows into them.
+        bank: (K, D) normalised embeddings of earlier images, the same on all ranks; no gradient flows into them.
         gamma: of the focal term, see losses/focal.py; 0: none.
 
     Returns:

@@ -9,9 +9,9 @@ from runtime.distributed import gather
 
 @torch.no_grad()
 def sinkhorn(similarities: Tensor, *, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
-    """Soft assignments of pictures to a queue's rows that use all rows alike: (B, K) cosines -> (B, K), rows sum to 1.
+    """Soft assignments of images to a queue's rows that use all rows alike: (B, K) cosines -> (B, K), rows sum to 1.
 
-    exp(similarity / epsilon), then in turn each column of all processes' pictures scaled to 1 / K and each row to 1 / B
+    exp(similarity / epsilon), then in turn each column of all processes' images scaled to 1 / K and each row to 1 / B
     (official models.py distributed_sinkhorn with normalization='row', after SwAV's). In the logarithm, so that no
     epsilon overflows.
     """
@@ -30,12 +30,12 @@ def psco(
     pseudo-supervised contrastive learning", eq. 5 to 7; official models.py PsCoMoCo).
 
         shots(i) = the `shots` rows of the queue that Sinkhorn assigns most to key i
-        loss = mean over pictures i of  log( sum over all pictures' shots s of exp(q_i.s / T) ) - mean over s in
+        loss = mean over images i of  log( sum over all images' shots s of exp(q_i.s / T) ) - mean over s in
                shots(i) of q_i.s / T
 
-    as if the pictures of the batch were the queries, and their shots the support set, of a few-shot task with a class
-    for each picture. Assignments and shots are those of the pictures of all processes; the official code balances the
-    assignments over all processes, but takes the shots of each process's own pictures only. Computed in at least
+    as if the images of the batch were the queries, and their shots the support set, of a few-shot task with a class
+    for each image. Assignments and shots are those of the images of all processes; the official code balances the
+    assignments over all processes, but takes the shots of each process's own images only. Computed in at least
     float32 with autocast off.
 
     Args:

@@ -1,4 +1,4 @@
-"""RegAD's loss: the features of two pictures, once aligned, predict each other."""
+"""RegAD's loss: the features of two images, once aligned, predict each other."""
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +10,12 @@ from runtime.distributed import all_reduce_sum, world_size
 def symmetric_negative_cosine(p1: Tensor, z1: Tensor, p2: Tensor, z2: Tensor) -> Tensor:
     """Each side's prediction points where the other side's embedding does, at every position: a scalar in [-1, 1].
 
-        L = mean over pictures and positions of -(cos(p1, z2) + cos(p2, z1)) / 2,  z1 and z2 without gradient
+        L = mean over images and positions of -(cos(p1, z2) + cos(p2, z1)) / 2,  z1 and z2 without gradient
 
     Huang et al. 2022, "Registration based few-shot anomaly detection", as in the official losses/norm_loss.py; of
     vectors instead of maps it is SimSiam's (Chen & He 2021, eq. 2). In float32 (float64, if given) with autocast off.
 
-    The mean is over the pictures of all processes: the losses of W processes, each with any number of pictures but not
+    The mean is over the images of all processes: the losses of W processes, each with any number of images but not
     none, average to that of one with all, and so do the gradients.
 
     Args:
@@ -28,5 +28,5 @@ def symmetric_negative_cosine(p1: Tensor, z1: Tensor, p2: Tensor, z2: Tensor) ->
     with torch.autocast(p1.device.type, enabled=False):
         p1, z1, p2, z2 = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (p1, z1, p2, z2))
         cosines = F.cosine_similarity(p1, z2.detach()) + F.cosine_similarity(p2, z1.detach())  # (B, H, W)
-    share = len(p1) / all_reduce_sum(cosines.new_tensor(float(len(p1))))  # of all processes' pictures
+    share = len(p1) / all_reduce_sum(cosines.new_tensor(float(len(p1))))  # of all processes' images
     return -world_size() * share * cosines.mean() / 2

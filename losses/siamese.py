@@ -6,14 +6,14 @@ from torch import Tensor
 
 
 def cross_view_cosine(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Mean over pictures and ordered pairs of views u != v of cos(prediction_u, target_v).
+    """Mean over images and ordered pairs of views u != v of cos(prediction_u, target_v).
 
     Args:
         predictions: (B, V, D) of V >= 2 views, normalised here.
         targets: (B, V, D), normalised here; no gradient flows into them.
 
     Returns:
-        The scalar mean over this process's pictures: equal batches on all ranks make DDP's average the global one.
+        The scalar mean over this process's images: equal batches on all ranks make DDP's average the global one.
         Computed in at least float32 with autocast off.
     """
     if predictions.ndim != 3 or predictions.shape != targets.shape or predictions.shape[1] < 2:

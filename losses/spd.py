@@ -6,11 +6,11 @@ from torch import Tensor
 
 
 def spd(anchor: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
-    """A local defect must move an embedding further than a slight change of the whole picture does.
+    """A local defect must move an embedding further than a slight change of the whole image does.
 
-        loss = mean over pictures of  cos(a, n) - cos(a, p),    between -2 and 2
+        loss = mean over images of  cos(a, n) - cos(a, p),    between -2 and 2
 
-    with a the picture's embedding, p the one after a weak global augmentation, n the one after that and a local defect.
+    with a the image's embedding, p the one after a weak global augmentation, n the one after that and a local defect.
     It is 0 while the defect leaves no trace, -1 if it turns the embedding by a right angle and nothing else does.
 
     Zou et al. 2022, "SPot-the-Difference self-supervised pre-training for anomaly detection and segmentation" (arXiv
@@ -22,7 +22,7 @@ def spd(anchor: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Ten
         anchor, positive, negative: (B, D) embeddings, normalised here; one of zeros has cosine 0 with everything.
 
     Returns:
-        The scalar loss, a mean over this process's pictures (equal batches on all ranks make DDP's average the global
+        The scalar loss, a mean over this process's images (equal batches on all ranks make DDP's average the global
         one), and the mean of cos(a, n).
     """
     if anchor.ndim != 2 or not anchor.shape == positive.shape == negative.shape:

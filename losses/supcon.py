@@ -21,13 +21,13 @@ def sup_con(
     bank_labels: Tensor | None = None,
     gamma: float = 0.0,
 ) -> Tensor:
-    """All views of all pictures with an anchor's label attract it, all others repel (Khosla et al. 2020).
+    """All views of all images with an anchor's label attract it, all others repel (Khosla et al. 2020).
 
         out, eq. 2:  -mean over p in P(i) of  log( exp(i.p / T) / sum over a != i of exp(i.a / T) )
         in,  eq. 3:  -log( mean over p in P(i) of the same fraction )
 
     for each anchor i, and its mean over the anchors times T / T_base, as in the official losses.py; P(i) are the other
-    embeddings with i's label, a runs over all others, of the pictures of all processes and of the memory bank. The
+    embeddings with i's label, a runs over all others, of the images of all processes and of the memory bank. The
     paper finds `out` clearly better (its section 3.2.2), official code and results are `out`; solo-learn's "SupCon" is
     `in` up to a constant for each anchor, log |P(i)|. An anchor with no positive, which needs V = 1, has the loss 0, as
     officially.
@@ -38,7 +38,7 @@ def sup_con(
     Args:
         z: (B, V, D) embeddings of V views, normalised here; B equal on all ranks.
         labels: (B,) int64, >= 0. temperature, base_temperature: T and T_base > 0; T_base = T leaves the factor out.
-        bank, bank_labels: (K, D) normalised embeddings of earlier pictures and their labels (K,), the same on all
+        bank, bank_labels: (K, D) normalised embeddings of earlier images and their labels (K,), the same on all
             ranks; no gradient flows into them. A row with the label -1 belongs to no class.
         gamma: of the focal term, on each fraction or, with `in`, on their mean; see losses/focal.py. 0: none.
 

@@ -17,16 +17,16 @@ def triplet(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """An anchor lies nearer to its positive than to a negative, by a margin (Schroff et al. 2015, FaceNet, eq. 1-4).
 
-        loss = mean over pictures of  max(0, |a - p| - |a - n| + margin)
+        loss = mean over images of  max(0, |a - p| - |a - n| + margin)
 
     on unit vectors, with Euclidean distances as in torch's TripletMarginLoss; FaceNet squares them. Each anchor takes
-    one of the negatives of all pictures of all processes:
+    one of the negatives of all images of all processes:
 
         semi_hard: the nearest that is farther away than the positive; if none is, the farthest (the rule of
             TensorFlow Addons' triplet_semihard_loss). The hardest ones make the embeddings collapse early in training.
         hardest: the nearest. own: the anchor's own, row by row, as torch.
 
-    One embedding for all pictures gives exactly `margin`. Distances are lengths of differences, whose gradient at 0 is
+    One embedding for all images gives exactly `margin`. Distances are lengths of differences, whose gradient at 0 is
     0; sqrt(2 - 2 cos) loses the small ones to rounding. Computed in at least float32 with autocast off.
 
     Args:
@@ -34,8 +34,8 @@ def triplet(
         margin: on distances, which lie between 0 and 2.
 
     Returns:
-        The scalar mean over this rank's pictures, whose gradient averaged over ranks is that of the whole batch; and
-        the mean distances `positive_distance`, `negative_distance` and the share of pictures with a loss, `active`.
+        The scalar mean over this rank's images, whose gradient averaged over ranks is that of the whole batch; and
+        the mean distances `positive_distance`, `negative_distance` and the share of images with a loss, `active`.
     """
     if anchor.ndim != 2 or not anchor.shape == positive.shape == negative.shape:
         shapes = ", ".join(str(tuple(z.shape)) for z in (anchor, positive, negative))

@@ -6,8 +6,8 @@ from torch import Tensor
 from plots.style import GRID, INK, RIGHT, WRONG, font, lettered, write
 
 
-def confusion_picture(matrix: Tensor, classes: list[str]) -> Image.Image:
-    """The confusion matrix (C, C) of counts as an RGB picture, rows the truth.
+def confusion_image(matrix: Tensor, classes: list[str]) -> Image.Image:
+    """The confusion matrix (C, C) of counts as an RGB image, rows the truth.
 
     A cell's color is its share of the row: blue on the diagonal, red off it, white for none. Counts stand in the cells,
     percentages below them up to 12 classes, and nothing beyond 40 classes, where only the colors are readable.
@@ -18,8 +18,8 @@ def confusion_picture(matrix: Tensor, classes: list[str]) -> Image.Image:
     margin = max(int(face.getlength(name)) for name, face in (lettered(name, size, 12 * size) for name in classes)) + 14
     left, top, side = 28 + margin, 34, cell * n_classes  # 28 for the word "truth"
     width = left + side + 16
-    picture = Image.new("RGB", (max(width, 330), top + side + margin + 28), "white")
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (max(width, 330), top + side + margin + 28), "white")
+    draw = ImageDraw.Draw(image)
     draw.text((12, 10), "color: share of the row (truth)", INK, font=small)
 
     counts = matrix.tolist()
@@ -46,15 +46,15 @@ def confusion_picture(matrix: Tensor, classes: list[str]) -> Image.Image:
         middle = (i + 0.5) * cell
         write(draw, (left - 7, top + middle), name, INK, size, anchor="rm", width=12 * size)
         upright = _turned(name, size, margin)
-        picture.paste(upright, (round(left + middle - upright.width / 2), top + side + 5))
+        image.paste(upright, (round(left + middle - upright.width / 2), top + side + 5))
     truth = _turned("truth", size, 60)
-    picture.paste(truth, (6, max(0, round(top + side / 2) - 30)))
+    image.paste(truth, (6, max(0, round(top + side / 2) - 30)))
     draw.text((left + side / 2, top + side + margin + 12), "predicted", INK, font=font(size), anchor="mm")
-    return picture
+    return image
 
 
 def _turned(text: str, size: int, length: int) -> Image.Image:
-    """`text` written upwards on white, ending at the upper edge of a picture `length` high."""
+    """`text` written upwards on white, ending at the upper edge of an image `length` high."""
     line = Image.new("RGB", (length, size + 6), "white")
     write(ImageDraw.Draw(line), (length - 3, line.height / 2), text, INK, size, anchor="rm", width=12 * size)
     return line.rotate(90, expand=True)

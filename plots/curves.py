@@ -1,4 +1,4 @@
-"""Scores of a test set as pictures: ROC and precision-recall curves, and histograms above each other. Pillow draws.
+"""Scores of a test set as images: ROC and precision-recall curves, and histograms above each other. Pillow draws.
 
 Grey is usual, orange is what the threshold calls anomalous.
 """
@@ -18,11 +18,11 @@ ROW, BAR, NAMES, PLOT, NOTES, BINS = 48, 38, 250, 640, 160, 60  # pixels of the 
 Box = tuple[int, int, int, int]  # left, top, width, height of a plot, pixels
 
 
-def roc_pr_picture(scores: Array, labels: Array, title: str, threshold: float | None = None) -> Image.Image:
+def roc_pr_image(scores: Array, labels: Array, title: str, threshold: float | None = None) -> Image.Image:
     """ROC and precision-recall curve side by side, 1008 x 640, AUROC and AP in words, a dot where the threshold is.
 
-    `scores` (N,), `labels` (N,) 0/1; a picture is called anomalous above `threshold`. The ROC is straight between
-    distinct scores, precision is a step as in AP. Without a picture of either class the plots say so and stay empty.
+    `scores` (N,), `labels` (N,) 0/1; an image is called anomalous above `threshold`. The ROC is straight between
+    distinct scores, precision is a step as in AP. Without an image of either class the plots say so and stay empty.
     Raises UserError on NaN scores.
     """
     figures = image_metrics(scores, labels)
@@ -35,10 +35,10 @@ def roc_pr_picture(scores: Array, labels: Array, title: str, threshold: float | 
         f"{name} undefined" if figures[key] is None else f"{name} {figures[key]:.3f}"
         for name, key in (("ROC: AUROC", "image_auroc"), ("Precision-recall: AP", "image_ap"))
     ]
-    unit_axes(draw, boxes[0], headings[0], "false-alarm rate (normal pictures)", "detection rate (anomalous pictures)")
+    unit_axes(draw, boxes[0], headings[0], "false-alarm rate (normal images)", "detection rate (anomalous images)")
     unit_axes(draw, boxes[1], headings[1], "recall (detection rate)", "precision (share of alarms that are right)")
     if figures["image_auroc"] is None:
-        missing = "no picture" if not len(labels) else "no normal picture" if labels.all() else "no anomalous picture"
+        missing = "no image" if not len(labels) else "no normal image" if labels.all() else "no anomalous image"
         for left, top, width, height in boxes:
             draw.text((left + width / 2, top + height / 2), missing, SOFT, font(20), anchor="mm")
         return paper
@@ -69,11 +69,11 @@ def roc_pr_picture(scores: Array, labels: Array, title: str, threshold: float | 
     return paper
 
 
-def histogram_picture(groups: dict[str, Array], threshold: float | None) -> Image.Image:
+def histogram_image(groups: dict[str, Array], threshold: float | None) -> Image.Image:
     """Score histograms of `groups` {name: (N_i,)} in rows over one axis, 1098 x (164 + 48 a group).
 
     The threshold is a line between two bars: what is above it is orange. Each row is as high as its fullest bar. On the
-    right stands how many pictures of the group are above the threshold. Infinite scores are drawn at the ends. Raises
+    right stands how many images of the group are above the threshold. Infinite scores are drawn at the ends. Raises
     UserError on NaN scores.
     """
     scores = {name: real_numbers(to_numpy(values), f"scores of {name}") for name, values in groups.items()}
@@ -85,7 +85,7 @@ def histogram_picture(groups: dict[str, Array], threshold: float | None) -> Imag
     draw = ImageDraw.Draw(paper)
     draw.text((MARGIN, 18), "Image scores", INK, font(24))
     x, key = MARGIN, [(USUAL, "not above the threshold"), (ALARM, "above it: called anomalous")]
-    for color, text in [(USUAL, "pictures")] if threshold is None else key:
+    for color, text in [(USUAL, "images")] if threshold is None else key:
         draw.rectangle((x, 64, x + 16, 80), color)
         draw.text((x + 24, 72), text, INK, font(16), anchor="lm")
         x += 54 + round(font(16).getlength(text))
@@ -106,7 +106,7 @@ def histogram_picture(groups: dict[str, Array], threshold: float | None) -> Imag
         write(draw, (MARGIN, base - 14), name, INK, 17, anchor="lm", width=NAMES - 20)
         above = None if threshold is None else int((values > threshold).sum())
         note = f"n = {len(values)}" if above is None else f"{above} of {len(values)} above"
-        note = note if len(values) else "no picture"
+        note = note if len(values) else "no image"
         draw.text((left + PLOT + 14, base - 14), note, SOFT, font(16), anchor="lm")
         bins = np.searchsorted(edges, values.clip(edges[1], edges[-1]), "left") - 1  # bars (a, b], as "above" is strict
         counts = np.bincount(bins, minlength=len(edges) - 1)

@@ -65,7 +65,7 @@ def colorize(values: torch.Tensor) -> torch.Tensor:
 def overlay(image: torch.Tensor, heat: torch.Tensor, low: float, high: float) -> torch.Tensor:
     """Heat map `heat` (H, W) over `image` uint8 (3, H, W) -> uint8 (3, H, W).
 
-    The picture goes grey, so that color means score only; scores up to `low` leave it bare, from `high` on the color
+    The image goes grey, so that color means score only; scores up to `low` leave it bare, from `high` on the color
     is at its hottest and covers 85 %.
     """
     values = ((heat.float() - low) / (high - low)).clamp(0, 1)
@@ -119,12 +119,12 @@ def mark_peak(draw: ImageDraw.ImageDraw, at: tuple[float, float], size: float) -
 
 
 def heat_range(maps: Array | list[Array]) -> tuple[float, float]:
-    """(low, high) of one color scale for all pictures, from maps of normal pictures only, (N, H, W) or a list.
+    """(low, high) of one color scale for all images, from maps of normal images only, (N, H, W) or a list.
 
-    low = median pixel, so that half of a normal picture stays bare; high = low + 1.5 (q - low), q the 99.9 % quantile:
-    the hottest spots of normal pictures come out at two thirds of the ramp, and only what lies beyond them glows. The
+    low = median pixel, so that half of a normal image stays bare; high = low + 1.5 (q - low), q the 99.9 % quantile:
+    the hottest spots of normal images come out at two thirds of the ramp, and only what lies beyond them glows. The
     normals should not be those the detector memorized, whose maps are too cold. Never use test defects here: a scale
-    stretched per picture paints an alarm on every good one.
+    stretched per image paints an alarm on every good one.
     """
     pixels = np.concatenate([to_numpy(m).ravel() for m in maps])
     low, q = np.quantile(real_numbers(pixels, "pixels of normal anomaly maps"), (0.5, 0.999)).tolist()

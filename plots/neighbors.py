@@ -1,4 +1,4 @@
-"""Why a picture was called anomalous: its most anomalous patch beside the training patch that comes nearest to it."""
+"""Why an image was called anomalous: its most anomalous patch beside the training patch that comes nearest to it."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,13 @@ from torch import Tensor
 from plots.heatmaps import GAP, MARGIN, TILE, verdict_color
 from plots.style import INK, PAPER, PEAK, RIM, SOFT, font, write
 
-ZOOM = 0.25  # side of the patch that is shown enlarged, of the picture's shorter side; a patch sees about as much
+ZOOM = 0.25  # side of the patch that is shown enlarged, of the image's shorter side; a patch sees about as much
 
 
 @dataclass
 class Pair:
-    """A test picture and the training picture that it was compared with; places are (y, x) in their pixels, None
-    for methods that compare whole pictures."""
+    """A test image and the training image that it was compared with; places are (y, x) in their pixels, None
+    for methods that compare whole images."""
 
     image: Tensor  # uint8 (3, H, W)
     peak: tuple[float, float] | None
@@ -27,8 +27,8 @@ class Pair:
 
 
 def neighbor_sheet(pairs: list[Pair], *, title: str) -> Image.Image:
-    """A sheet with a row for each pair: the test picture with its most anomalous place marked, that place
-    enlarged, the nearest training patch enlarged, its picture with the place marked, and what is said about it."""
+    """A sheet with a row for each pair: the test image with its most anomalous place marked, that place
+    enlarged, the nearest training patch enlarged, its image with the place marked, and what is said about it."""
     heads = ["test image", "its most anomalous patch", "nearest training patch", "training image"]
     top, block = 104, TILE + GAP
     paper = Image.new("RGB", (2 * MARGIN + 4 * block + 320, top + len(pairs) * block + MARGIN), PAPER)
@@ -49,8 +49,8 @@ def neighbor_sheet(pairs: list[Pair], *, title: str) -> Image.Image:
 
 
 def _whole_and_part(image: Tensor, place: tuple[float, float] | None) -> tuple[Image.Image, Image.Image]:
-    """The picture (3, H, W) with a square around `place`, and what is in the square, both TILE x TILE."""
-    if place is None:  # whole pictures were compared
+    """The image (3, H, W) with a square around `place`, and what is in the square, both TILE x TILE."""
+    if place is None:  # whole images were compared
         return _tile(image), _tile(image)
     height, width = image.shape[1:]
     side = max(8, round(ZOOM * min(height, width)))

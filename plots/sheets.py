@@ -43,9 +43,9 @@ def _sheet(name: str, titles: list[str], columns: list[Tensor]) -> Image.Image:
 
 
 def defect_sheet(images: Tensor, kinds: dict[str, tuple[Tensor, Tensor]], title: str) -> Image.Image:
-    """Pictures (N, 3, H, W) uint8 as they are, then for every kind its pictures and, below, the same with outlines.
+    """Images (N, 3, H, W) uint8 as they are, then for every kind its images and, below, the same with outlines.
 
-    `kinds`: name -> defective pictures (N, 3, H, W) uint8, masks bool (N, H, W). Tiles are 208 x 208; under the name
+    `kinds`: name -> defective images (N, 3, H, W) uint8, masks bool (N, H, W). Tiles are 208 x 208; under the name
     stands the share of pixels in the masks.
     """
     rows = 1 + 2 * len(kinds)
@@ -55,7 +55,7 @@ def defect_sheet(images: Tensor, kinds: dict[str, tuple[Tensor, Tensor]], title:
     pen = ImageDraw.Draw(paper)
     write(pen, (MARGIN, 18), title, INK, 24)
     pen.rectangle((MARGIN, 60, MARGIN + 22, 76), outline=TRUE_DEFECT, width=3)
-    pen.text((MARGIN + 30, 58), "where the picture may have changed: the mask", INK, font(16))
+    pen.text((MARGIN + 30, 58), "where the image may have changed: the mask", INK, font(16))
     _row(paper, top, _tiles(images))
     pen.text((MARGIN, top), "as it is", INK, font(19))
     y = top + block
@@ -79,5 +79,5 @@ def _tiles(images: Tensor) -> Tensor:
 
 def _row(paper: Image.Image, y: int, tiles: Tensor | list[Tensor]) -> None:
     for column, tile in enumerate(tiles):
-        picture = Image.fromarray(tile.permute(1, 2, 0).contiguous().numpy())  # (TILE, TILE, 3)
-        paper.paste(picture, (MARGIN + SIDE + column * (TILE + GAP), y))
+        image = Image.fromarray(tile.permute(1, 2, 0).contiguous().numpy())  # (TILE, TILE, 3)
+        paper.paste(image, (MARGIN + SIDE + column * (TILE + GAP), y))

@@ -33,7 +33,7 @@ WITHOUT_METADATA = {
 
 
 class Log:
-    """What a run shows: `scalars` to TensorBoard and metrics.jsonl, pictures, text, and the final results.
+    """What a run shows: `scalars` to TensorBoard and metrics.jsonl, images, text, and the final results.
 
     In TensorBoard everything stands under the tag, and with the description, that runtime/tags.py has for its key.
 
@@ -97,8 +97,8 @@ class Log:
                     file.write(json.dumps({"step": step, **finite}) + "\n")
         return values
 
-    def picture(self, key: str, image: Tensor, step: int = 0) -> None:
-        """A (3, H, W) picture, uint8 or float in [0, 1]."""
+    def image(self, key: str, image: Tensor, step: int = 0) -> None:
+        """A (3, H, W) image, uint8 or float in [0, 1]."""
         if self.writer:
             with self._writing():
                 self._add(key, summary.image(printable(key), image, dataformats="CHW"), step)
@@ -177,7 +177,7 @@ def _without_tensorboard(failed: threading.ExceptHookArgs) -> None:
 
 
 class Window:
-    """Means since the last reading: loss, pictures a second, share of the time spent waiting for data.
+    """Means since the last reading: loss, images a second, share of the time spent waiting for data.
 
     The loss is added up on the device, so nothing waits for it until `read`.
     """
@@ -188,15 +188,15 @@ class Window:
 
     def _restart(self) -> None:
         self.loss.zero_()
-        self.losses = self.pictures = 0
+        self.losses = self.images = 0
         self.waited, self.started = 0.0, time.perf_counter()
 
     def next(self, batches: Iterator):
-        """next(batches), timed and counted; the pictures are as many as the batch's last entry has rows."""
+        """next(batches), timed and counted; the images are as many as the batch's last entry has rows."""
         asked = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - asked
-        self.pictures += len(batch[-1]) * distributed.world_size()
+        self.images += len(batch[-1]) * distributed.world_size()
         return batch
 
     def add(self, loss: Tensor) -> None:
@@ -227,7 +227,7 @@ class Window:
         seconds = time.perf_counter() - self.started
         values = {
             "loss": float(distributed.all_reduce_mean(self.loss)) / max(self.losses, 1),
-            "speed/images_per_second": self.pictures / seconds,
+            "speed/images_per_second": self.images / seconds,
             "speed/data_wait_share": self.waited / seconds,
         }
         self._restart()

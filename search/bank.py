@@ -1,4 +1,4 @@
-"""The memory of PatchCore: patch features that remember their picture, spread over processes, searched in blocks."""
+"""The memory of PatchCore: patch features that remember their image, spread over processes, searched in blocks."""
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ class Bank(nn.Module):
     beside the entries, as much memory again, is made once and kept unless all of it is more than `budget` bytes.
 
     Buffers: entries (M_r, D) of this process, positions (M_r,) ascending, where these stand in the whole bank,
-    origins (M, 3), picture, row and column of every entry of the whole bank.
+    origins (M, 3), image, row and column of every entry of the whole bank.
     A checkpoint holds the whole bank, whatever the number of processes that wrote or read it.
     """
 
@@ -42,27 +42,27 @@ class Bank(nn.Module):
         self.entries, self.positions, self.origins = entries, positions, origins
         self._prepared, self._around = {}, None
 
-    def nearest(self, queries: Tensor, k: int, pictures: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def nearest(self, queries: Tensor, k: int, images: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The k nearest entries of queries (Q, D): squared Euclidean distances (Q, k) float64 and positions (Q, k).
 
-        pictures (Q,) int64: entries of this training picture do not count for the query. Where fewer than k are left,
+        images (Q,) int64: entries of this training image do not count for the query. Where fewer than k are left,
         the distance is inf and the position M.
 
         Raises:
-            UserError: a query is not finite, or is of the only picture in the bank and leaves that out.
+            UserError: a query is not finite, or is of the only image in the bank and leaves that out.
         """
         everyone = gather_rows(queries)  # (sum of Q, D)
         require_finite(everyone, "patches")
-        away = None if pictures is None else gather_rows(pictures)
+        away = None if images is None else gather_rows(images)
         only = self.origins[0, 0] if len(self) and (self.origins[:, 0] == self.origins[0, 0]).all() else None
         if away is not None and only is not None and (away == only).any():
             raise UserError(
-                f"all {len(self)} patches of the bank come from one picture, so it cannot be left out: keep more "
-                "patches (detector.coreset), or set holdout=0.1 to have the threshold from pictures held out"
+                f"all {len(self)} patches of the bank come from one image, so it cannot be left out: keep more "
+                "patches (detector.coreset), or set holdout=0.1 to have the threshold from images held out"
             )
         squared = everyone.new_full((len(everyone), k), torch.inf, dtype=torch.float64)
         positions = torch.full_like(squared, len(self), dtype=torch.int64)
-        own = self.origins[self.positions, 0]  # (M_r,) picture of each entry here
+        own = self.origins[self.positions, 0]  # (M_r,) image of each entry here
         step = min(BLOCK, max(2**10, self.budget // (16 * queries.shape[1])))
         for first in range(0, len(self.entries), step):
             some = slice(first, first + step)
@@ -105,18 +105,18 @@ class Bank(nn.Module):
         return self._around[positions]
 
     def keep(self, numbers: Tensor) -> Tensor:
-        """Renumber the training pictures, `numbers[old]` being the new number, and drop the entries of those at -1.
+        """Renumber the training images, `numbers[old]` being the new number, and drop the entries of those at -1.
 
         Returns the entries of this process that were dropped, (n, D).
         """
-        pictures = numbers[self.origins[:, 0]]  # (M,)
-        stays = pictures >= 0
+        images = numbers[self.origins[:, 0]]  # (M,)
+        stays = images >= 0
         if not stays.any():
-            raise UserError("every picture of the bank is gone from the training set: fit anew, without update")
+            raise UserError("every image of the bank is gone from the training set: fit anew, without update")
         new_position = stays.cumsum(0) - 1
         here = stays[self.positions]
         dropped = self.entries[~here]
-        origins = torch.cat([pictures[:, None], self.origins[:, 1:]], 1)[stays]  # (M', 3)
+        origins = torch.cat([images[:, None], self.origins[:, 1:]], 1)[stays]  # (M', 3)
         self.hold(self.entries[here], new_position[self.positions[here]], origins)
         return dropped
 

@@ -1,4 +1,4 @@
-"""The patches of all training pictures, of which PatchCore keeps some: in RAM, or in a file beyond a limit."""
+"""The patches of all training images, of which PatchCore keeps some: in RAM, or in a file beyond a limit."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -16,16 +16,16 @@ DIRECT = "donot_use_mm_for_euclid_dist"  # a product's last digits depend on how
 
 
 class Patches(NamedTuple):
-    """This process's share. An id says where a patch is from: (picture h + row) w + column."""
+    """This process's share. An id says where a patch is from: (image h + row) w + column."""
 
     features: Tensor  # (N_r, D) on the CPU, perhaps memory-mapped
     ids: Tensor  # (N_r,) int64 ascending, on the CPU
-    grid: tuple[int, int]  # h x w patches a picture
+    grid: tuple[int, int]  # h x w patches an image
     cell: tuple[float, float]  # height and width of a patch's cell in input pixels
 
     def chosen(self, picks: Tensor, work: Workspace) -> tuple[Tensor, Tensor, Tensor]:
         """What `Bank.hold` takes of the picked ids (n,) of all processes: the features of those that lie here, in
-        memory of `work`, their places among the picks, and of all picks picture, row and column (n, 3)."""
+        memory of `work`, their places among the picks, and of all picks image, row and column (n, 3)."""
         at, here = self._find(picks)
         places = here.nonzero().flatten()
         area, columns = math.prod(self.grid), self.grid[1]
@@ -59,18 +59,18 @@ def collect(
     work: Workspace,
     plan: Callable[[tuple[int, int], int, int], None],
 ) -> Patches | None:
-    """All patches of this process's pictures, which come in ascending order; None when there is no picture.
+    """All patches of this process's images, which come in ascending order; None when there is no image.
 
     Args:
         embed: normalised (B, 3, H, W) -> patches (B, h, w, D).
-        n_images: pictures of all processes, which share them evenly.
+        n_images: images of all processes, which share them evenly.
         plan: called as plan((h, w), D, rows) once the sizes are known, before memory is taken.
     """
     features, grid, width, rows, ids = None, (), 0, 0, []
     for images, valid, indices in batches:
         found = embed(images)  # (B, h, w, D)
         if features is not None and tuple(found.shape[1:]) != (*grid, width):
-            raise ValueError(f"pictures of {tuple(images.shape[2:])} pixels give other patches than those before")
+            raise ValueError(f"images of {tuple(images.shape[2:])} pixels give other patches than those before")
         grid, width = tuple(found.shape[1:3]), found.shape[-1]
         if features is None:
             n_rows = -(-n_images // world_size()) * math.prod(grid)
@@ -89,7 +89,7 @@ def collect(
         return None
     ids = torch.cat(ids)
     if (ids.diff() <= 0).any():
-        raise ValueError("training pictures must come in ascending order, each once")
+        raise ValueError("training images must come in ascending order, each once")
     return Patches(features[:rows], ids, grid, cell)
 
 
@@ -99,11 +99,11 @@ def all_ids(ids: Tensor, device: torch.device) -> Tensor:
 
 
 def memory_plan(grid: tuple[int, int], width: int, narrow: int, n_rows: int, kept: int, work: Workspace) -> str:
-    """One line on the memory that a process is about to take: h x w patches a picture of `width` channels, `n_rows` of
+    """One line on the memory that a process is about to take: h x w patches an image of `width` channels, `n_rows` of
     them here, searched under `narrow` channels, of which `kept` go into the bank."""
     patches, search, bank = 4 * n_rows * width, 8 * n_rows * narrow, 8 * kept * width  # the last two with a copy
     return (
-        f"memory of each process: {n_rows} patches ({grid[0]} x {grid[1]} a picture) x {width} channels: "
+        f"memory of each process: {n_rows} patches ({grid[0]} x {grid[1]} an image) x {width} channels: "
         f"{_gib(patches)} in {work.place(patches)} (limit {_gib(work.limit)}), search {_gib(search)}, bank {_gib(bank)}"
     )
 

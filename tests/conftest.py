@@ -18,7 +18,7 @@ def fixed_seed():
 def real_data() -> Path:
     """Folder with magnetic_tile/, neu_steel/ and cifar10.tar.xz, from the environment variable SCAVENGE_DATA."""
     if "SCAVENGE_DATA" not in os.environ:
-        pytest.skip("real pictures are not in the repository; set SCAVENGE_DATA to their folder")
+        pytest.skip("real images are not in the repository; set SCAVENGE_DATA to their folder")
     return Path(os.environ["SCAVENGE_DATA"])
 
 

@@ -30,7 +30,7 @@ def run_processes(function, world_size: int, *args) -> list:
 def assert_processes_equal_one(function, world_size: int) -> None:
     """The mean over ranks of each loss, and each rank's averaged gradient, are those of one process to 1e-12.
 
-    function(rank, world_size) -> [(loss, gradient) of each case], of the rank's part of the same pictures.
+    function(rank, world_size) -> [(loss, gradient) of each case], of the rank's part of the same images.
     """
     expected, results = function(0, 1), run_processes(function, world_size)
     assert expected and all(len(result) == len(expected) for result in results)

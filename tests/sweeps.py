@@ -29,7 +29,7 @@ class Backbone:
 
 @dataclass(kw_only=True)
 class Data:
-    root: str = "pictures"
+    root: str = "images"
     workers: int = 0
 
 

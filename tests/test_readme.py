@@ -20,7 +20,7 @@ from data.demo.generate import generate
 from models.ssl import SSL_METHODS
 from runtime import config
 from runtime.errors import UserError
-from tests.pictures import TOP, script, write_classes, write_mvtec
+from tests.images import TOP, script, write_classes, write_mvtec
 
 SMALL = {
     "train_ssl.py": [
@@ -57,7 +57,7 @@ def commands() -> list[str]:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("readme")
-    write_classes(place / "pictures")
+    write_classes(place / "images")
     for category in ("bottle", "tile"):
         write_mvtec(place / "mvtec", category=category, size=64)
     for name in ("mobilenet_v2", "resnet18"):

@@ -1,4 +1,4 @@
-"""The gradient of one step, whose pictures come in one batch, or in several with one loss."""
+"""The gradient of one step, whose images come in one batch, or in several with one loss."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ class Embed(nn.Module):
 def backward(
     model: nn.Module, method: nn.Module, batches: list[tuple], make_views: Callable, scaler, autocast, seed: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Add the gradient of the method's loss of a step's pictures to the parameters; -> (loss, stats).
+    """Add the gradient of the method's loss of a step's images to the parameters; -> (loss, stats).
 
     Args:
         model: the method, or for several batches `Embed` of it; perhaps compiled and distributed.
@@ -48,9 +48,9 @@ def backward(
 def accumulate(
     model: nn.Module, method: nn.Module, batches: list[tuple], make_views: Callable, scaler, autocast, seed: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`backward` for several batches with one loss of all their pictures.
+    """`backward` for several batches with one loss of all their images.
 
-    The mean of the batches' losses, the usual accumulation, is another loss for a contrastive method: a picture would
+    The mean of the batches' losses, the usual accumulation, is another loss for a contrastive method: an image would
     have the negatives of its own batch only. Here all batches are embedded without gradient, the loss and its gradient
     with respect to the embeddings are taken over all of them, and each batch passes again, to carry its part of that
     gradient to the parameters (Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited

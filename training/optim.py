@@ -84,7 +84,7 @@ class OptimConfig:
             raise UserError(f"optim.steps={given} must be fractions of the run, between 0 and 1, as 0.6,0.8")
 
     def peak_lr(self, batch_size: int) -> float:
-        """Learning rate where the warm-up ends; `batch_size` counts the pictures of all processes and accumulated
+        """Learning rate where the warm-up ends; `batch_size` counts the images of all processes and accumulated
         batches."""
         return self.lr * batch_size / 256 if self.lr_scaling == "linear" else self.lr
 

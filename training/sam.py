@@ -14,8 +14,8 @@ from runtime.errors import UserError
 @dataclass(kw_only=True)
 class SAMConfig:
     """`sam.*`: sharpness-aware minimisation, at twice the cost of a step. Every process climbs along the gradient of
-    all processes' pictures, as one process would, or of its own (m-sharpness), as officially; in a loss that gathers,
-    along its own pictures' part of it, and then the pictures of differently moved networks are compared."""
+    all processes' images, as one process would, or of its own (m-sharpness), as officially; in a loss that gathers,
+    along its own images' part of it, and then the images of differently moved networks are compared."""
 
     rho: float = 0.05  # radius of the neighbourhood; adaptive ones are about ten times as large, 0.5 to 2
     adaptive: bool = False  # ASAM: a radius relative to each weight's size
@@ -67,7 +67,7 @@ def climbed(parameters: Iterable[nn.Parameter], rho: float, *, adaptive: bool = 
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Inside, BatchNorm in train mode goes on to normalise by the batch, but neither its running statistics nor its
-    count of batches move: a step's pictures pass twice and count once, and those of w + eps belong to no network."""
+    count of batches move: a step's images pass twice and count once, and those of w + eps belong to no network."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False

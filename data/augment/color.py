@@ -1,6 +1,6 @@
-"""Color operations on batches, each picture with its own parameters, after torchvision's definitions.
+"""Color operations on batches, each image with its own parameters, after torchvision's definitions.
 
-Pictures are float (B, 3, H, W) in [0, 1]. Parameters are CPU tensors with one row a picture, sent by the function that
+Images are float (B, 3, H, W) in [0, 1]. Parameters are CPU tensors with one row an image, sent by the function that
 needs them: so the host can sort by them without waiting for the device.
 """
 
@@ -24,22 +24,22 @@ def to_gray(images: Tensor) -> Tensor:
 
 
 def blend_weights(ops: Tensor, factors: Tensor) -> Tensor:
-    """Shares of the picture, its gray and its mean gray in each result: ops, factors (...) -> (3, ...) float32.
+    """Shares of the image, its gray and its mean gray in each result: ops, factors (...) -> (3, ...) float32.
 
-    Brightness, contrast and saturation by a factor f are all f * picture + (1 - f) * reference, and differ in the
-    reference: black, the mean of the gray picture, the gray picture.
+    Brightness, contrast and saturation by a factor f are all f * image + (1 - f) * reference, and differ in the
+    reference: black, the mean of the gray image, the gray image.
     """
     return torch.stack([factors, (1 - factors) * (ops == SATURATION), (1 - factors) * (ops == CONTRAST)]).float()
 
 
 def blend_(images: Tensor, weights: Tensor, within: Tensor | None = None) -> Tensor:
-    """Brightness, contrast or saturation of each picture, in place; weights (3, B) on the pictures' device.
+    """Brightness, contrast or saturation of each image, in place; weights (3, B) on the images' device.
 
     `within` float (B, 1, H, W), 1 or 0: the pixels whose mean gray the contrast turns around; None: all.
     """
     of_image, of_gray, of_mean = weights[..., None, None, None]  # each (B, 1, 1, 1)
     reference = gray(images)
-    # Row means first: one sum over a whole large picture may be split between threads, which changes its last bit.
+    # Row means first: one sum over a whole large image may be split between threads, which changes its last bit.
     if within is None:
         mean = reference.mean(3, keepdim=True).mean(2, keepdim=True)
     else:
@@ -50,7 +50,7 @@ def blend_(images: Tensor, weights: Tensor, within: Tensor | None = None) -> Ten
 
 
 def adjust_hue_(images: Tensor, turns: Tensor) -> Tensor:
-    """Turn the hue of each picture by `turns` (B,) of a circle in [-1/2, 1/2], in place; torchvision's adjust_hue.
+    """Turn the hue of each image by `turns` (B,) of a circle in [-1/2, 1/2], in place; torchvision's adjust_hue.
 
     HSV without a branch: V is the largest channel, C its distance to the smallest, L. The hue's distance from red is
     1 + (G + B - R - L) / C sixths of a circle in all six sectors, towards green when G >= B. The turned channels are
@@ -73,10 +73,10 @@ def adjust_hue_(images: Tensor, turns: Tensor) -> Tensor:
 
 
 def jitter(images: Tensor, chosen: Tensor, factors: Tensor, orders: Tensor, within: Tensor | None = None) -> Tensor:
-    """torchvision's ColorJitter with forced parameters of the chosen pictures (B,), in each one's own order.
+    """torchvision's ColorJitter with forced parameters of the chosen images (B,), in each one's own order.
 
     factors (B, 4): brightness, contrast, saturation and turns of hue; orders (B, 4): which of them comes 1st to 4th;
-    `within` as for `blend_`. Pictures are sorted by the place of hue in their order, those not chosen first. Then at
+    `within` as for `blend_`. Images are sorted by the place of hue in their order, those not chosen first. Then at
     place p the blends before the hue are those of a tail of the batch, and the blends after it those of the head of
     the chosen: 3 + 3 blends of slices and one turn of the hue.
     """

@@ -22,7 +22,7 @@ class DefectiveView:
     The defect is made after the augmentation, so that no crop loses it, and the last view is rounded to the bytes that
     the defect is made in: the two differ in the defect's mask and nowhere else. What is left to tell them apart by is
     the defect, and that includes the edge of a pasted one: "smooth_blend" and "nsa" have no sharp ones. Where the
-    defect's mask is empty the negative is the view itself: "noise" leaves one picture in five alone, "nsa" most of 32
+    defect's mask is empty the negative is the view itself: "noise" leaves one image in five alone, "nsa" most of 32
     pixels. The other views are those of `augment`, bit for bit; like them, the negative is a function of (seed, epoch,
     sample id).
 

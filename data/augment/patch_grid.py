@@ -3,7 +3,7 @@
     grid = PatchGrid(seed=0, size=32, gap=16, jitter=3)
     patches = grid(images, sample_ids, epoch)  # 9 x (B, 3, p, p), row by row: number 4 is the centre
 
-Letters: B pictures, H and W their stored height and width, p a patch's, N = 9 B patches.
+Letters: B images, H and W their stored height and width, p a patch's, N = 9 B patches.
 """
 
 from dataclasses import KW_ONLY, dataclass
@@ -28,7 +28,7 @@ GAUSSIAN = torch.special.ndtri((torch.arange(4096) + 0.5) / 4096)  # what 12 ran
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """Nine patches of each picture, with the paper's guards against learning anything but what is to be seen in them.
+    """Nine patches of each image, with the paper's guards against learning anything but what is to be seen in them.
 
     The grid lies at a uniform place of the stored image, `gap` pixels between its cells, and each patch is moved by
     up to `jitter` pixels either way, so that no line runs on from one to the next. `downsample_p` of the patches are
@@ -46,7 +46,7 @@ class PatchGrid:
     drops with uniform noise and scales each patch to one variance; this is the paper's.
 
     Raises:
-        UserError: options that make no sense; pictures that are too small for the grid.
+        UserError: options that make no sense; images that are too small for the grid.
     """
 
     seed: int
@@ -87,9 +87,9 @@ class PatchGrid:
         corner += self._stride * torch.stack([cells // 3, cells % 3], dim=1) + whole(numbers[:, :2], 0, 2 * self.jitter)
         corner = send(corner.long(), device)[..., None]  # (N, 2, 1)
         y, x = (corner + torch.arange(self.size, device=device)).unbind(1)  # each (N, p)
-        picture = torch.arange(len(images), device=device).repeat(CELLS)[:, None, None, None]  # (N, 1, 1, 1)
+        image = torch.arange(len(images), device=device).repeat(CELLS)[:, None, None, None]  # (N, 1, 1, 1)
         channel = torch.arange(3, device=device)[:, None, None]
-        patches = images[picture, channel, y[:, None, :, None], x[:, None, None]].float().div_(255)  # (N, 3, p, p)
+        patches = images[image, channel, y[:, None, :, None], x[:, None, None]].float().div_(255)  # (N, 3, p, p)
 
         pixels = LEAST**2 + (self.size**2 - LEAST**2) * numbers[:, 3]
         patches = on_rows(pixelated, patches, numbers[:, 2] < self.downsample_p, pixels.sqrt().long())
@@ -106,12 +106,12 @@ class PatchGrid:
         return self.size + (self.size // 2 if self.gap is None else self.gap)
 
     def _place(self, images: Tensor, numbers: Tensor) -> Tensor:
-        """Uniform numbers (B, 2) -> the grid's top and left with all of the jitter inside the picture, whole (B, 2)."""
+        """Uniform numbers (B, 2) -> the grid's top and left with all of the jitter inside the image, whole (B, 2)."""
         extent = 2 * self._stride + self.size + 2 * self.jitter
         height, width = images.shape[2:]
         if min(height, width) < extent:
             raise UserError(
-                f"pictures of {height} x {width} pixels are too small for {self}: "
+                f"images of {height} x {width} pixels are too small for {self}: "
                 f"set data.size={extent} or more, or a lower augment.size"
             )
         return whole(numbers, 0, torch.tensor([height, width]) - extent)

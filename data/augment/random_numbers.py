@@ -1,6 +1,6 @@
 """Random numbers that depend only on what they are for: a counter-based hash instead of a generator with a state.
 
-A picture's draws are a function of (seed, epoch, view, picture), so they are the same in any batch, on any worker, rank
+An image's draws are a function of (seed, epoch, view, image), so they are the same in any batch, on any worker, rank
 or device, and after a resume. Everything is drawn on the CPU, where the host may look at it without waiting for the
 device, and then sent.
 """
@@ -43,7 +43,7 @@ def uniform(key: tuple[int | Tensor, ...], draws: int) -> Tensor:
 
 
 def stream(key: tuple[int | Tensor, ...], draws: int, device: torch.device) -> Tensor:
-    """The numbers of `uniform`, made on the device, times 2^24: int64 (B, draws) in [0, 2^24). For many a picture.
+    """The numbers of `uniform`, made on the device, times 2^24: int64 (B, draws) in [0, 2^24). For many an image.
 
     torch has no 64-bit unsigned arithmetic; signed products and sums wrap to the same bits, and a shift to the right
     is masked, for it repeats the sign.

@@ -4,7 +4,7 @@
 
 Defaults are ImageNet's, at 224 pixels unless the docstring says otherwise; it gives CIFAR-10's, too. Mean and standard
 deviation are ImageNet's for every set, but `patches` takes each patch's own mean. `flip_p=0` keeps left and right
-apart, for pictures in which they differ. The blur of all recipes but `simclr` is PIL's in most official code, three box
+apart, for images in which they differ. The blur of all recipes but `simclr` is PIL's in most official code, three box
 blurs whose extent follows sigma; here it is the Gaussian itself out to 4 times the largest sigma (17 taps), or as far
 as a small view allows.
 
@@ -134,7 +134,7 @@ def dino(
     `blur=False` leaves the blur out, as solo-learn and lightly do for the 32 pixels of CIFAR-10, where it erases all.
 
     The strips are ours, for cylinder liners, on which a scratch runs from top to bottom: the full height of the
-    picture, a uniform share `strip_width` of its width at a uniform place, resized to `strip_size` (height, width), in
+    image, a uniform share `strip_width` of its width at a uniform place, resized to `strip_size` (height, width), in
     colors like the local ones. Like those they are for the student alone.
 
     Args:
@@ -167,9 +167,9 @@ def aligned(
     views: int = 2,
     interpolation: Interpolation = "bicubic",
 ) -> list[View]:
-    """Views that leave every part at its place, for parts that lie alike in all pictures. Ours, no paper's.
+    """Views that leave every part at its place, for parts that lie alike in all images. Ours, no paper's.
 
-    No flips, no turn of the hue; crops near the whole, with the picture's own proportions; slight jitter and blur.
+    No flips, no turn of the hue; crops near the whole, with the image's own proportions; slight jitter and blur.
     """
     view = View(
         size,

@@ -1,7 +1,7 @@
-"""Crops, resizes and blurs of batches as two matrix products, each picture with its own pair of matrices.
+"""Crops, resizes and blurs of batches as two matrix products, each image with its own pair of matrices.
 
-A resize is linear along each axis, so crop + flip + antialiased resize is  rows @ picture @ columns^T  with rows (h, H)
-and columns (w, W): batched, unlike calls picture by picture, and antialiased, unlike `grid_sample`.
+A resize is linear along each axis, so crop + flip + antialiased resize is  rows @ image @ columns^T  with rows (h, H)
+and columns (w, W): batched, unlike calls image by image, and antialiased, unlike `grid_sample`.
 """
 
 import torch
@@ -19,8 +19,8 @@ def draw_boxes(
 ) -> tuple[Tensor, Tensor]:
     """torchvision's RandomResizedCrop.get_params for a batch: (top, left) and (height, width), each (B, 2), whole.
 
-    numbers (B, CROP_DRAWS) uniform in [0, 1), sizes (B, 2) heights and widths of the pictures in pixels. The area is
-    uniform in `scale` of the picture's and the logarithm of width / height uniform in that of `ratio`; the first of 10
+    numbers (B, CROP_DRAWS) uniform in [0, 1), sizes (B, 2) heights and widths of the images in pixels. The area is
+    uniform in `scale` of the image's and the logarithm of width / height uniform in that of `ratio`; the first of 10
     tries that fits is placed uniformly. If none fits it is the largest central box with an aspect in `ratio`.
     """
     numbers, sizes = numbers.double(), sizes.double()
@@ -40,7 +40,7 @@ def draw_boxes(
 
 
 def draw_shares(numbers: Tensor, sizes: Tensor, scale: tuple[float, float], *, ratio: str) -> tuple[Tensor, Tensor]:
-    """Boxes as of `draw_boxes` whose proportions follow the picture's: (top, left) and (height, width), each (B, 2).
+    """Boxes as of `draw_boxes` whose proportions follow the image's: (top, left) and (height, width), each (B, 2).
 
     A share of the area, uniform in `scale`, is kept by both sides alike (ratio "own") or by the width alone
     ("full_height"); the sides are rounded to whole pixels, at least one, and the box is placed uniformly.
@@ -115,10 +115,10 @@ def product(rows: Tensor, images: Tensor, columns: Tensor, *, clamp: bool) -> Te
 
 
 def resized_crops(images: Tensor, edges: Tensor, size: tuple[int, int], *, interpolation: str) -> Tensor:
-    """K crops of each picture, mirrored and resized: images (B, C, H, W), edges (K, B, 4) -> (K, B, C, *size).
+    """K crops of each image, mirrored and resized: images (B, C, H, W), edges (K, B, 4) -> (K, B, C, *size).
 
     Edges are top, bottom, left and right in pixels, on the CPU; top > bottom or left > right mirrors. Whole edges give
-    torchvision's resized_crop with antialias=True of a uint8 picture, not rounded: columns first, and what the cubic
+    torchvision's resized_crop with antialias=True of a uint8 image, not rounded: columns first, and what the cubic
     kernel overshoots is cut off after each axis.
     """
     shape, (height, width) = edges.shape[:2], images.shape[2:]

@@ -1,4 +1,4 @@
-"""The views of SPot-the-Difference (Zou et al., ECCV 2022, section 3.2): a picture as it is, the same under a weak
+"""The views of SPot-the-Difference (Zou et al., ECCV 2022, section 3.2): an image as it is, the same under a weak
 global augmentation, and that with a local defect.
 
     augment = SpotTheDifference(augment, DEFECTS["smooth_blend"]())

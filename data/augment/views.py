@@ -1,9 +1,9 @@
-"""Batched augmentation on the device: uint8 pictures in, normalised float views out, each picture with its own draws.
+"""Batched augmentation on the device: uint8 images in, normalised float views out, each image with its own draws.
 
     augment = Augment(RECIPES["simclr"](size=32, strength=0.5, blur_p=0.0), seed=0, sizes=dataset.sizes)
     views = augment(images, sample_ids, epoch)  # V x (B, 3, h, w)
 
-Letters: B pictures, (H, W) their stored height and width, V views, (h, w) a view's height and width.
+Letters: B images, (H, W) their stored height and width, V views, (h, w) a view's height and width.
 """
 
 from collections.abc import Callable
@@ -27,11 +27,11 @@ CPU_PIXELS = 2**17
 
 @dataclass(frozen=True)
 class View:
-    """What one view may do to a picture, in this order. `View(size)` alone only resizes; a `_p` is a probability."""
+    """What one view may do to an image, in this order. `View(size)` alone only resizes; a `_p` is a probability."""
 
     size: int | tuple[int, int]  # pixels of a square, or height and width
     scale: tuple[float, float] | None = None  # share of the area that a random-resized-crop keeps; None: no crop
-    # width / height of the crop in the original picture; "own": as the picture's; "full_height": only the width is cut
+    # width / height of the crop in the original image; "own": as the image's; "full_height": only the width is cut
     ratio: tuple[float, float] | Literal["own", "full_height"] = (3 / 4, 4 / 3)
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # with antialias
     flip_p: float = 0.0  # left to right
@@ -86,12 +86,12 @@ class View:
 
 
 class Augment:
-    """Turns a batch of uint8 pictures into one normalised float32 batch per view.
+    """Turns a batch of uint8 images into one normalised float32 batch per view.
 
-    sizes (N, 2) int64: heights and widths of the original pictures, by sample id. Crops are drawn in the original's
-    geometry, though the stored picture is squashed to H x W; None takes the stored size for the original's.
+    sizes (N, 2) int64: heights and widths of the original images, by sample id. Crops are drawn in the original's
+    geometry, though the stored image is squashed to H x W; None takes the stored size for the original's.
 
-    All draws are functions of (seed, epoch, view, sample id), so a picture's views do not depend on its batch: bit for
+    All draws are functions of (seed, epoch, view, sample id), so an image's views do not depend on its batch: bit for
     bit on the CPU for views of 12 pixels or more. MKL rounds products of smaller matrices by their address, and CUDA
     may round by the batch size; there they agree to about 1e-6.
     """

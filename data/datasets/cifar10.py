@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.datasets.folder import ClassFolder
 from data.geometry import Geometry, as_geometry
-from data.images import decode, fitted, picture_sizes
+from data.images import decode, fitted, image_sizes
 from runtime.errors import UserError
 from runtime.values import PathText
 
@@ -29,7 +29,7 @@ class CIFAR10:
         per_class: so many training images of each class, the first ones; none: all 5,000.
 
     Raises:
-        UserError: neither layout is there, the published files are incomplete, or a class has fewer pictures.
+        UserError: neither layout is there, the published files are incomplete, or a class has fewer images.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class CIFAR10:
         if per_class is not None and split == "train":
             members = [(self.labels == label).nonzero().flatten() for label in range(len(self.classes))]
             if not 1 <= per_class <= min(map(len, members)):
-                raise UserError(f"data.per_class={per_class} must be 1 to {min(map(len, members))}, a class's pictures")
+                raise UserError(f"data.per_class={per_class} must be 1 to {min(map(len, members))}, a class's images")
             kept = torch.cat([positions[:per_class] for positions in members]).sort().values.tolist()
             self.keep(kept, f"beyond data.per_class={per_class}")
 
     @cached_property
     def sizes(self) -> Tensor:
-        """Height and width of each original picture: int64 (N, 2)."""
-        return picture_sizes(self.paths) if self._pixels is None else torch.full((len(self), 2), 32)
+        """Height and width of each original image: int64 (N, 2)."""
+        return image_sizes(self.paths) if self._pixels is None else torch.full((len(self), 2), 32)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -85,7 +85,7 @@ class CIFAR10:
         return image, int(self.labels[index]), index
 
     def keep(self, positions: list[int], why: str) -> None:
-        """Leave out all pictures but these, for the reason `why`; they are numbered anew, the classes stay."""
+        """Leave out all images but these, for the reason `why`; they are numbered anew, the classes stay."""
         if len(positions) < len(self.paths):
             self.left_out[why] = len(self.paths) - len(positions)
         self.paths = [self.paths[i] for i in positions]

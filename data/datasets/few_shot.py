@@ -1,4 +1,4 @@
-"""Few normal pictures of one category, and the other categories to learn from: the protocol of RegAD."""
+"""Few normal images of one category, and the other categories to learn from: the protocol of RegAD."""
 
 from pathlib import Path
 from typing import Literal
@@ -17,15 +17,15 @@ from runtime.values import PathText, Seed
 
 
 class FewShot(MVTec):
-    """One category in MVTec's layout with few normal pictures, for any detector.
+    """One category in MVTec's layout with few normal images, for any detector.
 
-    `train`: `shots` pictures of `train/good`, the support set. They are the first of a permutation that
+    `train`: `shots` images of `train/good`, the support set. They are the first of a permutation that
     RandomState(draw) makes of the sorted paths: the same on every machine, and those of 2 shots are among those of 4.
-    `test`: all of the category's test pictures, as `MVTec` gives them.
-    `others`: the good training pictures of all other categories below `root` (leave one category out), or all training
-    pictures of `others`, as items `(image, label, index)`; labels number the categories, `classes` are their names.
+    `test`: all of the category's test images, as `MVTec` gives them.
+    `others`: the good training images of all other categories below `root` (leave one category out), or all training
+    images of `others`, as items `(image, label, index)`; labels number the categories, `classes` are their names.
 
-    RegAD's own draws are files of pictures to be downloaded; the draws here only need the data set.
+    RegAD's own draws are files of images to be downloaded; the draws here only need the data set.
 
     Args:
         root: folder of the categories; all others are learnt from, unless `others` is given.
@@ -34,10 +34,10 @@ class FewShot(MVTec):
         others: another folder to learn from, in MVTec's layout or with class folders (`ClassFolder`).
 
     Raises:
-        UserError: fewer pictures than shots, no other category or one with a single picture, or as for `MVTec`.
+        UserError: fewer images than shots, no other category or one with a single image, or as for `MVTec`.
     """
 
-    few = True  # no picture of `train` can be spared for a threshold, unless the user says so
+    few = True  # no image of `train` can be spared for a threshold, unless the user says so
 
     def __init__(
         self,
@@ -61,13 +61,13 @@ class FewShot(MVTec):
         if split == "train":
             if len(self) < shots:
                 raise UserError(
-                    f"data.shots={shots}, but {root}/{category}/train/good has {len(self)} pictures: lower it"
+                    f"data.shots={shots}, but {root}/{category}/train/good has {len(self)} images: lower it"
                 )
             kept = sorted(np.random.RandomState(draw).permutation(len(self))[:shots].tolist())
             self._keep(kept, f"beyond data.shots={shots}")
 
     def _learn_from(self, root: Path, target: Path, size: int | Geometry, on_error: OnError) -> None:
-        """Become the training pictures of all categories below `root` but `target`."""
+        """Become the training images of all categories below `root` but `target`."""
         if not is_folder(root):
             raise UserError(f"{root} is not a folder to take other categories from: check data.others")
         found = sorted(good.parent.parent for good in root.glob("*/train/good"))
@@ -89,7 +89,7 @@ class FewShot(MVTec):
         for name, its in zip(self.classes, paths):
             if len(its) < 2:
                 raise UserError(
-                    f"category {name} of {root} has {len(its)} training picture, and comparing needs two: add one, or "
+                    f"category {name} of {root} has {len(its)} training image, and comparing needs two: add one, or "
                     f"hide the folder (name it .{name})"
                 )
         self.split, self.geometry, self.has_masks, self.left_out = "others", as_geometry(size), False, {}

@@ -1,4 +1,4 @@
-"""Pictures in class folders."""
+"""Images in class folders."""
 
 import os
 from functools import cached_property
@@ -10,16 +10,16 @@ from torch import Tensor
 
 from data.geometry import Geometry, as_geometry
 from data.image_files import is_folder, list_images, refuse_shared_folders
-from data.images import OnError, decode, picture_sizes, readable
+from data.images import OnError, decode, image_sizes, readable
 from data.splits import stratified_split
 from runtime.errors import UserError
 from runtime.values import PathText
 
 LAYOUT = (
     "expected <root>/<class>/*.jpg, or <root>/train/<class>/*.jpg and <root>/test/<class>/*.jpg, "
-    "or pictures without classes in <root>"
+    "or images without classes in <root>"
 )
-SPLIT_SEED = 0  # of the split into training and test pictures; fixed, so that every run tests on the same ones
+SPLIT_SEED = 0  # of the split into training and test images; fixed, so that every run tests on the same ones
 
 
 class ClassFolder:
@@ -28,16 +28,16 @@ class ClassFolder:
     - `<root>/train/<class>/...` and `<root>/test/<class>/...`: the split is as the folders say;
     - `<root>/<class>/...`: of each class the same `test_fraction` is tested on, drawn by a fixed seed over the sorted
       paths within the class (`loading.stratified_split`), so it depends on nothing but the files' names;
-    - pictures directly in `<root>` (or `<root>/train`): one class, "unlabelled", enough for pretraining on all of them.
+    - images directly in `<root>` (or `<root>/train`): one class, "unlabelled", enough for pretraining on all of them.
 
-    Classes are numbered in the order of their sorted names; pictures may lie at any depth below a class folder.
+    Classes are numbered in the order of their sorted names; images may lie at any depth below a class folder.
     `left_out` says how many images of the folder are not in the set, by the reason.
 
     Args:
-        size: how pictures become H x W; a number S squashes them to S x S.
+        size: how images become H x W; a number S squashes them to S x S.
         root: folder with the classes, or with `train` and `test`, or of images without classes.
         test_fraction: in [0, 1), for the layouts without `train`; none: 0.2 of each class folder, 0 without classes.
-        on_error: `fail` names a broken picture when it is decoded; `skip` looks for them now and leaves them out.
+        on_error: `fail` names a broken image when it is decoded; `skip` looks for them now and leaves them out.
 
     Raises:
         UserError: a missing, empty or unreadable folder, an unclear layout, MVTec's layout, a class in test that is not
@@ -60,11 +60,11 @@ class ClassFolder:
         divided = (top / "train").is_dir()
         if not divided:
             _refuse_mvtec(top)
-        by_class = _pictures_by_class(top / "train" if divided else top)
+        by_class = _images_by_class(top / "train" if divided else top)
         self.classes = list(by_class)
         if divided and split == "test":
             train = [path for paths in by_class.values() for path in paths]
-            by_class = _pictures_by_class(top / "test")
+            by_class = _images_by_class(top / "test")
             unknown = sorted(set(by_class) - set(self.classes))
             if unknown:
                 raise UserError(f"{top / 'test'} has classes that {top / 'train'} has not: {', '.join(unknown)}")
@@ -87,8 +87,8 @@ class ClassFolder:
 
     @cached_property
     def sizes(self) -> Tensor:
-        """Height and width of each original picture, upright: int64 (N, 2), read from the headers when first asked."""
-        return picture_sizes(self.paths)
+        """Height and width of each original image, upright: int64 (N, 2), read from the headers when first asked."""
+        return image_sizes(self.paths)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -97,7 +97,7 @@ class ClassFolder:
         return decode(self.paths[index], self.geometry), int(self.labels[index]), index
 
     def keep(self, positions: list[int], why: str) -> None:
-        """Leave out all pictures but these, for the reason `why`; they are numbered anew, the classes stay."""
+        """Leave out all images but these, for the reason `why`; they are numbered anew, the classes stay."""
         if len(positions) < len(self.paths):
             self.left_out[why] = len(self.paths) - len(positions)
         self.paths = [self.paths[i] for i in positions]
@@ -105,15 +105,15 @@ class ClassFolder:
 
 
 def _refuse_mvtec(top: Path) -> None:
-    """MVTec's categories would pass for classes, with defects and the masks of ground_truth among their pictures."""
+    """MVTec's categories would pass for classes, with defects and the masks of ground_truth among their images."""
     for good in sorted(top.glob("*/train/good")):
         raise UserError(
             f"data.root={top} is in MVTec layout ({good} exists): use data.name=mvtec "
-            f"data.category={good.parent.parent.name}, or data.root={good.parent} for the good pictures alone"
+            f"data.category={good.parent.parent.name}, or data.root={good.parent} for the good images alone"
         )
 
 
-def _pictures_by_class(folder: Path) -> dict[str, list[str]]:
+def _images_by_class(folder: Path) -> dict[str, list[str]]:
     """{class: sorted paths} in the order of the class names; {"unlabelled": paths} of a folder without classes."""
     if not is_folder(folder):
         raise UserError(
@@ -126,18 +126,16 @@ def _pictures_by_class(folder: Path) -> dict[str, list[str]]:
         name, _, below = path[start:].partition(os.sep)
         by_class.setdefault(name if below else "", []).append(path)
     if not by_class:
-        raise UserError(f"{folder} holds no picture: {LAYOUT}")
+        raise UserError(f"{folder} holds no image: {LAYOUT}")
     loose = by_class.pop("", [])
     if not by_class:
         return {"unlabelled": loose}
     if loose:
-        raise UserError(f"{folder} holds class folders and loose pictures such as {loose[0]}: move these into a class")
+        raise UserError(f"{folder} holds class folders and loose images such as {loose[0]}: move these into a class")
     of_runs = {path[start:].partition(os.sep)[0] for path in listing.runs}
     below = listing.folders[1:]  # the first is `folder` itself
     for name in sorted({path[start:].partition(os.sep)[0] for path in below} - of_runs - by_class.keys()):
-        raise UserError(
-            f"class folder {folder / name} holds no picture: fill it, remove it or hide it (name it .{name})"
-        )
+        raise UserError(f"class folder {folder / name} holds no image: fill it, remove it or hide it (name it .{name})")
     for link, entered in listing.repeated.items():
         if os.path.dirname(link) == str(folder) and entered in below:
             raise UserError(f"class folder {link} is a link to {entered}, whose images are in already: remove it")

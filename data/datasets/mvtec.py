@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.geometry import Geometry, as_geometry
 from data.image_files import find_images, is_folder, refuse_shared_folders
-from data.images import OnError, decode, decode_mask, picture_sizes, readable
+from data.images import OnError, decode, decode_mask, image_sizes, readable
 from data.masks import Masks, check_sizes, masks_of, warn_of_values
 from runtime.errors import UserError
 from runtime.values import PathText
@@ -26,20 +26,20 @@ class MVTec:
     """One category: train items `(image, 0, index)`, test items `(image, mask, label, index)`.
 
     image uint8 (3, H, W); mask bool (H, W), true on the defect; label 0 normal (`test/good`), 1 anomalous. Masks belong
-    to pictures by name (`data.masks.masks_of`), never by position. Without any `ground_truth` folder `has_masks` is
-    False and masks are empty. A test set may lack good or defective pictures.
+    to images by name (`data.masks.masks_of`), never by position. Without any `ground_truth` folder `has_masks` is
+    False and masks are empty. A test set may lack good or defective images.
 
-    `defects` says for each picture "good" or its defect's folder; `classes` are ["normal", "anomalous"]. `mask_known`
-    (N,) bool: whether it is known which pixels are defective, as it is of all good pictures where there are masks.
+    `defects` says for each image "good" or its defect's folder; `classes` are ["normal", "anomalous"]. `mask_known`
+    (N,) bool: whether it is known which pixels are defective, as it is of all good images where there are masks.
     `left_out` says how many images of the folder are not in the set, by the reason.
 
     Args:
-        size: how pictures (bilinear) and masks (nearest) become H x W; a number S squashes them to S x S.
+        size: how images (bilinear) and masks (nearest) become H x W; a number S squashes them to S x S.
         root: folder of the categories.
         category: folder below `root`, for example bottle.
         masks: `all` defective test images must have one where there is a folder `ground_truth`; `some`: those without
             are left out of the pixel metrics, and only there.
-        on_error: `fail` names a broken picture when it is decoded; `skip` looks for them now and leaves them out.
+        on_error: `fail` names a broken image when it is decoded; `skip` looks for them now and leaves them out.
 
     Raises:
         UserError: a missing or unreadable folder, good images under another name, a defective image with two masks
@@ -66,7 +66,7 @@ class MVTec:
         self.paths, self.left_out = find_images(folder), {}
         if not self.paths:
             renamed = _renamed_good(folder.parent) if split == "train" else ""
-            raise UserError(f"there are no pictures in {folder}: {LAYOUT}{renamed}")
+            raise UserError(f"there are no images in {folder}: {LAYOUT}{renamed}")
         if split == "train":
             self.defects = ["good"] * len(self.paths)
         else:
@@ -92,8 +92,8 @@ class MVTec:
 
     @cached_property
     def sizes(self) -> Tensor:
-        """Height and width of each original picture, upright: int64 (N, 2), read from the headers when first asked."""
-        return picture_sizes(self.paths)
+        """Height and width of each original image, upright: int64 (N, 2), read from the headers when first asked."""
+        return image_sizes(self.paths)
 
     @property
     def mask_known(self) -> Tensor:
@@ -109,7 +109,7 @@ class MVTec:
         return image, label, index
 
     def mask(self, index: int, *, original: bool = False) -> Tensor:
-        """The true mask of a test picture: bool (H, W), or `original` (h, w) as it is stored; empty without one."""
+        """The true mask of a test image: bool (H, W), or `original` (h, w) as it is stored; empty without one."""
         path = self.mask_paths[index]
         if path is None:
             size = self.sizes[index].tolist() if original else (self.geometry.height, self.geometry.width)

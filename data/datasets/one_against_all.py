@@ -18,15 +18,15 @@ from runtime.values import PathText
 class OneAgainstAll:
     """Train items `(image, 0, index)` of the class `normal`; test items `(image, mask, label, index)` of all classes.
 
-    The training set is the training pictures of `normal`, the test set all test pictures: label 0 if they are of that
+    The training set is the training images of `normal`, the test set all test images: label 0 if they are of that
     class, else 1 (Ruff et al. 2018, "Deep One-Class Classification", section 4.3). The published figure is the mean of
     the AUROC over the classes, each in turn the normal one: one run a class, see configs/sweeps/cifar10_anomaly.yaml.
 
-    image uint8 (3, H, W); mask bool (H, W), empty, for nobody marked where a picture is of another class: `has_masks`
-    is False. `defects` says for each picture "good" or its class; `classes` are ["normal", "anomalous"].
+    image uint8 (3, H, W); mask bool (H, W), empty, for nobody marked where an image is of another class: `has_masks`
+    is False. `defects` says for each image "good" or its class; `classes` are ["normal", "anomalous"].
 
     Args:
-        size: how pictures become H x W; a number S squashes them to S x S.
+        size: how images become H x W; a number S squashes them to S x S.
         root: folder with the classes, with `train` and `test`, or with cifar-10-batches-py.
         normal: name of the normal class.
         test_fraction: in [0, 1), for class folders without `train` and `test`; 0 leaves all images to training.
@@ -54,7 +54,7 @@ class OneAgainstAll:
         if normal not in names:
             raise UserError(f"data.normal={normal!r} is no class of {root}; classes there: {', '.join(names)}")
         if "good" in names and normal != "good":
-            raise UserError(f"class 'good' of {root} would be an anomaly, but normal pictures are called so: rename it")
+            raise UserError(f"class 'good' of {root} would be an anomaly, but normal images are called so: rename it")
         if split == "train":  # before any is looked at: the other classes are never decoded
             self._all.keep((self._all.labels == names.index(normal)).nonzero()[:, 0].tolist(), "of other classes")
         self._all.keep(readable(self._all.__getitem__, self._all.paths, on_error), "not readable")
@@ -66,7 +66,7 @@ class OneAgainstAll:
 
     @property
     def sizes(self) -> Tensor:
-        """Height and width of each original picture, upright: int64 (N, 2)."""
+        """Height and width of each original image, upright: int64 (N, 2)."""
         return self._all.sizes
 
     def __len__(self) -> int:

@@ -1,13 +1,13 @@
-"""Synthetic defects by name: batched, on the pictures' device, with masks, a function of (seed, epoch, view, sample).
+"""Synthetic defects by name: batched, on the images' device, with masks, a function of (seed, epoch, view, sample).
 
     defect = DEFECTS["cutpaste"](area=(0.02, 0.15))
     defective, masks = defect(images, sample_ids, epoch, seed=0)
 
-images (B, 3, H, W) uint8; sample_ids (B,) int64 on the CPU -> defective pictures (B, 3, H, W) uint8, since that is what
-`Augment` and `normalize` take, and masks (B, H, W) bool; outside its mask a picture is as it was. `view` tells apart
-several defects of one kind on one picture. Nothing of it depends on the other pictures of the batch.
+images (B, 3, H, W) uint8; sample_ids (B,) int64 on the CPU -> defective images (B, 3, H, W) uint8, since that is what
+`Augment` and `normalize` take, and masks (B, H, W) bool; outside its mask an image is as it was. `view` tells apart
+several defects of one kind on one image. Nothing of it depends on the other images of the batch.
 
-Raises: UserError for pictures in which the defect finds no room, or options that make no sense.
+Raises: UserError for images in which the defect finds no room, or options that make no sense.
 """
 
 from collections.abc import Callable

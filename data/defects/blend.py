@@ -1,6 +1,6 @@
-"""What synthetic defects share: their random numbers, patches moved within a picture, color jitter of patches only.
+"""What synthetic defects share: their random numbers, patches moved within an image, color jitter of patches only.
 
-Letters: B pictures of H x W pixels. Places are (y, x) in pixels, pixel i from i to i + 1; extents are (height, width).
+Letters: B images of H x W pixels. Places are (y, x) in pixels, pixel i from i to i + 1; extents are (height, width).
 """
 
 from typing import Any
@@ -24,15 +24,15 @@ def require(defect: Any, rules: dict[str, bool]) -> None:
 
 
 def large_enough(defect: Any, images: Tensor, enough: bool, needs: str) -> None:
-    """Refuse pictures in which the defect finds no room."""
+    """Refuse images in which the defect finds no room."""
     if not enough:
         size = " x ".join(map(str, images.shape[2:]))
         larger = "use a larger data.size, or for spd and defect a larger augment.size"
-        raise UserError(f"pictures of {size} pixels are too small for {defect}: {needs}; {larger}")
+        raise UserError(f"images of {size} pixels are too small for {defect}: {needs}; {larger}")
 
 
 def draw(images: Tensor, key: tuple[int, int, int, Tensor, int], draws: int) -> Tensor:
-    """Uniform numbers (B, draws) of each picture, on the CPU, after a check of the pictures and sample ids.
+    """Uniform numbers (B, draws) of each image, on the CPU, after a check of the images and sample ids.
 
     key = (seed, epoch, view, sample ids (B,) on the CPU, kind of defect): a part more than the key of the views, so
     that defects and views of one seed have nothing to do with each other.
@@ -57,8 +57,8 @@ def whole(numbers: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
 def draw_extents(
     numbers: Tensor, shape: tuple[int, int], area: tuple[float, float], aspect: tuple[float, float]
 ) -> Tensor:
-    """Whole heights and widths (B, 2) of patches: numbers (B, 2) -> a uniform share of the picture's area, and a
-    log-uniform width / height; at least one pixel, at most the picture."""
+    """Whole heights and widths (B, 2) of patches: numbers (B, 2) -> a uniform share of the image's area, and a
+    log-uniform width / height; at least one pixel, at most the image."""
     pixels = between(numbers[:, 0], area) * shape[0] * shape[1]
     ratio = aspect[0] * (aspect[1] / aspect[0]) ** numbers[:, 1]
     extents = torch.stack([(pixels / ratio).sqrt(), (pixels * ratio).sqrt()], dim=1).round()  # (B, 2)
@@ -68,7 +68,7 @@ def draw_extents(
 def moved(
     images: Tensor, begin: Tensor, extents: Tensor, center: Tensor, turns: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Each picture's patch at another place: uint8 (B, 3, H, W), meaningful where the bool (B, H, W) is true.
+    """Each image's patch at another place: uint8 (B, 3, H, W), meaningful where the bool (B, H, W) is true.
 
     begin (B, 2): top left corner of the patch; extents (B, 2); center (B, 2): of the patch where it is moved to; all
     whole or half pixels on the CPU. turns (B,): radians by which it is turned there, clockwise on the screen; every
@@ -109,7 +109,7 @@ def resized(images: Tensor, boxes: Tensor, canvas: list[int]) -> Tensor:
 
 
 def take(images: Tensor, index: Tensor, axis: int) -> Tensor:
-    """Rows (axis 0) or columns (1) of images (B, C, H, W), each picture's own: index (B, K) -> K in place of H or W."""
+    """Rows (axis 0) or columns (1) of images (B, C, H, W), each image's own: index (B, K) -> K in place of H or W."""
     shape = list(images.shape)
     shape[2 + axis] = index.shape[1]
     index = index[:, None, :, None] if axis == 0 else index[:, None, None]
@@ -117,7 +117,7 @@ def take(images: Tensor, index: Tensor, axis: int) -> Tensor:
 
 
 def jittered(patches: Tensor, inside: Tensor, strength: float, numbers: Tensor) -> Tensor:
-    """torchvision's ColorJitter(strength x 4) of the part of each picture that is `inside` (B, H, W), as if it had been
+    """torchvision's ColorJitter(strength x 4) of the part of each image that is `inside` (B, H, W), as if it had been
     cut out: uint8 (B, 3, H, W) -> float32 in [0, 255]. numbers (B, 8): four factors, then the order of the four.
 
     Deviation: rounded to bytes once by the caller, not after each of the four.

@@ -1,5 +1,5 @@
 """CutPaste (Li et al., CVPR 2021, section 2.1), its scar, and SmoothBlend (Zou et al., SPot-the-Difference, ECCV 2022):
-a patch of a picture, in slightly other colors, put on another place of the same picture.
+a patch of an image, in slightly other colors, put on another place of the same image.
 
 The calls are those of `data/defects/__init__.py`.
 """
@@ -119,7 +119,7 @@ def rectangles(defect, images: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor,
 class Scar:
     """A thin rectangle, turned, pasted where all of it fits. The mask is the turned rectangle: the rest stays.
 
-    Sizes are the paper's, for pictures of 256 x 256, and are not scaled with the picture.
+    Sizes are the paper's, for images of 256 x 256, and are not scaled with the image.
     """
 
     width: tuple[int, int] = (2, 16)  # pixels, both ends included

@@ -1,4 +1,4 @@
-"""Medians of pictures with two values or of few pixels, without sorting all of them."""
+"""Medians of images with two values or of few pixels, without sorting all of them."""
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ def disk_median(values: Tensor, where: Tensor, radius: int = 5) -> Tensor:
     size, wide = values.shape, values.shape[1] + 2 * radius
     at = torch.arange(-radius, radius + 1)
     rows, columns = (at[:, None] ** 2 + at**2 <= radius**2).nonzero().unbind(1)
-    disk = send(rows * wide + columns, values.device)  # (81,): places in a padded picture
+    disk = send(rows * wide + columns, values.device)  # (81,): places in a padded image
     everything = torch.arange(values.numel(), device=values.device)
     pixels = everything[where.flatten()] if values.device.type == "cpu" else everything
     first = pixels // size[1] * wide + pixels % size[1]

@@ -15,15 +15,15 @@ TRIES = 200  # rectangles that are drawn to find one off the background
 
 @dataclass(frozen=True, kw_only=True)
 class NoisePatches:
-    """Rectangles of uniform noise (`rectangles`), 0 .. `most` of them, on a picture `enlarged` times as high and wide.
+    """Rectangles of uniform noise (`rectangles`), 0 .. `most` of them, on an image `enlarged` times as high and wide.
 
-    Every channel of every pixel is uniform in 0 .. 254 (0 is twice as likely, for bytes are 256). The enlarged picture
+    Every channel of every pixel is uniform in 0 .. 254 (0 is twice as likely, for bytes are 256). The enlarged image
     is shrunk again (bilinear, antialiased), so that at 4 the noise is weaker and its edges soft. The mask is the
-    rectangles and what the shrinking mixes with them, empty in one picture of `most` + 1. A pixel of noise may happen
+    rectangles and what the shrinking mixes with them, empty in one image of `most` + 1. A pixel of noise may happen
     to be the one that was there.
 
     The authors' first version is `enlarged=1`, for some categories with `skip_background`: no centre lies where the
-    picture is dark or bright (`background`). The second draws on 1024 x 1024 pixels and is `enlarged=4` for 256.
+    image is dark or bright (`background`). The second draws on 1024 x 1024 pixels and is `enlarged=4` for 256.
     """
 
     most: int = 4  # rectangles, at most
@@ -58,7 +58,7 @@ class NoisePatches:
         if self.enlarged == 1:
             return torch.where(mask[:, None], noise, images), mask
         made, changed = images.clone(), torch.empty(images[:, 0].shape, dtype=torch.bool, device=images.device)
-        for i in range(len(images)):  # one by one, for an enlarged picture takes much memory
+        for i in range(len(images)):  # one by one, for an enlarged image takes much memory
             planes = torch.cat([noise[i] * mask[i], mask[i, None]]).float()[None]  # (1, 4, h, w)
             *color, share = F.interpolate(planes, images.shape[2:], mode="bilinear", antialias=True)[0]  # each (H, W)
             made[i] = (images[i] * (1 - share) + torch.stack(color)).round_().to(torch.uint8)
@@ -70,7 +70,7 @@ class NoisePatches:
         of `rectangles`, and whether there is one, bool (B, most). The host waits for a GPU here, once a batch."""
         numbers = uniform((*key, 1), 4 * self.most * TRIES)
         ends = rectangles(*numbers.unflatten(1, (2, self.most, TRIES, 2)).unbind(1), size)  # (B, most, TRIES, 2, 2)
-        y, x = (ends.sum(4) // (2 * self.enlarged)).long().unbind(3)  # (B, most, TRIES) in the picture
+        y, x = (ends.sum(4) // (2 * self.enlarged)).long().unbind(3)  # (B, most, TRIES) in the image
         away = background(images).cpu()
         free = ~away.flatten(1).gather(1, (y * images.shape[3] + x).flatten(1)).view_as(y)
         first = free.to(torch.uint8).argmax(2)[..., None, None, None].expand(-1, -1, 1, 2, 2)
@@ -78,7 +78,7 @@ class NoisePatches:
 
 
 def rectangles(half: Tensor, place: Tensor, size: tuple[int, int]) -> Tensor:
-    """CDO's patches in a picture with sides S, as both official versions draw them: half of each side is uniform from
+    """CDO's patches in an image with sides S, as both official versions draw them: half of each side is uniform from
     S // 40 to S // 10 - 1 pixels (here at least 1), the center uniform where the patch fits.
 
     half, place: uniform numbers in [0, 1), (..., 2) for the two axes. Returns first and past-last row and column,
@@ -91,7 +91,7 @@ def rectangles(half: Tensor, place: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def covered(ends: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pixels inside any of each picture's n rectangles: ends (B, n, 2 axes, 2 ends) -> bool (B, H, W)."""
+    """Pixels inside any of each image's n rectangles: ends (B, n, 2 axes, 2 ends) -> bool (B, H, W)."""
     first, last = ends[..., None].unbind(3)  # each (B, n, 2, 1)
     y, x = (torch.arange(side, device=ends.device) for side in size)
     rows = (y >= first[:, :, 0]) & (y < last[:, :, 0])  # (B, n, H)
@@ -103,7 +103,7 @@ def covered(ends: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def background(images: Tensor) -> Tensor:
-    """Where a picture is dark (gray below 30) or bright (above 220), as official v1: specks taken out by the median of
+    """Where an image is dark (gray below 30) or bright (above 220), as official v1: specks taken out by the median of
     7 x 7, the rest grown by 9 pixels; uint8 (B, 3, H, W) -> bool (B, H, W)."""
     summed = images.float().sum(1)  # (B, H, W), three times gray
     found = majority((summed < 3 * 30) | (summed > 3 * 220), 7)

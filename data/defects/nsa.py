@@ -1,6 +1,6 @@
-"""NSA: patches of another picture blended in by their gradients, without a seam (Schlüter et al., ECCV 2022).
+"""NSA: patches of another image blended in by their gradients, without a seam (Schlüter et al., ECCV 2022).
 
-After the authors' self_sup_tasks.py (github.com/hmsch/natural-synthetic-anomalies), with the solver of poisson.py in place
+After the authors' self_sup_tasks.py (github.com/hmsch/natural-synthetic-anomalies), with the solver of poisson.py in
 of cv2.seamlessClone. The call is that of `data/defects/__init__.py`, plus `sources`.
 """
 
@@ -17,10 +17,10 @@ from data.defects import poisson
 from data.defects.blend import draw, large_enough, require, resized, take, whole
 from data.defects.medians import disk_median, majority
 
-PATCH_DRAWS = 8  # two sizes, place in the source (2), scale, place in the picture (2), whether there is one at all
+PATCH_DRAWS = 8  # two sizes, place in the source (2), scale, place in the image (2), whether there is one at all
 LEAST = 50  # pixels that must change, as in the authors' code: smaller patches are left out
 TRIES = 199  # places that are looked at for one on an object: the authors give up at the 200th, whatever it is
-OVERLAP = 0.25  # more than this share of a patch's object must come to lie on the picture's, in all their categories
+OVERLAP = 0.25  # more than this share of a patch's object must come to lie on the image's, in all their categories
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class NSA:
     With `background` (theirs is `skip_background`) a pixel farther than the tolerance from its gray level, by a 7 x 7
     majority, is object. Of up to 199 places a patch is cut from the first that has more than `min_object` of object,
     and comes to the first where object meets object, see `boxes`; without one it is left out. What is background in
-    patch and picture is then not in the mask, though it may change a little.
+    patch and image is then not in the mask, though it may change a little.
 
     Deviations: all but the outermost pixels of a patch change, where theirs keeps two; results are rounded, not cut
     off; mixed gradients are those of Pérez et al., see data/defects/poisson.py.
@@ -89,8 +89,8 @@ class NSA:
         view: int = 0,
         sources: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`sources` (B, 3, H, W) uint8: where each picture's patches come from (the authors: the picture loaded before
-        it); None: the picture itself."""
+        """`sources` (B, 3, H, W) uint8: where each image's patches come from (the authors: the image loaded before
+        it); None: the image itself."""
         key = (seed, epoch, view, sample_ids, self.kind)
         numbers = draw(images, key, self.patches * PATCH_DRAWS).unflatten(1, (self.patches, PATCH_DRAWS))
         sources = images if sources is None else sources
@@ -125,14 +125,14 @@ class NSA:
     def boxes(
         self, numbers: Tensor, places: Tensor, size: tuple[int, int], objects: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Uniform numbers (B, P, 8), and of T places (B, P, T, 4) in source and picture -> boxes int64 (B, P, 4, 2),
+        """Uniform numbers (B, P, 8), and of T places (B, P, T, 4) in source and image -> boxes int64 (B, P, 4, 2),
         and whether there is one, bool (B, P), on the CPU.
 
-        A box is its top left corner in the source, its extents there, its extents in the picture, its corner there.
+        A box is its top left corner in the source, its extents there, its extents in the image, its corner there.
 
-        With `objects` bool (2, B, H, W), of the sources and the pictures, the box is cut from the first place with
+        With `objects` bool (2, B, H, W), of the sources and the images, the box is cut from the first place with
         more than `min_object` of object (once more after the patch was rescaled), and put on the first where the
-        picture's object covers more than a quarter of the patch's. The host then waits for a GPU, once a batch.
+        image's object covers more than a quarter of the patch's. The host then waits for a GPU, once a batch.
         """
         device = places.device if objects is None else objects.device
         sides = torch.tensor(size)
@@ -166,15 +166,15 @@ class NSA:
         return torch.stack([begin, before, after, place], dim=2).long().cpu(), placed.cpu()
 
     def meets(self, objects: Tensor, boxes: Tensor, place: Tensor) -> Tensor:
-        """Whether one patch of each picture, boxes (B, 3, 2), has enough of an object, and at which of its places
-        (B, T, 2) enough of it meets the picture's, objects bool (2, B, H, W): bool (B, T)."""
+        """Whether one patch of each image, boxes (B, 3, 2), has enough of an object, and at which of its places
+        (B, T, 2) enough of it meets the image's, objects bool (2, B, H, W): bool (B, T)."""
         size = objects.shape[2:]
         patch = resized(objects[0, :, None].double(), boxes, size)[:, 0] >= 0.5  # (B, H, W), in the top left corner
         for axis in (0, 1):
             within = torch.arange(size[axis], device=patch.device) < boxes[:, 2, axis, None]  # (B, H or W)
             patch = patch & (within[:, :, None] if axis == 0 else within[:, None])
         count, area = patch.sum((1, 2))[:, None], boxes[:, 2].prod(1)[:, None]  # (B, 1)
-        # common pixels at every place, the correlation of the two: no patch reaches over an edge of the picture
+        # common pixels at every place, the correlation of the two: no patch reaches over an edge of the image
         common = torch.fft.rfft2(objects[1].double()) * torch.fft.rfft2(patch.double()).conj()
         common = torch.fft.irfft2(common, s=size).round().flatten(1)  # (B, H W)
         common = common.gather(1, (place[..., 0] * size[1] + place[..., 1]).long())  # (B, T)
@@ -183,9 +183,9 @@ class NSA:
     def blend(
         self, images: Tensor, sources: Tensor, boxes: Tensor, canvas: list[int], objects: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One patch for each picture (B, 3, H, W), boxes (B, 4, 2) no larger there than the canvas, objects bool
-        (2, B, H, W) or None -> pictures uint8; bool (B, H, W) each: where the patch may change them, and what of that
-        is object in patch or picture."""
+        """One patch for each image (B, 3, H, W), boxes (B, 4, 2) no larger there than the canvas, objects bool
+        (2, B, H, W) or None -> images uint8; bool (B, H, W) each: where the patch may change them, and what of that
+        is object in patch or image."""
         place, after = boxes[:, 3], boxes[:, 2]  # each (B, 2)
         source, target = resized(sources.double(), boxes, canvas), images.double()
         for axis in (0, 1):
@@ -207,7 +207,7 @@ class NSA:
         return torch.where(inside[:, None], pixels, images), inside, defect
 
     def labels(self, images: Tensor, made: Tensor, masks: Tensor) -> Tensor:
-        """Soft labels in [0, 1), float32 (B, H, W), from pictures (B, 3, H, W) before and after and the masks.
+        """Soft labels in [0, 1), float32 (B, H, W), from images (B, 3, H, W) before and after and the masks.
 
         1 / (1 + exp(-k (x - x0))), x the change in gray levels, mean of the channels, after a median over a disk of
         radius 5; 0 where it changes by 1 or less, after a 5 x 5 median of that. Above 0 is the authors' binary label.

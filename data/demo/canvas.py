@@ -1,8 +1,8 @@
 """The demo set's drawing board: what the camera sees of a part, as per-pixel material instead of color.
 
-A part is drawn in its own coordinates (`canvas.x`, `canvas.y`; the picture's shorter half is about 1) through a random
+A part is drawn in its own coordinates (`canvas.x`, `canvas.y`; the image's shorter half is about 1) through a random
 view; shapes are signed distances (negative inside), so edges are antialiased without supersampling. Heights and
-distances share one unit. `demo_light.py` turns the finished material into a picture.
+distances share one unit. `demo_light.py` turns the finished material into an image.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ Array = np.ndarray
 
 
 class Canvas:
-    """Material maps of one picture, all float32 (H, W) except `color` (3, H, W).
+    """Material maps of one image, all float32 (H, W) except `color` (3, H, W).
 
     color: diffuse reflectance, 0..1;  gloss: strength of the mirror-like reflection, 0..1;
     height: towards the camera;  shade: light that reaches the place (0 deep hole, 1 open);  glow: light it sends out.
@@ -27,7 +27,7 @@ class Canvas:
         half = min(rows, columns) / 2
         across = (np.arange(columns, dtype=np.float32) - (columns - 1) / 2) / half
         down = (np.arange(rows, dtype=np.float32) - (rows - 1) / 2) / half
-        self.across, self.down = np.meshgrid(across, down)  # (H, W) picture coordinates
+        self.across, self.down = np.meshgrid(across, down)  # (H, W) image coordinates
         angle, scale = rng.uniform(-turn, turn), np.exp(rng.uniform(*np.log(zoom)))
         move_x, move_y = rng.uniform(-shift, shift, 2)
         tilt_x, tilt_y = rng.uniform(-tilt, tilt, 2)
@@ -36,7 +36,7 @@ class Canvas:
         bent_x, bent_y = self.across * bend / depth, self.down * bend / depth
         self.x = (np.cos(angle) * bent_x + np.sin(angle) * bent_y + move_x).astype(np.float32)
         self.y = (np.cos(angle) * bent_y - np.sin(angle) * bent_x + move_y).astype(np.float32)
-        self.step = 1 / half  # one pixel in picture coordinates
+        self.step = 1 / half  # one pixel in image coordinates
         self.pixel = self.step / depth.astype(np.float32)  # (H, W) one pixel in part coordinates
         self.color = np.full((3, rows, columns), 0.1, np.float32)
         self.gloss = np.full((rows, columns), 0.1, np.float32)
@@ -97,7 +97,7 @@ class Canvas:
         return stripes(rng, place)
 
     def noise(self, rng: np.random.Generator, cells: float, octaves: int = 3) -> Array:
-        """Cloudy noise fixed to the picture: `cells` blobs across the shorter side, then halves; mean 0, std 1."""
+        """Cloudy noise fixed to the image: `cells` blobs across the shorter side, then halves; mean 0, std 1."""
         rows, columns = self.size
         total, weight = np.zeros(self.size, np.float32), 0.0
         for octave in range(octaves):

@@ -1,6 +1,6 @@
-"""The demo's Condition pictures: one liner and one ring pack in modest views, whole or with a defect and its mask.
+"""The demo's Condition images: one liner and one ring pack in modest views, whole or with a defect and its mask.
 
-A defective picture and its mask are exact: the part is drawn, the defect is added to a copy, both are lit and seen
+A defective image and its mask are exact: the part is drawn, the defect is added to a copy, both are lit and seen
 through the same lens, and the copy is used inside the mask only. Sensor noise and JPEG grain come last.
 """
 
@@ -14,7 +14,7 @@ from data.demo.parts import liner, ring_sizes, rings
 
 VIEW = {"turn": 0.05, "zoom": (0.95, 1.05), "shift": 0.06, "tilt": 0.03}
 VARY = 0.3  # of lamp and camera, see `shine`
-DESIGN = {"liner": 11, "rings": 17}  # seeds of the dimensions: the same engine in every picture
+DESIGN = {"liner": 11, "rings": 17}  # seeds of the dimensions: the same engine in every image
 
 
 def scratch(canvas: Canvas, rng: np.random.Generator, clear: float) -> Array:
@@ -102,7 +102,7 @@ CONDITIONS = {"liner": {"scratch": scratch, "scuffing": scuffing, "corrosion": c
 
 
 def somewhere(canvas: Canvas, rng: np.random.Generator) -> tuple[float, float]:
-    """Part coordinates of a place well inside the picture."""
+    """Part coordinates of a place well inside the image."""
     row, column = (rng.uniform(0.22, 0.78, 2) * canvas.size).astype(int)
     return float(canvas.x[row, column]), float(canvas.y[row, column])
 
@@ -118,7 +118,7 @@ def draw(subset: str, defect: str | None, rng: np.random.Generator,
          size: tuple[int, int]) -> tuple[Array, Array, Array]:  # fmt: skip
     """One view of `subset`'s part without and with `defect`: display values (3, H, W) twice, and the mask bool (H, W).
 
-    The two pictures are equal outside the mask; both come before sensor noise. Without a defect the mask is empty.
+    The two images are equal outside the mask; both come before sensor noise. Without a defect the mask is empty.
     """
     canvas = Canvas(rng, size, **VIEW)
     {"liner": liner, "rings": rings}[subset](canvas, rng, np.random.default_rng(DESIGN[subset]))
@@ -129,7 +129,7 @@ def draw(subset: str, defect: str | None, rng: np.random.Generator,
     if defect is None:
         return good, good, np.zeros(size, bool)
     mask = np.zeros(size, bool)
-    while not 12 <= mask.sum() <= 0.5 * mask.size:  # out of the picture: try elsewhere
+    while not 12 <= mask.sum() <= 0.5 * mask.size:  # out of the image: try elsewhere
         spoilt = canvas.copy()
         mask = CONDITIONS[subset][defect](spoilt, rng, rng.uniform(0.3, 1)) > 0.3
     mask = binary_dilation(mask)

@@ -1,14 +1,14 @@
-"""Draw the demo set: procedural pictures in the layouts of ScavPort, ScavPortAnom and Condition.
+"""Draw the demo set: procedural images in the layouts of ScavPort, ScavPortAnom and Condition.
 
     python -m data.demo datasets/demo [seed=0] [scale=1.0]
 
-    scavport/{train,test}/<class>/NNNN.jpg                       8 classes, 100 + 40 pictures each
-    scavport_anom/train/good, test/{good,outlier}/NNNN.jpg       160, 60 + 60 pictures, no masks
-    condition/<subset>/train/good, test/{good,<defect>}/NNNN.png 120, 50 + 3 x 20 pictures, subsets liner and rings
+    scavport/{train,test}/<class>/NNNN.jpg                       8 classes, 100 + 40 images each
+    scavport_anom/train/good, test/{good,outlier}/NNNN.jpg       160, 60 + 60 images, no masks
+    condition/<subset>/train/good, test/{good,<defect>}/NNNN.png 120, 50 + 3 x 20 images, subsets liner and rings
     condition/<subset>/ground_truth/<defect>/NNNN_mask.png       0 or 255
 
-A picture depends on the seed and its own path only: any number of processes draws the same bytes, and a smaller `scale`
-draws the first pictures of every folder. Pictures are 96 x 128 to 144 x 160 pixels (height x width).
+An image depends on the seed and its own path only: any number of processes draws the same bytes, and a smaller `scale`
+draws the first images of every folder. Images are 96 x 128 to 144 x 160 pixels (height x width).
 """
 
 import json
@@ -32,13 +32,13 @@ from data.demo.parts import PARTS, SEEN_PARTS
 from runtime.errors import UserError
 from runtime.files import remove_unfinished, temporary_name
 
-VERSION = 1  # raise it when the pictures change
+VERSION = 1  # raise it when the images change
 VIEWS = {"scavport": {"turn": 0.6, "zoom": (0.75, 1.5), "shift": 0.3, "tilt": 0.25},
          "scavport_anom": {"turn": 0.35, "zoom": (0.85, 1.25), "shift": 0.2, "tilt": 0.2}}  # fmt: skip
 
 
 def layout(scale: float) -> list[str]:
-    """The paths of all pictures, masks aside, relative to the set's root."""
+    """The paths of all images, masks aside, relative to the set's root."""
     folders = {}
     for name in sorted(PARTS):
         folders |= {f"scavport/train/{name}": 100, f"scavport/test/{name}": 40}
@@ -51,14 +51,14 @@ def layout(scale: float) -> list[str]:
 
 
 def render(path: str, seed: int) -> tuple[Image.Image, Image.Image | None]:
-    """The picture that belongs at `path` (relative to the root) and its mask, if it has one."""
+    """The image that belongs at `path` (relative to the root) and its mask, if it has one."""
     rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
     size = int(rng.integers(96, 145)), int(rng.integers(128, 161))
     task, *folders, name, file = path.split("/")
     if task == "condition":
         subset = folders[0]
-        _, picture, mask = draw(subset, None if name == "good" else name, rng, size)
-        return sense(picture, rng), None if name == "good" else Image.fromarray(mask.astype(np.uint8) * 255)
+        _, image, mask = draw(subset, None if name == "good" else name, rng, size)
+        return sense(image, rng), None if name == "good" else Image.fromarray(mask.astype(np.uint8) * 255)
     canvas = Canvas(rng, size, **VIEWS[task])
     if name == "outlier":
         outlier(canvas, rng, int(file[:4]))
@@ -69,14 +69,14 @@ def render(path: str, seed: int) -> tuple[Image.Image, Image.Image | None]:
 
 
 def write(path: str, root: Path, seed: int) -> None:
-    """Render one picture and save it, with its mask, under `root`."""
-    picture, mask = render(path, seed)
+    """Render one image and save it, with its mask, under `root`."""
+    image, mask = render(path, seed)
     place = root / path
     place.parent.mkdir(parents=True, exist_ok=True)
     if place.suffix == ".jpg":
-        picture.save(place, quality=92)
+        image.save(place, quality=92)
     else:
-        picture.save(place)
+        image.save(place)
     if mask is not None:
         folder = place.parents[2] / "ground_truth" / place.parent.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def generate(root: str | Path, *, seed: int = 0, scale: float = 1.0, workers: in
     try:
         unfinished.mkdir()
         job = partial(write, root=unfinished, seed=seed)
-        bar = partial(tqdm, total=len(paths), desc=f"drawing {root}", unit=" pictures")
+        bar = partial(tqdm, total=len(paths), desc=f"drawing {root}", unit=" images")
         if workers:
             with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
                 for _ in bar(pool.map(job, paths, chunksize=8)):

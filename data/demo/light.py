@@ -1,4 +1,4 @@
-"""The demo set's dirt, lamp and camera: the same for every picture, so that only the drawn shapes tell classes apart.
+"""The demo set's dirt, lamp and camera: the same for every image, so that only the drawn shapes tell classes apart.
 
 `soil` ages the material of a `Canvas`, `shine` lights it with a borescope's lamp beside the lens (Lambert diffuse plus
 Blinn-Phong highlights, inverse-square fall-off), `expose` adds vignette, exposure, blur, sensor noise and JPEG grain.
@@ -73,7 +73,7 @@ def through_lens(light: Array, canvas: Canvas, rng: np.random.Generator, *, mete
     """
     centre_x, centre_y = vary * rng.normal(0, 0.12, 2)
     radius = np.hypot(canvas.across - centre_x, canvas.down - centre_y)
-    if rng.random() < 0.5 * vary - 0.25:  # the tube's round edge is in the picture, not in a fixed rig's
+    if rng.random() < 0.5 * vary - 0.25:  # the tube's round edge is in the image, not in a fixed rig's
         edge = rng.uniform(0.95, 1.25)
         light = light * (1 - smoothstep((radius - edge) / rng.uniform(0.03, 0.15) + 0.5))
     light = light / (1 + rng.uniform(0.05, 0.9) * radius**2)
@@ -86,19 +86,19 @@ def through_lens(light: Array, canvas: Canvas, rng: np.random.Generator, *, mete
     return np.clip(light * 1.15, 0, 1) ** (1 / rng.uniform(1.7, 2.2))
 
 
-def sense(picture: Array, rng: np.random.Generator) -> Image.Image:
+def sense(scene: Array, rng: np.random.Generator) -> Image.Image:
     """Sensor noise, 8 bits and one pass of JPEG grain."""
     level = rng.uniform(0.005, 0.025)
-    noise = rng.standard_normal(picture.shape, dtype=np.float32)
+    noise = rng.standard_normal(scene.shape, dtype=np.float32)
     noise = noise + 0.8 * noise[:1]  # partly common to the colors
-    picture = picture + level * noise * (0.5 + np.sqrt(picture))
-    image = Image.fromarray((255 * np.clip(picture, 0, 1) + 0.5).astype(np.uint8).transpose(1, 2, 0))
+    scene = scene + level * noise * (0.5 + np.sqrt(scene))
+    image = Image.fromarray((255 * np.clip(scene, 0, 1) + 0.5).astype(np.uint8).transpose(1, 2, 0))
     packed = io.BytesIO()
     image.save(packed, "JPEG", quality=int(rng.integers(50, 90)))
     return Image.open(packed).convert("RGB")
 
 
 def expose(canvas: Canvas, rng: np.random.Generator) -> Image.Image:
-    """The finished picture of a canvas."""
+    """The finished image of a canvas."""
     light = shine(canvas, rng)
     return sense(through_lens(light, canvas, rng, metered=light), rng)

@@ -1,4 +1,4 @@
-"""Pictures that do not belong into a scavenge port inspection: the outliers of the demo's ScavPortAnom.
+"""Images that do not belong into a scavenge port inspection: the outliers of the demo's ScavPortAnom.
 
 They get the same view, dirt, lamp and camera as the parts, and mostly the same colors.
 """

@@ -11,7 +11,7 @@ from data.demo.metal import backdrop, bolt, finish, metal, turned
 def liner(canvas: Canvas, rng: np.random.Generator, shape: np.random.Generator | None = None) -> None:
     """Cylinder liner: hollow running surface, cross-hatched honing, zigzag oil grooves with their quill holes.
 
-    `shape` draws the dimensions: fresh ones of the same seed draw the same engine's liner in every picture.
+    `shape` draws the dimensions: fresh ones of the same seed draw the same engine's liner in every image.
     """
     shape = shape or rng
     canvas.color[:], canvas.gloss[:] = metal(shape), shape.uniform(0.2, 0.7)
@@ -67,7 +67,7 @@ def crown(canvas: Canvas, rng: np.random.Generator) -> None:
 
 
 def ring_sizes(shape: np.random.Generator) -> tuple[int, float, float, float]:
-    """Number of rings, distance between them, half their height, and how far they bow over the picture."""
+    """Number of rings, distance between them, half their height, and how far they bow over the image."""
     pitch = shape.uniform(0.36, 0.52)
     return int(shape.integers(3, 6)), pitch, pitch * shape.uniform(0.2, 0.3), shape.uniform(-0.12, 0.12)
 

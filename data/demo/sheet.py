@@ -15,20 +15,20 @@ COLUMNS, WIDTH, HEIGHT, MARGIN, LINE = 8, 122, 100, 2, 17  # tiles of the sheet 
 
 
 def contact_sheet(root: str | Path) -> Image.Image:
-    """Pictures from the set at `root`: parts by class, outliers, whole and defective parts with the mask's outline."""
+    """Images from the set at `root`: parts by class, outliers, whole and defective parts with the mask's outline."""
     root = Path(root)
     names = sorted(PARTS)
-    columns = [_pictures(root / "scavport" / "train" / name, 4) for name in names]
+    columns = [_images(root / "scavport" / "train" / name, 4) for name in names]
     blocks = [
         ([name.replace("_", " ") for name in names] if k == 0 else [], row) for k, row in enumerate(zip(*columns))
     ]
-    blocks += [(["outliers: pictures that do not belong"], _pictures(root / "scavport_anom/test/outlier", COLUMNS))]
+    blocks += [(["outliers: images that do not belong"], _images(root / "scavport_anom/test/outlier", COLUMNS))]
     for subset, defects in CONDITIONS.items():
         folder = root / "condition" / subset
-        labels, row = [f"{subset}: good", ""], _pictures(folder / "test" / "good", 2)
+        labels, row = [f"{subset}: good", ""], _images(folder / "test" / "good", 2)
         for defect in defects:
             labels += [defect, ""]
-            row += _pictures(folder / "test" / defect, 2, masks=folder / "ground_truth" / defect)
+            row += _images(folder / "test" / defect, 2, masks=folder / "ground_truth" / defect)
         blocks.append((labels, row))
     height = sum(HEIGHT + MARGIN + (LINE if labels else 0) for labels, _ in blocks)
     sheet = Image.new("RGB", (COLUMNS * (WIDTH + MARGIN) - MARGIN, height), "white")
@@ -37,24 +37,24 @@ def contact_sheet(root: str | Path) -> Image.Image:
         for k, label in enumerate(labels):
             pen.text((k * (WIDTH + MARGIN) + 2, top), label, fill="black", font=font)
         top += LINE if labels else 0
-        for k, picture in enumerate(row):
-            sheet.paste(picture, (k * (WIDTH + MARGIN), top))
+        for k, image in enumerate(row):
+            sheet.paste(image, (k * (WIDTH + MARGIN), top))
         top += HEIGHT + MARGIN
     return sheet
 
 
-def _pictures(folder: Path, count: int, *, masks: Path | None = None) -> list[Image.Image]:
-    """The first `count` pictures of a folder as tiles, with their masks' outline when `masks` names their folder."""
+def _images(folder: Path, count: int, *, masks: Path | None = None) -> list[Image.Image]:
+    """The first `count` images of a folder as tiles, with their masks' outline when `masks` names their folder."""
     paths = sorted(folder.glob("*.*"))[:count]
     if not paths:
-        raise UserError(f"no pictures in {folder}: draw the demo set first (python -m data.demo ROOT)")
+        raise UserError(f"no images in {folder}: draw the demo set first (python -m data.demo ROOT)")
     tiles = []
     for path in paths:
-        with Image.open(path) as picture:
-            tile = np.array(picture.convert("RGB").resize((WIDTH, HEIGHT)))
+        with Image.open(path) as image:
+            tile = np.array(image.convert("RGB").resize((WIDTH, HEIGHT)))
         if masks is not None:
-            with Image.open(masks / f"{path.stem}_mask.png") as picture:
-                mask = np.array(picture.resize((WIDTH, HEIGHT), Image.Resampling.NEAREST)) > 0
+            with Image.open(masks / f"{path.stem}_mask.png") as image:
+                mask = np.array(image.resize((WIDTH, HEIGHT), Image.Resampling.NEAREST)) > 0
             tile[binary_dilation(mask, iterations=2) & ~binary_dilation(mask)] = TRUE_DEFECT
         tiles.append(Image.fromarray(tile))
     return tiles

@@ -1,4 +1,4 @@
-"""Change the training pictures of a fitted detector: learn what was added, forget what is gone, leave the rest."""
+"""Change the training images of a fitted detector: learn what was added, forget what is gone, leave the rest."""
 
 import torch
 from torch import nn
@@ -50,10 +50,10 @@ def load_memory(path: str, resolved: dict, detector: nn.Module) -> dict:
 
 
 def update_memory(detector: nn.Module, old: dict, names: list[str], loader: Loader) -> str:
-    """Bring the fitted detector of checkpoint `old` to the pictures of `loader`; says what changed.
+    """Bring the fitted detector of checkpoint `old` to the images of `loader`; says what changed.
 
-    Pictures are the same when their names below data.root are; `names` are those of all of the loader's dataset. The
-    detector has `keep(numbers)` and `add(batches, n)`. Raises UserError when none of its pictures is left.
+    Images are the same when their names below data.root are; `names` are those of all of the loader's dataset. The
+    detector has `keep(numbers)` and `add(batches, n)`. Raises UserError when none of its images is left.
     """
     detector.load_state_dict(old["model"])
     number = {names[i]: i for i in loader.indices.tolist()}
@@ -64,7 +64,7 @@ def update_memory(detector: nn.Module, old: dict, names: list[str], loader: Load
         added = Loader(
             loader.dataset, loader.batch_size, loader.device, indices=new, cache=loader.cache, workers=loader.workers
         )
-        detector.add(batches_of(added, "new pictures"), len(new))
+        detector.add(batches_of(added, "new images"), len(new))
     other = another_version(old.get("version"), with_script=False)
     kept = other and f"; those from before were learned by {other}, without update all are learned anew"
-    return f"update: {len(new)} pictures added, {len(learned - set(number))} removed, {len(number)} in all{kept}"
+    return f"update: {len(new)} images added, {len(learned - set(number))} removed, {len(number)} in all{kept}"

@@ -1,8 +1,8 @@
-"""95 % intervals of the anomaly figures by the bootstrap over pictures (Efron and Tibshirani 1993, chapter 13).
+"""95 % intervals of the anomaly figures by the bootstrap over images (Efron and Tibshirani 1993, chapter 13).
 
-Pixels of one picture are not independent, so whole pictures are drawn with replacement, 1000 times, the normal and the
+Pixels of one image are not independent, so whole images are drawn with replacement, 1000 times, the normal and the
 anomalous ones separately (no replicate lacks a class); the interval runs from the 2.5 to the 97.5 percentile. A drawn
-set is a vector of how often each picture is in it, and its score histogram is that vector times the pictures' own: all
+set is a vector of how often each image is in it, and its score histogram is that vector times the images' own: all
 replicates at once are one product (R, N) x (N, K).
 
 Image figures have a bin for every distinct score and are exact. Pixel figures have about 2000 bins between quantiles of
@@ -22,10 +22,10 @@ from evaluation.anomaly.metrics import (
     PIXEL_METRICS,
     PRO_LIMITS,
     Array,
-    Pictures,
+    Images,
     area_to_limit,
     image_metrics,
-    mapped_pictures,
+    mapped_images,
     pixel_metrics,
     region_shares,
     to_numpy,
@@ -37,7 +37,7 @@ SAMPLE = 2**22  # pixels the quantiles are taken from
 
 
 class Histograms(NamedTuple):
-    """Score histograms of N pictures over K bins, highest scores first; each (N, K)."""
+    """Score histograms of N images over K bins, highest scores first; each (N, K)."""
 
     negatives: np.ndarray | sparse.csr_array
     positives: np.ndarray | sparse.csr_array
@@ -47,8 +47,8 @@ class Histograms(NamedTuple):
 def with_intervals(
     scores: Array,
     labels: Array,
-    maps: Pictures | None,
-    masks: Pictures | None,
+    maps: Images | None,
+    masks: Images | None,
     *,
     seed: int = 0,
     histograms: Histograms | None = None,
@@ -57,11 +57,11 @@ def with_intervals(
 
     `scores` (N,), `labels` (N,), `maps` and `masks` as for `pixel_metrics` or None for either; `histograms`: their
     `pixel_histograms`, if they are there already. None where a figure is undefined. `seed` draws the replicates; image
-    and pixel figures share them. About 3 seconds for 250 pictures of 256 x 256 on one core.
+    and pixel figures share them. About 3 seconds for 250 images of 256 x 256 on one core.
     """
     figures, labels = image_metrics(scores, labels), to_numpy(labels).astype(bool)
     intervals = dict.fromkeys(IMAGE_METRICS + PIXEL_METRICS)
-    draws = draw_pictures(labels, seed)
+    draws = draw_images(labels, seed)
     if figures["image_auroc"] is not None:
         intervals |= percentiles(image_replicates(to_numpy(scores), labels, draws))
     if maps is None or masks is None:
@@ -75,8 +75,8 @@ def with_intervals(
     }
 
 
-def draw_pictures(labels: np.ndarray, seed: int) -> np.ndarray:
-    """How often each replicate holds each picture, (R, N) float64, for `labels` (N,) bool."""
+def draw_images(labels: np.ndarray, seed: int) -> np.ndarray:
+    """How often each replicate holds each image, (R, N) float64, for `labels` (N,) bool."""
     rng = np.random.default_rng(seed)
     draws = np.zeros((REPLICATES, len(labels)))
     for members in (np.flatnonzero(~labels), np.flatnonzero(labels)):
@@ -88,7 +88,7 @@ def draw_pictures(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def percentiles(replicates: dict[str, np.ndarray]) -> dict[str, list[float]]:
-    """{key: (R,)} -> {key: [low, high]}. NaN replicates (no anomalous picture drawn has a mask) are left out."""
+    """{key: (R,)} -> {key: [low, high]}. NaN replicates (no anomalous image drawn has a mask) are left out."""
     return {key: np.nanpercentile(values, (2.5, 97.5)).tolist() for key, values in replicates.items()}
 
 
@@ -107,10 +107,10 @@ def pixel_replicates(histograms: Histograms, draws: np.ndarray) -> dict[str, np.
     return dict(zip(PIXEL_METRICS, replicate_metrics(histograms, draws)))
 
 
-def pixel_histograms(maps: Pictures, masks: Pictures) -> Histograms:
+def pixel_histograms(maps: Images, masks: Images) -> Histograms:
     """Histograms of N maps inside and outside their masks, bins between quantiles of both. `maps` and `masks` as for
     `pixel_metrics`, with a masked and a normal pixel; only SAMPLE values are ever held twice."""
-    maps, masks = mapped_pictures(maps, masks)
+    maps, masks = mapped_images(maps, masks)
     masked = sum(np.count_nonzero(mask) for mask in masks)
     inside = quantiles((scores[mask] for scores, mask in zip(maps, masks)), masked)
     size = sum(mask.size for mask in masks) - masked

@@ -1,4 +1,4 @@
-"""What a detector learns from normal pictures that it was not fitted on: thresholds and the heat maps' color scale."""
+"""What a detector learns from normal images that it was not fitted on: thresholds and the heat maps' color scale."""
 
 from evaluation.anomaly.detection import region_maps
 from evaluation.anomaly.thresholds import normal_threshold, pixel_threshold, suspicious
@@ -9,12 +9,12 @@ from plots.heatmaps import heat_range
 def calibrate(normal: Findings | None, loader, false_alarm_rate: float) -> dict:
     """Plain values for the checkpoint, None where there are no findings or no maps.
 
-    threshold: of image scores; pixel_threshold: of map pixels; promised_false_alarm_rate: what so few pictures can
-    promise; low, high: the color scale; suspicious: the pictures whose score is far above the others', [{path, score}],
+    threshold: of image scores; pixel_threshold: of map pixels; promised_false_alarm_rate: what so few images can
+    promise; low, high: the color scale; suspicious: the images whose score is far above the others', [{path, score}],
     perhaps defects among the normals.
 
     Args:
-        normal: findings of the pictures of `loader`, in its order, each left out or held out.
+        normal: findings of the images of `loader`, in its order, each left out or held out.
     """
     values = dict.fromkeys(("threshold", "pixel_threshold", "low", "high"))
     values |= {"promised_false_alarm_rate": None, "n_normals": 0, "suspicious": []}

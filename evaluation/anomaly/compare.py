@@ -1,6 +1,6 @@
-"""Is one run better than another on the same test pictures? A paired bootstrap over the pictures.
+"""Is one run better than another on the same test images? A paired bootstrap over the images.
 
-The figures of two runs rise and fall together with the pictures that are drawn, so their intervals may overlap widely
+The figures of two runs rise and fall together with the images that are drawn, so their intervals may overlap widely
 where the difference is sure. Each replicate of bootstrap.py is therefore taken for all runs alike, and what
 is judged is the distribution of the difference (Efron and Tibshirani 1993, chapters 13 and 16).
 """
@@ -14,7 +14,7 @@ import torch
 
 from evaluation.anomaly.bootstrap import (
     Histograms,
-    draw_pictures,
+    draw_images,
     image_replicates,
     pixel_replicates,
 )
@@ -28,12 +28,12 @@ from evaluation.anomaly.metrics import (
 from runtime import checkpoint
 from runtime.errors import UserError
 
-TYPES = Histograms(np.int32, np.int32, np.float32)  # of the stored histograms: 12 bytes a bin, 24 KB a picture
+TYPES = Histograms(np.int32, np.int32, np.float32)  # of the stored histograms: 12 bytes a bin, 24 KB an image
 
 
 @dataclass
 class Scores:
-    """What a run made of the N test pictures."""
+    """What a run made of the N test images."""
 
     paths: list[str]
     labels: np.ndarray  # (N,) bool
@@ -54,14 +54,14 @@ def save_scores(
 
     `paths` N names, best relative to the data set so that runs on two machines agree; `labels` (N,) 0/1, `scores` (N,);
     `figures` has those of `image_metrics` and `pixel_metrics`, perhaps more; `histograms` from `pixel_histograms`, or
-    None without maps, take about 24 KB a picture. Raises UserError on NaN and when the file cannot be written.
+    None without maps, take about 24 KB an image. Raises UserError on NaN and when the file cannot be written.
     """
     labels, scores = to_numpy(labels).astype(bool), real_numbers(to_numpy(scores), "image scores")
     if len(paths) != len(scores):
         raise ValueError(f"{len(paths)} paths for {len(scores)} scores")
     if histograms is not None:
         if len(histograms.negatives) != len(scores):
-            raise ValueError(f"histograms of {len(histograms.negatives)} pictures for {len(scores)} scores")
+            raise ValueError(f"histograms of {len(histograms.negatives)} images for {len(scores)} scores")
         histograms = [torch.from_numpy(np.ascontiguousarray(h, dtype)) for h, dtype in zip(histograms, TYPES)]
     checkpoint.save(
         path,
@@ -110,14 +110,14 @@ def compare(runs: list[Scores], names: list[str], seed: int = 0) -> dict:
     2 / (R + 1) (Davison and Hinkley 1997, section 4.2). It is not corrected for the number of comparisons, and says
     nothing of what another training seed would change.
 
-    Raises UserError when the runs were not tested on the same pictures in the same order, naming the first difference.
+    Raises UserError when the runs were not tested on the same images in the same order, naming the first difference.
     """
     if len(runs) < 2 or len(names) != len(runs):
         raise UserError(f"comparing needs two runs or more, each with a name, not {len(runs)} runs and names {names}")
     for run, name in zip(runs[1:], names[1:]):
-        same_pictures(runs[0], run, names[0], name)
+        same_images(runs[0], run, names[0], name)
     labels = runs[0].labels
-    draws = draw_pictures(labels, seed)
+    draws = draw_images(labels, seed)
     replicates = [replicate(run, draws) for run in runs]
     differences = []
     for a, b in itertools.combinations(range(len(runs)), 2):
@@ -144,17 +144,17 @@ def judge(differences: np.ndarray) -> tuple[list[float], float, str]:
     return [low, high], p, "win" if low > 0 else "loss" if high < 0 else "none"
 
 
-def same_pictures(a: Scores, b: Scores, name_a: str, name_b: str) -> None:
+def same_images(a: Scores, b: Scores, name_a: str, name_b: str) -> None:
     """UserError with the first difference of the two test sets, if there is one."""
     advice = "compare runs of one data set"
     for i, (path_a, path_b) in enumerate(zip(a.paths, b.paths)):
         if path_a != path_b:
-            raise UserError(f"test picture {i} is {path_a} in {name_a} and {path_b} in {name_b}; {advice}")
+            raise UserError(f"test image {i} is {path_a} in {name_a} and {path_b} in {name_b}; {advice}")
         if a.labels[i] != b.labels[i]:
             kinds = [("normal", "anomalous")[int(run.labels[i])] for run in (a, b)]
             raise UserError(f"{path_a} is {kinds[0]} in {name_a} and {kinds[1]} in {name_b}; {advice}")
     if len(a.paths) != len(b.paths):
-        raise UserError(f"{name_a} has {len(a.paths)} test pictures and {name_b} has {len(b.paths)}; {advice}")
+        raise UserError(f"{name_a} has {len(a.paths)} test images and {name_b} has {len(b.paths)}; {advice}")
 
 
 def compare_table(result: dict) -> tuple[list[str], list[list[str]]]:

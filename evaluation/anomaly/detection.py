@@ -1,4 +1,4 @@
-"""A fitted detector on a set of pictures: findings in data set order, figures in all and for each defect."""
+"""A fitted detector on a set of images: findings in data set order, figures in all and for each defect."""
 
 from collections.abc import Iterator
 
@@ -24,9 +24,9 @@ def batches_of(loader, text: str) -> Iterator[Batch]:
 
 
 def examine_set(detector: nn.Module, loader, text: str, *, leave_out: bool = False) -> Findings:
-    """`Findings` of all pictures of a Loader on the CPU, in ascending order of their index, equal on all processes.
+    """`Findings` of all images of a Loader on the CPU, in ascending order of their index, equal on all processes.
 
-    Each process examines its share. `leave_out`: the pictures are the training pictures, numbered as in `fit`, and
+    Each process examines its share. `leave_out`: the images are the training images, numbered as in `fit`, and
     each is examined as if it had not been fitted.
     """
     device, size = loader.device, (loader.dataset.geometry.height, loader.dataset.geometry.width)
@@ -48,9 +48,9 @@ def examine_set(detector: nn.Module, loader, text: str, *, leave_out: bool = Fal
 
 
 def region_maps(maps: Tensor, dataset, *, original: bool = False, indices: Tensor | None = None) -> list[Tensor]:
-    """Maps (N, H, W) as one map a picture, without padding: of input pixels, or at the size of the original file.
+    """Maps (N, H, W) as one map an image, without padding: of input pixels, or at the size of the original file.
 
-    `indices` (N,): the pictures' positions in the data set; none: all of it.
+    `indices` (N,): the images' positions in the data set; none: all of it.
     """
     geometry = dataset.geometry
     if not original and geometry.fit != "pad":
@@ -83,11 +83,11 @@ def anomaly_results(
     seed: int,
     histograms: Histograms | None = None,
 ) -> dict:
-    """Figures with intervals over the whole test set, and `per_defect`: each one's against all good pictures.
+    """Figures with intervals over the whole test set, and `per_defect`: each one's against all good images.
 
     Pixel figures are None without maps or masks; `histograms` are their `pixel_histograms`. `observed_false_alarms` and
-    `observed_detections` are the shares of good and of defective test pictures above the threshold, which came from
-    normal pictures alone.
+    `observed_detections` are the shares of good and of defective test images above the threshold, which came from
+    normal images alone.
     """
     labels, defects = dataset.labels, np.array(dataset.defects)
     results = with_intervals(scores, labels, maps, masks, seed=seed, histograms=histograms)

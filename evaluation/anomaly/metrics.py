@@ -2,10 +2,10 @@
 
 Every figure here is a sum over the positives (anomalous images, or pixels inside a mask), and needs for each of them
 only how many negatives score above it, how many not below it, and how many positives not below it. So the negatives
-(97 % of the pixels) are counted in chunks of whole pictures: by a histogram, and those in a bin with a positive are
+(97 % of the pixels) are counted in chunks of whole images: by a histogram, and those in a bin with a positive are
 sorted as bare values, in which the positives are looked up. This is exact, ties included, without the large argsort of
 the usual form and without a second copy of the maps. Counts are int64 and sums float64: float32 can count to 2^24 only,
-the pixels of 256 pictures of 256 x 256.
+the pixels of 256 images of 256 x 256.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ ONE_THREAD = 100_000  # negatives that are not worth a second thread, nor bins
 BLOCK = 2**20  # positives taken at a time: a dozen temporaries of 8 MB
 
 Array = np.ndarray | torch.Tensor
-Pictures = Array | Sequence[Array]  # (N, H, W), or N arrays of (H_i, W_i)
+Images = Array | Sequence[Array]  # (N, H, W), or N arrays of (H_i, W_i)
 
 
 class Counts(NamedTuple):
@@ -53,7 +53,7 @@ class Counts(NamedTuple):
 
 
 def image_metrics(scores: Array, labels: Array) -> dict[str, float | None]:
-    """AUROC, AP and F1-max of one score a picture.
+    """AUROC, AP and F1-max of one score an image.
 
     `scores` (N,), higher is more anomalous; `labels` (N,), 1 anomalous and 0 normal. All None when a class is missing.
     Raises UserError on NaN scores. AP is scikit-learn's step-wise sum, not a trapezoid under the PR curve.
@@ -70,19 +70,19 @@ def image_metrics(scores: Array, labels: Array) -> dict[str, float | None]:
     return dict(zip(IMAGE_METRICS, ranking_metrics(counts)))
 
 
-def pixel_metrics(maps: Pictures, masks: Pictures) -> dict[str, float | None]:
-    """AUROC, AP and F1-max over the pixels of all pictures together, and AU-PRO up to the rates of `PRO_LIMITS`.
+def pixel_metrics(maps: Images, masks: Images) -> dict[str, float | None]:
+    """AUROC, AP and F1-max over the pixels of all images together, and AU-PRO up to the rates of `PRO_LIMITS`.
 
-    `maps` (N, H, W), higher is more anomalous, and `masks` (N, H, W) bool, good pictures included with an empty mask;
+    `maps` (N, H, W), higher is more anomalous, and `masks` (N, H, W) bool, good images included with an empty mask;
     or sequences of N maps and masks (H_i, W_i) of any sizes. All None without a masked or without a normal pixel.
     Raises UserError on NaN scores. Beside its input it needs about 250 MB, and 50 bytes for each masked pixel.
 
     AU-PRO (Bergmann et al., IJCV 2021; MVTec's published evaluation code): PRO is the mean over all
-    8-connected regions of all pictures of the share of the region that is found, the rate is over all normal pixels of
-    all pictures; the area under PRO against the rate, linear between distinct scores and at the limit, is divided by
+    8-connected regions of all images of the share of the region that is found, the rate is over all normal pixels of
+    all images; the area under PRO against the rate, linear between distinct scores and at the limit, is divided by
     the limit. Taken at the resolution of what is given (MVTec's code takes it at the original one).
     """
-    maps, masks = mapped_pictures(maps, masks)
+    maps, masks = mapped_images(maps, masks)
     masked = sum(np.count_nonzero(mask) for mask in masks)
     if masked in (0, sum(mask.size for mask in masks)):
         return dict.fromkeys(PIXEL_METRICS)
@@ -190,7 +190,7 @@ def region_shares(mask: np.ndarray) -> np.ndarray:
     return (1 / np.maximum(np.bincount(regions), 1))[regions]
 
 
-def mapped_pictures(maps: Pictures, masks: Pictures) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def mapped_images(maps: Images, masks: Images) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """N maps (H_i, W_i) float32 or float64, and their masks (H_i, W_i) bool. ValueError when they do not fit."""
     maps = score_maps(maps, "anomaly-map pixels")
     masks = list(to_numpy(masks)) if isinstance(masks, Array) else [to_numpy(mask) for mask in masks]
@@ -205,15 +205,15 @@ def mapped_pictures(maps: Pictures, masks: Pictures) -> tuple[list[np.ndarray], 
     return maps, masks
 
 
-def score_maps(maps: Pictures, what: str) -> list[np.ndarray]:
+def score_maps(maps: Images, what: str) -> list[np.ndarray]:
     """N maps (H_i, W_i) float32 or float64 from (N, H, W) or a sequence. UserError when some pixels are NaN."""
     if isinstance(maps, Array):
-        pictures = list(real_numbers(to_numpy(maps), what))
+        images = list(real_numbers(to_numpy(maps), what))
     else:
-        pictures = [real_numbers(to_numpy(picture), f"{what} of picture {i}") for i, picture in enumerate(maps)]
-    if any(picture.ndim != 2 for picture in pictures):
-        raise ValueError(f"maps must be (N, H, W) or N times (H, W), not N times {pictures[0].shape}")
-    return pictures
+        images = [real_numbers(to_numpy(image), f"{what} of image {i}") for i, image in enumerate(maps)]
+    if any(image.ndim != 2 for image in images):
+        raise ValueError(f"maps must be (N, H, W) or N times (H, W), not N times {images[0].shape}")
+    return images
 
 
 def to_numpy(x: Array) -> np.ndarray:

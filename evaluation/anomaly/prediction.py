@@ -1,4 +1,4 @@
-"""What predict.py does with files: threads that work ahead, full-size pictures, heat maps over them."""
+"""What predict.py does with files: threads that work ahead, full-size images, heat maps over them."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.depth import WHITE
 from data.geometry import Geometry
-from data.images import decode, picture_size
+from data.images import decode, image_size
 from plots.heatmaps import legend, mark_peak, outline_above, overlay, save, to_pil
 from plots.style import ALARM, GRID, INK, PAPER, font
 
@@ -30,8 +30,8 @@ def ahead(function: Callable, items: Iterable, pool: Executor, count: int) -> It
 
 
 def decode_whole(path: str, white: int = WHITE) -> Tensor:
-    """The upright picture with all its pixels, uint8 (3, h, w); errors as data.images.decode."""
-    return decode(path, Geometry(*picture_size(path), white=white))
+    """The upright image with all its pixels, uint8 (3, h, w); errors as data.images.decode."""
+    return decode(path, Geometry(*image_size(path), white=white))
 
 
 def write_heatmap(

@@ -1,7 +1,7 @@
-"""What a run of train_anomaly.py shows of its test: figures, tables, curves, pictures, in its folder and TensorBoard.
+"""What a run of train_anomaly.py shows of its test: figures, tables, curves, images, in its folder and TensorBoard.
 
-test_scores.csv (a line a picture), test_scores.pt (for eval.py task=compare), heatmaps.png (the best, the worst and the
-most mistaken; where no normal was spared for thresholds, the scale of the colors is that of the good test pictures),
+test_scores.csv (a line an image), test_scores.pt (for eval.py task=compare), heatmaps.png (the best, the worst and the
+most mistaken; where no normal was spared for thresholds, the scale of the colors is that of the good test images),
 neighbors.png (what they were compared with), curves.png, scores.png, suspicious.png.
 """
 
@@ -22,7 +22,7 @@ from evaluation.anomaly.detection import anomaly_results, region_maps, region_ma
 from evaluation.anomaly.unseen import crop_line, crop_results
 from evaluation.tables import csv_table, markdown_table, with_interval
 from models.anomaly.detector import Findings
-from plots.curves import histogram_picture, roc_pr_picture
+from plots.curves import histogram_image, roc_pr_image
 from plots.heatmaps import Caption, Row, heat_range, pick, save, sheet
 from plots.neighbors import Pair, neighbor_sheet
 from runtime.files import whole_file
@@ -35,10 +35,10 @@ ROWS = 4  # of a sheet in TensorBoard; the files in the run folder have all
 def report(
     log: Log, found: Findings, test_set, normal: Findings | None, normals, calibration: dict, *, original: bool
 ) -> dict:
-    """Write and log everything on the test pictures; returns what results.json gets of it.
+    """Write and log everything on the test images; returns what results.json gets of it.
 
     Args:
-        found: findings of `test_set`. normal: of the pictures of the Loader `normals`, which the thresholds are from.
+        found: findings of `test_set`. normal: of the images of the Loader `normals`, which the thresholds are from.
         original: pixel figures at the original files' resolution.
     """
     threshold, folder, seed = calibration["threshold"], log.folder, log.config["seed"]
@@ -70,9 +70,9 @@ def report(
     groups |= {name: found.scores[defects == name] for name in sorted(set(defects), key=lambda n: (n != "good", n))}
     for name, scores in groups.items():
         log.histogram(f"scores/{name}", scores)
-    show(log, "scores", histogram_picture(groups, threshold))
+    show(log, "scores", histogram_image(groups, threshold))
     if results["image_auroc"] is not None:
-        show(log, "curves", roc_pr_picture(found.scores, test_set.labels, log.config["run_name"], threshold))
+        show(log, "curves", roc_pr_image(found.scores, test_set.labels, log.config["run_name"], threshold))
         least, most = found.scores.min(), found.scores.max()
         share = (found.scores - least) / (most - least).clamp(min=1e-12)
         log.precision_recall("precision_recall", test_set.labels, share)
@@ -88,7 +88,7 @@ def report(
         drawn = partial(sheet, **scale)
         save(drawn(rows, title=title), folder / "heatmaps.png")
         show_pages(log, "heatmaps", partial(drawn, columns=1), rows, title)
-    if found.pictures is not None:
+    if found.nearest_image is not None:
         pairs = [neighbor_pair(found, test_set, normals.dataset, caption) for caption in chosen]
         title += ": what comes nearest"
         save(neighbor_sheet(pairs, title=title), folder / "neighbors.png")
@@ -99,7 +99,7 @@ def report(
 def show(log: Log, name: str, image: Image.Image) -> None:
     """Put <name>.png into the run folder, and into TensorBoard."""
     save(image, log.folder / f"{name}.png")
-    log.picture(name, pil_to_tensor(image))
+    log.image(name, pil_to_tensor(image))
 
 
 def show_pages(log: Log, name: str, draw: Callable, rows: list, title: str) -> None:
@@ -107,7 +107,7 @@ def show_pages(log: Log, name: str, draw: Callable, rows: list, title: str) -> N
     pages = [rows[start : start + ROWS] for start in range(0, len(rows), ROWS)]
     for number, page in enumerate(pages, 1):
         which = f"{number} of {len(pages)}"
-        log.picture(f"{name}/{which}", pil_to_tensor(draw(page, title=f"{which}: {title}")))
+        log.image(f"{name}/{which}", pil_to_tensor(draw(page, title=f"{which}: {title}")))
 
 
 def image_row(found: Findings, dataset, caption: Caption) -> Row:
@@ -118,28 +118,30 @@ def image_row(found: Findings, dataset, caption: Caption) -> Row:
 
 
 def neighbor_pair(found: Findings, test_set, train_set, caption: Caption) -> Pair:
-    """The picture of a caption beside the training picture that its most anomalous patch is nearest to."""
-    number = int(found.pictures[caption.index])
+    """The image of a caption beside the training image that its most anomalous patch is nearest to."""
+    number = int(found.nearest_image[caption.index])
     places = [None if p is None else tuple(p[caption.index].tolist()) for p in (found.peaks, found.places)]
     lines = [caption.heading, *caption.lines, "nearest:", os.path.basename(train_set.paths[number])]
     return Pair(test_set[caption.index][0], places[0], train_set[number][0], places[1], lines, caption.correct)
 
 
 def write_scores(folder: Path, found: Findings, test_set, train_set, threshold: float | None) -> None:
-    """test_scores.csv: path, defect, label, score, is_anomalous, nearest_training_picture."""
+    """test_scores.csv: path, defect, label, score, is_anomalous, nearest_training_image."""
     rows = []
     for i, (path, defect, score) in enumerate(zip(test_set.paths, test_set.defects, found.scores.tolist())):
         row = {"path": path, "defect": defect, "label": int(test_set.labels[i]), "score": score}
         row["is_anomalous"] = None if threshold is None else int(score > threshold)
-        row["nearest_training_picture"] = None if found.pictures is None else train_set.paths[int(found.pictures[i])]
+        row["nearest_training_image"] = (
+            None if found.nearest_image is None else train_set.paths[int(found.nearest_image[i])]
+        )
         rows.append(row)
     with whole_file(folder / "test_scores.csv") as file:
         file.write(csv_table(rows))
 
 
 def defect_table(results: dict) -> str:
-    """Markdown: each defect against all good pictures, and all of them together with intervals."""
-    header = ["defect", "pictures", "image AUROC", "pixel AUROC", "AU-PRO 0.3", "AU-PRO 0.05", "AU-PRO 0.01"]
+    """Markdown: each defect against all good images, and all of them together with intervals."""
+    header = ["defect", "images", "image AUROC", "pixel AUROC", "AU-PRO 0.3", "AU-PRO 0.05", "AU-PRO 0.01"]
     keys = ("image_auroc", "pixel_auroc", "aupro", "aupro_005", "aupro_001")
     rows = [[name, str(f["n"]), *(with_interval(f, key) for key in keys)] for name, f in results["per_defect"].items()]
     rows.append(["all", str(results["n_test_anomalous"]), *(with_interval(results, key) for key in keys)])

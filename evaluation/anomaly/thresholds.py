@@ -1,7 +1,7 @@
-"""Thresholds from normal pictures alone, with a promised rate of false alarms, and normal pictures that look wrong.
+"""Thresholds from normal images alone, with a promised rate of false alarms, and normal images that look wrong.
 
-The promises hold for scores of pictures that the detector was not fitted on, if these and the later pictures are
-exchangeable: whatever the scores' distribution, on average over the draw of the normal pictures.
+The promises hold for scores of images that the detector was not fitted on, if these and the later images are
+exchangeable: whatever the scores' distribution, on average over the draw of the normal images.
 """
 
 import bisect
@@ -12,24 +12,24 @@ from fractions import Fraction
 import numpy as np
 from scipy.stats import binomtest
 
-from evaluation.anomaly.metrics import Array, Pictures, real_numbers, score_maps, to_numpy
+from evaluation.anomaly.metrics import Array, Images, real_numbers, score_maps, to_numpy
 from runtime.errors import UserError
 
 
 def normal_threshold(scores: Array, *, false_alarm_rate: float = 0.01) -> float:
-    """Call a picture anomalous when its score is strictly above the returned value.
+    """Call an image anomalous when its score is strictly above the returned value.
 
-    `scores` (N,) of normal pictures that the detector was not fitted on (its own training pictures score too low). The
+    `scores` (N,) of normal images that the detector was not fitted on (its own training images score too low). The
     split-conformal quantile (Vovk et al. 2005; Angelopoulos and Bates 2021, section 1): the
-    ceil((N + 1)(1 - false_alarm_rate))-th smallest score, so that a new normal picture from the same source is above it
-    with probability at most false_alarm_rate. That rank is more than N when there are too few pictures for the promise
+    ceil((N + 1)(1 - false_alarm_rate))-th smallest score, so that a new normal image from the same source is above it
+    with probability at most false_alarm_rate. That rank is more than N when there are too few images for the promise
     (below 99 for 1 %); the largest score is returned then, and the rate that can be promised is 1 / (N + 1).
 
-    Leave-one-out scores, each from a detector fitted on the other N - 1 pictures, need no picture kept aside, but the
-    promise above is not proved for them: a new picture is scored by a detector that knows all N. It is the jackknife,
-    and the rate is close to the wanted one where one picture more or less changes little, as in a memory bank of many
-    (a new picture is then scored a little lower, on the safe side). No distribution-free bound holds for it; of the
-    jackknife+, which scores a new picture by all N detectors, Barber et al. (2021, theorem 1) prove at most twice
+    Leave-one-out scores, each from a detector fitted on the other N - 1 images, need no image kept aside, but the
+    promise above is not proved for them: a new image is scored by a detector that knows all N. It is the jackknife,
+    and the rate is close to the wanted one where one image more or less changes little, as in a memory bank of many
+    (a new image is then scored a little lower, on the safe side). No distribution-free bound holds for it; of the
+    jackknife+, which scores a new image by all N detectors, Barber et al. (2021, theorem 1) prove at most twice
     false_alarm_rate.
 
     Raises UserError on NaN scores and on a rate outside (0, 1).
@@ -37,38 +37,38 @@ def normal_threshold(scores: Array, *, false_alarm_rate: float = 0.01) -> float:
     scores = to_numpy(scores)
     if scores.ndim != 1 or len(scores) == 0:
         raise ValueError(f"scores must be (N,) with N >= 1, not {scores.shape}")
-    scores = np.sort(real_numbers(scores, "scores of normal pictures"))
+    scores = np.sort(real_numbers(scores, "scores of normal images"))
     rank = math.ceil((len(scores) + 1) * (1 - exact_rate(false_alarm_rate)))
     return float(scores[min(rank, len(scores)) - 1])
 
 
-def pixel_threshold(maps: Pictures, false_alarm_rate: float = 0.01) -> float:
+def pixel_threshold(maps: Images, false_alarm_rate: float = 0.01) -> float:
     """Call a pixel anomalous when its score is strictly above the returned value.
 
-    `maps` (N, H, W), or a sequence of (H_i, W_i) without padding, of normal pictures that the detector was not fitted
+    `maps` (N, H, W), or a sequence of (H_i, W_i) without padding, of normal images that the detector was not fitted
     on, or leave-one-out maps (see `normal_threshold`). Conformal risk control (Angelopoulos et al. 2022, theorem 1)
-    with the share of a picture's pixels above t as its loss, which is at most 1: the smallest t with
+    with the share of an image's pixels above t as its loss, which is at most 1: the smallest t with
 
-        N / (N + 1) * mean over pictures of (share of the pixels above t) + 1 / (N + 1) <= false_alarm_rate,
+        N / (N + 1) * mean over images of (share of the pixels above t) + 1 / (N + 1) <= false_alarm_rate,
 
-    so that the expected share of a new normal picture's pixels above t is at most false_alarm_rate. With too few
-    pictures for the promise (below 99 for 1 %) the largest pixel is returned, and 1 / (N + 1) can be promised. Exact;
+    so that the expected share of a new normal image's pixels above t is at most false_alarm_rate. With too few
+    images for the promise (below 99 for 1 %) the largest pixel is returned, and 1 / (N + 1) can be promised. Exact;
     the pixels are copied and sorted once, then looked through about 25 times.
 
     Raises UserError on NaN pixels and on a rate outside (0, 1).
     """
     maps = score_maps(maps, "pixels of normal anomaly maps")
-    if not maps or not all(picture.size for picture in maps):
-        raise ValueError(f"maps must be one or more pictures with pixels, not {[picture.shape for picture in maps]}")
-    most = (len(maps) + 1) * exact_rate(false_alarm_rate) - 1  # sum of the pictures' shares above t, at most
+    if not maps or not all(image.size for image in maps):
+        raise ValueError(f"maps must be one or more images with pixels, not {[image.shape for image in maps]}")
+    most = (len(maps) + 1) * exact_rate(false_alarm_rate) - 1  # sum of the images' shares above t, at most
 
     def holds(t: float) -> bool:
-        above = Counter()  # {pixels of a picture: pixels above t in pictures of that size}
-        for picture in maps:
-            above[picture.size] += np.count_nonzero(picture > t)
+        above = Counter()  # {pixels of an image: pixels above t in images of that size}
+        for image in maps:
+            above[image.size] += np.count_nonzero(image > t)
         return sum(Fraction(count, size) for size, count in above.items()) <= most
 
-    values = np.sort(np.concatenate([picture.ravel() for picture in maps]))
+    values = np.sort(np.concatenate([image.ravel() for image in maps]))
     first = bisect.bisect_left(range(len(values)), True, key=lambda i: holds(values[i]))
     return float(values[min(first, len(values) - 1)])
 
@@ -81,11 +81,11 @@ def exact_rate(rate: float) -> Fraction:
 
 
 def suspicious(scores: Array, paths: list[str]) -> list[dict]:
-    """Training pictures that may be defective or of another kind: `[{"path", "score"}]`, the highest score first.
+    """Training images that may be defective or of another kind: `[{"path", "score"}]`, the highest score first.
 
     `scores` (N,) leave-one-out, `paths` N. Those beyond Tukey's outer fence (1977), the upper quartile plus three
     times the distance of the quartiles (interpolated), of which a normal distribution has 1 in 850,000. None of
-    fewer than four pictures, and none of identical scores. Raises UserError on NaN scores.
+    fewer than four images, and none of identical scores. Raises UserError on NaN scores.
     """
     scores = real_numbers(to_numpy(scores), "leave-one-out scores")
     if scores.shape != (len(paths),):

@@ -1,6 +1,6 @@
-"""A picture larger than a detector's input, examined at its own resolution in overlapping squares.
+"""An image larger than a detector's input, examined at its own resolution in overlapping squares.
 
-Letters: h and w the picture's height and width, H and W the same with padding, T tiles of S x S pixels.
+Letters: h and w the image's height and width, H and W the same with padding, T tiles of S x S pixels.
 """
 
 from itertools import pairwise, product
@@ -20,11 +20,11 @@ def check_tiling(detector: Detector, tile: int, overlap: int) -> None:
     """Raise `UserError` unless `detector` can examine tiles of this size."""
     if detector.positional:
         raise UserError(
-            f"tile={tile}: {type(detector).__name__} knows what each place of a picture looks like, so it takes whole "
-            "pictures only: remove tile, or fit another detector"
+            f"tile={tile}: {type(detector).__name__} knows what each place of an image looks like, so it takes whole "
+            "images only: remove tile, or fit another detector"
         )
     if tile < GRID or tile % GRID:
-        raise UserError(f"tile={tile} must be a multiple of {GRID}, or 0 for whole pictures")
+        raise UserError(f"tile={tile} must be a multiple of {GRID}, or 0 for whole images")
     if overlap % GRID or not 0 <= overlap < tile:
         raise UserError(f"overlap={overlap} must be a multiple of {GRID}, at least 0 and below tile={tile}")
     if not takes(detector, tile):
@@ -59,16 +59,16 @@ def spans(length: int, tile: int, overlap: int) -> list[tuple[int, int, int]]:
 def examine_tiles(
     detector: Detector, image: Tensor, *, tile: int, overlap: int, batch_size: int, device: torch.device
 ) -> Findings:
-    """`Findings` of one picture, uint8 (3, h, w), on the CPU: (1,) scores, (1, h, w) maps, peaks in its pixels.
+    """`Findings` of one image, uint8 (3, h, w), on the CPU: (1,) scores, (1, h, w) maps, peaks in its pixels.
 
-    The score is the largest of all tiles' scores; peak, training picture and place are that tile's. Below and to the
-    right the picture is padded with the mean color to multiples of 32 and to one tile at least; `valid` keeps padding
+    The score is the largest of all tiles' scores; peak, training image and place are that tile's. Below and to the
+    right the image is padded with the mean color to multiples of 32 and to one tile at least; `valid` keeps padding
     out of map and score.
 
-    A pixel's value is what the whole picture would give, up to rounding, if the tile goes on as far as the pixel's
+    A pixel's value is what the whole image would give, up to rounding, if the tile goes on as far as the pixel's
     patches see: with PatchCore on a ResNet-18's stages 2 and 3 that is 161 pixels, so overlap=352 makes all equal. With
     less, the zeros with which convolutions pad a tile show near the cuts. Measured for MobileNetV2 with ImageNet
-    weights on five magnetic tiles, enlarged to 768 or 1024 pixels, overlap=64: the difference to the whole picture's
+    weights on five magnetic tiles, enlarged to 768 or 1024 pixels, overlap=64: the difference to the whole image's
     map, in units of its median pixel, has with tile=256 a median of 2.6 %, a 99 % quantile of 23 % and a maximum of
     48 %; with tile=512 0, 13 % and 32 %. Scores were equal or up to 4 % higher: a tile's score counts its margins too.
     """

@@ -21,7 +21,7 @@ from runtime.errors import UserError
 class Version(NamedTuple):
     """What differs between the authors' two codes, beside the optimiser and the map (`CDO.measure`)."""
 
-    enlarged: int  # noise patches are drawn on a picture so many times larger and shrunk with it
+    enlarged: int  # noise patches are drawn on an image so many times larger and shrunk with it
     unit_levels: bool  # features have length 1 before the loss enlarges them
     image_score: ImageScore
 
@@ -30,7 +30,7 @@ VERSIONS = {"v1": Version(1, False, "max"), "v2": Version(4, True, "top1")}
 
 
 class CDO(Detector):
-    """An apprentice learns its expert's features on normal pictures and departs from them on patches of noise.
+    """An apprentice learns its expert's features on normal images and departs from them on patches of noise.
 
     Both of the authors' codes are here (github.com/caoyunkang/CDO). Map of v1: squared distances of the unit features,
     all at the first stage's resolution, summed over stages, enlarged without aligned corners. v2: one minus cosine of
@@ -38,10 +38,10 @@ class CDO(Detector):
     length before its loss enlarges them.
 
     Different from them: the official backbone is HRNet-W32; v1 also names ResNets and v2 reads them as done here.
-    v2 enlarges pictures to 1024 x 1024, here to 4 times their size, which is that for 256; its mean over stages is
+    v2 enlarges images to 1024 x 1024, here to 4 times their size, which is that for 256; its mean over stages is
     divided by 3 once more, which changes no ranking. Weight decay spares biases and norms. The last epoch is reported.
 
-    Official training, 256 x 256 pictures. v1: AdamW, learning rate 4e-4 times 0.95 after every epoch, weight decay
+    Official training, 256 x 256 images. v1: AdamW, learning rate 4e-4 times 0.95 after every epoch, weight decay
     1e-4, batch 16, 50 epochs. v2: Adam with betas (0.5, 0.999), 1e-3, a tenth of it after 80 of 100 epochs, gradients
     cut to norm 5, batch 32.
 
@@ -53,12 +53,12 @@ class CDO(Detector):
         gamma: how much hard positions count, 0 (all alike) to 5; 2 in both codes.
         apprentice: a backbone of other depth whose stages 1-3 have the expert's shapes, as resnet18 for resnet34; none:
             the expert's own architecture, as officially.
-        image_score: what of a picture's map is its score; none: `max` for v1, `top1` for v2.
+        image_score: what of an image's map is its score; none: `max` for v1, `top1` for v2.
 
     Raises:
         UserError: bad options, a backbone without three stages of maps or unlike the apprentice, or with weights that
             cannot be drawn anew; at
-            the first batch, pictures too small for a patch.
+            the first batch, images too small for a patch.
     """
 
     by_gradient = True
@@ -100,7 +100,7 @@ class CDO(Detector):
         return self.features(images), [f.float() for f in self.apprentice.forward_stages(images, last=3)]
 
     def steps(self, batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor]]:
-        """The pictures with patches of noise on them, normalised, and where: (B, 3, H, W) and bool (B, H, W)."""
+        """The images with patches of noise on them, normalised, and where: (B, 3, H, W) and bool (B, H, W)."""
         noisy, abnormal = self.noise(batch.images, batch.ids, batch.epoch, seed=batch.seed)
         yield normalize(noisy), abnormal
 

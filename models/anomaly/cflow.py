@@ -26,47 +26,47 @@ ROWS = 2**14  # vectors that are scored at a time
 
 
 class CFlow(Detector):
-    """A normalizing flow per stage learns how likely a feature vector is at its place in a normal picture.
+    """A normalizing flow per stage learns how likely a feature vector is at its place in a normal image.
 
     **Score.** With log p the log-likelihood of a position of stage l, C its channels and m_l a constant of the stage:
 
         likelihood_l = exp(min(log p / C - m_l, 0)),    map = number of stages - sum_l enlarge(likelihood_l)
 
     bilinear with aligned corners, without a blur: 0 (as normal as can be) to the number of stages. `normalize` says
-    what m_l is. `train`: the largest log p / C of the normal training pictures, found after training, so that a
-    picture's score depends on no other test picture. `test`: the largest of the whole test set, as in the official
+    what m_l is. `train`: the largest log p / C of the normal training images, found after training, so that a
+    image's score depends on no other test image. `test`: the largest of the whole test set, as in the official
     code, which subtracts the sum from its maximum and not from the number of stages: one constant for all pixels, so
-    all figures are the official ones, but no picture can be scored before all are there. From `train` to `test` each
+    all figures are the official ones, but no image can be scored before all are there. From `train` to `test` each
     stage's likelihood changes by one factor, exp(m_l of train - m_l of test), beside positions that are likelier than
     any in training: those count as the likeliest. Heat maps and thresholds of `test` know the test set too.
 
     **Training.** Officially every stage's vectors of a batch, shuffled, make fibers of 256, and each fiber an optimizer
-    step of its flow. Here a fiber has equally many positions of every picture of the batch, each picture's in a random
+    step of its flow. Here a fiber has equally many positions of every image of the batch, each image's in a random
     order of its own, so that processes train as one: a stratified draw instead of a uniform one. What is left over
-    is dropped, as officially. Padding is trained on like the picture; no map shows it. Places count from the top left
-    corner, so whole pictures of the trained size alone make sense.
+    is dropped, as officially. Padding is trained on like the image; no map shows it. Places count from the top left
+    corner, so whole images of the trained size alone make sense.
 
     **Different from the official code**, beside that: images are resized by `data.resample`, there by Lanczos. A flow
     rests while others train; with torch before 2.0 Adam's momentum went on moving it, as zeroed gradients are
     gradients. The learning rate follows its curve batch by batch: in the official code it is constant for 8 of 200
     epochs at a time, warms up from a tenth of it and not from 0, and goes on from there along a cosine that began with
     the warm-up. The last epoch is reported, not each metric's best on the test set. Official recipe: Wide-ResNet-50-2
-    with `reflect`, batch 32, Adam with learning rate 2e-4, 25 x 8 epochs, squashed pictures of 512 pixels, but 256 for
+    with `reflect`, batch 32, Adam with learning rate 2e-4, 25 x 8 epochs, squashed images of 512 pixels, but 256 for
     cable, capsule, hazelnut, metal nut, pill and 128 for transistor.
 
     Args:
         backbone: the encoder, any whose stages are maps; it is frozen and stays in eval mode.
         stages: each has a flow; the last three officially.
         blocks: couplings of a flow.
-        fiber: vectors of an optimizer step, at most: rounded down to equally many of every picture, at least one.
-        rotation: training pictures are turned by up to so many degrees, black where nothing is left.
+        fiber: vectors of an optimizer step, at most: rounded down to equally many of every image, at least one.
+        rotation: training images are turned by up to so many degrees, black where nothing is left.
         reflect: the backbone's convolutions continue a map by its mirror image, not by zeros, as the official ResNets
             do though ImageNet's weights learnt with zeros; with `backbone.padding=tensorflow` on TensorFlow's sides.
             Needs maps of at least 2 x 2.
         before_norm: the flows see what the last convolution of each stage gives, before its batch norm and the
             shortcut, as behind the official MobileNetV3s; for a MobileNetV3.
         normalize: set whose extremes scale each stage's likelihoods: `train` or `test`, above.
-        image_score: what of a picture's map is its score; the paper's is `max`.
+        image_score: what of an image's map is its score; the paper's is `max`.
 
     Raises:
         UserError: bad options, or a backbone that they do not suit; a stage that is no map or has one channel; at the
@@ -154,7 +154,7 @@ class CFlow(Detector):
             if "adding size should be less" not in str(error):
                 raise
             raise UserError(
-                f"cflow reflect=true cannot mirror maps as small as pictures of {tuple(images.shape[-2:])} make: "
+                f"cflow reflect=true cannot mirror maps as small as images of {tuple(images.shape[-2:])} make: "
                 "set a larger data.size, or reflect=false"
             ) from None
 
@@ -181,15 +181,15 @@ class CFlow(Detector):
         """
         images = turn(batch.images, batch.ids, batch.epoch, seed=batch.seed, degrees=self.rotation)
         features = self.features(normalize(images))
-        pictures = len(images) * world_size()
-        share = max(1, self.fiber // pictures)  # positions of each picture in a fiber
+        n_images = len(images) * world_size()
+        share = max(1, self.fiber // n_images)  # positions of each image in a fiber
         for stage, feature in zip(self.stages, features):
             height, width = feature.shape[-2:]
             if height * width < share:
                 raise UserError(
-                    f"cflow fiber={self.fiber}: {share} positions of each of {pictures} pictures, but stage {stage} "
+                    f"cflow fiber={self.fiber}: {share} positions of each of {n_images} images, but stage {stage} "
                     f"has {height} x {width}: set a larger batch_size or data.size, or detector.fiber to at most "
-                    f"{height * width * pictures}"
+                    f"{height * width * n_images}"
                 )
         return self.fibers(features, batch, share)
 
@@ -219,10 +219,10 @@ class CFlow(Detector):
 
     @torch.no_grad()
     def fit(self, batches: Iterable[Batch], n_images: int) -> None:  # noqa: ARG002
-        """Find m_l, in the pictures that `fitted_on` names.
+        """Find m_l, in the images that `fitted_on` names.
 
         Raises:
-            UserError: a process has no picture; features that are not finite.
+            UserError: a process has no image; features that are not finite.
         """
         found = []
         for batch in batches:
@@ -231,9 +231,9 @@ class CFlow(Detector):
                 insides = [grid_valid(batch.valid, grid.shape[1:]) for grid in grids]
                 grids = [grid[inside] for grid, inside in zip(grids, insides)]
             found.append(torch.stack([grid.amax() for grid in grids]))  # (L,)
-        self.require_pictures(len(found) > 0)
+        self.require_images(len(found) > 0)
         found = gather_rows(torch.stack(found))  # (batches, L)
-        require_finite(found, "log-likelihoods of the pictures, batch by batch")
+        require_finite(found, "log-likelihoods of the images, batch by batch")
         self.likeliest = found.amax(0)
 
     def measure(
@@ -259,7 +259,7 @@ def rows_of(feature: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def turn(images: Tensor, ids: Tensor, epoch: int, *, seed: int, degrees: float) -> Tensor:
-    """Each picture (B, 3, H, W) uint8 turned about its middle by a uniform angle in [-degrees, degrees], to the nearest
+    """Each image (B, 3, H, W) uint8 turned about its middle by a uniform angle in [-degrees, degrees], to the nearest
     pixel and black where there is none: torchvision's RandomRotation(degrees)."""
     if degrees == 0:
         return images

@@ -1,4 +1,4 @@
-"""CFlow-AD's decoders: normalizing flows of affine couplings, conditioned on the place in the picture.
+"""CFlow-AD's decoders: normalizing flows of affine couplings, conditioned on the place in the image.
 
 The official code builds them from FrEIA (SequenceINN of AllInOneBlocks, github.com/vislearn/FrEIA); these have its
 arithmetic and its parameter names, of the settings that CFlow-AD uses. Letters: N vectors of C channels, P numbers that

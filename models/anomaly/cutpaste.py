@@ -21,18 +21,18 @@ from models.heads import normed_mlp
 from runtime.errors import UserError
 from search.bounds import require_finite
 
-# the defects of each variant; those of `union` are one class, of which a picture gets either
+# the defects of each variant; those of `union` are one class, of which an image gets either
 VARIANTS = {"normal": ("cutpaste",), "scar": ("scar",), "union": ("cutpaste", "scar"), "3way": ("cutpaste", "scar")}
-JITTER = 0.1  # of brightness, contrast, saturation and hue of the whole picture
+JITTER = 0.1  # of brightness, contrast, saturation and hue of the whole image
 GOOD = 0  # the kind of defect, in the key of the random numbers, that is none
 
 
 class CutPaste(Detector):
-    """A classifier learns to tell good pictures from the same with a patch of themselves pasted elsewhere; the density
+    """A classifier learns to tell good images from the same with a patch of themselves pasted elsewhere; the density
     of the good ones' embeddings is the score.
 
     The authors published no code; this follows github.com/Runinho/pytorch-cutpaste, whose checkpoints can be tested
-    with `detector.weights=... epochs=0`. Every picture is jittered in color and goes in three times (twice but for
+    with `detector.weights=... epochs=0`. Every image is jittered in color and goes in three times (twice but for
     3way): good, with a pasted rectangle, with a scar, all in one pass, so that BatchNorm sees them together. The loss
     is the classes' cross-entropy. The embedding is the average-pooled last stage, before the head, of length 1.
 
@@ -42,11 +42,11 @@ class CutPaste(Detector):
 
     Different from them: images are resized by `data.resample`, there bicubically; pytorch-cutpaste decays biases and
     norms, too, and leaves the weights of a pretrained backbone as they are for 20 steps (`optim.warmup_epochs` spares
-    them here). The paper also translates pictures randomly, pytorch-cutpaste does not. What differs in the defects,
+    them here). The paper also translates images randomly, pytorch-cutpaste does not. What differs in the defects,
     `data/defects/cutpaste.py` says. The last epoch is reported.
 
-    Official training, 256 x 256 pictures, ResNet-18 from random weights: SGD, learning rate 0.03, momentum 0.9, cosine,
-    weight decay 3e-5, 32 pictures a step (64 or 96 with their defects); 65,536 steps in the paper, 10,000 for
+    Official training, 256 x 256 images, ResNet-18 from random weights: SGD, learning rate 0.03, momentum 0.9, cosine,
+    weight decay 3e-5, 32 images a step (64 or 96 with their defects); 65,536 steps in the paper, 10,000 for
     pytorch-cutpaste's results.
 
     Args:
@@ -58,7 +58,7 @@ class CutPaste(Detector):
         image_score: `density`, as in paper and code, or what of the map is the score.
 
     Raises:
-        UserError: bad options, a backbone whose last stage is no map; at the first batch, pictures too small for a
+        UserError: bad options, a backbone whose last stage is no map; at the first batch, images too small for a
             scar; in `fit`, features that are NaN, or a singular covariance.
     """
 
@@ -110,7 +110,7 @@ class CutPaste(Detector):
         return [stage.to(torch.promote_types(stage.dtype, torch.float32))]
 
     def steps(self, batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor]]:
-        """The good pictures, then those with each defect, normalised, (V B, 3, H, W), and their classes (V B,)."""
+        """The good images, then those with each defect, normalised, (V B, 3, H, W), and their classes (V B,)."""
         images, ids = batch.images, batch.ids
         numbers = draw(images, (batch.seed, batch.epoch, 0, ids, GOOD), JITTER_DRAWS + 1)
         everywhere = torch.ones_like(images[:, 0], dtype=torch.bool)
@@ -123,7 +123,7 @@ class CutPaste(Detector):
         yield normalize(torch.cat([good, *bad])), classes
 
     def forward(self, images: Tensor, classes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy on what `steps` gives; stats: the share of pictures whose class is the likeliest."""
+        """Cross-entropy on what `steps` gives; stats: the share of images whose class is the likeliest."""
         logits = self.out(self.head(pool(*self.networks(images), None)))  # (V B, classes)
         with torch.autocast(images.device.type, enabled=False):
             loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), classes)
@@ -138,14 +138,14 @@ class CutPaste(Detector):
 
     @torch.no_grad()
     def fit(self, batches: Iterable[Batch], n_images: int) -> None:  # noqa: ARG002
-        """Learn the embeddings of the normal pictures of all processes, in eval mode, in which it stays."""
+        """Learn the embeddings of the normal images of all processes, in eval mode, in which it stays."""
         self.eval()
         rows, indices = [], []
         for batch in batches:
             rows.append(pool(*self.networks(batch.images), batch.valid))
             indices.append(batch.indices)
         embeddings, _ = self.in_order(rows, indices)  # (N, D)
-        require_finite(embeddings, "embeddings of the training pictures")
+        require_finite(embeddings, "embeddings of the training images")
         embeddings = F.normalize(embeddings.double())
         if self.density == "kde":
             self.bank = embeddings
@@ -153,8 +153,8 @@ class CutPaste(Detector):
         self.mean, self.cholesky, failed = shrunk_gaussian(embeddings)
         if failed:  # fewer than 3 images, or all alike
             raise UserError(
-                f"cutpaste: the covariance of {len(embeddings)} training picture(s) is singular; "
-                "give more, and different, pictures or set density=kde"
+                f"cutpaste: the covariance of {len(embeddings)} training image(s) is singular; "
+                "give more, and different, images or set density=kde"
             )
 
     def unlikeliness(self, embeddings: Tensor) -> Tensor:

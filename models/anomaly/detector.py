@@ -14,30 +14,30 @@ from training.rehearsal import batch_norm_needs_more, naming, no_trace
 
 
 class Batch(NamedTuple):
-    """Training pictures of this process, as `fit` receives them."""
+    """Training images of this process, as `fit` receives them."""
 
     images: Tensor  # (B, 3, H, W) normalised
     valid: Tensor | None  # bool (B, H, W), False in padding; None: no padding
-    indices: Tensor  # (B,) int64 on the images' device: the pictures' numbers in the training set
+    indices: Tensor  # (B,) int64 on the images' device: the images' numbers in the training set
 
 
 class TrainingBatch(NamedTuple):
-    """Training pictures of this process, as a method that is trained by gradients gets them."""
+    """Training images of this process, as a method that is trained by gradients gets them."""
 
     images: Tensor  # (B, 3, H, W) uint8
     labels: Tensor  # (B,) int64 on the images' device
-    ids: Tensor  # (B,) int64 on the CPU: the pictures' numbers in the training set
+    ids: Tensor  # (B,) int64 on the CPU: the images' numbers in the training set
     epoch: int
-    seed: int  # of the run; with epoch and ids it is the key of whatever is drawn for a picture
+    seed: int  # of the run; with epoch and ids it is the key of whatever is drawn for an image
 
 
 class Findings(NamedTuple):
-    """What a detector says of B pictures. Places are (y, x) in pixels of the input, at the centre of a patch."""
+    """What a detector says of B images. Places are (y, x) in pixels of the input, at the centre of a patch."""
 
-    scores: Tensor  # (B,) how anomalous each picture is
+    scores: Tensor  # (B,) how anomalous each image is
     maps: Tensor | None = None  # (B, H, W) float32, how anomalous each pixel is; None when the method has none
     peaks: Tensor | None = None  # (B, 2) float: the most anomalous patch
-    pictures: Tensor | None = None  # (B,) int64: the training picture that comes nearest, where one is remembered
+    nearest_image: Tensor | None = None  # (B,) int64: the training image that comes nearest, where one is remembered
     places: Tensor | None = None  # (B, 2) float: its patch nearest to the most anomalous one
 
 
@@ -64,13 +64,13 @@ class Detector(nn.Module):
 
     by_gradient = False  # whether an optimizer trains it
     learns_from = "train"  # split of the data set that it is trained on
-    fitted_on = "train"  # split that `fit` gets: the normal pictures, or "test", if a score depends on all of them
-    by_label = False  # whether all pictures of a batch that it is trained on have one label
+    fitted_on = "train"  # split that `fit` gets: the normal images, or "test", if a score depends on all of them
+    by_label = False  # whether all images of a batch that it is trained on have one label
     partial = False  # whether a step leaves some parameters without gradient
     frozen = True  # whether the backbone stays as it is
-    leaves_out = False  # whether `examine` can leave training pictures out; of how many, says `can_leave_out`
+    leaves_out = False  # whether `examine` can leave training images out; of how many, says `can_leave_out`
     trained_with: tuple[str, ...] = ()  # options that trained weights need again, though no shape shows them
-    positional = False  # whether fitted state belongs to positions, so that pictures of other sizes make no sense
+    positional = False  # whether fitted state belongs to positions, so that images of other sizes make no sense
 
     def __init__(self, backbone: nn.Module, stages: tuple[int, ...]):
         super().__init__()
@@ -108,11 +108,11 @@ class Detector(nn.Module):
 
         Args:
             images: (B, 3, H, W) normalised. valid: bool (B, H, W), False in padding; maps are 0 there.
-            leave_out: (B,) int64, numbers of training pictures: each result is as if that picture had not been fitted;
+            leave_out: (B,) int64, numbers of training images: each result is as if that image had not been fitted;
                 the method's file says how exactly.
         """
         if leave_out is not None and not self.leaves_out:
-            raise ValueError(f"{type(self).__name__} cannot leave out a picture that it was fitted on")
+            raise ValueError(f"{type(self).__name__} cannot leave out an image that it was fitted on")
         was_training = self.training
         self.eval()
         try:
@@ -179,7 +179,7 @@ class Detector(nn.Module):
         return {}
 
     def can_leave_out(self, count: int) -> bool:
-        """Whether each of the `count` pictures that it was fitted on can be left out, one at a time."""
+        """Whether each of the `count` images that it was fitted on can be left out, one at a time."""
         return self.leaves_out and count > 1
 
     def require_fitted(self, state: Tensor) -> None:
@@ -187,23 +187,23 @@ class Detector(nn.Module):
             raise UserError(f"{type(self).__name__} is not fitted: fit it, or load a checkpoint of a fitted one")
 
     def in_order(self, rows: list[Tensor], indices: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """All processes' pictures by ascending number: [(B, ...)] and [(B,)] per batch -> (N, ...) and (N,).
+        """All processes' images by ascending number: [(B, ...)] and [(B,)] per batch -> (N, ...) and (N,).
 
         Raises:
-            UserError: there is no picture, or a process has none.
+            UserError: there is no image, or a process has none.
         """
-        self.require_pictures(len(rows) > 0)
+        self.require_images(len(rows) > 0)
         numbers, order = gather_rows(torch.cat(indices)).sort()
         return gather_rows(torch.cat(rows))[order], numbers
 
-    def require_pictures(self, some: bool) -> None:
-        """Raise `UserError` on every process when one of them has no training picture (`some` False)."""
+    def require_images(self, some: bool) -> None:
+        """Raise `UserError` on every process when one of them has no training image (`some` False)."""
         device = next(self.backbone.parameters()).device
         if all_reduce_sum(torch.tensor(int(some), device=device)) < world_size():
             raise UserError(
-                "fewer training pictures than processes: give more pictures, a smaller holdout or fewer processes"
+                "fewer training images than processes: give more images, a smaller holdout or fewer processes"
                 if world_size() > 1
-                else "there is no training picture to learn from: check data.root and holdout"
+                else "there is no training image to learn from: check data.root and holdout"
             )
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:

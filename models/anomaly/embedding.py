@@ -1,4 +1,4 @@
-"""The baseline: how far a picture's global embedding lies from those of the normal pictures. It draws no maps."""
+"""The baseline: how far an image's global embedding lies from those of the normal images. It draws no maps."""
 
 from collections.abc import Iterable
 from typing import Literal
@@ -21,7 +21,7 @@ class Embedding(Detector):
     `knn`: mean Euclidean distance to the k nearest training embeddings (Bergman et al. 2020, "Deep Nearest Neighbor
     Anomaly Detection", eq. 1, k = 2; SPADE takes k = 50 with the same score).
     `knn_squared`: the sum of the k squared distances, as in its authors' code (PANDA's utils.py, faiss.IndexFlatL2): of
-    more than one neighbour the farther ones count more, so that it can rank pictures otherwise.
+    more than one neighbour the farther ones count more, so that it can rank images otherwise.
     `mahalanobis`: sqrt((f - mu)^T S^-1 (f - mu)) with one Gaussian and the Ledoit-Wolf shrinkage of its covariance
     (Rippel et al. 2020, "Modeling the distribution of normal data in pre-trained deep features", eq. 1). With
     combine=sum it is theirs, one Gaussian per stage.
@@ -62,7 +62,7 @@ class Embedding(Detector):
         if k < 1:
             raise UserError(f"embedding k={k}: the number of neighbours is at least 1")
         self.distance, self.k, self.combine, self.normalize, self.source = distance, k, combine, normalize, source
-        self.register_buffer("numbers", torch.empty(0, dtype=torch.int64))  # (N,) of the fitted pictures, ascending
+        self.register_buffer("numbers", torch.empty(0, dtype=torch.int64))  # (N,) of the fitted images, ascending
         if distance != "mahalanobis":
             self.register_buffer("bank", torch.empty(0, 0))  # (N, D), the stages side by side also with combine=sum
         else:
@@ -96,10 +96,10 @@ class Embedding(Detector):
 
     @torch.no_grad()
     def fit(self, batches: Iterable[Batch], n_images: int) -> None:  # noqa: ARG002
-        """Learn the normal pictures of all processes; all hold all of them.
+        """Learn the normal images of all processes; all hold all of them.
 
         Raises:
-            UserError: NaN features, fewer pictures than k, or a singular covariance (1 or 2 pictures, or all alike).
+            UserError: NaN features, fewer images than k, or a singular covariance (1 or 2 images, or all alike).
         """
         rows, indices = [], []
         for batch in batches:
@@ -107,25 +107,25 @@ class Embedding(Detector):
             rows.append(torch.cat(parts, dim=1))  # (B, D)
             indices.append(batch.indices)
         embeddings, numbers = self.in_order(rows, indices)  # (N, D), (N,)
-        require_finite(embeddings, "embeddings of the training pictures")
+        require_finite(embeddings, "embeddings of the training images")
         if self.distance != "mahalanobis":
             if len(embeddings) < self.k:
-                raise UserError(f"embedding k={self.k}, but there are {len(embeddings)} training pictures: lower k")
+                raise UserError(f"embedding k={self.k}, but there are {len(embeddings)} training images: lower k")
             self.bank, self.numbers = embeddings, numbers
             return
         widths = [part.shape[1] for part in parts]
         stages = embeddings.double().split(widths, dim=1)
         means, factors, failed = zip(*map(shrunk_gaussian, stages))
-        if any(failed):  # with 2 pictures the shrinkage is exactly 0, with equal ones the covariance is
+        if any(failed):  # with 2 images the shrinkage is exactly 0, with equal ones the covariance is
             raise UserError(
-                f"mahalanobis: the covariance of {len(embeddings)} training picture(s) is singular; "
-                "give more, and different, pictures or set distance=knn"
+                f"mahalanobis: the covariance of {len(embeddings)} training image(s) is singular; "
+                "give more, and different, images or set distance=knn"
             )
         self.mean, self.cholesky, self.numbers = torch.cat(means), torch.block_diag(*factors), numbers
         self.left_out = sum(map(shrunk_left_out, stages))  # inf where the others are too few or alike
 
     def can_leave_out(self, count: int) -> bool:
-        """More than k pictures, or with `mahalanobis` four at least, any three of which have a covariance."""
+        """More than k images, or with `mahalanobis` four at least, any three of which have a covariance."""
         return count > self.k if self.distance != "mahalanobis" else bool(self.left_out.isfinite().all())
 
     def measure(
@@ -135,9 +135,9 @@ class Embedding(Detector):
         valid: Tensor | None = None,
         leave_out: Tensor | None = None,
     ) -> Findings:
-        """`pictures` is the nearest training picture, with combine=sum that of the last stage.
+        """`images` is the nearest training image, with combine=sum that of the last stage.
 
-        `leave_out` with `mahalanobis`: the pictures must be those left out: `fit` found their distances, as refits
+        `leave_out` with `mahalanobis`: the images must be those left out: `fit` found their distances, as refits
         would (`shrunk_left_out`).
         """
         self.require_fitted(self.numbers)
@@ -146,7 +146,7 @@ class Embedding(Detector):
         if self.distance != "mahalanobis":
             if leave_out is not None and len(self.bank) <= self.k:
                 left = len(self.bank) - 1
-                raise UserError(f"embedding k={self.k}: without one training picture there are {left} left: lower k")
+                raise UserError(f"embedding k={self.k}: without one training image there are {left} left: lower k")
             exclude = None if leave_out is None else (leave_out, self.numbers)
             banks = self.bank.split(widths, dim=1)
             found = [nearest_squared(part, bank, self.k, exclude=exclude) for part, bank in zip(parts, banks)]
@@ -154,8 +154,8 @@ class Embedding(Detector):
                 scores = sum(squared.sqrt().float().mean(1) for squared, _ in found)  # (B,)
             else:
                 scores = sum(squared.sum(1) for squared, _ in found).float()  # (B,)
-            return Findings(scores, pictures=self.numbers[found[-1][1][:, 0]])
-        require_finite(torch.cat(parts, dim=1), "embeddings of the pictures")
+            return Findings(scores, nearest_image=self.numbers[found[-1][1][:, 0]])
+        require_finite(torch.cat(parts, dim=1), "embeddings of the images")
         scores, first = torch.zeros(len(parts[0]), dtype=torch.float64, device=parts[0].device), 0
         for part in parts:
             span = slice(first, first + part.shape[1])

@@ -1,7 +1,7 @@
-"""Gaussians fitted to few pictures, many at once, and their distances as if one of the pictures had not been fitted.
+"""Gaussians fitted to few images, many at once, and their distances as if one of the images had not been fitted.
 
-All is float64. A left-out distance is that of a refit to the others, from one factorisation for all pictures: without
-picture i, at distance delta from the mean of n, the mean is further away by delta / (n - 1), the scatter matrix is
+All is float64. A left-out distance is that of a refit to the others, from one factorisation for all images: without
+image i, at distance delta from the mean of n, the mean is further away by delta / (n - 1), the scatter matrix is
 S - n / (n - 1) delta delta^T, and the inverse follows by Sherman and Morrison (1950).
 """
 
@@ -21,16 +21,16 @@ class Gaussians(NamedTuple):
     """
 
     mean: Tensor  # (P, d) float32
-    deviations: Tensor  # (P, n, d) float32, each picture minus the mean; (P, 0, d) in covariance form
+    deviations: Tensor  # (P, n, d) float32, each image minus the mean; (P, 0, d) in covariance form
     factor: Tensor  # (P, d, d) or (P, n, n) float64, lower triangular
-    left_out: Tensor  # (n of this process, P) float64: each picture's distance from the Gaussian of the others
+    left_out: Tensor  # (n of this process, P) float64: each image's distance from the Gaussian of the others
     failed: Tensor  # (P,) not 0 where a matrix was not positive definite
 
 
 def covariance_form(x: Tensor, n: int, regularization: float) -> Gaussians:
-    """Gaussians of x (n of this process, P, d) float32, n pictures over all processes: their sums are reduced.
+    """Gaussians of x (n of this process, P, d) float32, n images over all processes: their sums are reduced.
 
-    factor = L^-1, where L L^T = S / (n - 1) + regularization I; with one picture S / (n - 1) is taken as 0.
+    factor = L^-1, where L L^T = S / (n - 1) + regularization I; with one image S / (n - 1) is taken as 0.
     """
     mean = all_reduce_sum(x.double().sum(0)) / n  # (P, d)
     centred = (x - mean).transpose(0, 1)  # (P, n_r, d)
@@ -46,7 +46,7 @@ def covariance_form(x: Tensor, n: int, regularization: float) -> Gaussians:
 
 
 def low_rank_form(x: Tensor, regularization: float) -> Gaussians:
-    """Gaussians of x (n, P, d) float32, all pictures, by n x n matrices (Woodbury 1950): equal, and cheaper if n < d.
+    """Gaussians of x (n, P, d) float32, all images, by n x n matrices (Woodbury 1950): equal, and cheaper if n < d.
 
     With the deviations X (n, d) of one position and r = regularization, (X^T X / (n - 1) + r I)^-1 is
     (I - X^T (X X^T + r (n - 1) I)^-1 X) / r; factor = L^-1, where L L^T = X X^T + r (n - 1) I.
@@ -73,7 +73,7 @@ def shrunk_gaussian(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     C = (1 - s) Sigma + s tr(Sigma) / D I with Sigma = S / n and the shrinkage s of Ledoit and Wolf (2004), lemma 3.3.
 
     Args:
-        x: (n, D) float64. Returns (D,), (D, D), and (), True where C is singular: n < 3, or all pictures alike.
+        x: (n, D) float64. Returns (D,), (D, D), and (), True where C is singular: n < 3, or all images alike.
     """
     from sklearn.covariance import ledoit_wolf  # here, for it takes seconds to import and only this needs it
 
@@ -137,7 +137,7 @@ def _without_itself(leverage: Tensor, n: int) -> Tensor:
 
 
 def _of_two(squared: Tensor, n: int, regularization: float) -> Tensor:
-    """The same of 2 pictures, of which one remains, by their squared distance from the mean; of 1 picture: inf."""
+    """The same of 2 images, of which one remains, by their squared distance from the mean; of 1 image: inf."""
     return 2 * (squared / regularization).sqrt() if n == 2 else torch.full_like(squared, torch.inf)
 
 
@@ -155,9 +155,9 @@ def _inverse(lower: Tensor) -> Tensor:
 
 
 def put_left_out(distances: Tensor, table: Tensor, numbers: Tensor, leave_out: Tensor) -> Tensor:
-    """distances (B, ...) with those of fitted pictures replaced by their rows of table (N, ...).
+    """distances (B, ...) with those of fitted images replaced by their rows of table (N, ...).
 
-    numbers (N,) ascending are the fitted pictures', leave_out (B,) the pictures'; one that was not fitted stays.
+    numbers (N,) ascending are the fitted images', leave_out (B,) the images'; one that was not fitted stays.
     """
     row = torch.searchsorted(numbers, leave_out).clamp(max=len(numbers) - 1)  # (B,)
     fitted = (numbers[row] == leave_out).view(-1, *[1] * (distances.dim() - 1))  # (B, 1, ...)

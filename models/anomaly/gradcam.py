@@ -6,11 +6,11 @@ from torch import Tensor
 
 
 def grad_cam(activations: Tensor, targets: Tensor) -> Tensor:
-    """Where the activations raise each picture's target (equations 1 and 2): (B, h, w), 0 where they lower it.
+    """Where the activations raise each image's target (equations 1 and 2): (B, h, w), 0 where they lower it.
 
         alpha_c = mean over h, w of d target / d A_c,  map = ReLU(sum over c of alpha_c A_c)
 
-    One backward pass serves all pictures: nothing of a target may depend on another picture's activations, so the
+    One backward pass serves all images: nothing of a target may depend on another image's activations, so the
     network has to be in eval mode.
 
     Args:

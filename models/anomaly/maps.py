@@ -10,7 +10,7 @@ Border = Literal[
     "repeat", "mirror"
 ]  # d c b a | a b c d | d c b a (scipy's "reflect") or d c b | a b c d | c b a (torch's)
 
-ImageScore = Literal["max", "top1", "mean"]  # of a picture, from its map
+ImageScore = Literal["max", "top1", "mean"]  # of an image, from its map
 
 
 def upsample(grid: Tensor, size: tuple[int, int], *, align_corners: bool) -> Tensor:
@@ -55,14 +55,14 @@ def render(
 
 
 def smooth_inside(maps: Tensor, valid: Tensor | None) -> Tensor:
-    """`smooth`, but padding gives nothing to the pixels of the picture: their means are over valid pixels alone."""
+    """`smooth`, but padding gives nothing to the pixels of the image: their means are over valid pixels alone."""
     if valid is None:
         return smooth(maps)
     return smooth(blank(maps, valid)) / smooth(valid.to(maps.dtype)).clamp(min=1e-6)
 
 
 def grid_valid(valid: Tensor, size: tuple[int, int]) -> Tensor:
-    """bool (B, H, W) -> (B, h, w): patches of which at least half is picture, or those with most of it."""
+    """bool (B, H, W) -> (B, h, w): patches of which at least half is image, or those with most of it."""
     share = F.adaptive_avg_pool2d(valid[:, None].float(), tuple(size))[:, 0]
     return (share >= share.amax((1, 2), keepdim=True).clamp(max=0.5)) & (share > 0)
 
@@ -82,10 +82,10 @@ def peak(maps: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 def image_score(maps: Tensor, valid: Tensor | None, how: ImageScore) -> Tensor:
-    """One number a picture from its map (B, H, W), of its n pixels outside padding: (B,).
+    """One number an image from its map (B, H, W), of its n pixels outside padding: (B,).
 
     max: the largest pixel. top1: mean of the largest 1 %, n // 100 pixels but at least one (as official CDO's and most
-    others' int(0.01 n)). mean: of all. A picture that is all padding has 0.
+    others' int(0.01 n)). mean: of all. An image that is all padding has 0.
 
     Raises:
         ValueError: `how` is none of these.
@@ -98,7 +98,7 @@ def image_score(maps: Tensor, valid: Tensor | None, how: ImageScore) -> Tensor:
     if how == "mean":
         return pixels.where(inside, 0).sum(1) / count.clamp(min=1)
     share = count.new_ones(len(count)) if how == "max" else (count // 100).clamp(min=1)  # (B,) pixels that count
-    most = 1 if how == "max" else max(1, pixels.shape[1] // 100)  # no picture has more: nothing waits for the device
+    most = 1 if how == "max" else max(1, pixels.shape[1] // 100)  # no image has more: nothing waits for the device
     largest = pixels.masked_fill(~inside, -torch.inf).topk(most, dim=1).values  # (B, most)
     counted = torch.arange(most, device=maps.device) < torch.minimum(share, count)[:, None]  # (B, most)
     return largest.where(counted, 0).sum(1) / share

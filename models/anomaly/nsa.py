@@ -69,19 +69,19 @@ class LocalizationDecoder(nn.Module):
 
 
 class NSA(Detector):
-    """Backbone and decoder are trained together to find patches that Poisson blending put there from another picture.
+    """Backbone and decoder are trained together to find patches that Poisson blending put there from another image.
 
     Network, labels, loss and score of the official code (github.com/hmsch/natural-synthetic-anomalies). The parameters
     carry its names, so that `detector.weights=<an official checkpoint> epochs=0` tests one. The loss is the mean binary
     cross-entropy over pixels with the soft labels of `data/defects/nsa.py`; the map is the probability of each pixel,
-    and its mean the picture's score. As there the patches come from the picture before, here of the batch of all processes (of
+    and its mean the image's score. As there the patches come from the image before, here of the batch of all ranks (of
     the first one the last, and a batch of one is its own source).
 
     The official training (Shift-Intensity for objects, Shift-Intensity-M for textures): from random weights, Adam, 1e-3
     by a cosine to 1e-6, batch 64, 320 epochs (hazelnut, metal nut, screw 560). Objects are seen 224 x 224 of 256 x 256
     (data.size=224 data.fit=crop data.resize=256) with `shift=3`, textures 256 x 256 with `shift=4 flip=true`.
 
-    Different from them: images are resized by `data.resample`, there by Lanczos; a shifted or turned picture repeats
+    Different from them: images are resized by `data.resample`, there by Lanczos; a shifted or turned image repeats
     its edge pixels, where theirs is cut from a slightly larger one (textures at 264, so 3 % larger than in the test);
     the strip that the crop leaves out does not count in the pixel figures, where they give it 0; the cosine falls at
     every step, not epoch; the last incomplete batch is left out; what `data/defects/nsa.py` lists.
@@ -98,13 +98,13 @@ class NSA(Detector):
         middle: gray levels of change that the labels call 1/2, x0 of the logistic labels.
         background: gray level of the background and its tolerance; none: all is object.
         min_object: least share of object in a patch, where there is a background.
-        shift: pixels that pictures and sources move at most, up or down and left or right.
+        shift: pixels that images and sources move at most, up or down and left or right.
         turn: degrees that they turn at most, either way; 5 for bottle, hazelnut, metal nut and screw.
         flip: turn half of them upside down.
-        image_score: what of a picture's map is its score; the paper's is `mean`.
+        image_score: what of an image's map is its score; the paper's is `mean`.
 
     Raises:
-        UserError: bad options, another backbone; at the first batch, pictures too small for a patch, or with a side
+        UserError: bad options, another backbone; at the first batch, images too small for a patch, or with a side
             that is no multiple of 32.
     """
 
@@ -163,8 +163,8 @@ class NSA(Detector):
         return super().load_trained(state, path)
 
     def steps(self, batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor]]:
-        """The pictures with patches blended in, normalised, and soft labels: (B, 3, H, W) and (B, H, W) in [0, 1)."""
-        before = gather(batch.images[-1:])[rank() - 1][None]  # the last picture of the process before this one
+        """The images with patches blended in, normalised, and soft labels: (B, 3, H, W) and (B, H, W) in [0, 1)."""
+        before = gather(batch.images[-1:])[rank() - 1][None]  # the last image of the process before this one
         sources = self.varied(torch.cat([before, batch.images[:-1]]), batch, 1)
         images = self.varied(batch.images, batch, 0)
         made, masks = self.defects(images, batch.ids, batch.epoch, seed=batch.seed, sources=sources)

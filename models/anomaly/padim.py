@@ -18,7 +18,7 @@ from search.spill import Workspace
 
 
 class PaDiM(Detector):
-    """Mahalanobis distance of every position's features from those of the normal pictures at the same position.
+    """Mahalanobis distance of every position's features from those of the normal images at the same position.
 
     The de-facto reference is xiahaifeng1995/PaDiM-Anomaly-Detection-Localization (the authors published no code), and
     channels=550 (Wide-ResNet-50-2) or 100 (ResNet-18) is its form, with its very channels: several stages at the finest
@@ -26,25 +26,25 @@ class PaDiM(Detector):
     sigma 4; score: `image_score`. Without `channels` all are used, at no loss: see `form`.
 
     Different from it: images are resized by `data.resample`, there by Lanczos; the map is not scaled to 0..1 over the
-    test set, which changes no ranking; with one training picture, where n - 1 = 0, the covariance is regularization I
+    test set, which changes no ranking; with one training image, where n - 1 = 0, the covariance is regularization I
     alone.
 
-    Positions only compare when pictures are aligned, so pictures of another size and padding are refused.
+    Positions only compare when images are aligned, so images of another size and padding are refused.
 
     Args:
         backbone: any.
         stages: stages that are concatenated, at the resolution of the finest.
         channels: as many are drawn at random, once for all positions; None: all of them.
         regularization: what is added to the covariance's diagonal, above 0.
-        form: `covariance` stores d x d numbers a position, `low_rank` n x (d + n) for n training pictures; the
+        form: `covariance` stores d x d numbers a position, `low_rank` n x (d + n) for n training images; the
             distances are the same. `auto`: the one that stores less.
-        image_score: what of a picture's map is its score; the reference's is `max`.
+        image_score: what of an image's map is its score; the reference's is `max`.
         seed: draws the channels, as Python's random.seed(seed); random.sample(range(all), channels).
         memory_limit: GiB of RAM for the training features while fitting; beyond it they go to a temporary file. None:
             half of what is free, or on a GPU its own memory.
 
     Raises:
-        UserError: bad options, or at `fit` and scoring: NaN features, padding, pictures of another size.
+        UserError: bad options, or at `fit` and scoring: NaN features, padding, images of another size.
     """
 
     name = "padim"  # in messages; another method may be PaDiM on features of its own
@@ -73,7 +73,7 @@ class PaDiM(Detector):
         self.channels, self.regularization, self.form, self.seed = channels, regularization, form, seed
         self.memory_limit, self.image_score = memory_limit, image_score
         self.register_buffer("drawn", torch.empty(0, dtype=torch.int64))  # (d,) ascending
-        self.register_buffer("numbers", torch.empty(0, dtype=torch.int64))  # (n,) of the fitted pictures, ascending
+        self.register_buffer("numbers", torch.empty(0, dtype=torch.int64))  # (n,) of the fitted images, ascending
         self.register_buffer("mean", torch.empty(0, 0, 0))  # (h, w, d)
         self.register_buffer("deviations", torch.empty(0, 0, 0))  # (h w, n, d); covariance form: (h w, 0, d)
         self.register_buffer("factor", torch.empty(0, 0, 0))  # (h w, n, n) or (h w, d, d)
@@ -108,17 +108,17 @@ class PaDiM(Detector):
 
     @torch.no_grad()
     def fit(self, batches: Iterable[Batch], n_images: int) -> None:  # noqa: ARG002
-        """One pass over the pictures, then the statistics, some positions at a time. All processes hold all state.
+        """One pass over the images, then the statistics, some positions at a time. All processes hold all state.
 
-        Memory: the features of this process's pictures, h w d x 4 bytes each, and the fitted state. Covariance form:
-        sums are reduced over processes; low-rank form: a few positions' pictures at a time are gathered by number.
+        Memory: the features of this process's images, h w d x 4 bytes each, and the fitted state. Covariance form:
+        sums are reduced over processes; low-rank form: a few positions' images at a time are gathered by number.
         """
         kept, indices, grid = self.collect(batches)
         order = gather_rows(indices).argsort()
         (positions, d), n, device = kept[0].shape[1:], len(order), self.mean.device
         low_rank = self.form == "low_rank" or (self.form == "auto" and n * (d + n) < d * d)
-        side, pictures = (n, n) if low_rank else (d, 0)
-        deviations = self.mean.new_empty(positions, pictures, d)
+        side, n_rows = (n, n) if low_rank else (d, 0)
+        deviations = self.mean.new_empty(positions, n_rows, d)
         factor = self.mean.new_empty(positions, side, side)
         means, left_out, failed = [], [], []
         budget = 2**25 if device.type == "cpu" else 2**32  # bytes; a CPU is fastest in reach of its caches
@@ -138,13 +138,13 @@ class PaDiM(Detector):
             raise UserError(
                 f"{self.name} regularization={self.regularization} is too small for these features: raise it"
             )
-        table = torch.cat(left_out, dim=1).float()  # (n, h w), in covariance form the pictures of this process
+        table = torch.cat(left_out, dim=1).float()  # (n, h w), in covariance form the images of this process
         table = table if low_rank else gather_rows(table)[order]
         self.mean, self.left_out = torch.cat(means).unflatten(0, grid), table.unflatten(1, grid)
         self.deviations, self.factor = deviations, factor
 
     def collect(self, batches: Iterable[Batch]) -> tuple[list[Tensor], Tensor, tuple[int, int]]:
-        """Draw the channels and read the pictures of this process: features [(B, h w, d)], numbers (N,), (h, w)."""
+        """Draw the channels and read the images of this process: features [(B, h w, d)], numbers (N,), (h, w)."""
         device, kept, sums, indices = self.mean.device, [], [], []
         in_ram = device.type == "cpu" or self.memory_limit is not None
         workspace = Workspace.from_gib(self.memory_limit) if in_ram else None
@@ -160,13 +160,13 @@ class PaDiM(Detector):
             indices.append(batch.indices)
             kept.append(rows.flatten(1, 2))  # (B, h w, d)
         sums, self.numbers = self.in_order(sums, indices)
-        require_finite(sums, "features of the training pictures")
+        require_finite(sums, "features of the training images")
         return kept, torch.cat(indices), grid
 
     def distances(self, rows: Tensor) -> Tensor:
         """(B, h, w, d) -> Mahalanobis distances (B, h, w), float32.
 
-        The low-rank form takes the training pictures' deviations X (n, d) with the weights a that minimise
+        The low-rank form takes the training images' deviations X (n, d) with the weights a that minimise
         |delta - X^T a|^2 + ridge |a|^2: the minimum is regularization times the squared distance. A sum of squares
         does not cancel as |delta|^2 - delta^T X^T a would, and rounding in a counts by its square only.
         """
@@ -188,15 +188,15 @@ class PaDiM(Detector):
         valid: Tensor | None = None,
         leave_out: Tensor | None = None,
     ) -> Findings:
-        """`leave_out`: the pictures must be those left out: their distances were found by `fit`."""
+        """`leave_out`: the images must be those left out: their distances were found by `fit`."""
         self.require_fitted(self.mean)
         rows = self.embed(features)  # (B, h, w, d)
         self.require_aligned(rows, self.mean.shape[:2], valid)
-        require_finite(_sums(features), "features of the pictures")
+        require_finite(_sums(features), "features of the images")
         grid = self.distances(rows)
         if leave_out is not None:
             if len(self.numbers) == 1:
-                raise UserError(f"{self.name}: without its one training picture nothing is left to compare; give more")
+                raise UserError(f"{self.name}: without its one training image nothing is left to compare; give more")
             grid = put_left_out(grid, self.left_out, self.numbers, leave_out)
         maps = render(grid, size)  # (B, H, W)
         return Findings(image_score(maps, None, self.image_score), maps, peak(maps))
@@ -206,7 +206,7 @@ class PaDiM(Detector):
         if tuple(rows.shape[1:3]) != tuple(grid):
             raise UserError(
                 f"{self.name} compares position by position: it was fitted on {grid[0]} x {grid[1]} positions, and "
-                f"these pictures have {rows.shape[1]} x {rows.shape[2]}: give pictures of the size it was fitted on"
+                f"these images have {rows.shape[1]} x {rows.shape[2]}: give images of the size it was fitted on"
             )
 
     def refuse_padding(self, valid: Tensor | None) -> None:

@@ -109,7 +109,7 @@ MODES = {
 
 
 class PatchCore(Detector):
-    """Distance of every patch of a picture to the nearest patch of a coreset of the normal pictures' patches.
+    """Distance of every patch of an image to the nearest patch of a coreset of the normal images' patches.
 
     Patches are locally averaged features of several stages at the finest one's resolution; the bank is their greedy
     k-center coreset (Algorithm 1), chosen under a random projection but kept unprojected. The map is the distances,
@@ -121,9 +121,9 @@ class PatchCore(Detector):
     amazon's code it can be, once all distances are 0); images are normalised and resized by data/, the same for all.
 
     Under torchrun patches and bank are spread over the processes, with the picks and scores of one process. Patches
-    beyond `memory_limit` lie in a memory-mapped file. `keep` and `add` change the pictures of a fitted bank.
+    beyond `memory_limit` lie in a memory-mapped file. `keep` and `add` change the images of a fitted bank.
 
-    A picture is left out by ignoring its bank patches. With coreset=1 that is a bank fitted without it; a thinned
+    An image is left out by ignoring its bank patches. With coreset=1 that is a bank fitted without it; a thinned
     bank would have kept patches of others in their place, so left-out scores come out above a refit's (1.3 times on
     average for 24 textures at coreset=0.1) and thresholds from them on the safe side; `holdout=0.1` avoids that.
 
@@ -191,7 +191,7 @@ class PatchCore(Detector):
 
     @torch.no_grad()
     def fit(self, batches: Iterable[Batch], n_images: int) -> None:
-        """Build the bank; processes share the pictures evenly, each in ascending order."""
+        """Build the bank; processes share the images evenly, each in ascending order."""
         self.directions, self.cell = self.directions.new_empty(0, 0), self.cell.new_empty(0)
         patches, work = self._collect(batches, n_images, draw=True)
         points, ids = self._narrow_all(patches.features, work), all_ids(patches.ids, self.radius.device)
@@ -216,7 +216,7 @@ class PatchCore(Detector):
 
     @torch.no_grad()
     def add(self, batches: Iterable[Batch], n_images: int) -> None:
-        """Extend the bank by more pictures, whose numbers it does not hold: of their patches, the greedy picks that it
+        """Extend the bank by more images, whose numbers it does not hold: of their patches, the greedy picks that it
         takes until none is farther from the bank than the radius it was fitted with (under the projection); all of them
         when the bank was to keep all."""
         self.require_fitted(self.cell)
@@ -233,7 +233,7 @@ class PatchCore(Detector):
 
     @torch.no_grad()
     def keep(self, numbers: Tensor) -> None:
-        """Renumber the training pictures, numbers[old] = new, and forget those at -1 with their patches.
+        """Renumber the training images, numbers[old] = new, and forget those at -1 with their patches.
 
         What a forgotten patch covered lies within the fitted radius plus that patch's distance to its nearest
         remaining one; the largest such sum becomes the bound of the covering radius.
@@ -244,7 +244,7 @@ class PatchCore(Detector):
         self.radius = torch.stack([self.radius[0], self.radius[1] + widest])
 
     def can_leave_out(self, count: int) -> bool:
-        """Two pictures or more have patches in the bank: of a thinned one, all may be of one."""
+        """Two images or more have patches in the bank: of a thinned one, all may be of one."""
         return count > 1 and len(self.bank.origins[:, 0].unique()) > 1
 
     def facts(self) -> dict[str, int | float]:
@@ -287,7 +287,7 @@ class PatchCore(Detector):
 
         Args:
             patches: p, (B, D), each image's most distant patch. owners: position of m* in the bank, (B,).
-            leave_out: (B,), training pictures whose entries are no neighbours.
+            leave_out: (B,), training images whose entries are no neighbours.
         """
         count = min(self.neighbors, len(self.bank))
         if leave_out is None:
@@ -300,7 +300,7 @@ class PatchCore(Detector):
         return 1 - to_neighbors.where(exists, -torch.inf).softmax(1)[:, 0]
 
     def _collect(self, batches: Iterable[Batch], n_images: int, *, draw: bool) -> tuple[Patches, Workspace]:
-        """The patches of this process's pictures, after a line on stderr about the memory that all will take. `draw` a
+        """The patches of this process's images, after a line on stderr about the memory that all will take. `draw` a
         projection, whose width may depend on the number of patches."""
         work = Workspace.from_gib(self.memory_limit)
 
@@ -316,11 +316,11 @@ class PatchCore(Detector):
                 print(f"patchcore, {plan}", file=sys.stderr)
 
         patches = collect(batches, lambda images: self.patches(self.features(images)), n_images, work, prepare)
-        self.require_pictures(patches is not None)
+        self.require_images(patches is not None)
         finite = all(some.sum(dtype=torch.float64).isfinite() for some in patches.features.split(2**14))
         if all_reduce_sum(torch.tensor(float(not finite), device=self.radius.device)) > 0:  # told on every process
             raise UserError(
-                "patchcore: features of a training picture are NaN or inf; check the weights and the precision"
+                "patchcore: features of a training image are NaN or inf; check the weights and the precision"
             )
         return patches, work
 

@@ -16,16 +16,16 @@ class RD4AD(Detector):
     Networks, initialisation, loss and score of the official code. `bn` and `decoder` carry its parameter names, so that
     `detector.weights=<an official checkpoint> epochs=0` tests one. Different from it: the teacher is detached, which
     changes no number (the official one computes gradients that it never applies).
-    The official recipe: 256 x 256 pictures, batch 16, Adam with learning rate 5e-3 and betas (0.5, 0.999), 200 epochs.
+    The official recipe: 256 x 256 images, batch 16, Adam with learning rate 5e-3 and betas (0.5, 0.999), 200 epochs.
 
     Args:
         backbone: the teacher, a CNN whose stages 1-3 halve each other; it is frozen and stays in eval mode.
         student: `auto`, the teacher's own kind as officially (a ResNet-18 for what is no ResNet), or the name of a
             ResNet whose blocks and depths it gets; its channels are always the teacher's.
-        image_score: what of a picture's map is its score; the paper's is `max`.
+        image_score: what of an image's map is its score; the paper's is `max`.
 
     Raises:
-        UserError: a backbone or a student that does not do, or, at the first batch, pictures whose side is no multiple
+        UserError: a backbone or a student that does not do, or, at the first batch, images whose side is no multiple
             of 32 (ImageNet stem).
     """
 
@@ -53,13 +53,13 @@ class RD4AD(Detector):
         student = [feature.float() for feature in self.decoder(self.bn(teacher))]
         if student[0].shape != teacher[0].shape:
             raise UserError(
-                f"rd4ad halves pictures 5 times and doubles them back, which {tuple(images.shape[-2:])} does not bear: "
+                f"rd4ad halves images 5 times and doubles them back, which {tuple(images.shape[-2:])} does not bear: "
                 "set data.size to a multiple of 32 (of 8 with stem=cifar)"
             )
         return teacher, student
 
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss on normalised (B, 3, S, S) normal pictures: flattened cosine summed over stages 1-3; stats name each."""
+        """Loss on normalised (B, 3, S, S) normal images: flattened cosine summed over stages 1-3; stats name each."""
         losses = flattened_cosine(*self.networks(images))  # (3,)
         return losses.sum(), {f"loss_stage{stage}": loss for stage, loss in zip(self.stages, losses.detach())}
 

@@ -23,33 +23,33 @@ SIDES = (14, 7, 4)  # of what the transformers' linear layers see behind stages 
 
 
 class RegAD(PaDiM):
-    """Learns on other categories to align pictures of one category, then is PaDiM on the aligned features of few.
+    """Learns on other categories to align images of one category, then is PaDiM on the aligned features of few.
 
     Networks, initialisation, loss and score of the official code (github.com/MediaBrain-SJTU/RegAD). A spatial
     transformer behind each of the stages 1 to 3 turns and scales its maps for the next one; all is trained, the
-    backbone too. Loss: the last maps of a query picture and the mean of those of K others of its category, encoded,
-    predict each other. `fit`: Gaussians at every position over 22 views of each support picture, whose maps of every
+    backbone too. Loss: the last maps of a query image and the mean of those of K others of its category, encoded,
+    predict each other. `fit`: Gaussians at every position over 22 views of each support image, whose maps of every
     stage are warped back by the inverses of all thetas so far; all channels, sigma 4. The map of cosines between query
-    and supports, which the official test computes, enters no score there; here it is not computed. Pictures are in
+    and supports, which the official test computes, enters no score there; here it is not computed. Images are in
     [0, 1]: what the caller normalised is undone, since the official code leaves that step out.
 
     Different from it: images are resized by `data.resample`, there by Lanczos; the supports of a query are drawn from
-    the other pictures of its batch (all processes), there from all of its category; both with repetition, so each
+    the other images of its batch (all processes), there from all of its category; both with repetition, so each
     single one is as likely, but two are alike more often. The official learning rate falls once an epoch, to 0 in the
     last, here at every step. The last epoch is reported, there the one with the best test AUROC. Official support sets
-    are files of pictures, here `data.datasets.few_shot` draws.
+    are files of images, here `data.datasets.few_shot` draws.
 
-    The official recipe: 224 x 224 pictures, ImageNet's ResNet-18, batches of at most 32 pictures of one category, SGD
+    The official recipe: 224 x 224 images, ImageNet's ResNet-18, batches of at most 32 images of one category, SGD
     with learning rate 1e-4 and momentum 0.9, cosine to 0, 50 epochs over the 14 other categories.
 
     Args:
         backbone: any whose `forward_stages` lets something happen `after` each stage, as our CNNs; it is trained.
         supports: K, for each query in training; officially equal to `data.shots`.
         regularization: what is added to the covariances' diagonal, above 0; officially 0.01.
-        image_score: what of a picture's map is its score; the paper's is `max`.
+        image_score: what of an image's map is its score; the paper's is `max`.
 
     Raises:
-        UserError: bad options, another backbone, at a training batch of one picture, or as PaDiM.
+        UserError: bad options, another backbone, at a training batch of one image, or as PaDiM.
     """
 
     name = "regad"
@@ -94,14 +94,14 @@ class RegAD(PaDiM):
     def steps(self, batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor]]:
         """Queries (B, 3, H, W) and the supports of each (B, K, 3, H, W), pixels in [0, 1]."""
         counts = gather_rows(torch.tensor([len(batch.images)], device=batch.images.device))  # (W,)
-        pictures = gather_rows(batch.images)  # (G, 3, H, W)
-        if len(pictures) < 2:
-            raise UserError("regad compares pictures of a batch with each other: set batch_size to at least 2")
-        own = counts[: rank()].sum() + torch.arange(len(batch.images), device=counts.device)  # (B,) of these pictures
+        gathered = gather_rows(batch.images)  # (G, 3, H, W)
+        if len(gathered) < 2:
+            raise UserError("regad compares images of a batch with each other: set batch_size to at least 2")
+        own = counts[: rank()].sum() + torch.arange(len(batch.images), device=counts.device)  # (B,) of these images
         numbers = send(uniform((batch.seed, batch.epoch, batch.ids), self.supports), counts.device)
-        drawn = (numbers * (len(pictures) - 1)).long()  # (B, K), the number among the others
+        drawn = (numbers * (len(gathered) - 1)).long()  # (B, K), the number among the others
         drawn += drawn >= own[:, None]
-        yield batch.images.float() / 255, pictures[drawn].float() / 255
+        yield batch.images.float() / 255, gathered[drawn].float() / 255
 
     def forward(self, queries: Tensor, supports: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss on what `steps` gives; stats: how far apart encoded queries point, 0 when collapsed, at most 1."""
@@ -115,7 +115,7 @@ class RegAD(PaDiM):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) normalised -> stages 1 to 3 as they lie in the picture [(B, C_i, H_i, W_i)], float32."""
+        """(B, 3, H, W) normalised -> stages 1 to 3 as they lie in the image [(B, C_i, H_i, W_i)], float32."""
         maps, thetas = self.register(unnormalize(images))
         for stage in range(3):
             maps[stage] = maps[stage].float()
@@ -125,13 +125,13 @@ class RegAD(PaDiM):
 
     @torch.no_grad()
     def fit(self, batches: Iterable[Batch], n_images: int) -> None:  # noqa: ARG002
-        """Gaussians over the 22 views of each support picture, in eval mode. Every process takes some of the views."""
+        """Gaussians over the 22 views of each support image, in eval mode. Every process takes some of the views."""
         batches, device = list(batches), self.mean.device
         for batch in batches:
             self.refuse_padding(batch.valid)
         sizes = torch.tensor([b.images.shape[-2:] for b in batches], dtype=torch.int64, device=device).view(-1, 2)
         sizes = gather_rows(sizes)
-        self.require_pictures(len(sizes) > 0)
+        self.require_images(len(sizes) > 0)
         height, width = sizes[0].tolist()
         none = torch.empty(0, 3, height, width, device=device)  # there may be fewer supports than processes
         images = gather_rows(torch.cat([none, *(b.images for b in batches)]))  # (K, 3, H, W)

@@ -24,8 +24,8 @@ class SpatialTransformer(nn.Module):
     identity. Official RegAD's `rotation_scale` (models/stn.py, with its parameter names): the scales stand on the
     diagonal only. It is the default of nine modes and the one of the published checkpoints; the others are left out.
 
-    The official layers fit maps of 224 x 224 pictures. Here the last maps are averaged to their official side
-    (adaptive pooling, which then changes nothing), so that pictures may have any size. The angle and the scales are
+    The official layers fit maps of 224 x 224 images. Here the last maps are averaged to their official side
+    (adaptive pooling, which then changes nothing), so that images may have any size. The angle and the scales are
     computed in float32 whatever the precision, for bfloat16 has steps of 0.8 % beside 1.
 
     Args:
@@ -85,9 +85,9 @@ N_VIEWS = 22
 
 
 def support_views(images: Tensor) -> Iterator[Tensor]:
-    """The 22 views that official RegAD makes of support pictures (K, 3, H, W) in [0, 1], each (K, 3, H, W), in order:
+    """The 22 views that official RegAD makes of support images (K, 3, H, W) in [0, 1], each (K, 3, H, W), in order:
     as they are, turned by -45, -33.75, -22.5, -11.25 and 11.25 to 45 degrees, moved by a tenth and by a twentieth of
-    the picture along both diagonals (its 0.2 and 0.1), mirrored left to right, grey, turned by 90, 180 and 270 degrees.
+    the image along both diagonals (its 0.2 and 0.1), mirrored left to right, grey, turned by 90, 180 and 270 degrees.
 
     Different from it: the weight of red in grey is 0.2989, not kornia's 0.299.
     """

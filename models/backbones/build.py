@@ -19,7 +19,7 @@ class BackboneConfig:
     name: str = choice(BACKBONES)
     weights: PathText | None = None  # a checkpoint: torchvision's, DINO's, MoCo's, ..., or ours; none: random weights
     part: str = "auto"  # which network of a checkpoint that holds several
-    channel: Channel = "all"  # of the pictures; red, green or blue: that one alone
+    channel: Channel = "all"  # of the images; red, green or blue: that one alone
     one_channel: OneChannel = "copy"  # how it reaches a stem of three channels; with in_channels=1 it needs no way
     options: dict = field(default_factory=dict)
 
@@ -36,12 +36,12 @@ def build_backbone(config: BackboneConfig) -> tuple[nn.Module, str]:
     """The backbone with its weights loaded, and one line on where they come from.
 
     Raises:
-        UserError: a stem that does not see what the pictures have, or weights that do not fit.
+        UserError: a stem that does not see what the images have, or weights that do not fit.
     """
     stem = config.options.get("in_channels", 3)
     if stem not in ((3,) if config.channel == "all" else (1, 3)):
         raise UserError(
-            f"backbone.in_channels={stem}, but pictures have three channels: set it to 3, "
+            f"backbone.in_channels={stem}, but images have three channels: set it to 3, "
             "or backbone.channel=green to take one of them, with backbone.in_channels=1 or 3"
         )
     if config.channel == "all" and config.one_channel != "copy":

@@ -1,4 +1,4 @@
-"""One channel of a picture for a backbone: grey pictures, or one of the colors, for weights that know three."""
+"""One channel of an image for a backbone: grey images, or one of the colors, for weights that know three."""
 
 from typing import Literal
 
@@ -11,7 +11,7 @@ OneChannel = Literal["copy", "learned"]
 
 
 def take_channel(backbone: nn.Module, channel: Channel, how: OneChannel) -> None:
-    """Let every stem of `backbone`, a convolution of the pictures (B, 3, H, W), see one of their channels alone.
+    """Let every stem of `backbone`, a convolution of the images (B, 3, H, W), see one of their channels alone.
 
     A stem of one channel (`in_channels=1`) sees it as it is; weights/load.py adds up the weights of three for it,
     which gives the output of `copy` with a third of the stem's work. A stem of three sees it
@@ -20,7 +20,7 @@ def take_channel(backbone: nn.Module, channel: Channel, how: OneChannel) -> None
         learned: through a 1x1 convolution to three, `to_rgb` in the stem, which starts as copy and is trained where the
             backbone is.
 
-    The channels of a grey picture are equal before they are normalised and, by ImageNet's mean and deviation of each
+    The channels of a grey image are equal before they are normalised and, by ImageNet's mean and deviation of each
     color, not quite afterwards; any of them will do.
 
     Raises:

@@ -105,8 +105,8 @@ class ConvNeXt(nn.Module):
 
     Args:
         num_classes: 0 gives the pooled features, more adds a classifier.
-        in_channels: of the pictures.
-        patch: side and stride of the first convolution: 4, or 1 or 2 for small pictures. Stages have strides of patch
+        in_channels: of the images.
+        patch: side and stride of the first convolution: 4, or 1 or 2 for small images. Stages have strides of patch
             x 1, 2, 4, 8.
         drop_path: stochastic depth of the last block, linear from 0 at the first.
 
@@ -153,12 +153,12 @@ class ConvNeXt(nn.Module):
         also for the next stage.
 
         Raises:
-            UserError: the pictures are smaller than the stride of stage `last`.
+            UserError: the images are smaller than the stride of stage `last`.
         """
         stride = self.stem[0].stride[0] * 2 ** (last - 1)
         if min(x.shape[2:]) < stride:
             raise UserError(
-                f"{type(self).__name__} needs pictures of {stride} x {stride} pixels at least for {last} stages, not "
+                f"{type(self).__name__} needs images of {stride} x {stride} pixels at least for {last} stages, not "
                 f"{x.shape[2]} x {x.shape[3]}: enlarge them, or set backbone.patch=1"
             )
         x, maps = self.stem(x), []

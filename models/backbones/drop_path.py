@@ -7,9 +7,9 @@ from runtime.errors import UserError
 
 
 class DropPath(nn.Module):
-    """Zero the residual branch of a picture with probability `p`, else divide it by 1 - p: (B, ...) -> (B, ...).
+    """Zero the residual branch of an image with probability `p`, else divide it by 1 - p: (B, ...) -> (B, ...).
 
-    In training only, each picture by itself, as in timm and torchvision (`mode="row"`); Huang et al. drop whole batches
+    In training only, each image by itself, as in timm and torchvision (`mode="row"`); Huang et al. drop whole batches
     and scale in testing. The expected value of a block is what testing gives.
     """
 

@@ -109,7 +109,7 @@ class MobileNetV2(MobileNet):
 
     Args:
         num_classes: 0 gives the pooled features, more adds dropout of 0.2 and a classifier.
-        in_channels: of the pictures.
+        in_channels: of the images.
         width: factor on all channels, the 1280 features excepted where it is below 1.
         padding: of the convolutions with stride; `tensorflow` for weights that were trained there.
 

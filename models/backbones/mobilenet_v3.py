@@ -110,7 +110,7 @@ class MobileNetV3(MobileNet):
 
     Args:
         num_classes: 0 gives the pooled features, more adds a hidden layer, dropout of 0.2 and a classifier.
-        in_channels: of the pictures.
+        in_channels: of the images.
         width: factor on all channels.
         bn_eps: added to BatchNorms' variances; 1e-5 for the weights that timm trained.
         padding: of the convolutions with stride; `tensorflow` for timm's `tf_` weights, which were trained there.

@@ -90,10 +90,10 @@ class ResNet(nn.Module):
 
     Args:
         stem: "imagenet" is a 7x7 convolution of stride 2 and a max pool; "cifar" a 3x3 convolution of stride 1 and no
-            pool, for 32x32 pictures (SimCLR, appendix B.9). It makes the stages' strides 1, 2, 4, 8. "cifar_solo" is
+            pool, for 32x32 images (SimCLR, appendix B.9). It makes the stages' strides 1, 2, 4, 8. "cifar_solo" is
             solo-learn's, whose convolution is padded by 2, not 1: maps of H + 2, (H + 2) / 2, ... for its checkpoints.
         num_classes: 0 gives the pooled features, more adds a classifier.
-        in_channels: of the pictures.
+        in_channels: of the images.
         drop_path: stochastic depth of the last block, linear from 0 at the first.
         zero_init_residual: start each block as its shortcut, by a zero weight in its last BatchNorm (arXiv 1706.02677).
 

@@ -7,7 +7,7 @@ from runtime.errors import UserError
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """In training each of `splits` parts of the batch, every `splits`-th picture, is normalised by its own statistics.
+    """In training each of `splits` parts of the batch, every `splits`-th image, is normalised by its own statistics.
 
     Running statistics move by the mean over the parts (official MoCo, colab/moco_cifar10_demo.ipynb SplitBatchNorm).
     Parameters, buffers and evaluation are BatchNorm2d's. The parts are channels to one batch norm, so a channels_last
@@ -31,7 +31,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         batch, channels, height, width = x.shape
         if batch % self.splits:
             raise UserError(
-                f"method.splits={self.splits} does not divide the {batch} pictures of a batch: change it or batch_size"
+                f"method.splits={self.splits} does not divide the {batch} images of a batch: change it or batch_size"
             )
         parts = x.reshape(-1, self.splits * channels, height, width)  # (B / s, s C, H, W)
         mean = var = None

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def stage_shapes(backbone: nn.Module, last: int, size: int = 64) -> list[tuple[int, ...]]:
-    """Shapes of stages 1 to `last` of one picture of size x size pixels, without the batch: [(C_i, H_i, W_i)] of a CNN.
+    """Shapes of stages 1 to `last` of one image of size x size pixels, without the batch: [(C_i, H_i, W_i)] of a CNN.
     For a ViT whose patches do not divide it the size is the next multiple of them. Nothing of the backbone changes."""
     with torch.no_grad(), _stages(backbone, last, size) as maps:
         return [tuple(feature.shape[1:]) for feature in maps]
@@ -26,7 +26,7 @@ def train_stages(backbone: nn.Module, last: int) -> None:
 
 @contextmanager
 def _stages(backbone: nn.Module, last: int, size: int) -> Iterator[list[Tensor]]:
-    """The stages of a black picture, in eval mode; then every module's mode is what it was."""
+    """The stages of a black image, in eval mode; then every module's mode is what it was."""
     patch = getattr(backbone, "patch", 1)
     size = -(-size // patch) * patch
     modes = [(module, module.training) for module in backbone.modules()]

@@ -1,7 +1,7 @@
 """Vision Transformer (Dosovitskiy et al. 2021, arXiv 2010.11929) in DINO's sizes, with DINOv2's additions.
 
 Parameter names are timm's, which are official DINO's. Shapes: B batch, D width, N patches, T = 1 + registers + N
-tokens, h x w patches of a picture of H x W pixels.
+tokens, h x w patches of an image of H x W pixels.
 """
 
 import math
@@ -109,9 +109,9 @@ class ViT(nn.Module):
 
     Args:
         num_classes: 0 gives the class token, more adds a classifier.
-        in_channels: of the pictures.
-        patch: side of a patch; 16 or 8 for the published weights, 14 for DINOv2's, 4 or less for small pictures.
-        size: side of the pictures that the position embedding is made for, 224 officially (518 in DINOv2).
+        in_channels: of the images.
+        patch: side of a patch; 16 or 8 for the published weights, 14 for DINOv2's, 4 or less for small images.
+        size: side of the images that the position embedding is made for, 224 officially (518 in DINOv2).
         interpolation: how it becomes another size. `dino`: bicubic, by the factor (patches + 0.1) / side, as official
             DINO (and DINOv2 without registers). `timm`: bicubic with antialiasing, to the number of patches.
         drop_path: stochastic depth of the last block, linear from 0 at the first.

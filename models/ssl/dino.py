@@ -117,7 +117,7 @@ def multi_crop(network: Encoder, views: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def prototype_usage(teacher: Tensor) -> Tensor:
-    """How evenly the pictures spread over the prototypes: exp(entropy) of the distribution of their largest centred
+    """How evenly the images spread over the prototypes: exp(entropy) of the distribution of their largest centred
     logits (B, 2, K), over the most it could be, min(K, 2 B). 1: all different; near 0: one for all."""
     counts = torch.zeros(teacher.shape[-1], device=teacher.device)
     chosen = teacher.argmax(-1).flatten()  # (2 B,)

@@ -30,17 +30,17 @@ class SSLMethod(nn.Module):
         target: its exponential moving average, updated by the loop after each step; None without one.
         kept: which of the two is evaluated, and loaded from a checkpoint unless `backbone.part` says otherwise.
         projects: whether `online(view)` is a projection of the view (B, D), as SPD needs it.
-        needs_labels: whether pictures without classes make no sense.
+        needs_labels: whether images without classes make no sense.
         needs_defect: whether the last view must have a synthetic defect.
         takes: least and most number of views, and the augmentation recipe that makes them.
         least_images: images that a step needs over all processes: 2 if it compares those of a batch with each other.
         in_epochs: names of the options that are lengths in epochs.
-        advice: what to do when the loss stays where it is for a network that says the same of every picture.
+        advice: what to do when the loss stays where it is for a network that says the same of every image.
 
-    `embed(views)`, views V x (B, 3, h, w), gives tensors whose first dimension runs over the pictures (B, ...).
+    `embed(views)`, views V x (B, 3, h, w), gives tensors whose first dimension runs over the images (B, ...).
     `criterion(embeddings, labels (B,)) -> (loss, stats)` makes of them the scalar to minimise and {name: 0-d tensor}
     for the curves; two names have a meaning: `embeddings` (B, V, D), detached, is what the dashboard examines, and
-    `chance_loss` the loss of a network that says the same of every picture. Neither changes anything but batch norms'
+    `chance_loss` the loss of a network that says the same of every image. Neither changes anything but batch norms'
     statistics: what a step leaves behind (a queue, a centre) it puts there in `update`.
     """
 

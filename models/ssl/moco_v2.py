@@ -16,10 +16,10 @@ from runtime.errors import UserError
 
 
 class MoCoV2(SSLMethod):
-    """A query finds its key, made by the moving average from another view, among a queue of earlier pictures' keys.
+    """A query finds its key, made by the moving average from another view, among a queue of earlier images' keys.
 
-    BatchNorm over one process's pictures would let a query know its key by the statistics they share. So each process
-    makes the keys of other processes' pictures, shuffled; with one process, batch norms see `splits` parts apart and
+    BatchNorm over one process's images would let a query know its key by the statistics they share. So each process
+    makes the keys of other processes' images, shuffled; with one process, batch norms see `splits` parts apart and
     the keys are shuffled among them (official colab/moco_cifar10_demo.ipynb; 8 there).
 
     The official code moves the average before it makes the keys and here it moves after the step, with the same result:
@@ -27,8 +27,8 @@ class MoCoV2(SSLMethod):
 
     Args:
         temperature: 0.2 in v2, 0.07 in v1, 0.1 in the CIFAR-10 notebook.
-        queue: its length; 65536 for ImageNet, 4096 for CIFAR-10. Well below the number of pictures, for a queue that
-            is longer holds a picture's own earlier keys, and it repels itself.
+        queue: its length; 65536 for ImageNet, 4096 for CIFAR-10. Well below the number of images, for a queue that
+            is longer holds an image's own earlier keys, and it repels itself.
         head: `mlp`, two layers, is v2, `linear` v1.
         hidden: width of the head's hidden layer; 0 takes the backbone's number of features, as in the official code.
         out: width of query and key.
@@ -88,11 +88,11 @@ class MoCoV2(SSLMethod):
 
 def shuffled(network: nn.Module, view: Tensor) -> Tensor:
     """network(view) for view (B, 3, h, w), made in another order and on other processes (official _batch_shuffle_ddp):
-    each process draws the same permutation of all pictures, passes its part, and takes its own pictures' rows back."""
+    each process draws the same permutation of all images, passes its part, and takes its own images' rows back."""
     everything = gather(view)  # (W B, 3, h, w)
     order = torch.randperm(len(everything), device=view.device)
     if world_size() > 1:
         torch.distributed.broadcast(order, 0)
     mine = slice(rank() * len(view), (rank() + 1) * len(view))
-    out = gather(network(everything[order[mine]]))  # (W B, D), row i is picture order[i]
+    out = gather(network(everything[order[mine]]))  # (W B, D), row i is image order[i]
     return out[order.argsort()[mine]]

@@ -27,8 +27,8 @@ class PsCo(SSLMethod):
     Args:
         temperature: of MoCo's term.
         task_temperature: of the few-shot term.
-        queue: its length, well below the number of pictures: else a picture's shots are its own earlier keys.
-        shots: rows of the queue for each picture; 4 for mini-ImageNet, 1 for Omniglot.
+        queue: its length, well below the number of images: else an image's shots are its own earlier keys.
+        shots: rows of the queue for each image; 4 for mini-ImageNet, 1 for Omniglot.
         iterations: of Sinkhorn.
         head: `mlp` or `linear`, of the projector.
         hidden: width of the hidden layers of projector and predictor; 0 takes the number of features, in the
@@ -90,6 +90,6 @@ class PsCo(SSLMethod):
 
 
 def _share_unique(rows: Tensor) -> Tensor:
-    """How many of the rows are different ones: 1 if no two pictures share a shot. Without a host sync."""
+    """How many of the rows are different ones: 1 if no two images share a shot. Without a host sync."""
     ordered = rows.flatten().sort().values
     return (1 + (ordered[1:] != ordered[:-1]).sum()) / len(ordered)

@@ -38,8 +38,8 @@ class Queue(nn.Module):
 
     Attributes:
         rows: (K, D). labels: (K,) int64, -1 where none was given.
-        batches: that a step's pictures come in, each dealt over the processes. Rows are kept in the order of the
-            pictures, so that the same ones are overwritten however many processes and batches there are.
+        batches: that a step's images come in, each dealt over the processes. Rows are kept in the order of the
+            images, so that the same ones are overwritten however many processes and batches there are.
     """
 
     batches = 1

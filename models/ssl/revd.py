@@ -32,7 +32,7 @@ class RevD(SSLMethod):
     kNN figure, which is of stage 4, says little.
 
     This is not in the paper, where the teacher is fixed. A backbone whose features are all alike would be rebuilt
-    best: `embedding/std` falls to 0 then; lower `optim.layer_decay` or stop earlier. Views are pictures
+    best: `embedding/std` falls to 0 then; lower `optim.layer_decay` or stop earlier. Views are images
     of their own: one is enough (augment=none).
 
     Args:

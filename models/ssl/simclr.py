@@ -14,7 +14,7 @@ from runtime.distributed import world_size
 
 
 class SimCLR(SSLMethod):
-    """The views of a picture attract each other, all other pictures of the batch repel.
+    """The views of an image attract each other, all other images of the batch repel.
 
     Officially the backbone's residual blocks start as identities (`backbone.zero_init_residual=true`), and a batch norm
     with a gain follows the head's last layer, too; here none does, as in solo-learn.

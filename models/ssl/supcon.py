@@ -15,7 +15,7 @@ from runtime.errors import UserError
 
 
 class SupCon(SSLMethod):
-    """All views of all pictures of a class attract each other, those of other classes repel: SimCLR with labels.
+    """All views of all images of a class attract each other, those of other classes repel: SimCLR with labels.
 
     Head and loss of the official code (github.com/HobbitLong/SupContrast), whose heads have no batch norm. Any number
     of views; official are two.

@@ -12,11 +12,11 @@ from runtime.errors import UserError
 
 
 class Triplet(SSLMethod):
-    """Another view of a picture lies nearer to it than views with a synthetic defect, by a margin.
+    """Another view of an image lies nearer to it than views with a synthetic defect, by a margin.
 
     The anchor is the first view, the positive the second, the negative the last one with a defect (`defect=cutpaste`,
     see data/defects). The loss is FaceNet's (Schroff et al. 2015); defects as negatives are this project's. Other
-    pictures are no negatives: pictures of good parts may all look the same.
+    images are no negatives: images of good parts may all look the same.
 
     Args:
         margin: on distances between unit vectors, which lie between 0 and 2; 0.2 in FaceNet, of squared ones.

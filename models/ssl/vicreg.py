@@ -12,7 +12,7 @@ from runtime.errors import UserError
 
 
 class VICReg(SSLMethod):
-    """Views of a picture agree, each dimension of the embedding varies over pictures, and no two vary together.
+    """Views of an image agree, each dimension of the embedding varies over images, and no two vary together.
 
     Officially the backbone's residual blocks start as identities (`backbone.zero_init_residual=true`).
 
@@ -28,7 +28,7 @@ class VICReg(SSLMethod):
 
     takes = (2, MANY, "byol")
     least_images = 2
-    advice = "every picture has one embedding; raise method.variance"
+    advice = "every image has one embedding; raise method.variance"
 
     def __init__(
         self,

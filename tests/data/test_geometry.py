@@ -1,4 +1,4 @@
-"""Fitting pictures into inputs against torchvision and plain loops, and the way back to the original pixels."""
+"""Fitting images into inputs against torchvision and plain loops, and the way back to the original pixels."""
 
 import resource
 from fractions import Fraction
@@ -35,7 +35,7 @@ def noise(height, width, channels=3):
 
 
 def region(size, geometry):
-    """Top, left, height and width of a padded picture, by exact fractions; halves go to the even number."""
+    """Top, left, height and width of a padded image, by exact fractions; halves go to the even number."""
     scale = min(Fraction(geometry.height, size[0]), Fraction(geometry.width, size[1]))
     height, width = (max(1, int(side * scale + Fraction(1, 2))) for side in size)
     return [round(Fraction(geometry.height - height, 2)), round(Fraction(geometry.width - width, 2)), height, width]
@@ -146,7 +146,7 @@ def test_maps_on_original_pixels_against_interpolate(size, geometry):
 @pytest.mark.parametrize("size", [(37, 23), (23, 37), (100, 101), (40, 90)])
 @pytest.mark.parametrize("geometry", FITS[2:4])
 def test_maps_of_a_crop_against_a_plain_loop(size, geometry):
-    """Originals larger than the resized picture: every pixel inside is a plain bilinear sample, outside it is 0."""
+    """Originals larger than the resized image: every pixel inside is a plain bilinear sample, outside it is 0."""
     enlarged = tuple(2 * side for side in size)
     height, width = geometry.height, geometry.width
     heat = torch.rand(height, width) + 1
@@ -260,7 +260,7 @@ def test_one_number_is_a_square(size):
 
 
 def test_a_data_section_end_to_end(tmp_path):
-    """A tall padded input from wide pictures; mask and picture stay together."""
+    """A tall padded input from wide images; mask and image stay together."""
     marked = np.zeros((10, 20), dtype=np.uint8)
     marked[:5, 10:] = 200
     for place in ("train/good/0.png", "test/dent/0.png", "ground_truth/dent/0_mask.png"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.images import decode, decode_mask, in_threads, picture_size, picture_sizes, readable
+from data.images import decode, decode_mask, image_size, image_sizes, in_threads, readable
 from runtime.errors import UserError
 
 ORIENTATION = 0x0112
@@ -42,7 +42,7 @@ def pixels(tensor):
 
 
 def seen(stored, orientation):
-    """The upright picture, pixel by pixel from the standard's table."""
+    """The upright image, pixel by pixel from the standard's table."""
     row_side, column_side = EXIF[orientation]
     height, width = stored.shape[:2]
     upright = np.empty(stored.shape if orientation <= 4 else (width, height, *stored.shape[2:]), stored.dtype)
@@ -152,7 +152,7 @@ def test_orientation(tmp_path, name, orientation):
     exif[ORIENTATION] = orientation
     Image.fromarray(stored).save(tmp_path / name, exif=exif, **({"quality": 100} if name[2:] != "png" else {}))
     upright = seen(stored, orientation)
-    assert picture_size(tmp_path / name) == upright.shape[:2]
+    assert image_size(tmp_path / name) == upright.shape[:2]
     expected = pixels(decode(save(tmp_path / "plain.png", upright), 4))
     error = np.abs(pixels(decode(tmp_path / name, 4)).astype(int) - expected)
     assert error.max() <= (0 if name in ("a.png", "a.tif") else 40) and error.mean() < 10
@@ -165,7 +165,7 @@ def test_damaged_exif_is_no_rotation(tmp_path):
     data = (tmp_path / "a.jpg").read_bytes()
     start = data.index(b"Exif\0\0") + 6
     (tmp_path / "b.jpg").write_bytes(data[:start] + b"\xff" * 8 + data[start + 8 :])
-    assert picture_size(tmp_path / "a.jpg") == (4, 8) and picture_size(tmp_path / "b.jpg") == (8, 4)
+    assert image_size(tmp_path / "a.jpg") == (4, 8) and image_size(tmp_path / "b.jpg") == (8, 4)
     assert decode(tmp_path / "b.jpg", 4).shape == (3, 4, 4)
 
 
@@ -173,22 +173,22 @@ def test_damaged_exif_is_no_rotation(tmp_path):
 @pytest.mark.parametrize("block", [b"Exif\0\0" + b"\xff" * 20, b"Exif\0\0II*\0", b"MM\0*\0\0\0\x08\xff\xff"])
 def test_a_malformed_exif_block_is_no_rotation_in_any_format(tmp_path, name, block):
     Image.fromarray(noise(8, 4)).save(tmp_path / name, exif=block)
-    assert picture_size(tmp_path / name) == (8, 4) and decode(tmp_path / name, 4).shape == (3, 4, 4)
+    assert image_size(tmp_path / name) == (8, 4) and decode(tmp_path / name, 4).shape == (3, 4, 4)
 
 
 def test_size_needs_only_the_header(tmp_path):
     for name in ("a.png", "a.jpg"):
         data = save(tmp_path / name, noise(300, 200)).read_bytes()
         (tmp_path / name).write_bytes(data[: len(data) // 3])
-        assert picture_size(tmp_path / name) == (300, 200)
+        assert image_size(tmp_path / name) == (300, 200)
         with pytest.raises(UserError):
             decode(tmp_path / name, 8)
 
 
 def test_sizes_of_many_and_of_none(tmp_path):
     paths = [str(save(tmp_path / f"{i}.png", noise(i + 1, 2))) for i in range(3)]
-    assert picture_sizes(paths).tolist() == [[1, 2], [2, 2], [3, 2]]
-    assert picture_sizes([]).shape == (0, 2)
+    assert image_sizes(paths).tolist() == [[1, 2], [2, 2], [3, 2]]
+    assert image_sizes([]).shape == (0, 2)
 
 
 def broken_files(folder):
@@ -196,7 +196,7 @@ def broken_files(folder):
     png, jpg = save(folder / "whole.png", noise(64, 64)), save(folder / "whole.jpg", noise(64, 64))
     contents = {
         "empty.jpg": (b"", "the file is empty"),
-        "text.png": (b"not a picture", "not a picture of a known format"),
+        "text.png": (b"not an image", "not an image of a known format"),
         "cut.jpg": (jpg.read_bytes()[:1500], "truncated"),
         "cut.png": (png.read_bytes()[:1500], "truncated"),
         "header.png": (png.read_bytes()[:20], ""),
@@ -217,7 +217,7 @@ def test_broken_files_are_named_with_the_reason(tmp_path):
     for path, reason in broken_files(tmp_path).items():
         with pytest.raises(UserError) as error:
             decode(path, 8)
-        assert f"cannot read picture {path}: " in str(error.value) and reason in str(error.value)
+        assert f"cannot read image {path}: " in str(error.value) and reason in str(error.value)
 
 
 def test_fail_reads_nothing_and_skip_names_the_broken(tmp_path, capsys):
@@ -228,7 +228,7 @@ def test_fail_reads_nothing_and_skip_names_the_broken(tmp_path, capsys):
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1 and f"left out {len(paths) - 2} of {len(paths)}" in warning
     assert all(path in warning for path in paths[:-2]) and "whole" not in warning
-    with pytest.raises(UserError, match=r"none of the 1 pictures can be read.*empty\.jpg"):
+    with pytest.raises(UserError, match=r"none of the 1 images can be read.*empty\.jpg"):
         readable(lambda i: decode(paths[i], 4), paths[:1], "skip")
     with pytest.raises(UserError, match="fail or skip"):
         readable(lambda i: decode(paths[i], 4), paths, "ignore")

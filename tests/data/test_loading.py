@@ -18,7 +18,7 @@ from tests.processes import run_processes
 
 
 class Numbers:
-    """Picture i is filled with i, its label is i % 3; counts how often it is asked for each."""
+    """Image i is filled with i, its label is i % 3; counts how often it is asked for each."""
 
     def __init__(self, n, masks=False):
         self.labels = torch.arange(n) % 3
@@ -67,7 +67,7 @@ def test_batches_are_the_items_collated(cache, masks):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for i in range(23):
         (root / f"class{i % 2}").mkdir(exist_ok=True)
@@ -77,7 +77,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("cache", ["ram", "none"])
-def test_pictures_need_not_be_square(folder, cache):
+def test_images_need_not_be_square(folder, cache):
     dataset = ClassFolder("train", Geometry(10, 17, "pad"), root=folder)
     for images, _, indices in Loader(dataset, 4, "cpu", cache=cache).epoch(0):
         assert images.shape == (len(indices), 3, 10, 17)
@@ -133,7 +133,7 @@ def test_drop_last():
     assert order(loader) == [[0, 1, 2, 3], [4, 5, 6, 7]] and len(loader) == 2
     short = Loader(Numbers(3), 4, "cpu", drop_last=True)
     for use in (lambda: len(short), lambda: next(short.epoch(0))):
-        with pytest.raises(UserError, match=r"3 pictures make no full batch of batch_size 4 x 1 .* at most 3"):
+        with pytest.raises(UserError, match=r"3 images make no full batch of batch_size 4 x 1 .* at most 3"):
             use()
 
 
@@ -158,7 +158,7 @@ def test_loaders_of_one_dataset_share_what_is_decoded():
     order(Loader(Numbers(40), 8, "cpu"))  # an equal one is another one
 
 
-def test_decoded_pictures_go_with_the_dataset():
+def test_decoded_images_go_with_the_dataset():
     gc.collect()
     before = len(data.loading._STORES)
     dataset = Numbers(5)
@@ -178,18 +178,18 @@ def test_auto_takes_ram_only_under_half_of_what_is_free(monkeypatch):
         loader = Loader(dataset, 2, "cpu")
         assert order(loader, 0) == order(loader, 1)
         assert dataset.asked[1:] == [decoded] * 9
-    with pytest.raises(UserError, match=r"data\.cache=ram needs .* for 10 pictures.*data\.cache=none"):
+    with pytest.raises(UserError, match=r"data\.cache=ram needs .* for 10 images.*data\.cache=none"):
         monkeypatch.setattr(data.loading, "free_memory", lambda place: needed)  # noqa: ARG005
         order(Loader(Numbers(10), 2, "cpu", cache="ram"))
 
 
 @pytest.mark.parametrize(("cache", "workers"), [("ram", 0), ("none", 0), ("none", 1)])
-def test_a_broken_picture_is_named(tmp_path, cache, workers):
+def test_a_broken_image_is_named(tmp_path, cache, workers):
     for i in range(5):
         Image.new("L", (4, 4)).save(tmp_path / f"{i}.png")
     (tmp_path / "3.png").write_bytes(b"")
     dataset = ClassFolder("train", 4, root=str(tmp_path), test_fraction=0)
-    with pytest.raises(UserError, match=r"^cannot read picture .*3\.png: the file is empty; [^\n]*$"):
+    with pytest.raises(UserError, match=r"^cannot read image .*3\.png: the file is empty; [^\n]*$"):
         list(Loader(dataset, 2, "cpu", cache=cache, workers=workers).epoch(0))
 
 

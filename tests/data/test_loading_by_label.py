@@ -49,7 +49,7 @@ def test_drop_last_by_label_leaves_out_what_has_no_company():
     some = Loader(dataset, 4, "cpu", indices=(dataset.labels == 1).nonzero()[:, 0], **options)
     assert [len(batch) for batch in order(some, 2)] == [3]
     for lonely in (Loader(Labelled([1, 1]), 4, "cpu", **options), Loader(Labelled([3]), 1, "cpu", **options)):
-        with pytest.raises(UserError, match="no batch of one class has 2 pictures: raise batch_size"):
+        with pytest.raises(UserError, match="no batch of one class has 2 images: raise batch_size"):
             len(lonely)
 
 
@@ -58,7 +58,7 @@ def batches_of_rank(rank, world_size):  # noqa: ARG001
 
 
 def test_two_processes_see_one_process_batches():
-    """Every process has a picture at every step."""
+    """Every process has an image at every step."""
     one, halves = order(Loader(Labelled([10, 3, 1, 7]), 6, "cpu", **TRAINING), 1), run_processes(batches_of_rank, 2)
     assert sorted(map(len, one)) == [3, 4, 6, 6] and [a + b for a, b in zip(*halves, strict=True)] == one
     assert all(0 <= len(a) - len(b) <= 1 and b for a, b in zip(*halves))
@@ -68,5 +68,5 @@ def test_a_rest_that_cannot_be_shared_is_left_out(monkeypatch):
     monkeypatch.setattr(data.loading, "world_size", lambda: 3)
     monkeypatch.setattr(data.loading, "rank", lambda: 0)
     assert len(Loader(Labelled([5, 2]), 1, "cpu", **TRAINING)) == 1  # 3 of the 5; rests of 2 are too few for 3 ranks
-    with pytest.raises(UserError, match="no batch of one class has 3 pictures"):
+    with pytest.raises(UserError, match="no batch of one class has 3 images"):
         len(Loader(Labelled([2, 2]), 1, "cpu", **TRAINING))

@@ -1,4 +1,4 @@
-"""The line that says how many pictures of a data set are learned from, for each layout."""
+"""The line that says how many images of a data set are learned from, for each layout."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ MVTEC = {"part/train/good": 7, "part/test/good": 1, "part/test/dent": 1}
         ),
     ],
 )
-def test_every_picture_is_counted(tmp_path, folders, data, others, expected):
+def test_every_image_is_counted(tmp_path, folders, data, others, expected):
     for folder, count in folders.items():
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         for i in range(count):
@@ -59,7 +59,7 @@ def test_every_picture_is_counted(tmp_path, folders, data, others, expected):
     assert what_is_used(dataset, learned, others) == f"data: {expected}"
 
 
-def test_broken_pictures_are_counted(tmp_path):
+def test_broken_images_are_counted(tmp_path):
     for i in range(4):
         Image.fromarray(np.zeros((4, 4), dtype=np.uint8)).save(tmp_path / f"{i}.png")
     (tmp_path / "4.png").write_bytes(b"")

@@ -8,7 +8,7 @@ import torch
 from sklearn import metrics
 
 from evaluation.classification import classification_report, confusion_matrix
-from plots.confusion import confusion_picture
+from plots.confusion import confusion_image
 
 
 def names(n):
@@ -43,8 +43,8 @@ def test_equals_scikit_learn(n_classes):
     assert report["top5"] == top5
 
 
-def test_classes_without_test_pictures_or_predictions():
-    """Class 1 has no picture, class 3 is never predicted; scikit-learn with labels= the classes present agrees."""
+def test_classes_without_test_images_or_predictions():
+    """Class 1 has no image, class 3 is never predicted; scikit-learn with labels= the classes present agrees."""
     scores, labels = random_problem(n_classes=5)
     scores, labels = scores[labels != 1], labels[labels != 1]
     scores[:, 3] = -1
@@ -85,7 +85,7 @@ def test_ties_go_to_the_lowest_class_in_every_figure():
     assert [row[0] for row in report["confusion"]] == [1] * 8
 
 
-def test_one_picture_and_one_class():
+def test_one_image_and_one_class():
     report = classification_report(torch.tensor([[0.2]]), torch.tensor([0]), ["only"])
     assert (report["top1"], report["top5"], report["macro_f1"], report["most_confused"]) == (1.0, None, 1.0, [])
     report = classification_report(torch.tensor([[0.2, 0.7]]), torch.tensor([0]), ["a", "b"])
@@ -137,15 +137,15 @@ def test_mistakes():
 
 
 @pytest.mark.parametrize("n_classes", [1, 4, 20, 60])
-def test_picture_colors_the_diagonal_blue_and_mistakes_red(n_classes):
+def test_image_colors_the_diagonal_blue_and_mistakes_red(n_classes):
     matrix = 50 * torch.eye(n_classes, dtype=torch.int64)
-    matrix[0] = 0  # a class without test pictures stays white
+    matrix[0] = 0  # a class without test images stays white
     if n_classes > 1:
         matrix[1, 0] = 25
-    picture = confusion_picture(matrix, ["Ölfilm", *names(n_classes)][:n_classes])
-    assert picture.mode == "RGB"
-    assert max(picture.size) < 1400
-    pixels = np.asarray(picture).astype(int)  # (H, W, 3)
+    image = confusion_image(matrix, ["Ölfilm", *names(n_classes)][:n_classes])
+    assert image.mode == "RGB"
+    assert max(image.size) < 1400
+    pixels = np.asarray(image).astype(int)  # (H, W, 3)
     saturated = np.abs(pixels[..., 0] - pixels[..., 2]) > 60  # (H, W) neither white nor grey
     red, blue = saturated & (pixels[..., 0] > pixels[..., 2]), saturated & (pixels[..., 0] < pixels[..., 2])
     assert red.any() == (n_classes > 1)

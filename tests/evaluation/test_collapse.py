@@ -18,18 +18,18 @@ def health_of(z):
 
 
 def random_embeddings(batch, views, dim, seed=0):
-    """Views of a picture are nearer to each other than to other pictures, and all share a direction."""
+    """Views of an image are nearer to each other than to other images, and all share a direction."""
     generator = torch.Generator().manual_seed(seed)
     shapes = ((batch, 1, dim), (batch, views, dim))
-    picture, noise = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    return picture + 0.5 * noise + torch.linspace(-1, 1, dim, dtype=torch.float64)
+    image, noise = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return image + 0.5 * noise + torch.linspace(-1, 1, dim, dtype=torch.float64)
 
 
 def loop_health(z):
     """Each figure by its definition, one pair at a time."""
     batch, views, dim = z.shape
-    z = [[[float(x) for x in row] for row in picture] for picture in z]
-    z = [[[x / math.sqrt(sum(y * y for y in row)) for x in row] for row in picture] for picture in z]
+    z = [[[float(x) for x in row] for row in image] for image in z]
+    z = [[[x / math.sqrt(sum(y * y for y in row)) for x in row] for row in image] for image in z]
     std = []
     for v in range(views):
         for d in range(dim):
@@ -162,13 +162,13 @@ def test_zeros_are_one_point_and_not_nan():
     assert all(math.isfinite(value) for value in embedding_health(one).values())
 
 
-def test_one_view_and_one_picture():
+def test_one_view_and_one_image():
     z = random_embeddings(6, 2, 8)
     one_view = health_of(z[:, :1])
     assert set(one_view) == {"std", "effective_rank", "uniformity", "negative_cosine"}
-    one_picture = health_of(z[:1])
-    assert set(one_picture) == {"effective_rank", "alignment", "positive_cosine"}
-    assert one_picture["alignment"] == pytest.approx(2 - 2 * one_picture["positive_cosine"])
+    one_image = health_of(z[:1])
+    assert set(one_image) == {"effective_rank", "alignment", "positive_cosine"}
+    assert one_image["alignment"] == pytest.approx(2 - 2 * one_image["positive_cosine"])
     assert health_of(z[:1, :1]) == {"effective_rank": pytest.approx(1)}
     for wrong in (z[0], z[:0], z[None]):
         with pytest.raises(ValueError, match=r"\(B, V, D\)"):
@@ -183,7 +183,7 @@ def test_what_is_not_finite_shows_and_does_not_stop(value):
 
 
 @pytest.mark.parametrize(("views", "used"), [(1, 512), (2, 256), (10, 51), (300, 2)])
-def test_only_the_first_pictures_are_used(views, used):
+def test_only_the_first_images_are_used(views, used):
     z = random_embeddings(used + 1, views, 3)
     assert embedding_health(z) == embedding_health(z[:used])
     z[used - 1] *= -1
@@ -212,12 +212,12 @@ def test_a_healthy_run_gets_no_warning():
 def test_loss_at_chance():
     for loss in (LN_K, LN_K * 1.0009, LN_K * 0.9991):
         assert warning(loss) == (
-            f"the loss {loss:.4g} is that of a network that says the same of every picture, 8.318: collapsed or not "
+            f"the loss {loss:.4g} is that of a network that says the same of every image, 8.318: collapsed or not "
             "learning; lower the teacher's temperature"
         )
     assert warning(LN_K * 1.0011) is None and warning(LN_K * 0.9989) is None
     assert warning(LN_K, chance=None) is None
-    assert "same of every picture, -1:" in warning(-1.0, chance=-1.0) and warning(-0.9, chance=-1.0) is None
+    assert "same of every image, -1:" in warning(-1.0, chance=-1.0) and warning(-0.9, chance=-1.0) is None
 
 
 def test_point():
@@ -228,7 +228,7 @@ def test_point():
 def test_line():
     line = HEALTHY | {"embedding/effective_rank": 1.9}
     assert "embedding/effective_rank 1.9 is below 2" in warning(health=line, distinct=8)
-    assert warning(health=line, distinct=7) is None  # as few pictures, or classes of SupCon, need no more
+    assert warning(health=line, distinct=7) is None  # as few images, or classes of SupCon, need no more
     assert warning(health=HEALTHY | {"embedding/effective_rank": 2.0}) is None
 
 
@@ -244,8 +244,8 @@ def test_early_or_nan():
 def test_what_gradient_descent_makes_of_a_loss():
     """Attraction alone ends in a point and is named; with repulsion the same steps end healthy."""
     generator = torch.Generator().manual_seed(0)
-    pictures, noise, start = (torch.randn(shape, generator=generator) for shape in ((32, 1, 20), (32, 2, 20), (20, 16)))
-    views, texts = 1 + pictures + noise, []
+    images, noise, start = (torch.randn(shape, generator=generator) for shape in ((32, 1, 20), (32, 2, 20), (20, 16)))
+    views, texts = 1 + images + noise, []
     for repulsion in (0, 1):
         weight = start.clone().requires_grad_()
         for _ in range(60):

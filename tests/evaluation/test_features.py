@@ -11,8 +11,8 @@ from runtime.errors import UserError
 from tests.processes import run_processes
 
 
-class Pictures:
-    """n seeded pictures of 8 x 8 in memory; with masks as an anomaly test set has them."""
+class Images:
+    """n seeded images of 8 x 8 in memory; with masks as an anomaly test set has them."""
 
     def __init__(self, n: int, masks: bool = False):
         generator = torch.Generator().manual_seed(0)
@@ -38,31 +38,31 @@ def make_backbone() -> nn.Module:
     return backbone
 
 
-def plain(pictures: Pictures, index: slice | list[int] = slice(None)) -> torch.Tensor:
+def plain(raw_images: Images, index: slice | list[int] = slice(None)) -> torch.Tensor:
     with torch.no_grad():
-        return make_backbone().eval()(normalize(pictures.images[index]))
+        return make_backbone().eval()(normalize(raw_images.images[index]))
 
 
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_equals_one_eval_mode_call_in_data_set_order(shuffle, masks):
-    pictures = Pictures(11, masks)
-    features, labels = extract(make_backbone(), Loader(pictures, 4, "cpu", shuffle=shuffle))
+    raw_images = Images(11, masks)
+    features, labels = extract(make_backbone(), Loader(raw_images, 4, "cpu", shuffle=shuffle))
     assert features.dtype == torch.float32
-    torch.testing.assert_close(features, plain(pictures))
-    assert torch.equal(labels, pictures.labels)
+    torch.testing.assert_close(features, plain(raw_images))
+    assert torch.equal(labels, raw_images.labels)
 
 
-def test_some_of_the_pictures_in_ascending_order():
-    pictures = Pictures(11)
-    features, labels = extract(make_backbone(), Loader(pictures, 2, "cpu", indices=torch.tensor([9, 2, 5])))
-    torch.testing.assert_close(features, plain(pictures, [2, 5, 9]))
-    assert torch.equal(labels, pictures.labels[[2, 5, 9]])
+def test_some_of_the_images_in_ascending_order():
+    raw_images = Images(11)
+    features, labels = extract(make_backbone(), Loader(raw_images, 2, "cpu", indices=torch.tensor([9, 2, 5])))
+    torch.testing.assert_close(features, plain(raw_images, [2, 5, 9]))
+    assert torch.equal(labels, raw_images.labels[[2, 5, 9]])
 
 
-def test_one_picture():
-    features, labels = extract(make_backbone(), Loader(Pictures(1), 64, "cpu"), progress="features")
-    torch.testing.assert_close(features, plain(Pictures(1)))
+def test_one_image():
+    features, labels = extract(make_backbone(), Loader(Images(1), 64, "cpu"), progress="features")
+    torch.testing.assert_close(features, plain(Images(1)))
     assert labels.shape == (1,)
 
 
@@ -73,7 +73,7 @@ def test_leaves_the_backbone_and_the_random_numbers_alone():
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     modes = [module.training for module in backbone.modules()]
     state = torch.get_rng_state()
-    features, _ = extract(backbone, Loader(Pictures(5), 2, "cpu", shuffle=True))
+    features, _ = extract(backbone, Loader(Images(5), 2, "cpu", shuffle=True))
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in backbone.modules()] == modes
     assert [parameter.requires_grad for parameter in backbone.parameters()] == [True, False, True, True]
@@ -86,25 +86,25 @@ def test_modes_return_after_an_error():
     backbone = make_backbone()
     backbone.append(nn.Linear(5, 1))  # the width is 6
     with pytest.raises(RuntimeError):
-        extract(backbone, Loader(Pictures(5), 2, "cpu"))
+        extract(backbone, Loader(Images(5), 2, "cpu"))
     assert all(module.training for module in backbone.modules())
 
 
 def test_diverged_weights_are_named():
     backbone = make_backbone()
     backbone[1].bias.data[0] = torch.inf
-    with pytest.raises(UserError, match=r"2 of 2 pictures.*first: picture 3"):
-        extract(backbone, Loader(Pictures(6), 2, "cpu", indices=[5, 3]))
+    with pytest.raises(UserError, match=r"2 of 2 images.*first: image 3"):
+        extract(backbone, Loader(Images(6), 2, "cpu", indices=[5, 3]))
 
 
-def test_a_picture_twice_is_an_error():
-    with pytest.raises(ValueError, match="picture 2 twice"):
-        extract(make_backbone(), Loader(Pictures(6), 2, "cpu", indices=[1, 2, 5, 2]))
+def test_an_image_twice_is_an_error():
+    with pytest.raises(ValueError, match="image 2 twice"):
+        extract(make_backbone(), Loader(Images(6), 2, "cpu", indices=[1, 2, 5, 2]))
 
 
 def extract_here(rank, world_size):  # noqa: ARG001 (run_processes gives them)
-    """Of 11 pictures and of one, with which the second process has none."""
-    return [extract(make_backbone(), Loader(Pictures(n), 2, "cpu", shuffle=True)) for n in (11, 1)]
+    """Of 11 images and of one, with which the second process has none."""
+    return [extract(make_backbone(), Loader(Images(n), 2, "cpu", shuffle=True)) for n in (11, 1)]
 
 
 def test_all_ranks_get_what_one_process_gets():

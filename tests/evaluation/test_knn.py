@@ -1,4 +1,4 @@
-"""Weighted kNN against a plain float64 loop, with ties, copies of pictures and one-element sets."""
+"""Weighted kNN against a plain float64 loop, with ties, copies of images and one-element sets."""
 
 import math
 import warnings
@@ -21,7 +21,7 @@ from runtime.errors import UserError
 
 
 def loop_scores(train, labels, test, k, temperature, n_classes):
-    """DINO's vote one test picture at a time; of equally similar training pictures the lower index is nearer."""
+    """DINO's vote one test image at a time; of equally similar training images the lower index is nearer."""
     scores = torch.zeros(len(test), n_classes, dtype=torch.float64)
     train, test = train.double(), test.double()
     for i, query in enumerate(test):
@@ -76,7 +76,7 @@ def test_infinite_temperature_is_scikit_learns_uniform_vote():
 
 @pytest.mark.parametrize("k", [1, 3, 4, 7])
 def test_ties_go_to_the_lower_training_index(k):
-    """Copies of pictures that tie at the k-th place: which of them votes decides the class."""
+    """Copies of images that tie at the k-th place: which of them votes decides the class."""
     generator = torch.Generator().manual_seed(1)
     distinct = torch.randn(5, 6, generator=generator)
     train = distinct[torch.randint(0, 5, (40,), generator=generator)] * (0.5 + torch.rand(40, 1, generator=generator))
@@ -87,7 +87,7 @@ def test_ties_go_to_the_lower_training_index(k):
     torch.testing.assert_close(scores.double(), expected, rtol=2e-5, atol=1e-7)
 
 
-def test_all_pictures_alike():
+def test_all_images_alike():
     train, labels = torch.ones(30, 4), torch.arange(30) % 3
     scores = knn_scores(train, labels, torch.ones(2, 4), k=4, temperature=0.07, n_classes=3)
     torch.testing.assert_close(scores, torch.tensor([[0.5, 0.25, 0.25]] * 2))  # neighbors 0, 1, 2, 3
@@ -108,7 +108,7 @@ def test_chunk_size_changes_nothing(monkeypatch, at_once):
     assert torch.equal(knn_scores(train, labels, test, k=10, temperature=0.07, n_classes=4), whole)
 
 
-def test_one_picture_one_class_and_no_test_picture():
+def test_one_image_one_class_and_no_test_image():
     one = torch.tensor([[0.3, -2.0]])
     assert knn_scores(one, torch.tensor([0]), one, k=1, temperature=0.07, n_classes=2).tolist() == [[1.0, 0.0]]
     with pytest.raises(UserError, match="there is only one"):
@@ -117,7 +117,7 @@ def test_one_picture_one_class_and_no_test_picture():
     assert none.shape == (0, 3)
 
 
-def test_more_neighbors_than_pictures_uses_all_and_says_so():
+def test_more_neighbors_than_images_uses_all_and_says_so():
     train, labels, test = random_problem(15, 5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -180,13 +180,13 @@ def test_mistakes_name_the_shape():
 
 
 def test_imagenet_features_tell_steel_defects_apart(real_data, real_weights):
-    """30 training and 15 test pictures a class at 64 pixels: 0.92; a random MobileNetV2 has 0.47, chance is 0.17."""
+    """30 training and 15 test images a class at 64 pixels: 0.92; a random MobileNetV2 has 0.47, chance is 0.17."""
     backbone = BACKBONES["mobilenet_v2"]()
     load_weights(backbone, real_weights / "mobilenet_v2_imagenet.pth")
     sets = {}
     for split, n in (("train", 30), ("test", 15)):
-        pictures = ClassFolder(split, 64, root=str(real_data / "neu_steel"))
-        few = torch.cat([(pictures.labels == label).nonzero()[:n, 0] for label in range(6)])
-        sets[split] = extract(backbone, Loader(pictures, 64, "cpu", indices=few))
+        images = ClassFolder(split, 64, root=str(real_data / "neu_steel"))
+        few = torch.cat([(images.labels == label).nonzero()[:n, 0] for label in range(6)])
+        sets[split] = extract(backbone, Loader(images, 64, "cpu", indices=few))
     (train, labels), (test, test_labels) = sets["train"], sets["test"]
     assert knn_accuracy(train, labels, test, test_labels=test_labels, k=20, temperature=0.07, n_classes=6) > 0.85

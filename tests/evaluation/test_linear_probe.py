@@ -47,7 +47,7 @@ def naive(train, labels, test, *, n_classes, epochs, batch_size, seed, lr):
 def test_every_rate_equals_its_own_naive_loop():
     train, labels = clusters(70, noise=2.0)
     test, _ = clusters(20, noise=2.0, seed=1)
-    settings = {"n_classes": 4, "epochs": 7, "batch_size": 16, "seed": 5}  # 4 classes, the last without a picture
+    settings = {"n_classes": 4, "epochs": 7, "batch_size": 16, "seed": 5}  # 4 classes, the last without an image
     rates = (1e-3, 1e-2, 0.3)
     logits = train_and_apply(train.double(), labels, test.double(), learning_rates=rates, **settings)
     assert logits.shape == (3, 20, 4)

@@ -12,7 +12,7 @@ from tests.processes import run_processes
 
 
 def by_loop(z, weight, eps=1e-5):
-    """Float64 (B, V, D): picture by picture, dimension by dimension, pair by pair."""
+    """Float64 (B, V, D): image by image, dimension by dimension, pair by pair."""
     batch, views, width = z.shape
     columns = {}  # each dimension of each view, standardised
     for v in range(views):
@@ -89,7 +89,7 @@ def test_views_that_agree_in_decorrelated_dimensions_cost_nothing_and_opposite_o
 
 
 def test_constant_embeddings_cost_one_for_each_dimension():
-    for z in (torch.full((6, 2, 5), 3.0), torch.zeros(6, 2, 5), torch.randn(1, 2, 5)):  # the last: one picture
+    for z in (torch.full((6, 2, 5), 3.0), torch.zeros(6, 2, 5), torch.randn(1, 2, 5)):  # the last: one image
         z.requires_grad_()
         loss = barlow_twins(z)
         loss.backward()

@@ -65,7 +65,7 @@ def test_uniform_outputs_cost_ln_k():
 
 
 def test_invariances():
-    """Order of pictures, of prototypes, of local crops; a constant added to any output; the teacher's two views."""
+    """Order of images, of prototypes, of local crops; a constant added to any output; the teacher's two views."""
     student, teacher, center = torch.randn(5, 4, 7).double(), torch.randn(5, 2, 7).double(), torch.randn(1, 7).double()
 
     def value(s, t, c=center):
@@ -73,9 +73,9 @@ def test_invariances():
         loss.center.copy_(c)
         return torch.stack(loss(s, t, 0.04))
 
-    expected, pictures, prototypes = value(student, teacher), torch.randperm(5), torch.randperm(7)
+    expected, images, prototypes = value(student, teacher), torch.randperm(5), torch.randperm(7)
     for other in (
-        value(student[pictures], teacher[pictures]),
+        value(student[images], teacher[images]),
         value(student[..., prototypes], teacher[..., prototypes], center[:, prototypes]),
         value(student[:, [0, 1, 3, 2]], teacher),
         value(student[:, [1, 0, 2, 3]], teacher.flip(1)),
@@ -100,7 +100,7 @@ def test_only_the_student_has_gradients_and_only_once():
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("chunk", [1, 2 * 3 * 7, 4 * 3 * 7 + 1, 5 * 3 * 7])  # 1, 2, 4, 5 of 5 pictures
+@pytest.mark.parametrize("chunk", [1, 2 * 3 * 7, 4 * 3 * 7 + 1, 5 * 3 * 7])  # 1, 2, 4, 5 of 5 images
 def test_chunks_and_layout_change_nothing(monkeypatch, chunk):
     flat, pair = torch.randn(3, 5, 7).double(), torch.randn(2, 5, 7).double()  # (V, B, K), (2, B, K)
     results = []
@@ -171,7 +171,7 @@ class Record(TorchDispatchMode):
 
 
 def test_no_large_float32_tensor_and_no_wait_for_the_device(monkeypatch):
-    monkeypatch.setattr(losses.dino, "CHUNK", 1000)  # 5 of 16 pictures of 4 x 50
+    monkeypatch.setattr(losses.dino, "CHUNK", 1000)  # 5 of 16 images of 4 x 50
     student, teacher = torch.randn(4, 16, 50).bfloat16().transpose(0, 1), torch.randn(16, 2, 50).bfloat16()
     loss, temperature = DINOLoss(50), torch.tensor(0.04)
     with Record() as record:

@@ -1,4 +1,4 @@
-"""MoCo's losses against loops over pictures in float64, the official cross-entropies, closed forms, and processes."""
+"""MoCo's losses against loops over images in float64, the official cross-entropies, closed forms, and processes."""
 
 import math
 
@@ -19,7 +19,7 @@ def unit(*shape):
 
 
 def term(query, positive, negatives, temperature, gamma):
-    """-(1 - p)^gamma log p of one picture; 1 - p without cancellation."""
+    """-(1 - p)^gamma log p of one image; 1 - p without cancellation."""
     query, positive = query / query.norm(), positive / positive.norm()
     own = torch.exp(query @ positive / temperature)
     rest = sum(torch.exp(query @ (other / other.norm()) / temperature) for other in negatives)

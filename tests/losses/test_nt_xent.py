@@ -20,13 +20,13 @@ def unit(*shape):
 
 
 def by_loop(z, temperature, bank=(), gamma=0.0):
-    rows = [(i, view / view.norm()) for i, picture in enumerate(z) for view in picture]
+    rows = [(i, view / view.norm()) for i, image in enumerate(z) for view in image]
     total, pairs = 0.0, 0
-    for a, (picture, anchor) in enumerate(rows):
+    for a, (image, anchor) in enumerate(rows):
         terms = {j: torch.exp(anchor @ other / temperature) for j, (_, other) in enumerate(rows) if j != a}
         repelled = [torch.exp(anchor @ other / temperature) for other in bank]
         for p, (other, _) in enumerate(rows):
-            if p != a and other == picture:
+            if p != a and other == image:
                 rest = sum(term for j, term in terms.items() if j != p) + sum(repelled)
                 whole = rest + terms[p]
                 told_apart = (rest / whole).item() if rest == 0 else rest / whole  # 0^gamma has no gradient
@@ -73,7 +73,7 @@ def test_equal_embeddings_cost_the_logarithm_of_the_number_of_others(rows, gamma
 
 
 @pytest.mark.parametrize("views", [2, 3])
-def test_pictures_at_right_angles(views):
+def test_images_at_right_angles(views):
     z = torch.eye(4)[:, None].expand(4, views, 4)
     others = (views - 1) * math.exp(1 / 0.3) + 3 * views
     assert nt_xent(z, 0.3).item() == pytest.approx(math.log(others) - 1 / 0.3, abs=1e-6)

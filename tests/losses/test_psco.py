@@ -13,18 +13,18 @@ from tests.processes import run_processes
 def sinkhorn_by_loop(similarities, epsilon=0.05, iterations=3):
     """distributed_sinkhorn of alinlab/PsCo models.py with normalization='row', on lists of Python's float64."""
     q = [[math.exp(s / epsilon) for s in row] for row in similarities.tolist()]
-    pictures, rows = range(len(q)), range(len(q[0]))
+    images, rows = range(len(q)), range(len(q[0]))
     total = sum(map(sum, q))
     q = [[x / total for x in row] for row in q]
     for _ in range(iterations):
         for k in rows:
-            column = sum(q[b][k] for b in pictures)
-            for b in pictures:
+            column = sum(q[b][k] for b in images)
+            for b in images:
                 q[b][k] = q[b][k] / column / len(rows)
-        for b in pictures:
+        for b in images:
             whole = sum(q[b])
-            q[b] = [x / whole / len(pictures) for x in q[b]]
-    return [[x * len(pictures) for x in row] for row in q]
+            q[b] = [x / whole / len(images) for x in q[b]]
+    return [[x * len(images) for x in row] for row in q]
 
 
 def shots_by_loop(keys, queue, shots):
@@ -36,7 +36,7 @@ def shots_by_loop(keys, queue, shots):
 
 
 def by_loop(queries, queue, chosen, temperature):
-    """Loss of float64 (B, D) and (K, D), given each picture's shots."""
+    """Loss of float64 (B, D) and (K, D), given each image's shots."""
     total = 0.0
     for query, mine in zip(queries, chosen):
         logits = [query @ row / query.norm() / temperature for row in queue]
@@ -65,7 +65,7 @@ def test_sinkhorn_uses_all_rows_alike_in_the_end():
     torch.testing.assert_close(q.sum(1), torch.ones(6, dtype=torch.float64))
 
 
-def test_sinkhorn_ignores_a_rows_or_pictures_offset_and_shares_ties():
+def test_sinkhorn_ignores_a_rows_or_images_offset_and_shares_ties():
     similarities = unit(5, 4) @ unit(7, 4).T
     ours = sinkhorn(similarities, iterations=200)
     offset = 0.1 * torch.randn(5, 1, dtype=torch.float64) + 0.1 * torch.randn(1, 7, dtype=torch.float64)
@@ -105,7 +105,7 @@ def test_equals_the_loop_with_its_gradient(shots, batch, temperature):
     assert keys.grad is None  # the assignments are labels
 
 
-def test_one_picture_has_any_shots():
+def test_one_image_has_any_shots():
     query, key, queue = unit(1, 5), unit(1, 5), unit(12, 5)
     q = sinkhorn(key @ queue.T)  # it shares itself out among all rows alike, so that no row is nearer than another
     torch.testing.assert_close(q, torch.full((1, 12), 1 / 12, dtype=torch.float64))

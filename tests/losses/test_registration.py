@@ -77,7 +77,7 @@ def on_a_shard(rank: int, world_size: int) -> tuple[Tensor, Tensor]:  # noqa: AR
     return loss.detach(), network.weight.grad
 
 
-def test_two_processes_with_three_and_two_pictures_are_one_with_five():
+def test_two_processes_with_three_and_two_images_are_one_with_five():
     (x1, z1, x2, z2), network = example()
     p1, p2 = network(torch.cat([x1, x2])).chunk(2)
     loss = symmetric_negative_cosine(p1, z1, p2, z2)

@@ -27,7 +27,7 @@ def memory(rows, features=5):
 
 
 def by_loop(z, labels, temperature, base, form, bank=(), bank_labels=(), gamma=0.0):
-    anchors = [(view / view.norm(), int(label)) for picture, label in zip(z, labels) for view in picture]
+    anchors = [(view / view.norm(), int(label)) for image, label in zip(z, labels) for view in image]
     rows = anchors + [(row, int(label)) for row, label in zip(bank, bank_labels)]
     total = 0.0
     for i, (anchor, own) in enumerate(anchors):
@@ -66,7 +66,7 @@ def test_equals_the_loop_with_its_gradient(form, views, temperature, gamma, rows
 
 @pytest.mark.parametrize("form", ["out", "in"])
 @pytest.mark.parametrize("gamma", GAMMAS)
-def test_ties_and_a_single_picture(form, gamma):
+def test_ties_and_a_single_image(form, gamma):
     z, bank = torch.randn(1, 2, 5, dtype=torch.float64), memory(5)
     assert_equals_the_loop(z, torch.tensor([2]), 0.2, form, gamma, bank)
     assert_equals_the_loop(z[:, :1].detach(), torch.tensor([0]), 0.2, form, gamma, bank)  # positives only in the bank
@@ -84,7 +84,7 @@ def test_gradient(form, gamma, rows):
 
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("form, views", [("out", 2), ("in", 2), ("out", 3), ("out", 4)])
-def test_with_a_class_for_each_picture_it_is_nt_xent(form, views, gamma):
+def test_with_a_class_for_each_image_it_is_nt_xent(form, views, gamma):
     z, bank = torch.randn(5, views, 7, dtype=torch.float64), unit(4, 7)
     strangers = {"bank": bank, "bank_labels": torch.tensor([-1, 5, 6, -1])}
     for rows, mine in ((None, {}), (bank, strangers)):

@@ -13,7 +13,7 @@ MINING = ["semi_hard", "hardest", "own"]
 
 
 def by_loop(anchor, positive, negative, margin, mining):
-    """Loss, mean distances and share of active pictures of float64 (B, D); semi_hard as in triplet_semihard_loss."""
+    """Loss, mean distances and share of active images of float64 (B, D); semi_hard as in triplet_semihard_loss."""
     a, p, n = ([row / row.norm() for row in z] for z in (anchor, positive, negative))
     near, far = [(x - y).norm() for x, y in zip(a, p)], []
     for i, x in enumerate(a):

@@ -10,7 +10,7 @@ from tests.processes import run_processes
 
 
 def by_loop(z, form="official"):
-    """The three terms of float64 (B, V, D): picture by picture and dimension by dimension."""
+    """The three terms of float64 (B, V, D): image by image and dimension by dimension."""
     batch, views, width = z.shape
     pairs = [(v, w) for v in range(views) for w in range(v + 1, views)]
     squares = [(z[b, v, i] - z[b, w, i]) ** 2 for v, w in pairs for b in range(batch) for i in range(width)]
@@ -99,7 +99,7 @@ def test_a_constant_embedding_costs_the_variance_alone(value, views):
     assert loss.item() == pytest.approx(25 * (1 - 1e-4**0.5), rel=1e-6)  # 24.75
     assert terms["invariance"] == terms["covariance"] == 0
     loss.backward()
-    assert torch.equal(z.grad, torch.zeros_like(z))  # nothing tells the pictures apart: finite, and no way out
+    assert torch.equal(z.grad, torch.zeros_like(z))  # nothing tells the images apart: finite, and no way out
     assert vicreg(z, form="solo")[0].item() == pytest.approx(49.5, rel=1e-6)
 
 
@@ -145,27 +145,27 @@ def test_low_precision(dtype):
     assert terms["covariance"].item() == pytest.approx(expected["covariance"].item(), rel=1e-5)
 
 
-def test_wrong_shapes_and_one_picture():
+def test_wrong_shapes_and_one_image():
     with pytest.raises(ValueError, match=r"two views or more, not \(3, 2\)"):
         vicreg(torch.ones(3, 2))
     with pytest.raises(ValueError, match=r"two views or more, not \(3, 1, 4\)"):
         vicreg(torch.ones(3, 1, 4))
-    with pytest.raises(ValueError, match="two pictures or more"):
+    with pytest.raises(ValueError, match="two images or more"):
         vicreg(torch.ones(1, 2, 4))
 
 
 def on_a_shard(rank, world_size, few):
-    """{(pictures, views): (loss, terms, gradient)}; with as few pictures as processes each has a single one."""
+    """{(images, views): (loss, terms, gradient)}; with as few images as processes each has a single one."""
     torch.manual_seed(3)
     data, network = torch.randn(8, 3, 6, dtype=torch.float64), nn.Linear(6, 5).double()
     results = {}
-    for pictures, views in ((8, 2), (8, 3), (few, 2)):
-        mine = slice(rank * pictures // world_size, (rank + 1) * pictures // world_size)
+    for images, views in ((8, 2), (8, 3), (few, 2)):
+        mine = slice(rank * images // world_size, (rank + 1) * images // world_size)
         model = nn.parallel.DistributedDataParallel(network) if world_size > 1 else network
         loss, terms = vicreg(model(data[mine, :views]))
         network.zero_grad()
         loss.backward()
-        results[pictures, views] = loss.detach(), terms, network.weight.grad.clone()
+        results[images, views] = loss.detach(), terms, network.weight.grad.clone()
     return results
 
 
@@ -177,5 +177,5 @@ def test_processes_on_different_shards_have_the_gradient_of_one(world_size):
         torch.testing.assert_close(sum(r[case][0] for r in ranks) / world_size, loss, rtol=0, atol=1e-12)
         for _, rank_terms, grad in (r[case] for r in ranks):
             torch.testing.assert_close(grad, gradient, rtol=0, atol=1e-12)
-            for name in ("variance", "covariance"):  # of all pictures; the invariance is that of the process's own
+            for name in ("variance", "covariance"):  # of all images; the invariance is that of the process's own
                 torch.testing.assert_close(rank_terms[name], terms[name], rtol=0, atol=1e-12)

@@ -126,7 +126,7 @@ def test_pick_without_a_threshold_gives_no_verdict():
     assert caption.lines == ["hole", "score 0.5", "rank 1 of 1", "low for a defect"]
 
 
-def test_pick_shows_every_picture_once_and_lives_without_a_class():
+def test_pick_shows_every_image_once_and_lives_without_a_class():
     labels = torch.tensor([0, 1] * 20)
     defects = ["good", "hole"] * 20
     captions = pick(torch.rand(40), labels, defects, 0.5)

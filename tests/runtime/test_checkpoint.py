@@ -11,7 +11,7 @@ from torch import nn
 
 from runtime import checkpoint
 from runtime.errors import UserError
-from tests.pictures import TOP, command
+from tests.images import TOP, command
 
 
 def test_round_trip_and_rotation(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from runtime.errors import UserError
 from runtime.files import remove_unfinished, temporary_name, whole_file
-from tests.pictures import TOP
+from tests.images import TOP
 
 WRITER = """
 import sys, time

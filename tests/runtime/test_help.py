@@ -20,7 +20,7 @@ from models.backbones import BACKBONES
 from models.ssl import SSL_METHODS
 from runtime import help
 from runtime.schema import choice, chooser_of, option_types, section_of
-from tests.pictures import TOP
+from tests.images import TOP
 from training.optim import OPTIMIZERS
 
 TABLES = {

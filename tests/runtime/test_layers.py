@@ -16,7 +16,7 @@ import train_ssl
 from runtime.config import as_dict, build, load, merge, overlay
 from runtime.errors import UserError
 from runtime.schema import choice
-from tests.pictures import TOP, write_classes
+from tests.images import TOP, write_classes
 
 
 @pytest.fixture(autouse=True)
@@ -208,9 +208,9 @@ def test_a_key_of_a_free_section_keeps_the_file_s_other_keys():
 
 
 def test_eval_gives_weights_to_the_backbone_named_after_them(tmp_path, capsys):
-    pictures = write_classes(tmp_path / "pictures", each=4)
+    images = write_classes(tmp_path / "images", each=4)
     torch.save(torchvision.models.mobilenet_v2().state_dict(), tmp_path / "W.pth")
-    words = ["task=knn", f"data.root={pictures}", "data.size=32", "device=cpu", f"runs={tmp_path}"]
+    words = ["task=knn", f"data.root={images}", "data.size=32", "device=cpu", f"runs={tmp_path}"]
     evaluate.main(["configs/eval_folder.yaml", *words, f"backbone.weights={tmp_path}/W.pth", "backbone=mobilenet_v2"])
     resolved = yaml.safe_load((tmp_path / "eval_folder" / "eval_knn" / "config.yaml").read_text())
     assert resolved["backbone"]["weights"] == f"{tmp_path}/W.pth" and resolved["backbone"]["name"] == "mobilenet_v2"

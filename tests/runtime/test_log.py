@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from runtime.errors import UserError
 from runtime.log import Log, Window
-from tests.pictures import TOP, command
+from tests.images import TOP, command
 
 
 def lines(folder):
@@ -22,7 +22,7 @@ def test_scalars_reach_json_and_tensorboard(tmp_path, capsys):
     log = Log(tmp_path, {"optim": {"lr": 0.1}})
     assert log.scalars(1, {"loss": torch.tensor(2.0), "nothing": None}) == {"loss": 2.0}
     log.scalars(2, {"loss": 1.5, "bad": math.nan})
-    log.picture("views/images 1-4", torch.zeros(3, 8, 8))
+    log.image("views/images 1-4", torch.zeros(3, 8, 8))
     log.results({"knn20_top1": 0.5, "name": "x"})
     assert lines(tmp_path) == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5, "bad": "nan"}]
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"knn20_top1": 0.5, "name": "x"}
@@ -101,7 +101,7 @@ def main(argv):
     for step in range(1, 1000):
         log.scalars(step, {"loss": step})
         if step == 3:
-            log.picture("noise", torch.rand(3, 200, 200), step)
+            log.image("noise", torch.rand(3, 200, 200), step)
 for when in ("at the end", "in hparams", "on the way"):
     try:
         errors.run(main)

@@ -54,7 +54,7 @@ def test_the_order_of_groups_is_what_matters_first(tmp_path):
 def test_every_tag_has_its_description(tmp_path):
     log = Log(tmp_path, {"a": 1})
     log.scalars(1, {"loss": 2.0, "own": 1.0, "stats/new": 0.0})
-    log.picture("heatmaps/1 of 2", torch.zeros(3, 8, 8))
+    log.image("heatmaps/1 of 2", torch.zeros(3, 8, 8))
     log.histogram("scores/good", torch.rand(9))
     log.precision_recall("precision_recall", torch.tensor([0, 1]), torch.tensor([0.2, 0.7]))
     log.text("per defect", "| a |")

@@ -14,7 +14,7 @@ import predict
 import train_anomaly
 from runtime import version
 from runtime.checkpoint import LAST, load, open_run, save
-from tests.pictures import TOP, write_mvtec
+from tests.images import TOP, write_mvtec
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_whoever_meets_results_of_another_version_says_so(tmp_path, capsys, monk
     (line,) = said(predict.main, look)
     assert made_by in line and "scores may differ" in line
     (line,) = said(train_anomaly.main, [*words, "run_name=new", f"update={tmp_path}/run/last.pt"])
-    assert line.startswith("update: 0 pictures added") and made_by in line
+    assert line.startswith("update: 0 images added") and made_by in line
     assert said(train_anomaly.main, [*words, "run_name=run", "resume=never"]) == []
     state = torch.load(tmp_path / "run" / LAST, weights_only=True)
     assert state["version"] == version.code_version() and "then" not in state["version"]

@@ -8,13 +8,13 @@ import torch
 import train_anomaly
 import train_ssl
 from runtime.errors import UserError
-from tests.pictures import write_classes, write_mvtec
+from tests.images import write_classes, write_mvtec
 from tests.scripts import test_train_anomaly, test_train_ssl
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_classes(tmp_path_factory.mktemp("pictures"))
+def images(tmp_path_factory):
+    return write_classes(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def parts(tmp_path_factory):
         ("simclr", ["spd=scar"], "too small for Scar"),
     ],
 )  # fmt: skip
-def test_pretraining_that_cannot_work(name, more, message, pictures, tmp_path):
-    words = test_train_ssl.words(name, pictures, tmp_path, *(word for word in more if word != "VIT"))
+def test_pretraining_that_cannot_work(name, more, message, images, tmp_path):
+    words = test_train_ssl.words(name, images, tmp_path, *(word for word in more if word != "VIT"))
     if "VIT" in more:
         words = [word for word in words if not word.startswith("backbone")] + ["backbone.name=vit_tiny"]
     if "augment=simclr" in more:
@@ -63,33 +63,31 @@ def test_pretraining_that_cannot_work(name, more, message, pictures, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["patch_position", "dino", "triplet", "revd"])
-def test_one_image_per_pass_is_enough_where_nothing_needs_two(name, pictures, tmp_path):
+def test_one_image_per_pass_is_enough_where_nothing_needs_two(name, images, tmp_path):
     more = ["method.head_batch_norm=false"] if name == "dino" else []
     more += ["batch_size=1", "save.every=100", "log_every=100", "overfit=1", "epochs=2"]
-    train_ssl.main(test_train_ssl.words(name, pictures, tmp_path, *more))
+    train_ssl.main(test_train_ssl.words(name, images, tmp_path, *more))
     assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 2
 
 
-def test_an_old_run_outlives_a_command_that_cannot_work(pictures, tmp_path):
-    words = test_train_ssl.words("simclr", pictures, tmp_path, "epochs=1")
+def test_an_old_run_outlives_a_command_that_cannot_work(images, tmp_path):
+    words = test_train_ssl.words("simclr", images, tmp_path, "epochs=1")
     train_ssl.main(words)
     with pytest.raises(UserError, match="the queue holds 8"):
         train_ssl.main([*words, "resume=never", "method.bank=8"])  # which would remove it
     assert (tmp_path / "run" / "last.pt").exists()
 
 
-def test_warnings(pictures, tmp_path, capsys):
-    train_ssl.main(
-        test_train_ssl.words("moco_v2", pictures, tmp_path, "epochs=1", "augment.size=48", "method.queue=37")
-    )
+def test_warnings(images, tmp_path, capsys):
+    train_ssl.main(test_train_ssl.words("moco_v2", images, tmp_path, "epochs=1", "augment.size=48", "method.queue=37"))
     said = capsys.readouterr().err
     assert "augment.size=48 is larger than data.size=36: views are enlarged" in said
     assert "method.queue=37 is longer than the training set of 33 images" in said and "set method.queue=16" in said
     about = ["epochs=1", "method.bank=60", "batch_size=16", "run_name=bank"]
-    train_ssl.main(test_train_ssl.words("simclr", pictures, tmp_path, *about))
+    train_ssl.main(test_train_ssl.words("simclr", images, tmp_path, *about))
     assert "set method.bank=32" in capsys.readouterr().err  # a step makes 32
     about = ["epochs=1", "method.bank=33", "augment.size=36", "run_name=fine"]
-    train_ssl.main(test_train_ssl.words("simclr", pictures, tmp_path, *about))
+    train_ssl.main(test_train_ssl.words("simclr", images, tmp_path, *about))
     said = capsys.readouterr().err
     assert "is larger than" not in said and "is longer than" not in said
 
@@ -102,10 +100,10 @@ def test_warnings(pictures, tmp_path, capsys):
         ("revd", ["backbone.drop_path=0.5"]),
     ],
 )
-def test_a_rehearsal_changes_no_bit(name, more, pictures, tmp_path, monkeypatch):
-    train_ssl.main(test_train_ssl.words(name, pictures, tmp_path, "epochs=1", *more))
+def test_a_rehearsal_changes_no_bit(name, more, images, tmp_path, monkeypatch):
+    train_ssl.main(test_train_ssl.words(name, images, tmp_path, "epochs=1", *more))
     monkeypatch.setattr(train_ssl, "rehearse", lambda *_, **__: [])
-    train_ssl.main(test_train_ssl.words(name, pictures, tmp_path, "epochs=1", "run_name=without", *more))
+    train_ssl.main(test_train_ssl.words(name, images, tmp_path, "epochs=1", "run_name=without", *more))
     one, other = (torch.load(tmp_path / run / "last.pt", weights_only=True) for run in ("run", "without"))
     for key, value in one["model"].items():
         assert torch.equal(value, other["model"][key]), key
@@ -119,7 +117,7 @@ def test_a_rehearsal_changes_no_bit(name, more, pictures, tmp_path, monkeypatch)
         ("patchcore", ["backbone=vit_tiny", "data.size=64,72"], r"data\.size=64,72: ViTTiny .*\(to 64, 80\)"),
         ("rd4ad", ["data.size=72"], r"set data\.size to a multiple of 32"),
         ("nsa", ["data.size=72"], r"set data\.size to multiples of"),
-        ("regad", ["batch_size=1"], "no batch of one class has 2 pictures: raise batch_size"),
+        ("regad", ["batch_size=1"], "no batch of one class has 2 images: raise batch_size"),
         ("rd4ad", ["optim.warmup_epochs=5"], r"longer than epochs=4: set optim\.warmup_epochs=0\.4"),
     ],
 )

@@ -11,7 +11,7 @@ from PIL import Image
 
 import predict
 import train_anomaly
-from tests.pictures import write_mvtec
+from tests.images import write_mvtec
 
 TINY = ["configs/demo/patchcore_demo.yaml", "data.category=part", "batch_size=8", "device=cpu"]
 TINY += ["backbone=mobilenet_v2", "backbone.width=0.25"]

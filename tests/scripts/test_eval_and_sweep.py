@@ -14,16 +14,16 @@ import train_anomaly
 import train_ssl
 from evaluation.sweep_table import Axes, Outcome, mean_rows
 from runtime.errors import UserError
-from tests.pictures import write_classes, write_mvtec
+from tests.images import write_classes, write_mvtec
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_classes(tmp_path_factory.mktemp("pictures"))
+def images(tmp_path_factory):
+    return write_classes(tmp_path_factory.mktemp("images"))
 
 
-def test_eval_needs_only_a_checkpoint(pictures, tmp_path, capsys):
-    small = [f"data.root={pictures}", "data.size=32", f"runs={tmp_path}", "run_name=run", "epochs=1", "batch_size=8"]
+def test_eval_needs_only_a_checkpoint(images, tmp_path, capsys):
+    small = [f"data.root={images}", "data.size=32", f"runs={tmp_path}", "run_name=run", "epochs=1", "batch_size=8"]
     train_ssl.main(["configs/demo/simclr_demo.yaml", *small, "augment.size=24", "device=cpu"])
     for task in ("knn", "linear"):
         evaluate.main([f"task={task}", f"checkpoint={tmp_path}/run/last.pt", "device=cpu"])
@@ -41,22 +41,22 @@ def test_eval_needs_only_a_checkpoint(pictures, tmp_path, capsys):
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
     first = json.loads((tmp_path / "run" / "eval_knn" / "results.json").read_text())
     assert again == first and again["features/std"] > 0 and not (tmp_path / "eval_knn").exists()
-    about = ["backbone=resnet18", f"backbone.weights={tmp_path}/run", "data.name=folder", f"data.root={pictures}"]
+    about = ["backbone=resnet18", f"backbone.weights={tmp_path}/run", "data.name=folder", f"data.root={images}"]
     evaluate.main(["task=knn", *about, "data.size=32", f"runs={tmp_path}", "run_name=other", "device=cpu"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] == first["top1"]
 
 
-def test_eval_of_published_weights(pictures, tmp_path, capsys):
+def test_eval_of_published_weights(images, tmp_path, capsys):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "weights.pth")
     about = ["backbone.name=resnet18", f"backbone.weights={tmp_path}/weights.pth", f"runs={tmp_path}"]
-    evaluate.main(["configs/eval_folder.yaml", f"data.root={pictures}", "data.size=32", *about, "device=cpu"])
+    evaluate.main(["configs/eval_folder.yaml", f"data.root={images}", "data.size=32", *about, "device=cpu"])
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"knn20_top1", "knn200_top1"} <= set(results)
 
 
-def test_eval_mistakes(pictures, tmp_path):
+def test_eval_mistakes(images, tmp_path):
     with pytest.raises(UserError, match="one of: knn, linear"):
-        evaluate.main(["task=nkn", "backbone=resnet18", f"data.root={pictures}", "data.name=folder", "data.size=32"])
+        evaluate.main(["task=nkn", "backbone=resnet18", f"data.root={images}", "data.name=folder", "data.size=32"])
     with pytest.raises(UserError, match="No such file"):
         evaluate.main(["task=knn", f"checkpoint={tmp_path}/nothing.pt"])
     with pytest.raises(UserError, match=r"is a folder without last\.pt"):
@@ -66,7 +66,7 @@ def test_eval_mistakes(pictures, tmp_path):
         "task.temperature=0": r"task\.temperature=0\.0 must be positive",
         "task=linear task.epochs=0": r"task\.epochs=0 must be at least 1",
     }.items():
-        about = ["backbone=resnet18", f"data.root={pictures}", "data.name=folder", "data.size=32", f"runs={tmp_path}"]
+        about = ["backbone=resnet18", f"data.root={images}", "data.name=folder", "data.size=32", f"runs={tmp_path}"]
         with pytest.raises(UserError, match=message):
             evaluate.main([*(["task=knn"] if "linear" not in wrong else []), *wrong.split(), *about])
         assert not (tmp_path / "eval").exists()
@@ -74,7 +74,7 @@ def test_eval_mistakes(pictures, tmp_path):
 
 @pytest.mark.parametrize("task", ["knn", "linear"])
 def test_one_class_is_no_test(task, tmp_path):
-    """Every picture would be called that class: top-1 1.0, whatever the backbone."""
+    """Every image would be called that class: top-1 1.0, whatever the backbone."""
     root = write_mvtec(tmp_path / "set")
     for data in (
         ["data.name=folder", f"data.root={root}/part/train"],
@@ -85,7 +85,7 @@ def test_one_class_is_no_test(task, tmp_path):
             evaluate.main([f"task={task}", *about])
 
 
-def test_compare_runs_on_the_same_pictures(tmp_path, capsys):
+def test_compare_runs_on_the_same_images(tmp_path, capsys):
     write_mvtec(tmp_path / "mvtec")
     about = [f"data.root={tmp_path}/mvtec", "data.category=part", "data.size=32", f"runs={tmp_path}", "device=cpu"]
     train_anomaly.main(["configs/demo/embedding_demo.yaml", *about, "run_name=a"])
@@ -132,10 +132,10 @@ run_name: grid
 """
 
 
-def test_sweep(pictures, tmp_path, capfd):
+def test_sweep(images, tmp_path, capfd):
     write_mvtec(tmp_path / "mvtec")
     path = tmp_path / "grid.yaml"
-    path.write_text(SWEEP.format(classes=pictures, mvtec=tmp_path / "mvtec", runs=tmp_path / "runs"))
+    path.write_text(SWEEP.format(classes=images, mvtec=tmp_path / "mvtec", runs=tmp_path / "runs"))
 
     def run():
         with pytest.raises(SystemExit) as end:  # a cell fails
@@ -165,13 +165,13 @@ def test_sweep(pictures, tmp_path, capfd):
     assert run().err.count("done before") == 2  # what stands on the changed pretraining runs again
 
 
-def test_sweep_measures_backbones_themselves(pictures, tmp_path, capfd):
+def test_sweep_measures_backbones_themselves(images, tmp_path, capfd):
     """An eval.py in the place of a detector; random weights differ by the seed, and are the same the next time."""
     path = tmp_path / "grid.yaml"
     path.write_text(
         "pretraining: {random: backbone.name=mobilenet_v2 backbone.width=0.25}\n"
         "detectors: {knn: eval.py task=knn device=cpu data.size=32}\n"
-        f"tasks: {{stripes: data.name=folder data.root={pictures}}}\n"
+        f"tasks: {{stripes: data.name=folder data.root={images}}}\n"
         f"seeds: [0, 1]\nmetrics: [top1]\nruns: {tmp_path}/runs\nrun_name: grid\n"
     )
     sweep.main([str(path)])
@@ -181,21 +181,21 @@ def test_sweep_measures_backbones_themselves(pictures, tmp_path, capfd):
     assert f"{(a['top1'] + b['top1']) / 2:.3f}" in (tmp_path / "runs" / "grid" / "results.md").read_text()
     sweep.main([str(path)])
     assert capfd.readouterr().err.count("done before") == 2
-    features = [evaluate_once(pictures, tmp_path / name, seed) for name, seed in (("x", 0), ("y", 0), ("z", 1))]
+    features = [evaluate_once(images, tmp_path / name, seed) for name, seed in (("x", 0), ("y", 0), ("z", 1))]
     assert features[0] == features[1] != features[2]
 
 
-def evaluate_once(pictures, runs, seed):
-    words = ["task=linear", "device=cpu", "data.size=32", "data.name=folder", f"data.root={pictures}", f"runs={runs}"]
+def evaluate_once(images, runs, seed):
+    words = ["task=linear", "device=cpu", "data.size=32", "data.name=folder", f"data.root={images}", f"runs={runs}"]
     evaluate.main([*words, "backbone.name=mobilenet_v2", "backbone.width=0.25", f"seed={seed}"])
     found = json.loads((runs / "eval" / "eval_linear" / "results.json").read_text())
     return {key: value for key, value in found.items() if key != "seconds"}
 
 
 @pytest.mark.slow
-def test_sweep_over_seeds(pictures, tmp_path, capfd):
+def test_sweep_over_seeds(images, tmp_path, capfd):
     write_mvtec(tmp_path / "mvtec")
-    text = SWEEP.format(classes=pictures, mvtec=tmp_path / "mvtec", runs=tmp_path / "runs")
+    text = SWEEP.format(classes=images, mvtec=tmp_path / "mvtec", runs=tmp_path / "runs")
     text = text.replace("{part:", "{again: data.root=" + f"{tmp_path}/mvtec data.category=part holdout=0.3, part:")
     text = text.replace("embedding: configs/demo/embedding_demo.yaml, ", "")
     path = tmp_path / "grid.yaml"

@@ -8,7 +8,7 @@ from PIL import Image
 import eval as evaluate
 from data.defects import DEFECTS
 from runtime.errors import UserError
-from tests.pictures import write_mvtec
+from tests.images import write_mvtec
 
 
 @pytest.fixture
@@ -19,11 +19,11 @@ def words(tmp_path):
 
 
 def test_a_sheet_of_all_kinds(words, tmp_path, capsys):
-    evaluate.main([*words, "data.size=48", "pictures=3"])
+    evaluate.main([*words, "data.size=48", "images=3"])
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(results["kinds"]) == list(DEFECTS) and 0.02 < results["kinds"]["cutpaste"]["masked"] < 0.2
     whole = Image.open(tmp_path / "eval" / "eval_defects" / "defects.png")
-    evaluate.main([*words, "data.size=48", "pictures=3", "defect=cutpaste", "defect.area=0.5,0.6", "run_name=one"])
+    evaluate.main([*words, "data.size=48", "images=3", "defect=cutpaste", "defect.area=0.5,0.6", "run_name=one"])
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(results["kinds"]) == ["cutpaste"] and 0.4 < results["kinds"]["cutpaste"]["masked"] < 0.7
     one = Image.open(tmp_path / "one" / "eval_defects" / "defects.png")
@@ -36,7 +36,7 @@ def test_a_sheet_of_all_kinds(words, tmp_path, capsys):
         (["data.size=16"], "16 x 16 pixels are too small"),
         (["data.size=48", "defect=nas"], "one of: cutpaste"),
         (["data.size=48", "defect=nsa", "defect.gradients=both"], "gradients"),
-        (["data.size=48", "pictures=0"], "pictures=0 must be at least 1"),
+        (["data.size=48", "images=0"], "images=0 must be at least 1"),
     ],
 )
 def test_mistakes(words, more, match):

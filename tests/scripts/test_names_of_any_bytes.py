@@ -15,7 +15,7 @@ import predict
 import train_anomaly
 import train_ssl
 from evaluation.anomaly.compare import load_scores
-from tests.pictures import TOP, command, write_classes, write_mvtec
+from tests.images import TOP, command, write_classes, write_mvtec
 from tests.scripts.test_train_anomaly import words as anomaly_words
 from tests.scripts.test_train_ssl import words as ssl_words
 
@@ -25,7 +25,7 @@ DEFECT = os.fsdecode(b"kratzer \xe4")  # Latin-1
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """MVTec layout: a defect's folder, good and defective pictures and training pictures with such names."""
+    """MVTec layout: a defect's folder, good and defective images and training images with such names."""
     top = write_mvtec(tmp_path_factory.mktemp("set")) / "part"
     (top / "test/spot").rename(top / "test" / DEFECT)
     (top / "ground_truth/spot").rename(top / "ground_truth" / DEFECT)
@@ -33,7 +33,7 @@ def root(tmp_path_factory):
         (top / "train/good" / f"{i:03d}.png").rename(top / "train/good" / f"{name}.png")
         (top / "test/good" / f"{i:03d}.png").rename(top / "test/good" / f"{name}.png")
         (top / "test" / DEFECT / f"{i:03d}.png").rename(top / "test" / DEFECT / f"{name}.png")
-        stored = unicodedata.normalize("NFC", name)  # the mask went another way than its picture
+        stored = unicodedata.normalize("NFC", name)  # the mask went another way than its image
         (top / "ground_truth" / DEFECT / f"{i:03d}_mask.png").rename(
             top / "ground_truth" / DEFECT / f"{stored}_mask.PNG"
         )
@@ -62,7 +62,7 @@ def test_train_anomaly_and_predict(root, tmp_path, capsys):
     for defect in ("good", DEFECT):
         paths = [row["path"] for row in rows if row["defect"] == defect]
         assert {os.path.basename(path) for path in paths} == expected and all(map(os.path.isfile, paths))
-    assert all(os.path.isfile(row["nearest_training_picture"]) for row in rows)
+    assert all(os.path.isfile(row["nearest_training_image"]) for row in rows)
     assert {os.path.basename(path) for path in load_scores(folder / "test_scores.pt").paths} == expected
     tags = events(folder)
     assert r"8_scores/kratzer \xe4" in tags["histograms"] and "2_test/heatmaps 1 of 2" in tags["images"]
@@ -73,12 +73,12 @@ def test_train_anomaly_and_predict(root, tmp_path, capsys):
     predict.main([str(folder), str(root / "part/test"), f"out={tmp_path}/out", "device=cpu"])
     (root / "part/test" / f"{RAW} broken.png").unlink()
     out, err = capsys.readouterr()
-    assert r"skipped: cannot read picture" in err and r"\xff\xfe broken.png" in err
+    assert r"skipped: cannot read image" in err and r"\xff\xfe broken.png" in err
     assert [os.path.basename(path) for path in json.loads(out.splitlines()[-1])["skipped"]] == [f"{RAW} broken.png"]
     rows = read_csv(tmp_path / "out/predictions.csv")
     assert {row["path"] for row in rows} == {f"{d}/{name}" for d in ("good", DEFECT) for name in expected}
     for row in rows:
-        assert os.path.isfile(os.path.join(root, row["nearest_training_picture"]))
+        assert os.path.isfile(os.path.join(root, row["nearest_training_image"]))
         assert Image.open(tmp_path / "out/heatmaps" / f"{row['path']}.png").size[0] == 420
 
 
@@ -97,7 +97,7 @@ def test_train_ssl_and_eval(tmp_path, capsys):
 
 def test_eval_defects(root, tmp_path, capsys):
     about = ["data.name=mvtec", f"data.root={root}", "data.category=part", "data.size=48", f"runs={tmp_path}"]
-    evaluate.main(["task=defects", *about, "pictures=3", "defect=cutpaste", "device=cpu"])
+    evaluate.main(["task=defects", *about, "images=3", "defect=cutpaste", "device=cpu"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["task"] == "defects"
 
 
@@ -111,4 +111,4 @@ def test_errors_name_the_file(root, tmp_path):
     path.write_bytes(whole)
     assert done.returncode == 2
     last = done.stderr.decode().splitlines()[-1]
-    assert last.startswith("error: cannot read picture ") and r"\xff\xfe.png: the file is empty" in last
+    assert last.startswith("error: cannot read image ") and r"\xff\xfe.png: the file is empty" in last

@@ -13,8 +13,8 @@ import train_anomaly
 import train_ssl
 from models.backbones import BACKBONES
 from runtime.config import overlay
+from tests.images import write_classes, write_mvtec
 from tests.networks import FourStages
-from tests.pictures import write_classes, write_mvtec
 from tests.pretended_cuda import pretended_cuda
 from tests.scripts import test_train_anomaly, test_train_ssl
 
@@ -132,4 +132,4 @@ def test_what_follows_training_runs_too(classes, parts, small_backbone, tmp_path
     on_cuda(train_anomaly.main, words, f"update={tmp_path}/run/last.pt", "run_name=updated", "holdout=0.1")
     for more in ([], ["tile=64", "overlap=32", "threshold=1"]):
         on_cuda(predict.main, [f"{tmp_path}/run", f"{parts}/part/test"], f"out={tmp_path}/out", *more)
-        assert json.loads(capsys.readouterr().out.splitlines()[-1])["pictures"] == 8
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == 8

@@ -10,7 +10,7 @@ import torch
 
 from data.datasets.folder import ClassFolder
 from data.loading import Loader
-from tests.pictures import TOP, command, write_classes
+from tests.images import TOP, command, write_classes
 from tests.scripts.test_train_ssl import words
 
 BUG = """
@@ -46,14 +46,14 @@ def test_a_mistake_that_all_processes_see(tmp_path):
 
 @pytest.mark.slow
 def test_a_broken_image_that_one_process_sees_after_some_steps(tmp_path):
-    pictures = write_classes(tmp_path / "pictures")
+    images = write_classes(tmp_path / "images")
     more = ["data.cache=none", "data.workers=0", "holdout=0", "epochs=2", "save.every=2"]
-    dataset = ClassFolder("train", 36, root=str(pictures))
+    dataset = ClassFolder("train", 36, root=str(images))
     order = next(Loader(dataset, 36, "cpu", shuffle=True).epoch(0))[2]  # of one process: global batches of 8
     broken = Path(dataset.paths[int(order[3 * 8 + 6])])  # the fourth step's, and of rank 1's half
     broken.write_bytes(broken.read_bytes()[:-500])  # its size can be read
-    status, lines, everything = end_of(["train_ssl.py", *words("simclr", pictures, tmp_path / "runs", *more)])
-    assert status != 0 and len(lines) == 1 and lines[0].startswith(f"error: cannot read picture {broken}"), everything
+    status, lines, everything = end_of(["train_ssl.py", *words("simclr", images, tmp_path / "runs", *more)])
+    assert status != 0 and len(lines) == 1 and lines[0].startswith(f"error: cannot read image {broken}"), everything
     assert torch.load(tmp_path / "runs" / "run" / "last.pt", weights_only=True)["step"] == 2
 
 

@@ -18,7 +18,7 @@ RECIPE = ["optim=adam", "optim.lr=1e-3", "ema.start=0.9", "ema.end=0.9"]
 RECIPE += ["optim.lr_scaling=none", "optim.schedule=cosine", "optim.warmup_epochs=0", "optim.final_lr=0"]
 RECIPE += ["optim.weight_decay=0", "optim.decay_norms=false", "optim.bias_lr_scale=1", "optim.fix_predictor_lr=false"]
 RECIPE += ["optim.betas=0.9,0.999"]
-PATIENT = ["optim.lr=3e-4", "ema.start=0.99", "ema.end=0.99"]  # MoCo v2's queue holds yesterday's keys of each picture
+PATIENT = ["optim.lr=3e-4", "ema.start=0.99", "ema.end=0.99"]  # MoCo v2's queue holds yesterday's keys of each image
 MORE = {
     "moco_v2": ["method.out=32", *PATIENT],
     "simsiam": ["method.out=64", "method.bottleneck=32"],
@@ -27,13 +27,13 @@ MORE = {
 
 
 def write_patterns(root):
-    """Eight pictures no two of which are alike, in four classes."""
+    """Eight images no two of which are alike, in four classes."""
     rng = np.random.default_rng(0)
     for i in range(8):
         folder = root / "train" / f"class{i // 2}"
         folder.mkdir(parents=True, exist_ok=True)
-        picture = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        picture.resize((40, 40), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+        image = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        image.resize((40, 40), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
     return root
 
 
@@ -41,10 +41,10 @@ def write_patterns(root):
 @pytest.mark.parametrize("name", SSL_METHODS)
 def test_overfit_reaches_the_floor(name, tmp_path, capsys):
     options, floor, near = CASES[name]
-    near = 0.12 if name == "moco_v2" else near  # it ends at 0.015 to 0.066; two pictures taken for one cost 0.124
+    near = 0.12 if name == "moco_v2" else near  # it ends at 0.015 to 0.066; two images taken for one cost 0.124
     backbone = ["backbone.stem=cifar"] if name == "revd" else ["backbone=mobilenet_v2", "backbone.width=0.25"]
     words = [TINY[name][0], *(word for word in TINY[name] if word.startswith("augment."))]
-    words += [f"data.root={write_patterns(tmp_path / 'pictures')}", "data.size=36", *backbone, *RECIPE]
+    words += [f"data.root={write_patterns(tmp_path / 'images')}", "data.size=36", *backbone, *RECIPE]
     words += [*(f"method.{key}={value}" for key, value in options.items()), "overfit=8", "epochs=400"]
     words += ["save.every=1000", "log_every=1", "device=cpu", "precision=fp32", "sync_bn=false"]
     words += [f"runs={tmp_path}", "run_name=run"]

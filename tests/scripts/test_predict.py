@@ -1,4 +1,4 @@
-"""predict.py with each detector: every row and heat map by hand, tiles, broken pictures and run folders, full disks."""
+"""predict.py with each detector: every row and heat map by hand, tiles, broken images and run folders, full disks."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ from plots.heatmaps import outline_above, overlay
 from plots.style import PEAK
 from runtime import checkpoint, config
 from runtime.errors import UserError
-from tests.pictures import TOP, write_mvtec
+from tests.images import TOP, write_mvtec
 
 OPTIONS = {"patchcore": {"coreset": 0.2}, "padim": {"stages": [1], "channels": 8}}
 CALIBRATION = {"threshold": None, "pixel_threshold": None, "low": None, "high": None, "false_alarm_rate": 0.1}
@@ -76,9 +76,9 @@ def patchcore(normals, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def raw_images(tmp_path_factory):
     """Color, grey, 16 bit, transparent, turned by EXIF; wide, tall; two of one stem; a broken one in the middle."""
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(5)
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(5)
 
     def noise(*shape, top=255, kind=np.uint8):
         return Image.fromarray(rng.integers(0, top, shape).astype(kind))
@@ -93,7 +93,7 @@ def pictures(tmp_path_factory):
     turned[0x0112] = 6
     noise(40, 100, 3).save(folder / "turned.jpg", exif=turned)
     noise(3, 200, 3).save(folder / "wide, and with a comma.png")
-    (folder / "no picture.txt").write_text("not asked")
+    (folder / "no image.txt").write_text("not asked")
     return folder
 
 
@@ -131,13 +131,13 @@ SHAPES = [(data, n) for data in ({}, CROP, PAD) for n in DETECTORS if data != PA
 
 
 @pytest.mark.parametrize(("data", "name"), SHAPES)
-def test_rows_and_heat_maps_are_what_the_detector_says(name, data, normals, pictures, tmp_path, capsys):
+def test_rows_and_heat_maps_are_what_the_detector_says(name, data, normals, raw_images, tmp_path, capsys):
     run_folder = write_run(tmp_path / "run", normals, name, **data)
-    results, rows, err = run(capsys, run_folder, pictures, f"out={tmp_path}/out", "batch_size=4")
+    results, rows, err = run(capsys, run_folder, raw_images, f"out={tmp_path}/out", "batch_size=4")
     detector, geometry, state = fitted(run_folder)
-    paths = [path for path in find_images(pictures) if "broken" not in path]
-    assert [row["path"] for row in rows] == [os.path.relpath(path, pictures) for path in paths]
-    assert list(rows[0]) == ["path", "score", "is_anomalous", "threshold", "nearest_training_picture", "y", "x"]
+    paths = [path for path in find_images(raw_images) if "broken" not in path]
+    assert [row["path"] for row in rows] == [os.path.relpath(path, raw_images) for path in paths]
+    assert list(rows[0]) == ["path", "score", "is_anomalous", "threshold", "nearest_training_image", "y", "x"]
     alarms, has_maps = 0, False
     for path, row in zip(paths, rows):
         whole = decode_whole(path)
@@ -148,7 +148,9 @@ def test_rows_and_heat_maps_are_what_the_detector_says(name, data, normals, pict
         assert float(row["threshold"]) == state["calibration"]["threshold"]
         assert row["is_anomalous"] == str(int(float(row["score"]) > float(row["threshold"])))
         alarms += int(row["is_anomalous"])
-        assert row["nearest_training_picture"] == ("" if found.pictures is None else state["names"][found.pictures])
+        assert row["nearest_training_image"] == (
+            "" if found.nearest_image is None else state["names"][found.nearest_image]
+        )
         if found.peaks is None:
             assert row["y"] == row["x"] == ""
         else:
@@ -161,7 +163,7 @@ def test_rows_and_heat_maps_are_what_the_detector_says(name, data, normals, pict
             heat, values = geometry.to_original(found.maps[0], size), state["calibration"]
             assert differs_from(drawn, whole, heat, values, row) < 0.002  # a batch has another order of computing
     assert has_maps or not (tmp_path / "out" / "heatmaps").exists()
-    assert results == results | {"pictures": 6, "anomalous": alarms, "skipped": [str(pictures / "broken.png")]}
+    assert results == results | {"images": 6, "anomalous": alarms, "skipped": [str(raw_images / "broken.png")]}
     assert results["images_per_second"] == pytest.approx(6 / results["seconds"])
     complaint = [line for line in err.splitlines() if line.startswith("skipped: ")]
     assert len(complaint) == 1 and "broken.png" in complaint[0]
@@ -180,14 +182,14 @@ def test_a_bright_square_is_found_where_it_is_in_the_original(normals, tmp_path,
 
 
 @pytest.mark.parametrize("name", [name for name in DETECTORS if not DETECTORS[name].positional])
-def test_tiles(name, normals, pictures, tmp_path, capsys):
+def test_tiles(name, normals, raw_images, tmp_path, capsys):
     run_folder = write_run(tmp_path / "run", normals, name)
     words = ["tile=64", "overlap=32", "batch_size=3", "threshold=1.5"]
-    results, rows, err = run(capsys, run_folder, pictures, f"out={tmp_path}/out", *words)
+    results, rows, err = run(capsys, run_folder, raw_images, f"out={tmp_path}/out", *words)
     detector, *_, state = fitted(run_folder)
-    assert results["pictures"] == 6 and "promise" not in err
+    assert results["images"] == 6 and "promise" not in err
     for row in rows:
-        whole = decode_whole(str(pictures / row["path"]))
+        whole = decode_whole(str(raw_images / row["path"]))
         found = examine_tiles(detector, whole, tile=64, overlap=32, batch_size=3, device=torch.device("cpu"))
         assert float(row["score"]) == pytest.approx(float(found.scores), rel=1e-5) and row["threshold"] == "1.5"
         if found.maps is not None:
@@ -197,32 +199,32 @@ def test_tiles(name, normals, pictures, tmp_path, capsys):
             assert peak_is(row, found.peaks[0], heat)
 
 
-def test_tiles_are_refused_where_they_make_no_sense(normals, patchcore, pictures, tmp_path, capsys):
+def test_tiles_are_refused_where_they_make_no_sense(normals, patchcore, raw_images, tmp_path, capsys):
     with pytest.raises(UserError, match="tile=100 must be a multiple of 32"):
-        run(capsys, patchcore, pictures, f"out={tmp_path}/out", "tile=100")
+        run(capsys, patchcore, raw_images, f"out={tmp_path}/out", "tile=100")
     assert not (tmp_path / "out").exists()
-    _, _, err = run(capsys, patchcore, pictures / "a.png", f"out={tmp_path}/out", "tile=64", "overlap=0")
-    assert "thresholds were measured on whole pictures" in err
+    _, _, err = run(capsys, patchcore, raw_images / "a.png", f"out={tmp_path}/out", "tile=64", "overlap=0")
+    assert "thresholds were measured on whole images" in err
     for name in [n for n in DETECTORS if DETECTORS[n].positional]:
-        with pytest.raises(UserError, match="whole pictures only"):
-            run(capsys, write_run(tmp_path / name, normals, name), pictures, "tile=64", "overlap=0")
+        with pytest.raises(UserError, match="whole images only"):
+            run(capsys, write_run(tmp_path / name, normals, name), raw_images, "tile=64", "overlap=0")
 
 
-def test_a_run_without_thresholds_scores_only(normals, pictures, tmp_path, capsys):
+def test_a_run_without_thresholds_scores_only(normals, raw_images, tmp_path, capsys):
     run_folder = write_run(tmp_path / "run", normals, "patchcore", scale=False)
-    results, rows, err = run(capsys, run_folder, pictures, f"out={tmp_path}/out")
+    results, rows, err = run(capsys, run_folder, raw_images, f"out={tmp_path}/out")
     assert results["anomalous"] is None and {(row["is_anomalous"], row["threshold"]) for row in rows} == {("", "")}
     assert "give threshold=" in err and not (tmp_path / "out" / "heatmaps").exists()
     middle = sorted(float(row["score"]) for row in rows)[3]  # a score at the threshold is normal
-    results, rows, _ = run(capsys, run_folder, pictures, f"out={tmp_path}/out", f"threshold={middle!r}")
+    results, rows, _ = run(capsys, run_folder, raw_images, f"out={tmp_path}/out", f"threshold={middle!r}")
     assert results["anomalous"] == 2 == sum(row["is_anomalous"] == "1" for row in rows)
 
 
-def test_results_among_the_pictures_are_no_pictures_the_next_time(patchcore, normals, tmp_path, capsys):
+def test_results_among_the_images_are_no_images_the_next_time(patchcore, normals, tmp_path, capsys):
     Image.open(normals[0]).save(tmp_path / "a.png")
     for _ in range(2):
         results, rows, _ = run(capsys, patchcore, tmp_path, f"out={tmp_path}")
-        assert results["pictures"] == 1 and [row["path"] for row in rows] == ["a.png"]
+        assert results["images"] == 1 and [row["path"] for row in rows] == ["a.png"]
 
 
 def test_nothing_to_examine(patchcore, tmp_path, capsys):
@@ -231,9 +233,9 @@ def test_nothing_to_examine(patchcore, tmp_path, capsys):
     for i in range(3):
         (tmp_path / "bad" / f"{i}.png").write_bytes(b"nonsense")
     for words, text in (
-        ((patchcore, tmp_path / "empty"), "no pictures in"),
+        ((patchcore, tmp_path / "empty"), "no images in"),
         ((patchcore, tmp_path / "nowhere"), "nowhere is not there"),
-        ((patchcore, tmp_path / "bad"), "none of the 3 pictures"),
+        ((patchcore, tmp_path / "bad"), "none of the 3 images"),
         ((patchcore,), "usage: python predict.py"),
         ((patchcore, tmp_path / "bad", "more"), "usage: python predict.py"),
         ((patchcore, tmp_path / "bad", "tiles=64"), "did you mean 'tile'"),
@@ -249,7 +251,7 @@ class Evil:
         return os.system, ("touch executed",)
 
 
-def test_run_folders_that_hold_no_finished_detector(patchcore, pictures, tmp_path):
+def test_run_folders_that_hold_no_finished_detector(patchcore, raw_images, tmp_path):
     good = checkpoint.load(patchcore / "last.pt")
     half = {key: value for key, value in good.items() if key != "calibration"}
     ssl = {"step": 5, "config": {"method": {"name": "simclr"}, "data": {}}, "model": {}}
@@ -265,8 +267,8 @@ def test_run_folders_that_hold_no_finished_detector(patchcore, pictures, tmp_pat
         if state is not None:
             torch.save(state, folder / "last.pt")
         with pytest.raises(UserError, match=text):
-            predict.main([str(folder), str(pictures), f"out={tmp_path}/out"])
-    words = [sys.executable, str(TOP / "predict.py"), str(tmp_path / "evil"), str(pictures), "out=out"]
+            predict.main([str(folder), str(raw_images), f"out={tmp_path}/out"])
+    words = [sys.executable, str(TOP / "predict.py"), str(tmp_path / "evil"), str(raw_images), "out=out"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
     assert (
@@ -274,19 +276,19 @@ def test_run_folders_that_hold_no_finished_detector(patchcore, pictures, tmp_pat
     )
 
 
-def test_features_that_are_no_numbers(normals, pictures, tmp_path, capsys):
+def test_features_that_are_no_numbers(normals, raw_images, tmp_path, capsys):
     run_folder = write_run(tmp_path / "run", normals, "rd4ad")
     state = checkpoint.load(run_folder / "last.pt")
     state["model"]["backbone.conv1.weight"].fill_(float("nan"))
     torch.save(state, run_folder / "last.pt")
     with pytest.raises(UserError):
-        run(capsys, run_folder, pictures, f"out={tmp_path}/out")
+        run(capsys, run_folder, raw_images, f"out={tmp_path}/out")
     assert not (tmp_path / "out" / "predictions.csv").exists()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_precision(precision, patchcore, pictures, tmp_path, capsys):
-    exact = run(capsys, patchcore, pictures, f"out={tmp_path}/a")[1]
-    for one, other in zip(exact, run(capsys, patchcore, pictures, f"out={tmp_path}/b", f"precision={precision}")[1]):
+def test_precision(precision, patchcore, raw_images, tmp_path, capsys):
+    exact = run(capsys, patchcore, raw_images, f"out={tmp_path}/a")[1]
+    for one, other in zip(exact, run(capsys, patchcore, raw_images, f"out={tmp_path}/b", f"precision={precision}")[1]):
         assert float(other["score"]) == pytest.approx(float(one["score"]), rel=0.05)
         assert one["score"] != other["score"]

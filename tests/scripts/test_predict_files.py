@@ -14,7 +14,7 @@ import predict
 from data.image_files import find_images
 from runtime.errors import UserError
 from runtime.files import temporary_name
-from tests.pictures import write_mvtec
+from tests.images import write_mvtec
 from tests.scripts.test_predict import run, write_run
 
 
@@ -29,8 +29,8 @@ def patchcore(normals, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(normals, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+def images(normals, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
     (folder / "deep").mkdir()
     for name, path in zip(("a.png", "b.png", "deep/c.png"), normals):
         shutil.copy(path, folder / name)
@@ -38,13 +38,13 @@ def pictures(normals, tmp_path_factory):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's full device")
-def test_a_full_disk(patchcore, pictures, tmp_path, capsys, monkeypatch):
-    run(capsys, patchcore, pictures / "a.png", f"out={tmp_path}")
+def test_a_full_disk(patchcore, images, tmp_path, capsys, monkeypatch):
+    run(capsys, patchcore, images / "a.png", f"out={tmp_path}")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     monkeypatch.setattr(predict, "remove_unfinished", lambda *_, **__: None)
     temporary_name(tmp_path / "predictions.csv").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"cannot write .*predictions.csv: No space left on device"):
-        run(capsys, patchcore, pictures, f"out={tmp_path}")
+        run(capsys, patchcore, images, f"out={tmp_path}")
     drawn = {path for path in tmp_path.rglob("*") if path.is_file()}  # of those that were drawn in the meantime
     assert {path.parent for path in drawn - {*before}} <= {tmp_path / "heatmaps", tmp_path / "heatmaps" / "deep"}
     assert all(path.read_bytes() == content for path, content in before.items())
@@ -64,28 +64,28 @@ def partly(capsys, *words) -> tuple[dict, list[dict], str]:
 
 def test_a_heat_map_that_cannot_be_written_costs_no_row(patchcore, normals, tmp_path, capsys, monkeypatch):
     """A folder in its place, a full disk, a name that is too long with .png; one of 251 bytes is not."""
-    pictures, out = tmp_path / "pictures", tmp_path / "out"
-    pictures.mkdir()
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
     names = ["a.png", "b.png", "c.png", f"{'d' * 247}.png", f"{'e' * 248}.png"]
     for name in names:
-        shutil.copy(normals[0], pictures / name)
+        shutil.copy(normals[0], images / name)
     (out / "heatmaps" / "b.png.png").mkdir(parents=True)
     temporary_name(out / "heatmaps" / "c.png.png").symlink_to("/dev/full")
     monkeypatch.setattr(predict, "remove_unfinished", lambda *_, **__: None)
-    results, rows, err = partly(capsys, patchcore, pictures, f"out={out}")
+    results, rows, err = partly(capsys, patchcore, images, f"out={out}")
     assert [row["path"] for row in rows] == names and len({row["score"] for row in rows}) == 1
-    failed = [str(pictures / name) for name in (names[1], names[2], names[4])]
-    assert results["without_heatmap"] == failed and results["pictures"] == 5 and results["skipped"] == []
+    failed = [str(images / name) for name in (names[1], names[2], names[4])]
+    assert results["without_heatmap"] == failed and results["images"] == 5 and results["skipped"] == []
     said = [line for line in err.splitlines() if line.startswith("no heat map of ")]
     for line, path, why in zip(said, failed, ("Is a directory", "No space left", "File name too long"), strict=True):
         assert path in line and why in line
     drawn = {path.name for path in (out / "heatmaps").iterdir()}
     assert drawn == {f"{names[0]}.png", "b.png.png", f"{names[3]}.png"}
-    results, _, _ = run(capsys, patchcore, pictures / "a.png", f"out={out}")
+    results, _, _ = run(capsys, patchcore, images / "a.png", f"out={out}")
     assert results["without_heatmap"] == []
 
 
-def test_what_a_killed_run_left_is_removed_by_the_next(patchcore, pictures, tmp_path, capsys):
+def test_what_a_killed_run_left_is_removed_by_the_next(patchcore, images, tmp_path, capsys):
     process = subprocess.Popen(["true"])
     process.wait()
     (tmp_path / "heatmaps" / "deep").mkdir(parents=True)
@@ -94,11 +94,11 @@ def test_what_a_killed_run_left_is_removed_by_the_next(patchcore, pictures, tmp_
         left.append(tmp_path / place / f"a.unfinished-{platform.node()}-{number}")
         left[-1].write_text("cut short")
     (tmp_path / "mine.tmp").write_text("")
-    run(capsys, patchcore, pictures / "a.png", f"out={tmp_path}")
+    run(capsys, patchcore, images / "a.png", f"out={tmp_path}")
     assert [path.exists() for path in left] == [False, False, True, True] and (tmp_path / "mine.tmp").exists()
 
 
-def test_out_that_cannot_be_written_is_found_before_the_work(patchcore, pictures, tmp_path, capsys, monkeypatch):
+def test_out_that_cannot_be_written_is_found_before_the_work(patchcore, images, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(predict, "examine", None)
     (tmp_path / "out").write_text("mine")
     (tmp_path / "table" / "predictions.csv").mkdir(parents=True)
@@ -113,7 +113,7 @@ def test_out_that_cannot_be_written_is_found_before_the_work(patchcore, pictures
         ("/proc/results", "cannot write /proc/results/predictions.csv"),
     ):
         with pytest.raises(UserError, match=text):
-            run(capsys, patchcore, pictures, f"out={tmp_path / out}")
-        assert "picture/s" not in capsys.readouterr().err
+            run(capsys, patchcore, images, f"out={tmp_path / out}")
+        assert "image/s" not in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == (tmp_path / "drawn" / "heatmaps").read_text() == "mine"
     assert not list((tmp_path / "table" / "predictions.csv").iterdir())

@@ -4,7 +4,7 @@ import pytest
 
 import sweep
 from runtime.errors import UserError
-from tests.pictures import TOP
+from tests.images import TOP
 from tests.sweeps import cells_of, make, write
 
 

@@ -12,7 +12,7 @@ from evaluation.anomaly.compare import load_scores
 from models.anomaly import DETECTORS
 from runtime import config
 from runtime.errors import UserError
-from tests.pictures import script, write_mvtec
+from tests.images import script, write_mvtec
 from tests.scripts.test_train_ssl import kill_after
 
 TINY = {
@@ -30,7 +30,7 @@ TINY = {
 BY_GRADIENT = tuple(name for name in TINY if DETECTORS[name].by_gradient)
 QUICK = ("patchcore", "rd4ad")  # what needs processes of its own is for `make test-all` with the others
 WITH_PROCESSES = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ("patchcore", *BY_GRADIENT)]
-FEW_SHOT = ("regad",)  # they learn from other categories and get 5 of the normal pictures, or all that there are
+FEW_SHOT = ("regad",)  # they learn from other categories and get 5 of the normal images, or all that there are
 METRICS = ["image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro", "aupro_005", "aupro_001"]
 METRICS += ["threshold", "pixel_threshold"]
 COUNTS = ["n_train", "n_test_normal", "n_test_anomalous"]
@@ -38,23 +38,23 @@ KEYS = METRICS + COUNTS + ["seconds_fit", "seconds_threshold", "images_per_secon
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_mvtec(tmp_path_factory.mktemp("pictures"))
+def images(tmp_path_factory):
+    return write_mvtec(tmp_path_factory.mktemp("images"))
 
 
-def words(name, pictures, runs, *more):
-    about = [f"data.root={pictures}", "data.category=part", "data.size=64", f"runs={runs}", "run_name=run"]
+def words(name, images, runs, *more):
+    about = [f"data.root={images}", "data.category=part", "data.size=64", f"runs={runs}", "run_name=run"]
     if name in FEW_SHOT:
-        count = len(list((pictures / "part" / "train" / "good").glob("*.png")))
+        count = len(list((images / "part" / "train" / "good").glob("*.png")))
         about += [f"data.shots={min(count, 5)}", "data.draw=1", "data.others=null"]
-        if not (pictures / "other").exists():
-            write_mvtec(pictures, category="other")
+        if not (images / "other").exists():
+            write_mvtec(images, category="other")
     return config.overlay(TINY[name], about + ["batch_size=4", "holdout=0.2", "device=cpu"], list(more))
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_run_leaves_everything_behind(name, pictures, tmp_path, capsys):
-    run = words(name, pictures, tmp_path, *(["epochs=30"] if name in ("cdo", "rd4ad") else []))  # from random weights
+def test_a_run_leaves_everything_behind(name, images, tmp_path, capsys):
+    run = words(name, images, tmp_path, *(["epochs=30"] if name in ("cdo", "rd4ad") else []))  # from random weights
     train_anomaly.main(run)
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     folder = tmp_path / "run"
@@ -80,10 +80,10 @@ def test_a_run_leaves_everything_behind(name, pictures, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results
 
 
-def test_masks_of_some_defects(pictures, tmp_path, capsys):
-    """Without masks: the same image metrics; pixel metrics are those of the set without these pictures."""
+def test_masks_of_some_defects(images, tmp_path, capsys):
+    """Without masks: the same image metrics; pixel metrics are those of the set without these images."""
     for name in ("set", "fewer"):
-        shutil.copytree(pictures, tmp_path / name)
+        shutil.copytree(images, tmp_path / name)
         shutil.copytree(tmp_path / name / "part/test/spot", tmp_path / name / "part/test/unmarked")
         (tmp_path / name / "part/ground_truth/spot/003_mask.png").unlink()
     (tmp_path / "fewer/part/test/spot/003.png").unlink()
@@ -105,9 +105,9 @@ def test_masks_of_some_defects(pictures, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", WITH_PROCESSES)
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(name, pictures, tmp_path):
-    first = script(["train_anomaly.py", *words(name, pictures, tmp_path / "a")])
-    again = ["train_anomaly.py", *words(name, pictures, tmp_path / "b")]
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(name, images, tmp_path):
+    first = script(["train_anomaly.py", *words(name, images, tmp_path / "a")])
+    again = ["train_anomaly.py", *words(name, images, tmp_path / "b")]
     folder = tmp_path / "b" / "run"
     if name in BY_GRADIENT:
         kill_after(again, folder / "metrics.jsonl", 5)  # the checkpoint is of step 3
@@ -123,19 +123,19 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(name, pictures, tmp
         assert first[key] == second[key]
 
 
-def test_a_score_of_the_whole_test_set_is_fitted_on_it(pictures, tmp_path, capsys):
+def test_a_score_of_the_whole_test_set_is_fitted_on_it(images, tmp_path, capsys):
     states = []
     for split in ("train", "test"):
-        train_anomaly.main(words("cflow", pictures, tmp_path / split, f"detector.normalize={split}"))
+        train_anomaly.main(words("cflow", images, tmp_path / split, f"detector.normalize={split}"))
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["normalized_on"] == split
         states.append(torch.load(tmp_path / split / "run" / "last.pt", weights_only=True)["model"])
     assert [key for key in states[0] if not torch.equal(states[0][key], states[1][key])] == ["likeliest"]
 
 
 @pytest.mark.parametrize("name", WITH_PROCESSES)
-def test_two_processes(name, pictures, tmp_path):
-    words_of = functools.partial(words, name, pictures)
-    own = ["holdout=0"] if name == "patchcore" else []  # each process leaves out its own pictures
+def test_two_processes(name, images, tmp_path):
+    words_of = functools.partial(words, name, images)
+    own = ["holdout=0"] if name == "patchcore" else []  # each process leaves out its own images
     results = script(["train_anomaly.py", *words_of(tmp_path / "two", *own)], processes=2)
     assert set(KEYS) <= set(results)
     if name == "patchcore":  # no batch norm in training: two processes are one
@@ -147,12 +147,12 @@ def test_two_processes(name, pictures, tmp_path):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_without_held_out_normals_each_is_left_out_in_turn(name, pictures, tmp_path, capsys):
-    train_anomaly.main(words(name, pictures, tmp_path, "holdout=0"))
+def test_without_held_out_normals_each_is_left_out_in_turn(name, images, tmp_path, capsys):
+    train_anomaly.main(words(name, images, tmp_path, "holdout=0"))
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     normals = 5 if name in FEW_SHOT else 12
     assert results["n_train"] == normals and results["image_auroc"] is not None
-    if name in BY_GRADIENT:  # networks cannot forget a picture
+    if name in BY_GRADIENT:  # networks cannot forget an image
         assert results["threshold"] is None and results["n_normals"] == 0
     else:
         assert results["threshold"] > 0 and results["n_normals"] == normals
@@ -161,28 +161,28 @@ def test_without_held_out_normals_each_is_left_out_in_turn(name, pictures, tmp_p
 @pytest.mark.parametrize(
     ("shots", "options"), [(2, ["detector.k=2"]), (3, ["detector.distance=mahalanobis"]), (1, ["detector.k=1"])]
 )
-def test_where_no_picture_can_be_left_out_there_is_no_threshold(shots, options, pictures, tmp_path, capsys):
+def test_where_no_image_can_be_left_out_there_is_no_threshold(shots, options, images, tmp_path, capsys):
     about = ["data.name=few_shot", f"data.shots={shots}", "holdout=null", *options]
-    train_anomaly.main(words("embedding", pictures, tmp_path, *about))
+    train_anomaly.main(words("embedding", images, tmp_path, *about))
     out, err = capsys.readouterr()
     results = json.loads(out.splitlines()[-1])
     assert (results["n_train"], results["n_normals"], results["threshold"]) == (shots, 0, None)
     assert 0 <= results["image_auroc"] <= 1 and err.count("no threshold: ") == 1
 
 
-def test_few_shots_learn_elsewhere_once_and_keep_every_support(pictures, tmp_path, capsys):
+def test_few_shots_learn_elsewhere_once_and_keep_every_support(images, tmp_path, capsys):
     """Another draw needs neither training nor other categories; nothing is held out unless it is said."""
 
     def results(name, *more):
         own = config.overlay(["data.name=few_shot", "data.shots=3", "holdout=null"], list(more))
-        train_anomaly.main(words(name, pictures, tmp_path, *own))
+        train_anomaly.main(words(name, images, tmp_path, *own))
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
     first = results("regad", "epochs=1")
     assert (first["n_train"], first["threshold"]) == (3, None)
-    assert (tmp_path / "run" / "heatmaps.png").exists()  # with the colors' scale of the good test pictures
+    assert (tmp_path / "run" / "heatmaps.png").exists()  # with the colors' scale of the good test images
     trained = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
-    shutil.copytree(pictures / "part", tmp_path / "alone" / "part")
+    shutil.copytree(images / "part", tmp_path / "alone" / "part")
     weights = [f"detector.weights={tmp_path}/run/last.pt", "epochs=0", f"data.root={tmp_path}/alone"]
     same, other = (results("regad", *weights, f"data.draw={draw}", f"run_name={draw}") for draw in (1, 2))
     for key in METRICS:
@@ -197,9 +197,9 @@ def test_few_shots_learn_elsewhere_once_and_keep_every_support(pictures, tmp_pat
     assert (baseline["n_train"], baseline["n_normals"]) == (3, 3)
 
 
-def test_an_update_learns_what_is_new_and_forgets_what_is_gone(pictures, tmp_path, capsys):
-    copy = tmp_path / "pictures"
-    shutil.copytree(pictures, copy)
+def test_an_update_learns_what_is_new_and_forgets_what_is_gone(images, tmp_path, capsys):
+    copy = tmp_path / "images"
+    shutil.copytree(images, copy)
     good = copy / "part" / "train" / "good"
     new = [(good / f"{i:03d}.png").rename(tmp_path / f"{i:03d}.png") for i in (3, 7)]
     train_anomaly.main(words("patchcore", copy, tmp_path, "holdout=0"))
@@ -210,10 +210,10 @@ def test_an_update_learns_what_is_new_and_forgets_what_is_gone(pictures, tmp_pat
     again = words("patchcore", copy, tmp_path, "holdout=0", f"update={tmp_path}/run/last.pt")
     capsys.readouterr()
     train_anomaly.main(config.overlay(again, ["run_name=updated"]))
-    assert "2 pictures added, 1 removed, 11 in all" in capsys.readouterr().err
+    assert "2 images added, 1 removed, 11 in all" in capsys.readouterr().err
     after = torch.load(tmp_path / "updated" / "last.pt", weights_only=True)
     banks = [
-        {(s["names"][picture], row, column) for picture, row, column in s["model"]["bank.origins"].tolist()}
+        {(s["names"][image], row, column) for image, row, column in s["model"]["bank.origins"].tolist()}
         for s in (before, after)
     ]
     added, gone = banks[1] - banks[0], banks[0] - banks[1]
@@ -224,13 +224,13 @@ def test_an_update_learns_what_is_new_and_forgets_what_is_gone(pictures, tmp_pat
 
 
 def test_original_resolution_and_padding(tmp_path, capsys):
-    pictures, results, counted = write_mvtec(tmp_path, size=96, width=160), [], []
+    images, results, counted = write_mvtec(tmp_path, size=96, width=160), [], []
     for more in (["pixels=original"], ["data.fit=pad"], ["data.fit=crop", "data.resize=80"], ["data.size=48,80"]):
-        train_anomaly.main(words("patchcore", pictures, tmp_path, *more, "resume=never"))
+        train_anomaly.main(words("patchcore", images, tmp_path, *more, "resume=never"))
         results.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
         assert results[-1]["pixel_auroc"] > 0.8
         histograms = load_scores(tmp_path / "run" / "test_scores.pt").histograms
         counted.append((histograms.negatives + histograms.positives).sum(1).tolist())
     original, pad, crop, wide = (set(pixels) for pixels in counted)
     assert original == {96 * 160} and crop == {64 * 64} and wide == {48 * 80}
-    assert pad == {38 * 64}  # 64 x 64, of which the picture takes 38.4 rows
+    assert pad == {38 * 64}  # 64 x 64, of which the image takes 38.4 rows

@@ -11,19 +11,19 @@ import train_anomaly
 from models.anomaly import DETECTORS
 from runtime.config import overlay
 from runtime.errors import UserError
-from tests.pictures import write_mvtec
+from tests.images import write_mvtec
 from tests.scripts.test_train_anomaly import METRICS, words
 from tests.scripts.test_train_ssl_resume import interrupt_at
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_mvtec(tmp_path_factory.mktemp("pictures"))
+def images(tmp_path_factory):
+    return write_mvtec(tmp_path_factory.mktemp("images"))
 
 
-def test_a_run_does_not_go_on_with_other_pictures_or_lose_the_run_it_updates(pictures, tmp_path):
-    copy = tmp_path / "pictures"
-    shutil.copytree(pictures, copy)
+def test_a_run_does_not_go_on_with_other_images_or_lose_the_run_it_updates(images, tmp_path):
+    copy = tmp_path / "images"
+    shutil.copytree(images, copy)
     run = words("patchcore", copy, tmp_path)
     train_anomaly.main(run)
     with pytest.raises(UserError, match=r"has other backbone weights"):  # before resume=never removes anything
@@ -36,9 +36,9 @@ def test_a_run_does_not_go_on_with_other_pictures_or_lose_the_run_it_updates(pic
     assert (tmp_path / "run" / "last.pt").read_bytes() == first
 
 
-def test_results_of_other_test_images_are_not_repeated(pictures, tmp_path, capsys):
-    copy = tmp_path / "pictures"
-    shutil.copytree(pictures, copy)
+def test_results_of_other_test_images_are_not_repeated(images, tmp_path, capsys):
+    copy = tmp_path / "images"
+    shutil.copytree(images, copy)
     run = words("patchcore", copy, tmp_path)
     train_anomaly.main(run)
     first = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -57,7 +57,7 @@ def test_results_of_other_test_images_are_not_repeated(pictures, tmp_path, capsy
     (copy / "part/test/good/000.png").unlink()
     with pytest.raises(UserError, match=r"1 removed: part/test/good/000\.png"):
         train_anomaly.main(run)
-    shutil.copy(pictures / "part/test/good/000.png", copy / "part/test/good")
+    shutil.copy(images / "part/test/good/000.png", copy / "part/test/good")
     train_anomaly.main(run)
     mask = copy / "part/ground_truth/spot/000_mask.png"
     Image.new("L", Image.open(mask).size, 255).save(mask)
@@ -65,8 +65,8 @@ def test_results_of_other_test_images_are_not_repeated(pictures, tmp_path, capsy
         train_anomaly.main(run)
 
 
-def test_a_run_that_is_older_than_a_key_resumes_and_is_updated(pictures, tmp_path, capsys):
-    run = words("patchcore", pictures, tmp_path)
+def test_a_run_that_is_older_than_a_key_resumes_and_is_updated(images, tmp_path, capsys):
+    run = words("patchcore", images, tmp_path)
     train_anomaly.main(run)
     first = json.loads(capsys.readouterr().out.splitlines()[-1])
     last = tmp_path / "run" / "last.pt"
@@ -83,11 +83,11 @@ def test_a_run_that_is_older_than_a_key_resumes_and_is_updated(pictures, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["cflow", *(pytest.param(n, marks=pytest.mark.slow) for n in ("cutpaste", "regad"))])
-def test_a_fit_that_fails_or_is_killed_does_not_lose_the_training_before_it(name, pictures, tmp_path, monkeypatch):
+def test_a_fit_that_fails_or_is_killed_does_not_lose_the_training_before_it(name, images, tmp_path, monkeypatch):
     """The training is not repeated, and the detector is that of a run without a stop."""
     monkeypatch.setattr(train_anomaly, "report", lambda *_, **__: {})
-    train_anomaly.main(words(name, pictures, tmp_path / "a"))
-    run = words(name, pictures, tmp_path / "b")
+    train_anomaly.main(words(name, images, tmp_path / "a"))
+    run = words(name, images, tmp_path / "b")
     for problem, text in (
         (
             UserError("out of luck"),
@@ -113,12 +113,12 @@ def test_a_fit_that_fails_or_is_killed_does_not_lose_the_training_before_it(name
         assert torch.equal(value, resumed["model"][key]), key
     # other options of the fit are set with the trained weights, as the error says
     more = [f"detector.weights={tmp_path}/b/run/last.pt", "epochs=0", "run_name=c"]
-    train_anomaly.main(words(name, pictures, tmp_path, *more))
+    train_anomaly.main(words(name, images, tmp_path, *more))
 
 
-def test_other_categories_and_a_fit_on_the_test_images_belong_to_the_run(pictures, tmp_path, monkeypatch):
-    copy = tmp_path / "pictures"
-    shutil.copytree(pictures, copy)
+def test_other_categories_and_a_fit_on_the_test_images_belong_to_the_run(images, tmp_path, monkeypatch):
+    copy = tmp_path / "images"
+    shutil.copytree(images, copy)
     for name, more, image in (
         ("regad", ["data.size=32"], "other/train/good/000.png"),
         ("cflow", ["detector.normalize=test"], "part/test/spot/000.png"),

@@ -10,22 +10,22 @@ import train_ssl
 from runtime import checkpoint
 from runtime.errors import UserError
 from runtime.log import Window
-from tests.pictures import write_classes
+from tests.images import write_classes
 from tests.scripts.test_train_ssl import losses, words
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_classes(tmp_path_factory.mktemp("pictures"))
+def images(tmp_path_factory):
+    return write_classes(tmp_path_factory.mktemp("images"))
 
 
-def test_what_cannot_change_the_result_may_change_on_resume(pictures, tmp_path, monkeypatch):
-    train_ssl.main(words("simclr", pictures, tmp_path / "a"))
+def test_what_cannot_change_the_result_may_change_on_resume(images, tmp_path, monkeypatch):
+    train_ssl.main(words("simclr", images, tmp_path / "a"))
     with monkeypatch.context() as patch:
         interrupt_at(5, patch)
         with pytest.raises(KeyboardInterrupt):
-            train_ssl.main(words("simclr", pictures, tmp_path / "b"))
-    (tmp_path / "link").symlink_to(pictures)
+            train_ssl.main(words("simclr", images, tmp_path / "b"))
+    (tmp_path / "link").symlink_to(images)
     (tmp_path / "b").rename(tmp_path / "moved")
     own = ["data.cache=none", "data.workers=1", "log_every=2", "save.every=5", "save.keep_last=1"]
     own += [] if torch.cuda.is_available() else ["device=auto"]
@@ -37,12 +37,12 @@ def test_what_cannot_change_the_result_may_change_on_resume(pictures, tmp_path, 
     assert sorted(losses(tmp_path / "moved" / "run")) == [1, 2, 3, 4, 5, 6, 8, 10, 12]  # 1 to 3 were before the kill
     for change in ("optim.lr=1", "save.best=true", "data.size=40", "eval_every=1"):
         with pytest.raises(UserError, match=change.partition("=")[0]):
-            train_ssl.main(words("simclr", pictures, tmp_path / "moved", change))
+            train_ssl.main(words("simclr", images, tmp_path / "moved", change))
 
 
-def test_a_run_does_not_resume_with_other_images(pictures, tmp_path, monkeypatch, capsys):
-    copy = tmp_path / "pictures"
-    shutil.copytree(pictures, copy)
+def test_a_run_does_not_resume_with_other_images(images, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "images"
+    shutil.copytree(images, copy)
     with monkeypatch.context() as patch:
         interrupt_at(5, patch)
         with pytest.raises(KeyboardInterrupt):

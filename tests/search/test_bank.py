@@ -1,4 +1,4 @@
-"""The bank on several processes and in blocks against a full search; leaving pictures out, adding and forgetting."""
+"""The bank on several processes and in blocks against a full search; leaving images out, adding and forgetting."""
 
 import numpy as np
 import pytest
@@ -10,8 +10,8 @@ from models.anomaly.patchcore import PatchCore
 from models.backbones.resnet import ResNet18
 from runtime.errors import UserError
 from search.bank import Bank, closest
+from tests.images import batches
 from tests.models.anomaly.test_patchcore import textures
-from tests.pictures import batches
 from tests.processes import run_processes
 
 
@@ -20,9 +20,9 @@ def points(count: int, seed: int) -> Tensor:
     return torch.randint(0, 3, (count, 4), generator=torch.Generator().manual_seed(seed)).float()
 
 
-def whole_bank(n_pictures: int = 5, each: int = 8) -> tuple[Tensor, Tensor]:
+def whole_bank(n_images: int = 5, each: int = 8) -> tuple[Tensor, Tensor]:
     """Entries (M, 4) and origins (M, 3) in a shuffled pick order."""
-    count = n_pictures * each
+    count = n_images * each
     order = torch.randperm(count, generator=torch.Generator().manual_seed(3))
     return points(count, 1), torch.stack([order // each, order % each, 7 * torch.ones_like(order)], 1)
 
@@ -77,7 +77,7 @@ def test_closest_breaks_ties_by_position():
     assert squared.tolist() == [[1, 1, 1]] and positions.tolist() == [[2, 5, 7]]
 
 
-def test_a_picture_that_owns_the_whole_bank_cannot_be_left_out():
+def test_an_image_that_owns_the_whole_bank_cannot_be_left_out():
     bank = Bank()
     bank.hold(points(3, 0), torch.arange(3), torch.zeros(3, 3, dtype=torch.int64))
     with pytest.raises(UserError, match="cannot be left out"):
@@ -91,8 +91,8 @@ def fitted(images: Tensor, **options) -> PatchCore:
     return model
 
 
-def test_left_out_scores_are_those_of_a_bank_without_the_picture():
-    """With coreset=1 a bank without the picture is exactly the bank that would have been fitted."""
+def test_left_out_scores_are_those_of_a_bank_without_the_image():
+    """With coreset=1 a bank without the image is exactly the bank that would have been fitted."""
     images = textures(5)
     model = fitted(images, coreset=1.0)
     left = model.examine(images, None, torch.arange(5))
@@ -100,11 +100,11 @@ def test_left_out_scores_are_those_of_a_bank_without_the_picture():
         rest = fitted(images[torch.arange(5) != i], coreset=1.0).examine(images[i : i + 1])
         torch.testing.assert_close(left.scores[i : i + 1], rest.scores)
         torch.testing.assert_close(left.maps[i : i + 1], rest.maps)
-        assert int(left.pictures[i]) == int(rest.pictures[0]) + int(rest.pictures[0] >= i)
+        assert int(left.nearest_image[i]) == int(rest.nearest_image[0]) + int(rest.nearest_image[0] >= i)
 
 
 @pytest.mark.parametrize("coreset", [0.2, 1.0])
-def test_forgetting_equals_a_bank_that_never_saw_the_picture(coreset):
+def test_forgetting_equals_a_bank_that_never_saw_the_image(coreset):
     images, test = textures(5), textures(2, seed=1)
     model = fitted(images, coreset=coreset)
     reach = model.facts()["covering_radius"]
@@ -125,7 +125,7 @@ def test_forgetting_equals_a_bank_that_never_saw_the_picture(coreset):
             torch.testing.assert_close(a, b)
 
 
-def test_added_pictures_are_covered_as_the_first_ones_are():
+def test_added_images_are_covered_as_the_first_ones_are():
     images, more = textures(4), textures(3, seed=2) * 1.2
     model = fitted(images, coreset=0.2)
     before, radius = model.bank.entries.clone(), model.facts()["covering_radius"]

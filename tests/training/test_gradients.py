@@ -20,7 +20,7 @@ from training.sam import frozen_statistics
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
-def pictures(name):
+def raw_images(name):
     torch.manual_seed(6)
     more = [torch.randn(8, 3, 8, 8, dtype=torch.float64) for _ in range(3)] if "spd" in name else []
     return views(name.removesuffix(" with spd")) + more
@@ -39,14 +39,14 @@ def whole(name):
     method, target = objective(name)
     for _ in range(2):
         method.zero_grad()
-        loss, _ = target(pictures(name), LABELS)
+        loss, _ = target(raw_images(name), LABELS)
         loss.backward()
         method.update()
     return loss.detach(), {n: p.grad for n, p in method.named_parameters() if p.grad is not None}, method
 
 
 def in_parts(rank, world_size, name, parts=2):
-    """The same with the process's pictures in `parts` batches."""
+    """The same with the process's images in `parts` batches."""
     method, target = objective(name)
     model = data_parallel(Embed(target))
     size = 8 // world_size // parts
@@ -54,7 +54,7 @@ def in_parts(rank, world_size, name, parts=2):
     batches = [(None, LABELS[ids], ids) for ids in rows]
     for _ in range(2):
         method.zero_grad()
-        loss, stats = backward(model, target, batches, rows_of(pictures(name)), NO_SCALER, nullcontext, seed=1)
+        loss, stats = backward(model, target, batches, rows_of(raw_images(name)), NO_SCALER, nullcontext, seed=1)
         assert not any(value.requires_grad for value in stats.values())
         method.update()
     assert len(stats["embeddings"]) in (8 // world_size, 8 // world_size * len(views(name.removesuffix(" with spd"))))
@@ -95,15 +95,15 @@ QUEUES = ["moco_v2", "moco_v2 symmetric", "psco", "simclr with a bank", "supcon 
 
 
 def steps_as_the_loader_deals_them(rank, world_size, parts):
-    """Loss and gradients of five steps of other pictures, and the queue's rows after them; 8 pictures a step.
+    """Loss and gradients of five steps of other images, and the queue's rows after them; 8 images a step.
 
-    Each batch is a run of the step's pictures, dealt over the processes (Loader), and every queue's length is no
+    Each batch is a run of the step's images, dealt over the processes (Loader), and every queue's length is no
     multiple of a step's rows: some of a step's are overwritten before others.
     """
     seen = {}
     for name in QUEUES:
         method = build(name)
-        rows = 16 if method.takes[1] is MANY or "symmetric" in name else 8  # all views of a picture, or one
+        rows = 16 if method.takes[1] is MANY or "symmetric" in name else 8  # all views of an image, or one
         for attribute in ("queue", "bank"):
             if isinstance(getattr(method, attribute, None), Queue):
                 torch.manual_seed(3)

@@ -1,4 +1,4 @@
-"""Each color op against torchvision's functional, picture by picture: in float closely, in uint8 within 1/255."""
+"""Each color op against torchvision's functional, image by image: in float closely, in uint8 within 1/255."""
 
 from itertools import permutations
 
@@ -18,7 +18,7 @@ TORCHVISION = {
 
 @pytest.fixture
 def bytes_() -> torch.Tensor:
-    """Noise, black, white, one gray, gray noise, two equal channels, only 0 and 255, and dark pictures."""
+    """Noise, black, white, one gray, gray noise, two equal channels, only 0 and 255, and dark images."""
     images = torch.randint(0, 256, (9, 3, 21, 18), dtype=torch.uint8)
     images[1], images[2], images[3] = 0, 255, 77
     images[4] = images[4, :1]
@@ -36,7 +36,7 @@ def test_blends(bytes_, op):
     ours = color.blend_(images.clone(), weights)
     for image, byte, factor, result in zip(images, bytes_, factors.tolist(), ours):
         torch.testing.assert_close(result, TORCHVISION[op](image, factor), atol=2e-6, rtol=0)
-        # torchvision cuts its bytes off twice: the gray picture's, then the result's.
+        # torchvision cuts its bytes off twice: the gray image's, then the result's.
         cut = 1 + abs(1 - factor) * (op != color.BRIGHTNESS)
         assert (result * 255 - TORCHVISION[op](byte, factor)).abs().max() <= cut + 1e-3
 
@@ -89,7 +89,7 @@ def test_jitter_in_all_24_orders():
 
 
 @pytest.mark.parametrize("order", list(permutations(range(4)))[::5])
-def test_jitter_of_one_picture(order):
+def test_jitter_of_one_image(order):
     image = torch.rand(1, 3, 8, 8)
     factors = torch.tensor([[1.3, 0.6, 1.7, -0.1]], dtype=torch.float64)
     expected = image[0]

@@ -12,7 +12,7 @@ from data.defects import DEFECTS
 from data.normalize import MEAN, STD, unnormalize
 from runtime.errors import UserError
 from tests.data.augment.test_spd_views import Seen
-from tests.data.defects.test_cutpaste import pictures
+from tests.data.defects.test_cutpaste import raw_images
 
 RECIPE = {
     "moco": {"size": 32, "views": 3},
@@ -30,7 +30,7 @@ def build(recipe="moco", defect="smooth_blend", sizes=None):
 @pytest.mark.parametrize("recipe", RECIPE)
 def test_the_recipes_views_stay_and_one_follows(recipe):
     plain, augment, _ = build(recipe)
-    images, ids = pictures(6, 48, 48), torch.arange(10, 16)
+    images, ids = raw_images(6, 48, 48), torch.arange(10, 16)
     expected, views = plain(images, ids, 3), augment(images, ids, 3)
     assert [view.shape for view in augment.views] == [tuple(view.shape[2:]) for view in views]
     assert len(views) == len(expected) + 1
@@ -42,7 +42,7 @@ def test_the_recipes_views_stay_and_one_follows(recipe):
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_the_negative_differs_in_the_mask_and_nowhere_else(recipe, defect):
     _, augment, seen = build(recipe, defect)
-    *_, last, negative = augment(pictures(40, 48, 48), torch.arange(40), 0)
+    *_, last, negative = augment(raw_images(40, 48, 48), torch.arange(40), 0)
     masks = seen.masks[:, None].expand_as(last)
     assert torch.equal(last[~masks], negative[~masks])
     changed, masked = (last != negative).flatten(1).any(1), seen.masks.flatten(1).any(1)
@@ -52,7 +52,7 @@ def test_the_negative_differs_in_the_mask_and_nowhere_else(recipe, defect):
 def test_both_are_whole_bytes():
     """So that nothing but the defect tells them apart: neither has values that the other could not have."""
     _, augment, seen = build()
-    *_, last, negative = augment(pictures(5, 48, 48), torch.arange(5), 2)
+    *_, last, negative = augment(raw_images(5, 48, 48), torch.arange(5), 2)
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     torch.testing.assert_close(last, (seen.given / 255 - mean) / std)
     torch.testing.assert_close(negative, (seen.made / 255 - mean) / std)
@@ -62,10 +62,10 @@ def test_both_are_whole_bytes():
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_views_depend_on_seed_epoch_and_picture_alone(defect):
+def test_views_depend_on_seed_epoch_and_image_alone(defect):
     sizes = torch.tensor([[48, 48], [40, 90], [300, 200]])[torch.arange(30) % 3]
     _, augment, seen = build(defect=defect, sizes=sizes)
-    images, ids = pictures(9, 48, 48), torch.arange(11, 20)
+    images, ids = raw_images(9, 48, 48), torch.arange(11, 20)
     together = augment(images, ids, 1)
     masks = seen.masks
     for rows in (slice(0, 9), slice(3, 4), slice(2, 7)):
@@ -77,10 +77,10 @@ def test_views_depend_on_seed_epoch_and_picture_alone(defect):
     assert not torch.equal(seen.masks, masks)
 
 
-def test_empty_batch_and_one_picture():
+def test_empty_batch_and_one_image():
     _, augment, _ = build()
     for count in (0, 1):
-        views = augment(pictures(count, 48, 48), torch.arange(count), 0)
+        views = augment(raw_images(count, 48, 48), torch.arange(count), 0)
         assert [tuple(view.shape) for view in views] == [(count, 3, 32, 32)] * 4
 
 
@@ -95,4 +95,4 @@ def test_only_plain_views_can_have_a_defect():
 def test_a_defect_that_finds_no_room_says_so():
     augment = DefectiveView(Augment([View(12)], 0), DEFECTS["scar"]())
     with pytest.raises(UserError, match="12 x 12 pixels are too small"):
-        augment(pictures(2, 48, 48), torch.arange(2), 0)
+        augment(raw_images(2, 48, 48), torch.arange(2), 0)

@@ -17,7 +17,7 @@ COLORS = ("drop", "project", "none")
 CELLS = [(row, column) for row in range(3) for column in range(3)]
 
 
-def pictures(count: int, size: int = EXTENT + 9) -> torch.Tensor:
+def raw_images(count: int, size: int = EXTENT + 9) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
 
 
@@ -50,8 +50,8 @@ def uniformly(values: torch.Tensor, low: int, high: int) -> bool:
 
 @pytest.mark.parametrize("jitter", [0, JITTER])
 def test_patches_equal_slices(jitter):
-    """The whole of it without colors, one picture and patch at a time, with the documented draws."""
-    images, ids = pictures(5), torch.arange(30, 35)
+    """The whole of it without colors, one image and patch at a time, with the documented draws."""
+    images, ids = raw_images(5), torch.arange(30, 35)
     ours = torch.stack(PatchGrid(1, **PLAIN, jitter=jitter)(images, ids, 4))
     assert ours.dtype == torch.float32 and ours.shape == (9, 5, 3, P, P)
     room = images.shape[2] - (3 * P + 2 * GAP + 2 * jitter)
@@ -78,7 +78,7 @@ def test_without_jitter_the_cells_are_a_grid_at_a_uniform_place():
 
 
 def test_jitter_is_uniform_and_every_patchs_own():
-    """In a picture without room to spare the grid lies at 0, so that the places are the jitter itself."""
+    """In an image without room to spare the grid lies at 0, so that the places are the jitter itself."""
     moves = places(1000, EXTENT, jitter=JITTER) - torch.tensor(CELLS)[:, None] * (P + GAP)  # (9, 1000, 2)
     for cell in range(9):
         for axis in (0, 1):
@@ -89,12 +89,12 @@ def test_jitter_is_uniform_and_every_patchs_own():
 
 @pytest.mark.parametrize("color", COLORS)
 def test_the_mean_of_every_channel_is_zero(color):
-    made = torch.stack(PatchGrid(0, size=P, color=color)(pictures(8, 99), torch.arange(8), 0))
+    made = torch.stack(PatchGrid(0, size=P, color=color)(raw_images(8, 99), torch.arange(8), 0))
     assert made.mean((3, 4)).abs().max() < 1e-5 and made.isfinite().all()
 
 
 def test_projection_removes_green_against_magenta_and_nothing_else():
-    images, ids, axis = pictures(6), torch.arange(6), torch.tensor([-1.0, 2.0, -1.0]).double()
+    images, ids, axis = raw_images(6), torch.arange(6), torch.tensor([-1.0, 2.0, -1.0]).double()
     plain, projected = (
         pixels(PatchGrid(0, **PLAIN | {"color": color})(images, ids, 0)).movedim(2, -1) for color in ("none", "project")
     )
@@ -104,7 +104,7 @@ def test_projection_removes_green_against_magenta_and_nothing_else():
 
 
 def test_one_random_channel_is_kept_and_the_others_are_noise():
-    images, ids = pictures(60), torch.arange(60)
+    images, ids = raw_images(60), torch.arange(60)
     images = (images.float() * torch.tensor([0.2, 1.0, 0.5])[:, None, None]).byte()  # channels of unlike spread
     plain, dropped = (pixels(PatchGrid(0, **PLAIN | {"color": color})(images, ids, 0)) for color in ("none", "drop"))
     same = (plain - dropped).abs().amax((3, 4)) < 1e-6  # (9, 60, 3)
@@ -120,7 +120,7 @@ def test_one_random_channel_is_kept_and_the_others_are_noise():
 
 
 def test_shrunk_patches_equal_torchvisions_resize_there_and_back():
-    images, ids = pictures(40), torch.arange(40)
+    images, ids = raw_images(40), torch.arange(40)
     plain, ours = (pixels(PatchGrid(0, **PLAIN | {"downsample_p": p})(images, ids, 0)) for p in (0.0, 0.4))
     changed = (plain - ours).abs().amax((2, 3, 4)) > 1e-6
     assert stats.binomtest(changed.sum().item(), 360, 0.4).pvalue > 1e-3
@@ -140,7 +140,7 @@ def test_shrunk_patches_equal_torchvisions_resize_there_and_back():
 
 @pytest.mark.parametrize("color", COLORS)
 def test_patches_do_not_depend_on_the_batch(color, monkeypatch):
-    images, ids = pictures(7), torch.randperm(100)[:7]
+    images, ids = raw_images(7), torch.randperm(100)[:7]
     grid = PatchGrid(5, size=P, gap=GAP, jitter=JITTER, color=color, downsample_p=0.5)
     whole = grid(images, ids, 2)
     parts = [grid(i, s, 2) for i, s in zip(images.split(2), ids.split(2))]
@@ -152,7 +152,7 @@ def test_patches_do_not_depend_on_the_batch(color, monkeypatch):
 
 
 def test_patches_differ_between_seeds_epochs_cells_and_samples():
-    images, ids = pictures(1).expand(4, -1, -1, -1), torch.arange(4)
+    images, ids = raw_images(1).expand(4, -1, -1, -1), torch.arange(4)
     made = [
         PatchGrid(seed, size=P, gap=GAP, jitter=JITTER)(images, ids, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))
     ]
@@ -166,14 +166,14 @@ def test_the_papers_sizes_are_the_defaults():
     grid = PatchGrid(0)
     assert (grid.size, grid.jitter, grid.color) == (96, 7, "drop") and [view.size for view in grid.views] == [96] * 9
     at_least = 3 * 96 + 2 * 48 + 2 * 7
-    patches = grid(pictures(1, at_least), torch.arange(1), 0)
+    patches = grid(raw_images(1, at_least), torch.arange(1), 0)
     assert [tuple(patch.shape) for patch in patches] == [(1, 3, 96, 96)] * 9
-    with pytest.raises(UserError, match=f"pictures of 397 x 397 pixels are too small .*set data.size={at_least}"):
-        grid(pictures(1, at_least - 1), torch.arange(1), 0)
+    with pytest.raises(UserError, match=f"images of 397 x 397 pixels are too small .*set data.size={at_least}"):
+        grid(raw_images(1, at_least - 1), torch.arange(1), 0)
 
 
 def test_empty_batch_autocast_and_inputs():
-    images, ids, grid = pictures(3), torch.arange(3), PatchGrid(0, size=P, gap=GAP, jitter=JITTER)
+    images, ids, grid = raw_images(3), torch.arange(3), PatchGrid(0, size=P, gap=GAP, jitter=JITTER)
     assert [tuple(patch.shape) for patch in grid(images[:0], ids[:0], 0)] == [(0, 3, P, P)] * 9
     plain, before = grid(images, ids, 0), images.clone()
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""The recipes' constants against the official ones, and what flips, strips and aligned views do to pictures."""
+"""The recipes' constants against the official ones, and what flips, strips and aligned views do to images."""
 
 from dataclasses import replace
 
@@ -41,7 +41,7 @@ OFFICIAL = {
 }
 
 
-def pictures(count: int, size: int = 48) -> torch.Tensor:
+def raw_images(count: int, size: int = 48) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
 
 
@@ -103,7 +103,7 @@ def test_options_reach_the_views():
 
 @pytest.mark.parametrize("name", FLIPPED)
 def test_flips_are_off_when_told(name):
-    """Where the right half of every picture is the brighter one, it stays the brighter one in every view."""
+    """Where the right half of every image is the brighter one, it stays the brighter one in every view."""
     ramp, ids = torch.arange(48).mul(5).byte().expand(300, 3, 48, 48), torch.arange(300)
     for p in (0.0, 0.5):
         for view in Augment([replace(v, solarize_p=0.0) for v in small(name, flip_p=p)], 0, **UNIT)(ramp, ids, 0):
@@ -113,7 +113,7 @@ def test_flips_are_off_when_told(name):
 
 
 def located(view: View, sizes: tuple[int, int], count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Begin and extent of each crop as shares of the picture's height and width, (count, 2) each, read off ramps."""
+    """Begin and extent of each crop as shares of the image's height and width, (count, 2) each, read off ramps."""
     ramp, (h, w) = (torch.arange(250) + 0.5) / 250, view.shape
     images = torch.stack([ramp[:, None].expand(250, 250), ramp.expand(250, 250), ramp.expand(250, 250)])
     images = (images * 255).byte().expand(count, 3, 250, 250)  # each byte within 1/255 of where it is
@@ -145,7 +145,7 @@ def strip_fields(strip: View) -> dict:
 
 
 def test_strips_leave_the_other_views_alone_and_do_not_depend_on_the_batch():
-    images, ids, sizes = pictures(7), torch.arange(7), torch.randint(30, 90, (7, 2))
+    images, ids, sizes = raw_images(7), torch.arange(7), torch.randint(30, 90, (7, 2))
     plain = Augment(small("dino", strips=0), 4, sizes)(images, ids, 2)
     augment = Augment(small("dino", strips=3), 4, sizes)
     views = augment(images, ids, 2)
@@ -160,7 +160,7 @@ def test_aligned_views_move_nothing_far():
     view, _ = RECIPES["aligned"](size=64)
     assert view.flip_p == 0 and view.jitter[3] == 0 and view.gray_p == view.solarize_p == 0
     begin, extent = located(view, (3000, 1000), 800)
-    assert (extent[:, 0] - extent[:, 1]).abs().max() < 0.01  # the picture's own proportions, whatever they are
+    assert (extent[:, 0] - extent[:, 1]).abs().max() < 0.01  # the image's own proportions, whatever they are
     assert extent.min() > 0.8**0.5 - 0.01 and extent.max() < 1.01
     assert stats.kstest(extent.mean(1) ** 2, stats.uniform(0.8, 0.2).cdf).pvalue > 1e-3
     assert begin.min() > -0.01 and (begin + extent).max() < 1.01
@@ -170,7 +170,7 @@ def test_aligned_views_move_nothing_far():
 
 @pytest.mark.parametrize("name", VIEWS)
 @pytest.mark.parametrize("value", [0, 255])
-def test_one_colored_pictures_stay_within_range(name, value):
+def test_one_colored_images_stay_within_range(name, value):
     images = torch.full((64, 3, 32, 32), value, dtype=torch.uint8)
     for view in Augment(small(name), 0, **UNIT)(images, torch.arange(64), 0):
         assert view.isfinite().all() and view.min() >= -1e-5 and view.max() <= 1 + 1e-5
@@ -183,7 +183,7 @@ def test_built_from_a_config(name):
     section = config.build(AugmentConfig, {"name": name, **options}, "augment.")
     sizes = torch.randint(30, 90, (9, 2))
     augment = build_augment(section, 7, sizes)
-    images, ids = pictures(3, 80), torch.arange(3)
+    images, ids = raw_images(3, 80), torch.arange(3)
     views = augment(images, ids, 1)
     assert len(augment.views) == len(views) == {"patches": 9, "none": 1, "dino": 11}.get(name, 2)
     assert [(3, 3, *view.shape) for view in augment.views] == [tuple(view.shape) for view in views]
@@ -196,7 +196,7 @@ def test_built_from_a_config(name):
 
 
 def test_dino_blur_is_near_the_official_one():
-    """PIL's blur of uint8 pictures, away from the borders, which it extends and we reflect."""
+    """PIL's blur of uint8 images, away from the borders, which it extends and we reflect."""
     image = F.resize(torch.randint(0, 256, (3, 12, 12), dtype=torch.uint8), [96, 96])
     for sigma in (0.1, 0.5, 1.0, 2.0):
         official = F.pil_to_tensor(F.to_pil_image(image).filter(ImageFilter.GaussianBlur(sigma)))

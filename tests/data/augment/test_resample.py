@@ -27,7 +27,7 @@ def torchvision_boxes(count: int, size: tuple[int, int], scale=(0.08, 1.0), rati
 
 
 def byte_difference(image: torch.Tensor, byte: torch.Tensor) -> float:
-    """Largest difference to a uint8 picture, which torchvision rounds after each of its two passes."""
+    """Largest difference to a uint8 image, which torchvision rounds after each of its two passes."""
     return ((image * 255).round() - byte).abs().max().item()
 
 
@@ -84,7 +84,7 @@ def test_strips_have_the_full_height_and_a_uniform_share_of_the_width(size):
 
 
 @pytest.mark.parametrize("size", [(400, 300), (150, 5000)])
-def test_boxes_like_the_picture_keep_its_proportions_and_a_uniform_share_of_the_area(size):
+def test_boxes_like_the_image_keep_its_proportions_and_a_uniform_share_of_the_area(size):
     boxes = shares("own", 4000, size, (0.3, 1.0))
     (top, left), (height, width) = boxes[:, :2].T, boxes[:, 2:].T
     assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= torch.tensor(size)).all()
@@ -98,7 +98,7 @@ def test_boxes_like_the_picture_keep_its_proportions_and_a_uniform_share_of_the_
 
 
 @pytest.mark.parametrize("ratio", resample.SHARES)
-def test_shares_of_tiny_pictures_and_of_the_whole(ratio):
+def test_shares_of_tiny_images_and_of_the_whole(ratio):
     assert torch.equal(shares(ratio, 9, (1, 1), (0.01, 0.2)), torch.tensor([[0.0, 0, 1, 1]]).double().expand(9, 4))
     assert torch.equal(shares(ratio, 9, (7, 4), (1.0, 1.0)), torch.tensor([[0.0, 0, 7, 4]]).double().expand(9, 4))
 

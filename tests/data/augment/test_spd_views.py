@@ -10,7 +10,7 @@ from data.augment.views import Augment, View
 from data.defects import DEFECTS
 from data.normalize import MEAN, STD, unnormalize
 from runtime.errors import UserError
-from tests.data.defects.test_cutpaste import pictures
+from tests.data.defects.test_cutpaste import raw_images
 
 RECIPE = {
     "simclr": {"size": 32},
@@ -40,7 +40,7 @@ def build(recipe="simclr", defect="smooth_blend", sizes=None):
 @pytest.mark.parametrize("recipe", RECIPE)
 def test_the_recipes_views_stay_and_three_follow(recipe):
     plain, augment, _ = build(recipe)
-    images, ids = pictures(6, 48, 48), torch.arange(10, 16)
+    images, ids = raw_images(6, 48, 48), torch.arange(10, 16)
     expected, (*views, anchor, positive, negative) = plain(images, ids, 3), augment(images, ids, 3)
     assert len(views) == len(expected)
     assert all(torch.equal(a, b) for a, b in zip(views, expected))
@@ -53,23 +53,23 @@ def test_the_recipes_views_stay_and_three_follow(recipe):
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_positive_and_negative_differ_in_the_mask_and_nowhere_else(defect):
     _, augment, seen = build(recipe="dino", defect=defect)
-    *_, positive, negative = augment(pictures(40, 48, 48), torch.arange(40), 0)
+    *_, positive, negative = augment(raw_images(40, 48, 48), torch.arange(40), 0)
     masks = seen.masks[:, None].expand_as(positive)
     assert torch.equal(positive[~masks], negative[~masks])
     changed, masked = (positive != negative).flatten(1).any(1), seen.masks.flatten(1).any(1)
     assert changed.sum() > 0.9 * masked.sum() > 10  # a little patch may fall on its like
 
 
-def test_a_smooth_blend_leaves_most_of_every_picture_alone():
+def test_a_smooth_blend_leaves_most_of_every_image_alone():
     _, augment, seen = build()
-    *_, positive, negative = augment(pictures(200, 48, 48), torch.arange(200), 0)
+    *_, positive, negative = augment(raw_images(200, 48, 48), torch.arange(200), 0)
     assert (positive != negative).any(1).flatten(1).float().mean(1).max() <= seen.masks.flatten(1).float().mean(1).max()
     assert seen.masks.flatten(1).float().mean(1).max() < 0.07  # 5 % of the area, rounded to whole pixels
 
 
 def test_the_positive_is_the_weak_view_in_bytes():
     plain, augment, seen = build()
-    images, ids = pictures(5, 48, 48), torch.arange(5)
+    images, ids = raw_images(5, 48, 48), torch.arange(5)
     *_, positive, negative = augment(images, ids, 2)
     exact = Augment([*plain.views, View(32), weak(plain.views[0])], 5)(images, ids, 2)[-1]
     assert ((unnormalize(exact) - unnormalize(positive)).abs() <= 0.5 / 255 + 1e-6).all()
@@ -79,7 +79,7 @@ def test_the_positive_is_the_weak_view_in_bytes():
 
 
 def test_the_global_change_is_weak():
-    """Nearer to the picture than the recipe's own views, flipped or not, and yet not the picture."""
+    """Nearer to the image than the recipe's own views, flipped or not, and yet not the image."""
     _, augment, _ = build()
     y, x = torch.meshgrid(torch.linspace(0, 1, 48), torch.linspace(0, 1, 48), indexing="ij")
     images = torch.stack([x, y, (x + y) / 2]).mul(255).to(torch.uint8).expand(200, 3, 48, 48)
@@ -94,10 +94,10 @@ def test_the_global_change_is_weak():
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_views_depend_on_seed_epoch_and_picture_alone(defect):
+def test_views_depend_on_seed_epoch_and_image_alone(defect):
     sizes = torch.tensor([[48, 48], [40, 90], [300, 200]])[torch.arange(30) % 3]
     _, augment, seen = build(defect=defect, sizes=sizes)
-    images, ids = pictures(9, 48, 48), torch.arange(11, 20)
+    images, ids = raw_images(9, 48, 48), torch.arange(11, 20)
     together = augment(images, ids, 1)
     assert all(torch.equal(a, b) for a, b in zip(together, augment(images, ids, 1)))
     for rows in (slice(3, 4), slice(2, 7)):
@@ -118,7 +118,7 @@ def test_left_stays_left_where_the_recipe_says_so():
 
 def test_views_are_described():
     _, augment, _ = build(recipe="dino")
-    made = augment(pictures(1, 48, 48), torch.arange(1), 0)
+    made = augment(raw_images(1, 48, 48), torch.arange(1), 0)
     assert [view.shape for view in augment.views] == [tuple(view.shape[2:]) for view in made]
 
 

@@ -30,7 +30,7 @@ RATIO = EVERYTHING.ratio
 UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
-def pictures(count: int, size: int = 24) -> torch.Tensor:
+def raw_images(count: int, size: int = 24) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
 
 
@@ -38,9 +38,9 @@ def pictures(count: int, size: int = 24) -> torch.Tensor:
     ("size", "count", "threads"), [(12, 24, 1), (17, 24, 1), (32, 24, 1), (190, 4, 1), (190, 4, 2)]
 )
 def test_views_do_not_depend_on_the_batch(size, count, threads):
-    """Bit for bit. Pictures of 190 x 190 are large enough for torch to split one picture's sums between two threads."""
+    """Bit for bit. Images of 190 x 190 are large enough for torch to split one image's sums between two threads."""
     views = [replace(EVERYTHING, size=size), EVERYTHING, replace(EVERYTHING, size=size)]
-    images, ids, sizes = pictures(count), torch.randperm(100)[:count], torch.randint(10, 90, (100, 2))
+    images, ids, sizes = raw_images(count), torch.randperm(100)[:count], torch.randint(10, 90, (100, 2))
     augment, order, before = Augment(views, seed=3, sizes=sizes), torch.randperm(count), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -56,7 +56,7 @@ def test_views_do_not_depend_on_the_batch(size, count, threads):
 
 @pytest.mark.parametrize("ratio", [RATIO, "own", "full_height"])
 def test_rectangular_views_do_not_depend_on_the_batch(ratio):
-    images, ids, sizes = pictures(9), torch.randperm(100)[:9], torch.randint(10, 90, (100, 2))
+    images, ids, sizes = raw_images(9), torch.randperm(100)[:9], torch.randint(10, 90, (100, 2))
     augment = Augment([replace(EVERYTHING, size=(40, 12), ratio=ratio), EVERYTHING], seed=3, sizes=sizes)
     whole, parts = augment(images, ids, 5), [augment(i, s, 5) for i, s in zip(images.split(2), ids.split(2))]
     assert all(torch.equal(view, torch.cat(pieces)) for view, pieces in zip(whole, zip(*parts)))
@@ -65,7 +65,7 @@ def test_rectangular_views_do_not_depend_on_the_batch(ratio):
 @pytest.mark.parametrize("size", [4, 9, 11])
 def test_tiny_views_hardly_depend_on_the_batch(size):
     """MKL rounds products of tiny matrices by their address, so by their place in the batch."""
-    images, ids = pictures(12), torch.arange(12)
+    images, ids = raw_images(12), torch.arange(12)
     augment = Augment([replace(EVERYTHING, size=size, blur_kernel=3)], 0, **UNIT)
     (whole,), parts = augment(images, ids, 0), [augment(i, s, 0)[0] for i, s in zip(images.split(1), ids.split(1))]
     inverted = (whole - torch.cat(parts)).abs() > 1e-3  # a last bit may tip a pixel over solarise's threshold
@@ -74,7 +74,7 @@ def test_tiny_views_hardly_depend_on_the_batch(size):
 
 
 def test_the_cpu_may_work_in_pieces(monkeypatch):
-    images, ids, augment = pictures(8), torch.arange(8), Augment([EVERYTHING, replace(EVERYTHING, size=12)], 0)
+    images, ids, augment = raw_images(8), torch.arange(8), Augment([EVERYTHING, replace(EVERYTHING, size=12)], 0)
     whole = augment(images, ids, 0)
     for pixels in (1, 3 * 24 * 24):
         monkeypatch.setattr("data.augment.views.CPU_PIXELS", pixels)
@@ -82,7 +82,7 @@ def test_the_cpu_may_work_in_pieces(monkeypatch):
 
 
 def test_views_differ_between_seeds_epochs_views_and_samples():
-    images, ids = pictures(1).expand(8, -1, -1, -1), torch.arange(8)
+    images, ids = raw_images(1).expand(8, -1, -1, -1), torch.arange(8)
     crops = [view[i] for view in Augment([EVERYTHING] * 2, seed=0)(images, ids, 0) for i in range(8)]
     crops += [view[i] for view in Augment([EVERYTHING] * 2, seed=0)(images, ids, 1) for i in range(8)]
     crops += [view[i] for view in Augment([EVERYTHING] * 2, seed=1)(images, ids, 0) for i in range(8)]
@@ -90,7 +90,7 @@ def test_views_differ_between_seeds_epochs_views_and_samples():
 
 
 def test_a_view_does_not_depend_on_the_other_views():
-    images, ids = pictures(4), torch.arange(4)
+    images, ids = raw_images(4), torch.arange(4)
     other = replace(EVERYTHING, size=9)
     alone, _ = Augment([EVERYTHING, other], seed=0)(images, ids, 0)
     together, _, again = Augment([EVERYTHING, other, EVERYTHING], seed=0)(images, ids, 0)
@@ -113,8 +113,8 @@ def drawn_boxes(ratio, crop: torch.Tensor, sizes: torch.Tensor) -> list[list[int
 @pytest.mark.parametrize(("h", "w"), [(17, 17), (40, 9)])
 @pytest.mark.parametrize("ratio", [RATIO, "own", "full_height"])
 def test_views_equal_torchvision_step_by_step(h, w, ratio):
-    """The whole chain, with the documented draws, by torchvision's functional ops of one float picture at a time."""
-    images, ids = pictures(40, 32), torch.arange(100, 140)
+    """The whole chain, with the documented draws, by torchvision's functional ops of one float image at a time."""
+    images, ids = raw_images(40, 32), torch.arange(100, 140)
     sizes, view = torch.tensor([32, 32]).expand(200, 2), replace(EVERYTHING, size=(h, w), ratio=ratio)
     (ours,) = Augment([view], seed=2, sizes=sizes)(images, ids, 7)
     crop, flip, jitter, gray, blur, solarize = uniform((2, 7, 0, ids), sum(DRAWS)).split(DRAWS, dim=1)
@@ -141,15 +141,15 @@ def test_views_equal_torchvision_step_by_step(h, w, ratio):
 
 
 def test_a_pair_of_equal_sides_is_the_square():
-    images, ids = pictures(6), torch.arange(6)
+    images, ids = raw_images(6), torch.arange(6)
     (square,) = Augment([EVERYTHING], 0)(images, ids, 0)
     (pair,) = Augment([replace(EVERYTHING, size=(17, 17))], 0)(images, ids, 0)
     assert torch.equal(square, pair)
 
 
 def test_odds():
-    """Each step alone changes the share of pictures that its probability says."""
-    images, ids = pictures(1, 8).expand(4000, -1, -1, -1), torch.arange(4000)
+    """Each step alone changes the share of images that its probability says."""
+    images, ids = raw_images(1, 8).expand(4000, -1, -1, -1), torch.arange(4000)
     images[0, 0, 0, 0] = 200  # something to solarise
     plain = normalize(images)
     steps = {
@@ -173,7 +173,7 @@ def test_jitter_factors():
 
 
 def test_crops_are_drawn_in_the_original_geometry():
-    """A tall picture stored as a square: the crops' shape in original pixels is near 1, so they are wide as stored."""
+    """A tall image stored as a square: the crops' shape in original pixels is near 1, so they are wide as stored."""
     height, width, size = 90, 30, 45
     ramp = torch.linspace(0, 255, size).byte()
     images = torch.stack([ramp[:, None].expand(size, size), ramp.expand(size, size), torch.zeros(size, size).byte()])
@@ -188,7 +188,7 @@ def test_crops_are_drawn_in_the_original_geometry():
 
 
 def test_a_view_of_nothing_only_normalises_and_resizes():
-    images, ids = pictures(3, 24), torch.arange(3)
+    images, ids = raw_images(3, 24), torch.arange(3)
     (same,) = Augment([View(24)], 0)(images, ids, 0)
     torch.testing.assert_close(same, F.normalize(images.float() / 255, MEAN, STD))
     torch.testing.assert_close(same, normalize(images))
@@ -198,7 +198,7 @@ def test_a_view_of_nothing_only_normalises_and_resizes():
 
 
 def test_normalize_takes_bytes_alone_and_leaves_them():
-    images = pictures(2, 9)
+    images = raw_images(2, 9)
     before = images.clone()
     expected = (images.double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     torch.testing.assert_close(normalize(images).double(), expected, rtol=0, atol=1e-6)
@@ -210,17 +210,17 @@ def test_normalize_takes_bytes_alone_and_leaves_them():
         assert torch.equal(wrong, kept)
 
 
-def test_empty_batch_and_one_picture():
+def test_empty_batch_and_one_image():
     tall = replace(EVERYTHING, size=(20, 10), ratio="full_height")
     augment = Augment([EVERYTHING, tall, EVERYTHING], 0)
     for count in (0, 1):
-        views = augment(pictures(count), torch.arange(count), 0)
+        views = augment(raw_images(count), torch.arange(count), 0)
         assert [tuple(v.shape[2:]) for v in views] == [(17, 17), (20, 10), (17, 17)]
         assert all(v.shape[:2] == (count, 3) for v in views)
 
 
 def test_autocast_and_inputs_leave_no_trace():
-    images, ids = pictures(4), torch.arange(4)
+    images, ids = raw_images(4), torch.arange(4)
     augment, before = Augment([EVERYTHING], 0), images.clone()
     (plain,) = augment(images, ids, 0)
     with torch.autocast("cpu", torch.bfloat16):
@@ -233,7 +233,7 @@ def test_programmer_errors():
     with pytest.raises(ValueError, match=r"uint8 \(B, 3, H, W\), got torch.float32 \(2, 3, 8, 8\)"):
         augment(torch.rand(2, 3, 8, 8), torch.arange(2), 0)
     with pytest.raises(ValueError, match=r"sample_ids must be \(2,\) on the CPU, got \(3,\)"):
-        augment(pictures(2), torch.arange(3), 0)
+        augment(raw_images(2), torch.arange(3), 0)
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_damaged_published_files(published):
         CIFAR10("train", root=str(root))
 
 
-def test_picture_folders(tmp_path):
+def test_image_folders(tmp_path):
     for split, count in (("train", 3), ("test", 2)):
         for label, name in enumerate(CLASSES):
             (tmp_path / split / name).mkdir(parents=True)
@@ -86,7 +86,7 @@ def test_unknown_layout(tmp_path):
         CIFAR10("train", root=str(tmp_path / "nowhere"))
 
 
-def test_the_first_pictures_of_each_class(published, tmp_path):
+def test_the_first_images_of_each_class(published, tmp_path):
     for label in CLASSES:
         for split in ("train", "test"):
             (tmp_path / "jpeg" / split / label).mkdir(parents=True)

@@ -13,12 +13,12 @@ from data.datasets.mvtec import MVTec
 from data.geometry import Geometry
 from runtime import config
 from runtime.errors import UserError
-from tests.pictures import write_classes, write_mvtec
+from tests.images import write_classes, write_mvtec
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """bolt with 12 training pictures, nut with 3 and disc with 2."""
+    """bolt with 12 training images, nut with 3 and disc with 2."""
     root = tmp_path_factory.mktemp("mvtec")
     for category, normal in (("nut", 3), ("bolt", 12), ("disc", 2)):
         write_mvtec(root, category=category, normal=normal, size=32)
@@ -38,7 +38,7 @@ def test_support_sets_never_change(root):
     assert all(small < large for small, large in itertools.pairwise(sets))
 
 
-def test_support_and_test_pictures_are_mvtecs(root):
+def test_support_and_test_images_are_mvtecs(root):
     support = FewShot("train", Geometry(8, 12, "pad"), root=root, category="bolt", shots=2)
     image, label, index = support[1]
     assert image.shape == (3, 8, 12) and (label, index) == (0, 1)
@@ -73,7 +73,7 @@ def test_others_may_lie_elsewhere(root, tmp_path):
     assert flat.paths == divided.paths and flat[5][1] == 1  # class folders without a split: all of them
 
 
-def test_broken_pictures_are_named_or_left_out(tmp_path):
+def test_broken_images_are_named_or_left_out(tmp_path):
     write_mvtec(tmp_path, category="part", normal=4, size=32)
     write_mvtec(tmp_path, category="other", normal=4, size=32)
     for category in ("part", "other"):
@@ -91,7 +91,7 @@ def test_mistakes_are_one_line(root, tmp_path):
             FewShot(split, 8, **{"root": root, "category": "nut", "shots": 2} | options)
         return str(caught.value)
 
-    assert f"data.shots=4, but {root}/nut/train/good has 3 pictures" in error(shots=4)
+    assert f"data.shots=4, but {root}/nut/train/good has 3 images" in error(shots=4)
     assert "data.shots=0 must be at least 1" in error(shots=0)
     assert "data.draw=-1" in error(draw=-1)
     assert "categories there: bolt, disc, nut" in error(category="screw")
@@ -106,7 +106,7 @@ def test_mistakes_are_one_line(root, tmp_path):
     Image.new("L", (9, 9)).save(tmp_path / "classes" / "lonely" / "0.png")
     assert "category lonely" in error("others", **alone, others=str(tmp_path / "classes"))
     (tmp_path / "part/train/good").rename(tmp_path / "elsewhere")
-    assert "there are no pictures in" in error(**alone)
+    assert "there are no images in" in error(**alone)
 
 
 def test_other_data_sets_have_no_others(root):

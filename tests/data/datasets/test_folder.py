@@ -91,7 +91,7 @@ def test_a_flat_folder_is_one_class_and_trains_on_all_of_it(tmp_path):
         ClassFolder("train", 4, root=str(tmp_path), test_fraction=1.0)
 
 
-def test_a_link_to_the_root_makes_no_second_pictures(undivided):
+def test_a_link_to_the_root_makes_no_second_images(undivided):
     plain = [ClassFolder(split, 4, root=str(undivided)).paths for split in ("train", "test")]
     os.symlink("..", undivided / "a/up")
     os.symlink(".", undivided / "z")  # would be a class of everything
@@ -128,7 +128,7 @@ def test_folders_of_runs_and_thumbnails_are_no_classes(undivided, capsys):
     assert "2 folders by name (@eaDir), 1 folder of runs" in capsys.readouterr().err
 
 
-def test_flat_pictures_below_train(tmp_path):
+def test_flat_images_below_train(tmp_path):
     write(tmp_path / "train/1.png")
     assert ClassFolder("train", 4, root=str(tmp_path)).classes == ["unlabelled"]
 
@@ -139,7 +139,7 @@ def test_missing_and_empty_roots(tmp_path, split):
         ClassFolder(split, 4, root=str(tmp_path / "nowhere"))
     (tmp_path / "empty/class").mkdir(parents=True)
     (tmp_path / "empty/class/readme.txt").touch()
-    with pytest.raises(UserError, match=r"empty holds no picture: expected <root>/<class>"):
+    with pytest.raises(UserError, match=r"empty holds no image: expected <root>/<class>"):
         ClassFolder(split, 4, root=str(tmp_path / "empty"))
 
 
@@ -156,16 +156,16 @@ def test_unclear_layouts(tmp_path):
     with pytest.raises(UserError, match=r"test has classes that .*train has not: b"):
         ClassFolder("test", 4, root=str(tmp_path))
     (tmp_path / "train/void").mkdir()
-    with pytest.raises(UserError, match=r"class folder .*void holds no picture"):
+    with pytest.raises(UserError, match=r"class folder .*void holds no image"):
         ClassFolder("train", 4, root=str(tmp_path))
     (tmp_path / "train/void").rename(tmp_path / "train/.void")
     write(tmp_path / "train/stray.png")
-    with pytest.raises(UserError, match=r"class folders and loose pictures such as .*stray\.png"):
+    with pytest.raises(UserError, match=r"class folders and loose images such as .*stray\.png"):
         ClassFolder("train", 4, root=str(tmp_path))
 
 
 def test_mvtec_layout_is_no_class_folders(tmp_path):
-    """Its ground_truth masks would be pictures of a class."""
+    """Its ground_truth masks would be images of a class."""
     for place in ("bolt/train/good/0.png", "bolt/test/dent/0.png", "bolt/ground_truth/dent/0_mask.png", "nut/1.png"):
         write(tmp_path / place)
     for split in ("train", "test"):
@@ -174,7 +174,7 @@ def test_mvtec_layout_is_no_class_folders(tmp_path):
     assert ClassFolder("train", 4, root=str(tmp_path / "bolt/train"), test_fraction=0).classes == ["good"]
 
 
-def test_broken_pictures_fail_or_are_skipped(undivided, capsys):
+def test_broken_images_fail_or_are_skipped(undivided, capsys):
     whole = ClassFolder("train", 4, root=str(undivided))
     broken = whole.paths[3]
     with open(broken, "wb"):
@@ -198,7 +198,7 @@ def test_neu_steel(real_data):
     train, test = ClassFolder("train", 64, root=root), ClassFolder("test", 64, root=root)
     assert train.classes == ["crazing", "inclusion", "patches", "pitted_surface", "rolled-in_scale", "scratches"]
     both = train.labels.bincount() + test.labels.bincount()
-    assert both.tolist() == [236, 237, 236, 235, 235, 238]  # "about 236 pictures each"
+    assert both.tolist() == [236, 237, 236, 235, 235, 238]  # "about 236 images each"
     assert test.labels.bincount().tolist() == [47, 47, 47, 47, 47, 48]
     assert set(train.paths).isdisjoint(test.paths)
     assert (test.sizes == 200).all()

@@ -26,7 +26,7 @@ def mask_at(row, column, size=(6, 8)):
 
 @pytest.fixture
 def root(tmp_path):
-    """Category bolt: 3 training pictures; test 2 good, 2 scratch, 1 dent, each mask marking another pixel."""
+    """Category bolt: 3 training images; test 2 good, 2 scratch, 1 dent, each mask marking another pixel."""
     for i in range(3):
         write(tmp_path / f"bolt/train/good/{i:03}.png", np.full((6, 8), i, dtype=np.uint8))
     for i in range(2):
@@ -58,7 +58,7 @@ def test_test_split(root):
 
 
 def test_masks_belong_by_stem_not_by_position(root):
-    # Sorted positions disagree with the stems: picture 001's mask sorts before picture 000's
+    # Sorted positions disagree with the stems: image 001's mask sorts before image 000's
     (root / "bolt/ground_truth/scratch/001.png").rename(root / "bolt/ground_truth/scratch/001_mask.png")
     write(root / "bolt/ground_truth/scratch/0000_mask.png", mask_at(5, 5))  # nobody's
     write(root / "bolt/ground_truth/dent/000_mask.png", mask_at(5, 5))  # another folder's
@@ -78,7 +78,7 @@ def test_masks_alone_in_the_input_and_as_they_are_stored(root):
     assert not test.mask(1).any() and not test.mask(1, original=True).any()
 
 
-def test_pictures_in_deeper_folders(root):
+def test_images_in_deeper_folders(root):
     write(root / "bolt/test/dent/monday/000.png")
     write(root / "bolt/ground_truth/dent/monday/000_mask.png", mask_at(4, 4))
     test = MVTec("test", 8, root=str(root), category="bolt")
@@ -152,11 +152,11 @@ def test_good_under_another_name(root, name):
     with pytest.raises(UserError, match=rf"bolt/test has no folder good, but .*/test/{name}: rename it to good"):
         MVTec("test", 8, root=str(root), category="bolt")
     (root / "bolt/train/good").rename(root / "bolt/train" / name)
-    with pytest.raises(UserError, match=rf"no pictures in .*/train/good: .*, but .*/train/{name}: rename it to good"):
+    with pytest.raises(UserError, match=rf"no images in .*/train/good: .*, but .*/train/{name}: rename it to good"):
         MVTec("train", 8, root=str(root), category="bolt")
 
 
-def test_training_pictures_linked_into_the_test(root):
+def test_training_images_linked_into_the_test(root):
     os.symlink("../train/good", root / "bolt/test/more")
     with pytest.raises(UserError, match=r"test/more and .*train/good are the same folder"):
         MVTec("test", 8, root=str(root), category="bolt")
@@ -178,7 +178,7 @@ def test_mask_of_another_size(root):
         MVTec("test", 8, root=str(root), category="bolt")
 
 
-def test_mask_size_is_that_of_the_upright_picture(root):
+def test_mask_size_is_that_of_the_upright_image(root):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(np.zeros((8, 6), dtype=np.uint8)).save(root / "bolt/test/dent/7.JPG", exif=exif)
@@ -203,12 +203,12 @@ def test_missing_folders(root):
     with pytest.raises(UserError, match=r"stray\.png lies in no folder"):
         MVTec("test", 8, root=str(root), category="bolt")
     (root / "bolt/test").rename(root / "test")
-    with pytest.raises(UserError, match=r"no pictures in .*bolt/test: expected"):
+    with pytest.raises(UserError, match=r"no images in .*bolt/test: expected"):
         MVTec("test", 8, root=str(root), category="bolt")
 
 
-def test_broken_pictures_fail_or_are_skipped(root, capsys):
-    (root / "bolt/test/scratch/000.png").write_bytes(b"")  # a picture with a mask
+def test_broken_images_fail_or_are_skipped(root, capsys):
+    (root / "bolt/test/scratch/000.png").write_bytes(b"")  # an image with a mask
     (root / "bolt/test/good/001.png").write_bytes(b"none")
     with pytest.raises(UserError, match=r"scratch/000\.png: the file is empty"):
         MVTec("test", 8, root=str(root), category="bolt")  # a mask's size is compared at once
@@ -219,7 +219,7 @@ def test_broken_pictures_fail_or_are_skipped(root, capsys):
     assert "left out 2 of 5" in warning and "scratch/000.png" in warning and "good/001.png" in warning
     (root / "bolt/test/scratch/000.png").rename(root / "gone")
     failing = MVTec("test", 8, root=str(root), category="bolt")
-    with pytest.raises(UserError, match=r"good/001\.png: it is not a picture"):
+    with pytest.raises(UserError, match=r"good/001\.png: it is not an image"):
         failing[2]
 
 

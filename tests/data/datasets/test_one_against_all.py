@@ -79,7 +79,7 @@ def test_only_what_is_needed_is_decoded(root, monkeypatch):
     assert sorted(decoded) == train.paths
 
 
-def test_broken_pictures_fail_or_are_skipped(root, capsys):
+def test_broken_images_fail_or_are_skipped(root, capsys):
     (root / "train/port/1.png").write_bytes(b"")
     (root / "train/liner/0.png").write_bytes(b"")  # of another class: nobody looks at it
     (root / "test/valve/0.png").write_bytes(b"none")

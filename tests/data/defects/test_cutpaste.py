@@ -15,7 +15,7 @@ from runtime.errors import UserError
 SHAPES = [(64, 64), (40, 71), (33, 32)]
 
 
-def pictures(count: int, height: int, width: int) -> torch.Tensor:
+def raw_images(count: int, height: int, width: int) -> torch.Tensor:
     """Noise over a ramp: no two pixels' neighbourhoods are alike."""
     ramp = torch.linspace(0, 150, width).expand(count, 3, height, width)
     return (ramp + torch.randint(0, 100, (count, 3, height, width))).to(torch.uint8)
@@ -36,7 +36,7 @@ def whole(number: float, low: int, high: int) -> int:
 @pytest.mark.parametrize(("height", "width"), SHAPES)
 @pytest.mark.parametrize("jitter", [0.0, 0.1])
 def test_cutpaste_is_cut_and_paste(height, width, jitter):
-    images, ids = pictures(20, height, width), torch.arange(50, 70)
+    images, ids = raw_images(20, height, width), torch.arange(50, 70)
     ours, masks = CutPaste(jitter=jitter)(images, ids, 4, seed=9, view=2)
     numbers = uniform((9, 4, 2, ids, 1), 6 + JITTER_DRAWS).tolist()
     for image, mine, mask, u in zip(images, ours, masks, numbers):
@@ -57,7 +57,7 @@ def test_cutpaste_is_cut_and_paste(height, width, jitter):
 
 @pytest.mark.parametrize(("height", "width"), SHAPES)
 def test_scar_is_a_turned_patch(height, width):
-    images, ids = pictures(15, height, width), torch.arange(15)
+    images, ids = raw_images(15, height, width), torch.arange(15)
     ours, masks = Scar(jitter=0.0)(images, ids, 1, seed=0)
     for image, mine, mask, u in zip(images, ours, masks, uniform((0, 1, 0, ids, 2), 7).tolist()):
         h, w, turn = whole(u[0], 10, 25), whole(u[1], 2, 16), math.radians(-45 + 90 * u[2])
@@ -76,11 +76,11 @@ def test_scar_is_a_turned_patch(height, width):
                 wrong += not near_edge and (not torch.equal(value, mine[:, y, x]) or inside != bool(mask[y, x]))
         assert wrong == 0
         area = h * w
-        assert abs(int(mask.sum()) - area) <= 2 * (h + w)  # all of it lies in the picture
+        assert abs(int(mask.sum()) - area) <= 2 * (h + w)  # all of it lies in the image
 
 
 def test_smooth_blend_is_cutpaste_under_an_opacity():
-    images, ids = pictures(20, 50, 60), torch.arange(20)
+    images, ids = raw_images(20, 50, 60), torch.arange(20)
     ours, masks = SmoothBlend(softness=0.125)(images, ids, 0, seed=3)
     numbers = uniform((3, 0, 0, ids, 3), 6 + JITTER_DRAWS)
     extents = draw_extents(numbers[:, :2], (50, 60), (0.005, 0.05), (0.3, 3.3))
@@ -133,9 +133,9 @@ def test_scars_draw_every_size():
         (lambda: SmoothBlend(softness=0.0), "softness"),
         (lambda: Scar(rotation=100.0), "rotation"),
         (lambda: Scar(width=(0, 3)), "width"),
-        (lambda: CutPaste()(pictures(1, 7, 7), torch.arange(1), 0, seed=0), "7 x 7 pixels are too small"),
-        (lambda: SmoothBlend()(pictures(1, 1, 1), torch.arange(1), 0, seed=0), "1 x 1 pixels are too small"),
-        (lambda: Scar()(pictures(1, 64, 29), torch.arange(1), 0, seed=0), "needs 30 pixels"),
+        (lambda: CutPaste()(raw_images(1, 7, 7), torch.arange(1), 0, seed=0), "7 x 7 pixels are too small"),
+        (lambda: SmoothBlend()(raw_images(1, 1, 1), torch.arange(1), 0, seed=0), "1 x 1 pixels are too small"),
+        (lambda: Scar()(raw_images(1, 64, 29), torch.arange(1), 0, seed=0), "needs 30 pixels"),
     ],
 )
 def test_mistakes(make, match):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data.defects import DEFECTS
-from tests.data.defects.test_cutpaste import pictures
+from tests.data.defects.test_cutpaste import raw_images
 
 
 @pytest.fixture(params=DEFECTS)
@@ -14,7 +14,7 @@ def defect(request):
 
 @pytest.mark.parametrize("shape", [(64, 64), (48, 80)])
 def test_defects_do_not_depend_on_the_batch(defect, shape):
-    images, ids, order = pictures(13, *shape), torch.randperm(100)[:13], torch.randperm(13)
+    images, ids, order = raw_images(13, *shape), torch.randperm(100)[:13], torch.randperm(13)
     whole, masks = defect(images, ids, 5, seed=3)
     for batch in (1, 4):
         parts = [defect(i, s, 5, seed=3) for i, s in zip(images.split(batch), ids.split(batch))]
@@ -25,7 +25,7 @@ def test_defects_do_not_depend_on_the_batch(defect, shape):
 
 
 def test_changes_lie_in_the_masks(defect):
-    images, ids = pictures(40, 64, 64), torch.arange(40)
+    images, ids = raw_images(40, 64, 64), torch.arange(40)
     before = images.clone()
     made, masks = defect(images, ids, 0, seed=0)
     assert made.dtype == torch.uint8 and masks.dtype == torch.bool and masks.shape == (40, 64, 64)
@@ -36,30 +36,30 @@ def test_changes_lie_in_the_masks(defect):
 
 
 def test_draws_differ_between_seeds_epochs_views_samples_and_kinds():
-    images, masks = pictures(1, 64, 64).expand(4, -1, -1, -1), []
+    images, masks = raw_images(1, 64, 64).expand(4, -1, -1, -1), []
     for make in DEFECTS.values():
         for seed, epoch, view in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
             masks += make()(images, torch.arange(4), epoch, seed=seed, view=view)[0]
     drawn = {mask.numpy().tobytes() for mask in masks}
     kinds = [make.kind for make in DEFECTS.values()]
     assert len(set(kinds)) == len(kinds)
-    assert len(drawn) >= 0.85 * len(masks)  # some kinds leave a picture as it is now and then
+    assert len(drawn) >= 0.85 * len(masks)  # some kinds leave an image as it is now and then
 
 
 def test_an_empty_batch(defect):
-    made, masks = defect(pictures(0, 64, 64), torch.arange(0), 0, seed=0)
+    made, masks = defect(raw_images(0, 64, 64), torch.arange(0), 0, seed=0)
     assert made.shape == (0, 3, 64, 64) and masks.shape == (0, 64, 64)
 
 
 def test_what_the_programmer_may_not_give(defect):
     with pytest.raises(ValueError, match="uint8"):
-        defect(pictures(2, 64, 64).float(), torch.arange(2), 0, seed=0)
+        defect(raw_images(2, 64, 64).float(), torch.arange(2), 0, seed=0)
     with pytest.raises(ValueError, match="sample_ids"):
-        defect(pictures(2, 64, 64), torch.arange(3), 0, seed=0)
+        defect(raw_images(2, 64, 64), torch.arange(3), 0, seed=0)
 
 
 def test_autocast_changes_nothing(defect):
-    images, ids = pictures(6, 64, 64), torch.arange(6)
+    images, ids = raw_images(6, 64, 64), torch.arange(6)
     made, _ = defect(images, ids, 0, seed=0)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(made, defect(images, ids, 0, seed=0)[0])

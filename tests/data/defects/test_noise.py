@@ -11,12 +11,12 @@ from scipy.ndimage import maximum_filter, median_filter
 from data.augment.random_numbers import uniform
 from data.defects.noise import NoisePatches, background, rectangles
 from runtime.errors import UserError
-from tests.data.defects.test_cutpaste import pictures
+from tests.data.defects.test_cutpaste import raw_images
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (80, 130), (20, 47)])
 def test_rectangles_and_noise(height, width):
-    images, ids = pictures(30, height, width), torch.arange(30)
+    images, ids = raw_images(30, height, width), torch.arange(30)
     made, masks = NoisePatches()(images, ids, 2, seed=1)
     noise = uniform((1, 2, 0, ids, 5, 0), height * width).unflatten(1, (height, width)) * 2**24
     for i, u in enumerate(uniform((1, 2, 0, ids, 5), 17).tolist()):
@@ -48,8 +48,8 @@ def test_values_and_numbers_of_patches():
     assert values.T.corrcoef().triu(1).abs().max() < 0.02
 
 
-def test_enlarged_noise_is_that_of_a_larger_picture_shrunk():
-    images, ids = pictures(24, 30, 36), torch.arange(24)
+def test_enlarged_noise_is_that_of_a_larger_image_shrunk():
+    images, ids = raw_images(24, 30, 36), torch.arange(24)
     made, masks = NoisePatches(enlarged=4)(images, ids, 0, seed=2)
     large = images.repeat_interleave(4, 2).repeat_interleave(4, 3)  # shrunk again it is what it was
     noisy, where = NoisePatches()(large, ids, 0, seed=2)
@@ -67,10 +67,10 @@ def test_background_is_scipys_median_and_dilation():
     pixels = torch.randint(256, (3, 1, 60, 50)).expand(3, 3, 60, 50).to(torch.uint8).clone()
     pixels[:, :, 10:35, 20:40], pixels[:, :, 40:, :10], pixels[1] = 25, 230, 128
     found = background(pixels).numpy()
-    for picture in range(3):
-        gray = pixels[picture].double().mean(0).numpy()
+    for image in range(3):
+        gray = pixels[image].double().mean(0).numpy()
         most = median_filter(((gray < 30) | (gray > 220)).astype(np.uint8), 7, mode="nearest")
-        assert (found[picture] == (maximum_filter(most, 19, mode="constant") > 0)).all()
+        assert (found[image] == (maximum_filter(most, 19, mode="constant") > 0)).all()
     assert found[0].any() and not found[0].all() and not found[1].any()
 
 
@@ -108,8 +108,8 @@ def test_the_first_rectangle_off_the_background_is_taken():
     [
         (lambda: NoisePatches(most=0), "most must be at least 1"),
         (lambda: NoisePatches(enlarged=0), "enlarged must be at least 1"),
-        (lambda: NoisePatches()(pictures(1, 19, 40), torch.arange(1), 0, seed=0), "19 x 40 pixels are too small"),
-        (lambda: NoisePatches()(pictures(1, 1, 1), torch.arange(1), 0, seed=0), "too small"),
+        (lambda: NoisePatches()(raw_images(1, 19, 40), torch.arange(1), 0, seed=0), "19 x 40 pixels are too small"),
+        (lambda: NoisePatches()(raw_images(1, 1, 1), torch.arange(1), 0, seed=0), "too small"),
     ],
 )
 def test_mistakes(make, match):

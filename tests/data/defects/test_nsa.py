@@ -13,7 +13,7 @@ from data.defects.medians import disk_median
 from data.defects.nsa import NSA
 from data.defects.poisson import laplacian, mixed_divergence
 from runtime.errors import UserError
-from tests.data.defects.test_cutpaste import pictures
+from tests.data.defects.test_cutpaste import raw_images
 from tests.data.defects.test_poisson import dense
 
 
@@ -40,7 +40,7 @@ def between(value: float, low: float, high: float) -> float:
 @pytest.mark.parametrize("gradients", ["source", "mixed"])
 @pytest.mark.parametrize(("height", "width"), [(40, 40), (33, 47)])
 def test_equals_one_patch_after_the_other(gradients, height, width):
-    images, sources = pictures(14, height, width), pictures(14, height, width).flip(3)
+    images, sources = raw_images(14, height, width), raw_images(14, height, width).flip(3)
     ids = torch.arange(14)
     defect = NSA(gradients=gradients, patches=2)
     ours, masks = defect(images, ids, 1, seed=4, sources=sources)
@@ -78,13 +78,13 @@ def test_equals_one_patch_after_the_other(gradients, height, width):
     assert blended >= 4
 
 
-def test_without_sources_a_picture_is_its_own():
-    images, ids = pictures(3, 40, 40), torch.arange(3)
+def test_without_sources_an_image_is_its_own():
+    images, ids = raw_images(3, 40, 40), torch.arange(3)
     for mine, other in zip(NSA()(images, ids, 0, seed=0), NSA()(images, ids, 0, seed=0, sources=images)):
         assert torch.equal(mine, other)
 
 
-def test_boxes_lie_in_the_pictures_and_fill_their_ranges():
+def test_boxes_lie_in_the_images_and_fill_their_ranges():
     numbers = uniform((0, torch.arange(3000)), 24).unflatten(1, (3, 8))
     boxes, placed = NSA().boxes(numbers, numbers[:, :, None, [2, 3, 5, 6]], (100, 200))
     begin, before, after, place = boxes.unbind(2)
@@ -100,7 +100,7 @@ def test_boxes_lie_in_the_pictures_and_fill_their_ranges():
 @pytest.mark.parametrize("options", [{"bounds": (0.001, 0.4), "offset": 0.0, "scale": 1e-6}, {"bounds": (0.45, 0.45)}])
 def test_extreme_sizes(options):
     defect = NSA(**options, gradients="source", resize=(0.1, 9.0))
-    images, ids = pictures(20, 24, 31), torch.arange(20)
+    images, ids = raw_images(20, 24, 31), torch.arange(20)
     made, masks = defect(images, ids, 0, seed=0)
     assert not ((made != images).any(1) & ~masks).any()
     numbers = uniform((0, ids), 24).unflatten(1, (3, 8))
@@ -119,7 +119,7 @@ def test_median_of_a_disk(shape):
 
 
 def test_labels():
-    images, ids = pictures(6, 64, 64), torch.arange(6)
+    images, ids = raw_images(6, 64, 64), torch.arange(6)
     defect = NSA(steepness=0.5, middle=4.0)
     made, masks = defect(images, ids, 0, seed=0)
     labels = defect.labels(images, made, masks)
@@ -143,8 +143,8 @@ def test_labels():
         (lambda: NSA(bounds=(0.1, 0.5)), "bounds"),
         (lambda: NSA(scale=0.0), "shape and scale"),
         (lambda: NSA(resize=(2.0, 1.0)), "resize"),
-        (lambda: NSA()(pictures(1, 20, 20), torch.arange(1), 0, seed=0), "20 x 20 pixels are too small"),
-        (lambda: NSA()(pictures(1, 1, 1), torch.arange(1), 0, seed=0), "no patch changes 50 pixels"),
+        (lambda: NSA()(raw_images(1, 20, 20), torch.arange(1), 0, seed=0), "20 x 20 pixels are too small"),
+        (lambda: NSA()(raw_images(1, 1, 1), torch.arange(1), 0, seed=0), "no patch changes 50 pixels"),
     ],
 )
 def test_mistakes(make, match):
@@ -154,4 +154,4 @@ def test_mistakes(make, match):
 
 def test_sources_must_be_like_the_images():
     with pytest.raises(ValueError, match="sources must be like"):
-        NSA()(pictures(2, 40, 40), torch.arange(2), 0, seed=0, sources=pictures(1, 40, 40))
+        NSA()(raw_images(2, 40, 40), torch.arange(2), 0, seed=0, sources=raw_images(1, 40, 40))

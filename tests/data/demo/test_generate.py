@@ -18,7 +18,7 @@ from data.demo.sheet import contact_sheet
 from plots.style import TRUE_DEFECT
 from runtime.errors import UserError
 
-SMALL = 0.001  # two pictures a folder
+SMALL = 0.001  # two images a folder
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +53,16 @@ def test_full_layout():
 
 def test_written_files(root):
     files = set(contents(root))
-    pictures = layout(SMALL)
+    images = layout(SMALL)
     masks = {path.replace("/test/", "/ground_truth/").replace(".png", "_mask.png")
-             for path in pictures if path.startswith("condition") and "/good/" not in path}  # fmt: skip
-    assert files == set(pictures) | masks | {"demo.json"}
-    assert len(pictures) == 2 * (2 * 8 + 3 + 2 * 5)
+             for path in images if path.startswith("condition") and "/good/" not in path}  # fmt: skip
+    assert files == set(images) | masks | {"demo.json"}
+    assert len(images) == 2 * (2 * 8 + 3 + 2 * 5)
     sizes = set()
-    for path in pictures:
-        with Image.open(root / path) as picture:
-            assert picture.mode == "RGB" and picture.format == ("PNG" if path.endswith("png") else "JPEG")
-            sizes.add(picture.size)
+    for path in images:
+        with Image.open(root / path) as image:
+            assert image.mode == "RGB" and image.format == ("PNG" if path.endswith("png") else "JPEG")
+            sizes.add(image.size)
     assert len(sizes) > 20
     assert all(128 <= width <= 160 and 96 <= height <= 144 for width, height in sizes)
 
@@ -84,17 +84,17 @@ def test_seed_and_path_decide():
         assert other.shape != first.shape or np.abs(other.astype(int) - first).mean() > 3
 
 
-def test_smaller_scale_draws_the_first_pictures():
+def test_smaller_scale_draws_the_first_images():
     assert set(layout(0.05)) < set(layout(0.3)) < set(layout(1.0))
 
 
-def test_masks_match_their_pictures(root):
+def test_masks_match_their_images(root):
     pairs = sorted(root.glob("condition/*/ground_truth/*/*.png"))
     assert len(pairs) == 2 * 3 * 2
     for mask_path in pairs:
-        picture_path = root / "condition" / mask_path.parts[-4] / "test" / mask_path.parts[-2]
-        with Image.open(mask_path) as mask, Image.open(picture_path / mask_path.name.replace("_mask", "")) as picture:
-            assert mask.mode == "L" and mask.size == picture.size
+        image_path = root / "condition" / mask_path.parts[-4] / "test" / mask_path.parts[-2]
+        with Image.open(mask_path) as mask, Image.open(image_path / mask_path.name.replace("_mask", "")) as image:
+            assert mask.mode == "L" and mask.size == image.size
             values = np.asarray(mask)
         assert set(np.unique(values)) == {0, 255}
         assert 12 <= (values > 0).sum() <= 0.7 * values.size
@@ -113,7 +113,7 @@ def test_a_defect_changes_its_mask_only(subset, defect):
         assert changed[mask].max() > 0.04  # a person can see it
 
 
-def test_good_condition_pictures_have_an_empty_mask():
+def test_good_condition_images_have_an_empty_mask():
     good, spoilt, mask = draw("rings", None, np.random.default_rng(0), (96, 128))
     assert good is spoilt and not mask.any()
     assert render("condition/rings/test/good/0000.png", 0)[1] is None
@@ -173,8 +173,8 @@ def test_a_failed_run_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 def test_an_empty_folder_is_filled(tmp_path, monkeypatch):
-    picture = Image.new("RGB", (2, 2)), Image.new("L", (2, 2))
-    monkeypatch.setattr("data.demo.generate.render", lambda path, seed: picture)  # noqa: ARG005
+    image = Image.new("RGB", (2, 2)), Image.new("L", (2, 2))
+    monkeypatch.setattr("data.demo.generate.render", lambda path, seed: image)  # noqa: ARG005
     (tmp_path / "set").mkdir()
     generate(tmp_path / "set", seed=9, scale=SMALL, workers=0)
     assert json.loads((tmp_path / "set" / "demo.json").read_text())["seed"] == 9

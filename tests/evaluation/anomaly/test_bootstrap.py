@@ -1,4 +1,4 @@
-"""Weighted histograms against the exact metrics of pictures that really are repeated."""
+"""Weighted histograms against the exact metrics of images that really are repeated."""
 
 import json
 
@@ -9,7 +9,7 @@ from scipy.ndimage import gaussian_filter
 
 from evaluation.anomaly import bootstrap
 from evaluation.anomaly.bootstrap import (
-    draw_pictures,
+    draw_images,
     image_replicates,
     pixel_histograms,
     pixel_replicates,
@@ -28,7 +28,7 @@ def scored(n: int, levels: int | None, seed: int = 0) -> tuple[np.ndarray, np.nd
 
 
 def mapped(n: int, size: int, contrast: float) -> tuple[np.ndarray, np.ndarray]:
-    """Smooth noise, with a brighter blurred defect or two in every second picture."""
+    """Smooth noise, with a brighter blurred defect or two in every second image."""
     rng = np.random.default_rng(0)
     masks = np.zeros((n, size, size), dtype=bool)
     for i in range(0, n, 2):
@@ -45,9 +45,9 @@ def repeats(draw: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("levels", [None, 3, 1])
-def test_image_replicates_equal_repeated_pictures(levels):
+def test_image_replicates_equal_repeated_images(levels):
     scores, labels = scored(40, levels)
-    draws = draw_pictures(labels, seed=1)[:20]
+    draws = draw_images(labels, seed=1)[:20]
     got = image_replicates(scores, labels, draws)
     for r, draw in enumerate(draws):
         chosen = repeats(draw)
@@ -58,7 +58,7 @@ def test_image_replicates_equal_repeated_pictures(levels):
 @pytest.mark.parametrize("contrast", [0.5, 3, 8])
 def test_pixel_histograms_agree_with_exact_figures(contrast):
     maps, masks = mapped(24, 64, contrast)
-    draws = np.concatenate([np.ones((1, 24)), draw_pictures(masks.any((1, 2)), seed=1)[:4]])
+    draws = np.concatenate([np.ones((1, 24)), draw_images(masks.any((1, 2)), seed=1)[:4]])
     got = pixel_replicates(pixel_histograms(maps, masks), draws)
     for r, draw in enumerate(draws):
         expected = pixel_metrics(maps[repeats(draw)], masks[repeats(draw)])
@@ -66,14 +66,14 @@ def test_pixel_histograms_agree_with_exact_figures(contrast):
 
 
 @pytest.mark.parametrize("sample", [2**22, 3000])
-def test_pictures_of_different_sizes(monkeypatch, sample):
+def test_images_of_different_sizes(monkeypatch, sample):
     """Also with quantiles from every 17th pixel only: a set so small that coarser bins show."""
     monkeypatch.setattr(bootstrap, "SAMPLE", sample)
     maps, masks = mapped(16, 64, 3)
-    maps = [picture[: 64 - i, i // 2 :] for i, picture in enumerate(maps)]
+    maps = [image[: 64 - i, i // 2 :] for i, image in enumerate(maps)]
     masks = [mask[: 64 - i, i // 2 :] for i, mask in enumerate(masks)]
     labels = np.array([mask.any() for mask in masks])
-    draws = np.concatenate([np.ones((1, 16)), draw_pictures(labels, seed=1)[:3]])
+    draws = np.concatenate([np.ones((1, 16)), draw_images(labels, seed=1)[:3]])
     histograms = pixel_histograms(maps, masks)
     assert histograms.negatives.sum(1).tolist() == [np.count_nonzero(~mask) for mask in masks]
     assert histograms.positives.sum(1).tolist() == [np.count_nonzero(mask) for mask in masks]
@@ -113,12 +113,12 @@ def test_half_the_pixels_tied_at_zero():
 
 def test_draws_keep_the_number_of_each_class_and_are_seeded():
     labels = np.arange(17) < 5
-    draws = draw_pictures(labels, seed=3)
+    draws = draw_images(labels, seed=3)
     assert draws.shape == (1000, 17)
     assert (draws[:, labels].sum(1) == 5).all() and (draws[:, ~labels].sum(1) == 12).all()
-    assert np.abs(draws.mean(0) - 1).max() < 0.15  # each picture once on average, standard error 0.03
+    assert np.abs(draws.mean(0) - 1).max() < 0.15  # each image once on average, standard error 0.03
     assert np.abs(draws.var(0) - np.where(labels, 4 / 5, 11 / 12)).max() < 0.25  # multinomial
-    assert (draws == draw_pictures(labels, seed=3)).all() and (draws != draw_pictures(labels, seed=4)).any()
+    assert (draws == draw_images(labels, seed=3)).all() and (draws != draw_images(labels, seed=4)).any()
 
 
 def test_auroc_interval_is_as_wide_as_delong_says():
@@ -155,18 +155,18 @@ def test_undefined_figures_have_no_interval():
     assert got["aupro"] is None and got["aupro_interval"] is None
     got = with_intervals(maps.max((1, 2)), labels, maps, np.zeros_like(masks))
     assert got["pixel_ap"] is None and got["pixel_ap_interval"] is None
-    got = with_intervals(maps[::2].max((1, 2)), labels[::2], maps[::2], masks[::2])  # anomalous pictures alone
+    got = with_intervals(maps[::2].max((1, 2)), labels[::2], maps[::2], masks[::2])  # anomalous images alone
     assert got["image_ap"] is None and got["image_ap_interval"] is None and got["aupro_interval"] is not None
     assert set(with_intervals([], [], None, None).values()) == {None}
 
 
-def test_one_picture_of_each_class_has_an_interval_of_no_width():
+def test_one_image_of_each_class_has_an_interval_of_no_width():
     got = with_intervals([1.0, 2.0], [0, 1], None, None)
     assert got["image_auroc"] == 1 and got["image_auroc_interval"] == [1, 1]
 
 
 def test_replicates_without_any_mask_are_left_out():
-    """Two anomalous pictures, one with a mask: a quarter of the replicates draw only the other."""
+    """Two anomalous images, one with a mask: a quarter of the replicates draw only the other."""
     maps, masks = mapped(4, 16, 3)
     masks[2] = False
     got = with_intervals(maps.max((1, 2)), [1, 0, 1, 0], maps, masks)

@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from evaluation.anomaly import bootstrap
-from evaluation.anomaly.bootstrap import draw_pictures, pixel_histograms
+from evaluation.anomaly.bootstrap import draw_images, pixel_histograms
 from evaluation.anomaly.compare import compare, compare_table, judge, load_scores, save_scores
 from evaluation.anomaly.metrics import IMAGE_METRICS, PIXEL_METRICS, image_metrics, pixel_metrics
 from evaluation.tables import markdown_table
@@ -37,7 +37,7 @@ def test_differences_equal_a_loop_over_the_replicates(tmp_path, monkeypatch, gai
     monkeypatch.setattr(bootstrap, "REPLICATES", 200)
     (a, scores_a, *_), (b, scores_b, *_) = run_of(tmp_path, "a"), run_of(tmp_path, "b", gain=gain, seed=1)
     result = compare([a, b], ["a", "b"], seed=3)
-    draws = draw_pictures(LABELS, seed=3)
+    draws = draw_images(LABELS, seed=3)
     for key, figure in (("image_auroc", roc_auc_score), ("image_ap", average_precision_score)):
         (row,) = (row for row in result["differences"] if row["figure"] == key)
         values = [figure(LABELS, scores) for scores in (scores_a, scores_b)]
@@ -115,10 +115,10 @@ def test_rounding_errors_are_no_difference():
     assert judge(np.array([1e-17, 0, 3e-17] * 50)) == ([0, 0], 1, "none")
 
 
-def test_other_pictures_are_named(tmp_path):
+def test_other_images_are_named(tmp_path):
     a, *_ = run_of(tmp_path, "a")
     other, *_ = run_of(tmp_path, "b", paths=[*PATHS[:7], "test/x.png", *PATHS[8:]])
-    with pytest.raises(UserError, match=r"test picture 7 is test/007.png in a and test/x.png in b"):
+    with pytest.raises(UserError, match=r"test image 7 is test/007.png in a and test/x.png in b"):
         compare([a, other], ["a", "b"])
     flipped = LABELS.copy()
     flipped[4] = True
@@ -126,7 +126,7 @@ def test_other_pictures_are_named(tmp_path):
     with pytest.raises(UserError, match=r"test/004.png is normal in a and anomalous in b"):
         compare([a, other], ["a", "b"])
     other, *_ = run_of(tmp_path, "b", paths=PATHS[:28], labels=LABELS[:28])
-    with pytest.raises(UserError, match="a has 30 test pictures and b has 28"):
+    with pytest.raises(UserError, match="a has 30 test images and b has 28"):
         compare([a, a, other], ["a", "a2", "b"])
     with pytest.raises(UserError, match="two runs or more"):
         compare([a], ["a"])

@@ -39,7 +39,7 @@ def area(rates: list[float], heights: list[float], limit: float) -> float:
 
 def brute_force(maps: list[np.ndarray], masks: list[np.ndarray]) -> dict[str, float]:
     regions = [(n, region) for n, mask in enumerate(masks) for region in flood_fill(mask)]
-    values, truth = (np.concatenate([picture.ravel() for picture in pictures]) for pictures in (maps, masks))
+    values, truth = (np.concatenate([image.ravel() for image in images]) for images in (maps, masks))
     values, masked = values.astype(np.float64), int(truth.sum())
     rates, recalls, pros, ap, f1 = [0.0], [0.0], [0.0], 0.0, 0.0
     for threshold in np.unique(values)[::-1]:
@@ -57,7 +57,7 @@ def brute_force(maps: list[np.ndarray], masks: list[np.ndarray]) -> dict[str, fl
 def random_case(seed: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     masks = rng.random((4, 9, 11)) < 0.15
-    masks[0] = False  # a good picture
+    masks[0] = False  # a good image
     maps = rng.normal(size=masks.shape) + masks * rng.uniform(0, 3)
     if kind == "integers":
         maps = np.round(maps * 2)
@@ -73,24 +73,24 @@ def test_pixel_metrics_equal_every_threshold_in_turn(seed, kind):
     assert pixel_metrics(maps, masks) == pytest.approx(brute_force(maps, masks), abs=1e-12)
 
 
-def pictures_of_all_sizes(seed: int, levels: int | None) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Among them a single pixel, a good picture, one that is all defect, and float64 beside float32."""
+def images_of_all_sizes(seed: int, levels: int | None) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Among them a single pixel, a good image, one that is all defect, and float64 beside float32."""
     rng = np.random.default_rng(seed)
     shapes = [(1, 1), (5, 7), (3, 2), *rng.integers(1, 14, (6, 2)).tolist()]
     masks = [rng.random(shape) < rng.uniform(0, 0.6) for shape in shapes]
     masks[1][:], masks[2][:] = False, True
     maps = [rng.normal(size=mask.shape) + mask for mask in masks]
-    maps = maps if levels is None else [np.round(picture * levels / 4) for picture in maps]
-    return [picture.astype((np.float32, np.float64)[i % 2]) for i, picture in enumerate(maps)], masks
+    maps = maps if levels is None else [np.round(image * levels / 4) for image in maps]
+    return [image.astype((np.float32, np.float64)[i % 2]) for i, image in enumerate(maps)], masks
 
 
 @pytest.mark.parametrize("levels", [None, 8, 1])
 @pytest.mark.parametrize("seed", range(4))
-def test_pictures_of_different_sizes(seed, levels):
-    maps, masks = pictures_of_all_sizes(seed, levels)
+def test_images_of_different_sizes(seed, levels):
+    maps, masks = images_of_all_sizes(seed, levels)
     expected = brute_force(maps, masks)
     assert pixel_metrics(maps, masks) == pytest.approx(expected, abs=1e-9)
-    tensors = tuple(torch.from_numpy(picture) for picture in maps), [torch.from_numpy(mask) for mask in masks]
+    tensors = tuple(torch.from_numpy(image) for image in maps), [torch.from_numpy(mask) for mask in masks]
     assert pixel_metrics(*tensors) == pytest.approx(expected, abs=1e-9)
 
 
@@ -98,7 +98,7 @@ def test_pictures_of_different_sizes(seed, levels):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_chunks_and_blocks_change_nothing(monkeypatch, chunk, threads):
     """Small chunks of negatives and blocks of positives, sorted in threads, as millions of pixels are."""
-    maps, masks = pictures_of_all_sizes(0, 8)
+    maps, masks = images_of_all_sizes(0, 8)
     expected = pixel_metrics(maps, masks)
     monkeypatch.setattr(anomaly_metrics, "CHUNK", chunk)
     monkeypatch.setattr(anomaly_metrics, "BLOCK", 17)
@@ -169,7 +169,7 @@ def test_diagonal_neighbors_are_one_region():
     assert pixel_metrics(maps, masks)["aupro"] == pytest.approx((0.25 + rate) / 2)
 
 
-def test_regions_do_not_join_over_pictures():
+def test_regions_do_not_join_over_images():
     masks = torch.zeros(2, 3, 3, dtype=torch.bool)
     masks[0, 1, 1] = masks[1, 1, 1] = masks[1, 1, 2] = True  # regions of one and of two pixels
     maps = torch.zeros(2, 3, 3)
@@ -204,7 +204,7 @@ def test_perfect_and_reversed_scores():
     assert pixel_metrics(-masks.astype(np.float32), masks)["aupro"] == 0
 
 
-def test_only_ranks_count_and_the_order_of_pictures_does_not():
+def test_only_ranks_count_and_the_order_of_images_does_not():
     maps, masks = random_case(3, "integers")
     reference = pixel_metrics(maps, masks)
     assert pixel_metrics(np.exp(maps.astype(np.float64)), masks) == reference
@@ -227,7 +227,7 @@ def test_infinite_scores_rank_as_the_largest_and_smallest():
     assert image_metrics([-np.inf, 0, np.inf, np.inf], [0, 0, 1, 0]) == image_metrics([0, 1, 2, 2], [0, 0, 1, 0])
 
 
-def test_one_picture_with_one_defect_pixel():
+def test_one_image_with_one_defect_pixel():
     maps, masks = torch.tensor([[[3.0, 1.0], [2.0, 0.0]]]), torch.tensor([[[False, False], [True, False]]])
     assert pixel_metrics(maps, masks) == pytest.approx(brute_force(maps.numpy(), masks.numpy()))
 
@@ -260,7 +260,7 @@ def test_nan_is_named():
     maps[1, 2, 3] = float("nan")
     with pytest.raises(UserError, match=r"1 of 24 .* at index \[1, 2, 3\]"):
         pixel_metrics(maps, maps > 0)
-    with pytest.raises(UserError, match=r"1 of 12 .* of picture 1 .* at index \[2, 3\]"):
+    with pytest.raises(UserError, match=r"1 of 12 .* of image 1 .* at index \[2, 3\]"):
         pixel_metrics(list(maps), list(maps > 0))
 
 

@@ -1,4 +1,4 @@
-"""Work ahead in threads, pictures at full size."""
+"""Work ahead in threads, images at full size."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +36,7 @@ def test_a_map_of_the_original_s_size_stays_as_it_is():
     assert torch.equal(Geometry(37, 53).to_original(heat, (37, 53)), heat)
 
 
-def test_a_whole_picture_is_upright_and_not_resampled(tmp_path):
+def test_a_whole_image_is_upright_and_not_resampled(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3)).astype(np.uint8)
     turned = Image.Exif()
     turned[0x0112] = 6  # turn clockwise to see it upright

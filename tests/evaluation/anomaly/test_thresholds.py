@@ -31,7 +31,7 @@ def test_rank_by_hand(n, rate, rank):
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("rate", [0.03, 0.1, 0.25])
 def test_the_promise_holds(rate, ties):
-    """Each of N + 1 pictures left out in turn: at most the promised share is called anomalous, with certainty."""
+    """Each of N + 1 images left out in turn: at most the promised share is called anomalous, with certainty."""
     scores = np.random.default_rng(0).normal(size=61)
     scores = np.round(scores) if ties else scores
     alarms = [s > normal_threshold(np.delete(scores, i), false_alarm_rate=rate) for i, s in enumerate(scores)]
@@ -45,7 +45,7 @@ def test_float32_comes_back_unrounded():
 
 
 def test_mistakes():
-    with pytest.raises(UserError, match="1 of 3 scores of normal pictures are not a number"):
+    with pytest.raises(UserError, match="1 of 3 scores of normal images are not a number"):
         normal_threshold(torch.tensor([1.0, float("nan"), 2.0]))
     for rate in (0, 1, -0.1, 2):
         with pytest.raises(UserError, match="between 0 and 1"):
@@ -54,20 +54,20 @@ def test_mistakes():
         normal_threshold(torch.ones(0))
     with pytest.raises(ValueError, match=r"\(2, 2\)"):
         normal_threshold(torch.ones(2, 2))
-    with pytest.raises(UserError, match="1 of 4 pixels of normal anomaly maps of picture 0 are not a number"):
+    with pytest.raises(UserError, match="1 of 4 pixels of normal anomaly maps of image 0 are not a number"):
         pixel_threshold([torch.tensor([[1.0, float("nan")], [0, 0]])])
     with pytest.raises(UserError, match="between 0 and 1"):
         pixel_threshold(torch.ones(3, 2, 2), false_alarm_rate=1)
     for maps in ([], torch.zeros(0, 4, 4), [torch.ones(2, 2), torch.ones(0, 3)]):
-        with pytest.raises(ValueError, match="one or more pictures"):
+        with pytest.raises(ValueError, match="one or more images"):
             pixel_threshold(maps)
 
 
 def every_threshold(maps: list[np.ndarray], rate: str) -> float:
     """The smallest pixel value that keeps theorem 1's condition, in exact arithmetic; the largest if none does."""
-    n, values = len(maps), np.unique(np.concatenate([picture.ravel() for picture in maps]))
+    n, values = len(maps), np.unique(np.concatenate([image.ravel() for image in maps]))
     for t in values:
-        risk = sum(Fraction(int((picture > t).sum()), picture.size) for picture in maps) / n
+        risk = sum(Fraction(int((image > t).sum()), image.size) for image in maps) / n
         if Fraction(n, n + 1) * risk + Fraction(1, n + 1) <= Fraction(rate):
             return float(t)
     return float(values[-1])
@@ -81,31 +81,30 @@ def test_pixel_threshold_equals_every_value_in_turn(n, rate, levels):
     maps = rng.normal(size=(n, 5, 4)) * rng.uniform(0.5, 2, (n, 1, 1))
     maps = (maps if levels is None else np.round(maps * levels)).astype(np.float32)
     assert pixel_threshold(maps, false_alarm_rate=float(rate)) == every_threshold(list(maps), rate)
-    maps = [picture[: 1 + i % 5, i % 3 :] for i, picture in enumerate(maps)]  # of different sizes
+    maps = [image[: 1 + i % 5, i % 3 :] for i, image in enumerate(maps)]  # of different sizes
     assert pixel_threshold(maps, false_alarm_rate=float(rate)) == every_threshold(maps, rate)
 
 
 def test_pixel_threshold_by_hand():
-    """Nine pictures of ten pixels, 0 .. 89: at rate 0.3 the shares above may add up to 2, which is 20 pixels."""
+    """Nine images of ten pixels, 0 .. 89: at rate 0.3 the shares above may add up to 2, which is 20 pixels."""
     maps = torch.randperm(90).reshape(9, 2, 5)
     assert pixel_threshold(maps, false_alarm_rate=0.3) == 69
-    assert pixel_threshold(maps, false_alarm_rate=0.1) == 89  # exactly enough pictures, none may be above
+    assert pixel_threshold(maps, false_alarm_rate=0.1) == 89  # exactly enough images, none may be above
     assert pixel_threshold(maps, false_alarm_rate=0.01) == 89  # too few
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.2])
 def test_the_promise_on_pixels_holds(rate):
-    """Each of N + 1 pictures left out in turn: the mean share of its pixels above is at most the promised one."""
+    """Each of N + 1 images left out in turn: the mean share of its pixels above is at most the promised one."""
     rng = np.random.default_rng(0)
     maps = rng.normal(size=(41, 6, 6)) * rng.lognormal(size=(41, 1, 1))
     shares = [
-        (picture > pixel_threshold(np.delete(maps, i, 0), false_alarm_rate=rate)).mean()
-        for i, picture in enumerate(maps)
+        (image > pixel_threshold(np.delete(maps, i, 0), false_alarm_rate=rate)).mean() for i, image in enumerate(maps)
     ]
     assert rate - 1 / 41 < np.mean(shares) <= rate
 
 
-def test_suspicious_pictures_lie_beyond_the_outer_fence():
+def test_suspicious_images_lie_beyond_the_outer_fence():
     scores = torch.tensor([3.0, 8.5, 2, 8, 1, 2, 2, 3, 2, 3, 40])  # quartiles 2 and 5.5: fence 16
     assert suspicious(scores, [f"{i}.png" for i in range(11)]) == [{"path": "10.png", "score": 40.0}]
     scores[-1] = 16

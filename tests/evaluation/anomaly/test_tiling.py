@@ -1,4 +1,4 @@
-"""Tiles: which pixel comes from which tile, stitched maps against the map of the whole picture, padding, mistakes."""
+"""Tiles: which pixel comes from which tile, stitched maps against the map of the whole image, padding, mistakes."""
 
 from itertools import pairwise
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 class Brightness(Detector):
-    """A pixel's map is its first channel; the score is the largest one; a memory of three pictures."""
+    """A pixel's map is its first channel; the score is the largest one; a memory of three images."""
 
     def __init__(self):
         super().__init__(nn.Identity(), (1,))
@@ -38,7 +38,7 @@ class Brightness(Detector):
         return Findings(scores, maps, peaks, number, peaks + 100)
 
 
-def picture(height, width, seed=0):
+def raw_image(height, width, seed=0):
     """Smooth blobs with noise, uint8 (3, h, w)."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(1, 3, max(height // 24, 2), max(width // 24, 2), generator=generator)
@@ -72,7 +72,7 @@ def test_every_pixel_is_taken_once_and_from_the_tile_whose_end_is_farthest(tile,
 @pytest.mark.parametrize("size", [(64, 64), (65, 100), (20, 300), (1, 1), (129, 64), (200, 31)])
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_a_detector_of_single_pixels_sees_every_pixel_where_it_is(size, batch_size):
-    image, detector = picture(*size), Brightness()
+    image, detector = raw_image(*size), Brightness()
     sizes = {"tile": 64, "overlap": 32, "batch_size": batch_size}
     found = examine_tiles(detector, image, **sizes, device=CPU)
     expected = normalize(image[None])[0, 0]
@@ -80,7 +80,7 @@ def test_a_detector_of_single_pixels_sees_every_pixel_where_it_is(size, batch_si
     assert found.scores.shape == (1,) and found.scores[0] == expected.max()  # though padding may be brighter
     y, x = found.peaks[0].floor().long().tolist()
     assert expected[y, x] == expected.max()
-    assert found.pictures.shape == (1,) and found.places.shape == (1, 2)
+    assert found.nearest_image.shape == (1,) and found.places.shape == (1, 2)
     assert max(len(tiles) for tiles in detector.seen) <= batch_size
     fill = normalize(torch.tensor(FILL, dtype=torch.uint8)[None, :, None, None])[0]  # (3, 1, 1)
     last = detector.seen[-1][-1]
@@ -88,12 +88,12 @@ def test_a_detector_of_single_pixels_sees_every_pixel_where_it_is(size, batch_si
         assert torch.equal(last[:, 20:], fill.expand(3, 1, 1).expand(3, 44, 64))
 
 
-def test_picture_and_place_are_those_of_the_tile_with_the_largest_score():
+def test_image_and_place_are_those_of_the_tile_with_the_largest_score():
     image = torch.zeros(3, 64, 192, dtype=torch.uint8)
     image[:, 10, 150] = 255  # in the last of three tiles
     found = examine_tiles(Brightness(), image, tile=64, overlap=0, batch_size=8, device=CPU)
-    assert found.peaks.tolist() == [[10.5, 150.5]] and found.pictures.tolist() == [2]
-    assert found.places.tolist() == [[110.5, 122.5]]  # of the training picture: not moved
+    assert found.peaks.tolist() == [[10.5, 150.5]] and found.nearest_image.tolist() == [2]
+    assert found.places.tolist() == [[110.5, 122.5]]  # of the training image: not moved
 
 
 def test_without_maps_there_is_a_score_all_the_same():
@@ -101,9 +101,9 @@ def test_without_maps_there_is_a_score_all_the_same():
         def measure(self, *args):
             return Findings(super().measure(*args).scores)
 
-    found = examine_tiles(Silent(), picture(100, 100), tile=64, overlap=32, batch_size=2, device=CPU)
-    assert found.maps is found.peaks is found.pictures is None
-    assert found.scores[0] == normalize(picture(100, 100)[None])[0, 0].max()
+    found = examine_tiles(Silent(), raw_image(100, 100), tile=64, overlap=32, batch_size=2, device=CPU)
+    assert found.maps is found.peaks is found.nearest_image is None
+    assert found.scores[0] == normalize(raw_image(100, 100)[None])[0, 0].max()
 
 
 def reach() -> int:
@@ -122,16 +122,16 @@ def reach() -> int:
 def patchcore():
     torch.manual_seed(0)
     detector = PatchCore(ResNet18(), coreset=0.05)
-    images = torch.stack([picture(128, 128, seed) for seed in (1, 2, 3)])
+    images = torch.stack([raw_image(128, 128, seed) for seed in (1, 2, 3)])
     detector.fit([Batch(normalize(images), None, torch.arange(3))], 3)
     return detector
 
 
 @pytest.mark.parametrize("size", [(416, 448), (400, 430)])  # 400 x 430 is padded to 416 x 448
-def test_with_enough_overlap_the_stitched_map_is_the_whole_picture_s(patchcore, size):
+def test_with_enough_overlap_the_stitched_map_is_the_whole_image_s(patchcore, size):
     overlap = -(-2 * reach() // 32) * 32
     assert (reach(), overlap) == (161, 352)
-    image = picture(*size)
+    image = raw_image(*size)
     found = examine_tiles(patchcore, image, tile=384, overlap=overlap, batch_size=2, device=CPU)
     assert len(spans(416, 384, overlap)) * len(spans(448, 384, overlap)) == 6
     canvas = torch.tensor(FILL, dtype=torch.uint8)[:, None, None].expand(3, 416, 448).clone()
@@ -143,7 +143,7 @@ def test_with_enough_overlap_the_stitched_map_is_the_whole_picture_s(patchcore, 
 
 
 def test_with_less_overlap_only_pixels_near_a_cut_differ(patchcore):
-    image = picture(320, 576)  # two tiles of 320, cut at 288
+    image = raw_image(320, 576)  # two tiles of 320, cut at 288
     whole = patchcore.examine(normalize(image[None])).maps[0]
     found = examine_tiles(patchcore, image, tile=320, overlap=64, batch_size=2, device=CPU).maps[0]
     differs = ((found - whole).abs() > 1e-5).any(0)  # (576,)
@@ -165,5 +165,5 @@ def test_mistakes(patchcore):
     check_tiling(patchcore, 64, 32)
     detector = Brightness()
     detector.positional = True
-    with pytest.raises(UserError, match="whole pictures only"):
+    with pytest.raises(UserError, match="whole images only"):
         check_tiling(detector, 64, 32)

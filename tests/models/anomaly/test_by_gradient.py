@@ -1,4 +1,4 @@
-"""What every detector that is trained by gradients has to do: two processes train as one, one picture is learnt by
+"""What every detector that is trained by gradients has to do: two processes train as one, one image is learnt by
 heart, a batch of one trains, trained weights load, and a checkpoint of something else is one line."""
 
 import pytest
@@ -19,9 +19,9 @@ OPTIONS: dict[str, dict] = {  # of every such detector: what makes it small, or 
     "rd4ad": {},
     "regad": {},
 }
-SIZE = {"nsa": 64, "rd4ad": 64}  # of its pictures, where 32 x 32 is not enough
-RATE = {}  # of Adam, where one picture is learnt by heart at another one than 1e-3
-IN_COMPANY = {"regad"}  # those that compare the pictures of a batch, so that one alone is a mistake
+SIZE = {"nsa": 64, "rd4ad": 64}  # of its images, where 32 x 32 is not enough
+RATE = {}  # of Adam, where one image is learnt by heart at another one than 1e-3
+IN_COMPANY = {"regad"}  # those that compare the images of a batch, so that one alone is a mistake
 NAMES = [name for name, detector in DETECTORS.items() if detector.by_gradient]
 
 
@@ -30,7 +30,7 @@ def build(name: str) -> Detector:
     return DETECTORS[name](ResNet18(), **OPTIONS[name])
 
 
-def pictures(name: str, count: int = 4) -> Tensor:
+def raw_images(name: str, count: int = 4) -> Tensor:
     """Stripes with noise: uint8 (count, 3, S, S), the same in every process."""
     generator, size = torch.Generator().manual_seed(4), SIZE.get(name, 32)
     stripes = 128 + 50 * torch.sin(torch.arange(size) / 2).expand(count, 3, size, size)
@@ -38,8 +38,8 @@ def pictures(name: str, count: int = 4) -> Tensor:
 
 
 def steps(name: str, detector: Detector, part: slice = slice(None), epoch: int = 0) -> list[tuple]:
-    """The inputs of the steps for these of 4 pictures, as a loader would give them."""
-    images, ids = pictures(name)[part], torch.arange(4)[part]
+    """The inputs of the steps for these of 4 images, as a loader would give them."""
+    images, ids = raw_images(name)[part], torch.arange(4)[part]
     return detector.steps(TrainingBatch(images, torch.zeros(len(ids), dtype=torch.int64), ids, epoch, 0))
 
 
@@ -77,7 +77,7 @@ def trained(rank: int, world_size: int, name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_processes_on_different_pictures_train_as_one(name):
+def test_two_processes_on_different_images_train_as_one(name):
     start = {n: p.detach() for n, p in build(name).double().named_parameters()}
     expected = trained(0, 1, name)
     assert any(not torch.equal(expected[n], start[n]) for n in expected if n in start)
@@ -89,17 +89,17 @@ def test_two_processes_on_different_pictures_train_as_one(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("count", [1, 4])
-def test_one_picture_is_learnt_by_heart(name, count):
+def test_one_image_is_learnt_by_heart(name, count):
     """Alone, in batches of one, and four times; with the same defects in each epoch."""
-    detector, picture = build(name).train(), pictures(name, 1).expand(count, -1, -1, -1).contiguous()
+    detector, image = build(name).train(), raw_images(name, 1).expand(count, -1, -1, -1).contiguous()
     optimizer = torch.optim.Adam([p for p in detector.parameters() if p.requires_grad], lr=RATE.get(name, 1e-3))
     labels, losses = torch.zeros(count, dtype=torch.int64), []
     if count == 1 and name in IN_COMPANY:
         with pytest.raises(UserError, match="batch_size to at least 2"):
-            next(detector.steps(TrainingBatch(picture, labels, torch.arange(count), 0, 0)))
+            next(detector.steps(TrainingBatch(image, labels, torch.arange(count), 0, 0)))
         return
     for _ in range(15):
-        for inputs in detector.steps(TrainingBatch(picture, labels, torch.arange(count), 0, 0)):
+        for inputs in detector.steps(TrainingBatch(image, labels, torch.arange(count), 0, 0)):
             loss, _ = detector(*inputs)
             optimizer.zero_grad()
             loss.backward()

@@ -23,7 +23,7 @@ def detector(**options) -> CDO:
 
 
 def train(model: CDO, images: Tensor, steps: int) -> list[dict[str, float]]:
-    """Steps on pictures uint8 (B, 3, H, W), each an epoch."""
+    """Steps on images uint8 (B, 3, H, W), each an epoch."""
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3, betas=(0.5, 0.999))
     model.train()
     seen = []
@@ -75,13 +75,13 @@ def test_all_that_is_trainable_gets_a_gradient_and_the_expert_never_moves(backbo
 
 
 @pytest.mark.parametrize(("version", "enlarged"), [("v1", 1), ("v2", 4)])
-def test_a_step_gets_the_versions_noise_of_every_picture(version, enlarged):
+def test_a_step_gets_the_versions_noise_of_every_image(version, enlarged):
     images, ids = torch.randint(256, (6, 3, 48, 64), dtype=torch.uint8), torch.arange(10, 16)
     [(noisy, abnormal)] = detector(version=version).steps(TrainingBatch(images, None, ids, 3, 5))
     made, masks = NoisePatches(enlarged=enlarged)(images, ids, 3, seed=5)
     assert torch.equal(noisy, normalize(made)) and torch.equal(abnormal, masks) and masks.any()
     alone = [*detector(version=version).steps(TrainingBatch(images[4:], None, ids[4:], 3, 5))]
-    assert torch.equal(alone[0][0], noisy[4:])  # whatever batch or process a picture is in
+    assert torch.equal(alone[0][0], noisy[4:])  # whatever batch or process an image is in
 
 
 def test_patches_keep_off_the_background():
@@ -172,20 +172,20 @@ def test_padding_enters_neither_map_nor_score():
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
-def test_it_learns_one_picture_and_finds_what_does_not_belong(version):
+def test_it_learns_one_image_and_finds_what_does_not_belong(version):
     model = detector(version=version)
-    picture = 128 + 50 * torch.sin(torch.arange(64) / 2).expand(1, 3, 64, 64) + 5 * torch.randn(1, 3, 64, 64)
-    picture = picture.to(torch.uint8)
-    seen = train(model, picture.expand(4, -1, -1, -1).contiguous(), 60)
-    picture = normalize(picture)
+    image = 128 + 50 * torch.sin(torch.arange(64) / 2).expand(1, 3, 64, 64) + 5 * torch.randn(1, 3, 64, 64)
+    image = image.to(torch.uint8)
+    seen = train(model, image.expand(4, -1, -1, -1).contiguous(), 60)
+    image = normalize(image)
     first, last = seen[0], seen[-1]
     assert last["discrepancy_normal"] < 0.3 * first["discrepancy_normal"]
     marked = [s for s in seen[-20:] if s["discrepancy_abnormal"] > 0]
     ratios = [s["discrepancy_abnormal"] / s["discrepancy_normal"] for s in marked]
     assert len(ratios) > 10 and np.mean(ratios) > 1.25  # patches are small beside the cells of stage 3
-    spoilt = picture.clone()
+    spoilt = image.clone()
     spoilt[:, :, 24:40, 16:32] = 2 * torch.randn(1, 3, 16, 16)
-    found, normal = model.examine(spoilt), model.examine(picture)
+    found, normal = model.examine(spoilt), model.examine(image)
     assert found.scores.item() > 1.5 * normal.scores.item()
     y, x = found.peaks[0].tolist()
     assert 20 <= y <= 44 and 12 <= x <= 36

@@ -15,7 +15,7 @@ from models.backbones.mobilenet import MobileNetV2
 from models.backbones.mobilenet_v3 import MobileNetV3Large
 from models.backbones.resnet import ResNet18, WideResNet50
 from runtime.errors import UserError
-from tests.pictures import batches
+from tests.images import batches
 from tests.processes import run_processes
 
 SMALL = {"stages": (2, 3), "blocks": 2, "fiber": 8}
@@ -30,7 +30,7 @@ def batch(images: Tensor, epoch: int = 0, *, first: int = 0, seed: int = 0) -> T
     return TrainingBatch(images, None, torch.arange(first, first + len(images)), epoch, seed)
 
 
-def pictures(count: int, size: int = 64) -> Tensor:
+def raw_images(count: int, size: int = 64) -> Tensor:
     """Stripes with noise, uint8."""
     stripes = 128 + 50 * torch.sin(torch.arange(size) / 2).expand(count, 3, size, size)
     return (stripes + 10 * torch.randn(stripes.shape)).clamp(0, 255).to(torch.uint8)
@@ -49,7 +49,7 @@ def train(model: CFlow, images: Tensor, epochs: int, lr: float = 1e-2) -> list[f
 
 
 def drawn(model: CFlow, work: TrainingBatch) -> list[list[tuple[int, int, int, int]]]:
-    """(stage, picture, y, x) of every vector of every fiber, found by its features; its place must be beside it."""
+    """(stage, image, y, x) of every vector of every fiber, found by its features; its place must be beside it."""
     features, fibers = model.features(normalize(work.images)), []
     for vectors, places, number in model.steps(work):
         feature, found = features[number], []
@@ -65,10 +65,10 @@ def drawn(model: CFlow, work: TrainingBatch) -> list[list[tuple[int, int, int, i
     return fibers
 
 
-def test_a_fiber_has_equally_many_positions_of_every_picture_and_none_comes_twice():
-    model, images = detector(fiber=15, rotation=0), pictures(4)
+def test_a_fiber_has_equally_many_positions_of_every_image_and_none_comes_twice():
+    model, images = detector(fiber=15, rotation=0), raw_images(4)
     fibers = drawn(model, batch(images))
-    assert [len(fiber) for fiber in fibers] == [12] * 26  # 3 of each picture: 21 of 64 positions' threes, 5 of 16's
+    assert [len(fiber) for fiber in fibers] == [12] * 26  # 3 of each image: 21 of 64 positions' threes, 5 of 16's
     assert [fiber[0][0] for fiber in fibers] == [2] * 21 + [3] * 5
     for fiber in fibers:
         assert [place[1] for place in fiber] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
@@ -86,7 +86,7 @@ def test_a_fiber_has_equally_many_positions_of_every_picture_and_none_comes_twic
 
 def shares(rank: int, world_size: int) -> list[Tensor]:
     torch.manual_seed(7)
-    images = pictures(4)
+    images = raw_images(4)
     mine = batch(images[2 * rank : 2 * rank + 2], first=2 * rank) if world_size > 1 else batch(images)
     return [vectors for vectors, *_ in detector().steps(mine)]
 
@@ -106,7 +106,7 @@ def test_two_processes_share_a_fiber():
         torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
 
 
-def test_pictures_are_turned_as_torchvision_turns_them():
+def test_images_are_turned_as_torchvision_turns_them():
     smooth = torch.nn.functional.interpolate(torch.rand(6, 3, 6, 8) * 255, (48, 64), mode="bicubic")
     images, ids = smooth.clamp(0, 255).to(torch.uint8), torch.arange(10, 16)
     found = turn(images, ids, 2, seed=3, degrees=20)
@@ -119,12 +119,12 @@ def test_pictures_are_turned_as_torchvision_turns_them():
     assert not torch.equal(turn(images, ids, 3, seed=3, degrees=20), found)
     assert turn(images, ids, 2, seed=3, degrees=0) is images
     model = detector(rotation=20)
-    features = model.features(normalize(turn(pictures(2), torch.arange(2), 0, seed=0, degrees=20)))
+    features = model.features(normalize(turn(raw_images(2), torch.arange(2), 0, seed=0, degrees=20)))
     assert features[0].shape == (2, 128, 8, 8)
 
 
-def test_the_turned_pictures_are_those_that_it_learns():
-    images = pictures(2)
+def test_the_turned_images_are_those_that_it_learns():
+    images = raw_images(2)
     model = detector(rotation=10)
     vectors, *_ = next(iter(model.steps(batch(images))))
     turned = rows_of(model.features(normalize(turn(images, torch.arange(2), 0, seed=0, degrees=10)))[0])[0]
@@ -193,15 +193,15 @@ def test_an_official_checkpoint_loads():
         detector(blocks=1).load_trained({"encoder_state_dict": {}, "decoder_state_dict": flows}, "official.pt")
 
 
-def test_it_learns_one_picture_and_finds_what_does_not_belong():
-    model, images = detector(rotation=0, fiber=32), pictures(4)
+def test_it_learns_one_image_and_finds_what_does_not_belong():
+    model, images = detector(rotation=0, fiber=32), raw_images(4)
     losses = train(model, images[:1].expand(4, -1, -1, -1).contiguous(), 12)
     assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
-    picture = normalize(images[:1])
-    model.fit(batches(picture, 1), 1)
-    spoilt = picture.clone()
+    image = normalize(images[:1])
+    model.fit(batches(image, 1), 1)
+    spoilt = image.clone()
     spoilt[:, :, 24:40, 16:32] = 2 * torch.randn(1, 3, 16, 16)
-    found, normal = model.examine(spoilt), model.examine(picture)
+    found, normal = model.examine(spoilt), model.examine(image)
     assert found.scores.item() > 1.2 * normal.scores.item()
     y, x = found.peaks[0].tolist()
     assert 12 <= y <= 52 and 8 <= x <= 44
@@ -210,7 +210,7 @@ def test_it_learns_one_picture_and_finds_what_does_not_belong():
 
 
 def test_the_encoder_runs_in_the_autocast_that_steps_is_called_in():
-    model, images = detector(), pictures(2)
+    model, images = detector(), raw_images(2)
     with torch.autocast("cpu", torch.bfloat16):
         work = model.steps(batch(images))
     for vectors, *_ in work:  # as the loop does
@@ -232,7 +232,7 @@ class Tokens(nn.Module):
 
 
 def test_stages_of_one_size_and_an_odd_number_of_channels():
-    model, images = detector(Tokens(), stages=(1, 4)), pictures(4)
+    model, images = detector(Tokens(), stages=(1, 4)), raw_images(4)
     assert train(model, images, 5)[-1] > 0
     model.fit(batches(normalize(images), 2), 4)
     assert model.examine(normalize(images)).maps.shape == (4, 64, 64)
@@ -250,11 +250,11 @@ def test_mistakes_are_one_line():
             detector(**options)
     with pytest.raises(UserError, match="it is train or test"):
         detector(normalize="max")
-    with pytest.raises(UserError, match=r"32 positions of each of 2 pictures, but stage 3 has 4 x 4: .* at most 32"):
-        detector(fiber=64).steps(batch(pictures(2)))
+    with pytest.raises(UserError, match=r"32 positions of each of 2 images, but stage 3 has 4 x 4: .* at most 32"):
+        detector(fiber=64).steps(batch(raw_images(2)))
     with pytest.raises(UserError, match="is not fitted"):
         detector().examine(torch.randn(1, 3, 64, 64))
     model = detector()
     nn.init.constant_(model.backbone.conv1.weight, torch.nan)
-    with pytest.raises(UserError, match=r"log-likelihoods of the pictures.* NaN"):
+    with pytest.raises(UserError, match=r"log-likelihoods of the images.* NaN"):
         model.fit(batches(torch.randn(2, 3, 64, 64), 2), 2)

@@ -1,4 +1,4 @@
-"""CFlow-AD's maps and scores: relative to the training pictures, and as in the official code; what `fit` finds."""
+"""CFlow-AD's maps and scores: relative to the training images, and as in the official code; what `fit` finds."""
 
 import numpy as np
 import torch
@@ -8,13 +8,13 @@ from torch import Tensor
 from data.normalize import normalize
 from models.anomaly.cflow import CFlow, rows_of
 from runtime.errors import UserError
-from tests.models.anomaly.test_cflow import detector, pictures
-from tests.pictures import batches
+from tests.images import batches
+from tests.models.anomaly.test_cflow import detector, raw_images
 from tests.processes import run_processes
 
 
 def fitted(model: CFlow | None = None, count: int = 6) -> tuple[CFlow, Tensor]:
-    model, images = model or detector(), normalize(pictures(count))
+    model, images = model or detector(), normalize(raw_images(count))
     model.fit(batches(images, 4), count)
     return model, images
 
@@ -46,7 +46,7 @@ def test_maps_and_scores_are_relative_to_the_likeliest_training_position():
     limits = [grid.max() for grid in densities(model, images)]
     np.testing.assert_allclose(model.likeliest.numpy(), limits, rtol=1e-5)
     model.likeliest -= 0.3  # as if test positions were likelier than any in training
-    others = torch.cat([images[:2], normalize(pictures(1))])
+    others = torch.cat([images[:2], normalize(raw_images(1))])
     grids = densities(model, others)
     likelihoods = [np.exp(np.minimum(grid - (limit - 0.3), 0)) for grid, limit in zip(grids, limits)]
     assert all((likelihood == 1).any() and (likelihood < 1).any() for likelihood in likelihoods)
@@ -92,7 +92,7 @@ def test_from_train_to_test_each_stage_changes_by_one_factor():
 
 
 def test_padding_has_no_say_in_fit_map_and_score():
-    model, images = detector(), normalize(pictures(4))
+    model, images = detector(), normalize(raw_images(4))
     for half in (slice(None, 32), slice(32, None)):  # the likeliest of all is in one of them
         valid = torch.zeros(4, 64, 64, dtype=torch.bool)
         valid[:, half] = True
@@ -108,11 +108,11 @@ def test_padding_has_no_say_in_fit_map_and_score():
 
 
 def fit_shares(rank: int, world_size: int, *splits: tuple[int, ...]) -> list[Tensor | str]:  # noqa: ARG001
-    """The constants when each process has so many of five pictures, or the complaint."""
+    """The constants when each process has so many of five images, or the complaint."""
     found = []
     for counts in splits:
         torch.manual_seed(9)
-        model, images = detector(), normalize(pictures(5))
+        model, images = detector(), normalize(raw_images(5))
         mine = images.split(counts)[rank]
         try:
             model.fit(batches(mine, 1), 5) if len(mine) else model.fit([], 5)
@@ -124,10 +124,10 @@ def fit_shares(rank: int, world_size: int, *splits: tuple[int, ...]) -> list[Ten
 
 def test_two_processes_fit_as_one():
     expected, none = fit_shares(0, 1, (5,), (0, 5))
-    assert "no training picture" in none
+    assert "no training image" in none
     for found, none in run_processes(fit_shares, 2, (2, 3), (5, 0)):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-        assert "fewer training pictures than processes" in none
+        assert "fewer training images than processes" in none
 
 
 def test_state_dict_round_trip():

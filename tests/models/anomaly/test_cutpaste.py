@@ -18,8 +18,8 @@ from models.anomaly.detector import TrainingBatch
 from models.backbones.mobilenet import MobileNetV2
 from models.backbones.resnet import ResNet18
 from runtime.errors import UserError
+from tests.images import batches
 from tests.networks import Tokens
-from tests.pictures import batches
 
 
 class Tiny(nn.Module):
@@ -45,7 +45,7 @@ def detector(backbone: type[nn.Module] = Tiny, **options) -> CutPaste:
     return CutPaste(backbone(), **options)
 
 
-def pictures(count: int = 6, size: tuple[int, int] = (64, 48), seed: int = 0) -> Tensor:
+def raw_images(count: int = 6, size: tuple[int, int] = (64, 48), seed: int = 0) -> Tensor:
     """Smooth random textures with noise, uint8."""
     generator = torch.Generator().manual_seed(seed)
     coarse = nn.functional.interpolate(torch.randn(count, 3, 4, 4, generator=generator), size, mode="bicubic")
@@ -82,20 +82,20 @@ def test_network_and_loss_are_the_official_ones(variant, head_layers, head):
     ours = detector(ResNet18, variant=variant, head_layers=head_layers).train()
     assert sum(p.numel() for p in ours.parameters() if p.requires_grad) == 11_176_512 + head
     ours.load_trained(theirs.state_dict(), "theirs.tch")
-    images, classes = step_of(ours, pictures(3))
+    images, classes = step_of(ours, raw_images(3))
     logits = theirs(images)
     loss, stats = ours(images, classes)
     assert loss.item() == pytest.approx(nn.functional.cross_entropy(logits, classes).item(), rel=1e-5)
     assert stats["accuracy"].item() == pytest.approx((logits.argmax(1) == classes).double().mean().item())
-    theirs_now = theirs.state_dict()  # batch norm saw good and pasted pictures together in both
+    theirs_now = theirs.state_dict()  # batch norm saw good and pasted images together in both
     torch.testing.assert_close(ours.head.state_dict(), theirs.head.state_dict(), rtol=1e-4, atol=1e-5)
     for name, value in ours.backbone.state_dict().items():
         torch.testing.assert_close(value, theirs_now[f"resnet18.{name}"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_step_has_every_picture_good_and_with_each_defect(variant):
-    model, images, ids = detector(variant=variant), pictures(40), torch.arange(100, 140)
+def test_a_step_has_every_image_good_and_with_each_defect(variant):
+    model, images, ids = detector(variant=variant), raw_images(40), torch.arange(100, 140)
     made, classes = step_of(model, images, ids)
     good, *bad = made.split(40)
     assert classes.tolist() == sorted([*range(len(bad) + 1)] * 40) and len(bad) == (2 if variant == "3way" else 1)
@@ -112,13 +112,13 @@ def test_a_step_has_every_picture_good_and_with_each_defect(variant):
         assert torch.equal(step_of(model, images[5:9], ids[5:9])[0][4:], bad[0][5:9])
     else:
         assert all(torch.equal(a, b) for a, b in zip(bad, expected, strict=True))
-    alone, _ = step_of(model, images[5:6], ids[5:6])  # whatever batch or process a picture is in
+    alone, _ = step_of(model, images[5:6], ids[5:6])  # whatever batch or process an image is in
     assert all(torch.equal(alone[i], part[5]) for i, part in enumerate([good, *bad]))
     assert not torch.equal(step_of(model, images, ids, epoch=3)[0][:40], good)
 
 
 def jitter_by_torchvision(images: Tensor, ids: Tensor, epoch: int) -> Tensor:
-    """ColorJitter(0.1, 0.1, 0.1, 0.1) with our random numbers, picture by picture."""
+    """ColorJitter(0.1, 0.1, 0.1, 0.1) with our random numbers, image by image."""
     made = []
     for image, draws in zip(images, uniform((7, epoch, 0, ids, 0), 8)):
         spread = 0.1 * (2 * draws[:4] - 1)
@@ -132,7 +132,7 @@ def jitter_by_torchvision(images: Tensor, ids: Tensor, epoch: int) -> Tensor:
 
 def test_the_loss_is_the_mean_log_probability_and_full_precision_in_autocast():
     model = detector().double().train()
-    images, classes = step_of(model, pictures(4))
+    images, classes = step_of(model, raw_images(4))
     with torch.no_grad():
         logits = model.out(model.head(model.backbone.forward_stages(images.double())[3].mean((2, 3))))
         loss, stats = model(images.double(), classes)
@@ -145,7 +145,7 @@ def test_the_loss_is_the_mean_log_probability_and_full_precision_in_autocast():
         assert model.float()(images, classes)[0].dtype == torch.float32
 
 
-def test_it_learns_to_tell_pasted_pictures_and_scores_them_higher():
+def test_it_learns_to_tell_pasted_images_and_scores_them_higher():
     stripes = 128 + 50 * torch.sin(torch.arange(32) / 2).expand(36, 3, 32, 32)
     train, test = (stripes + 10 * torch.randn(36, 3, 32, 32)).to(torch.uint8).split([12, 24])
     model = detector(ResNet18, variant="normal").train()
@@ -181,18 +181,18 @@ def test_mistakes_are_one_line():
     with pytest.raises(UserError, match=r"cutpaste pools a map .* \(8, 16\)"):
         detector(Tokens)
     with pytest.raises(UserError, match="CutPaste is not fitted"):
-        detector().examine(normalize(pictures(1)))
+        detector().examine(normalize(raw_images(1)))
     with pytest.raises(UserError, match=r"longest scar needs 30 pixels; use a larger data\.size"):
-        step_of(detector(), pictures(1, (32, 29)))
-    with pytest.raises(UserError, match=r"1 training picture.* singular.* density=kde"):
-        detector().fit(batches(normalize(pictures(1)), 1), 1)
+        step_of(detector(), raw_images(1, (32, 29)))
+    with pytest.raises(UserError, match=r"1 training image.* singular.* density=kde"):
+        detector().fit(batches(normalize(raw_images(1)), 1), 1)
     with pytest.raises(UserError, match="singular"):
-        detector().fit(batches(normalize(pictures(1)).expand(4, -1, -1, -1), 2), 4)
+        detector().fit(batches(normalize(raw_images(1)).expand(4, -1, -1, -1), 2), 4)
     alone = detector(density="kde").train()
-    assert alone(*step_of(alone, pictures(1)))[0].isfinite()  # a batch of one, with its defects
-    alone.fit(batches(normalize(pictures(1)), 1), 1)
-    assert alone.examine(normalize(pictures(2))).scores.isfinite().all()
-    broken = normalize(pictures(3))
+    assert alone(*step_of(alone, raw_images(1)))[0].isfinite()  # a batch of one, with its defects
+    alone.fit(batches(normalize(raw_images(1)), 1), 1)
+    assert alone.examine(normalize(raw_images(2))).scores.isfinite().all()
+    broken = normalize(raw_images(3))
     broken[1] = torch.nan
     with pytest.raises(UserError, match="NaN"):
         detector().fit(batches(broken, 3), 3)

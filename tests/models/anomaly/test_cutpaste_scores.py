@@ -1,4 +1,4 @@
-"""CutPaste's densities against scikit-learn, its maps against Grad-CAM picture by picture, and what it loads."""
+"""CutPaste's densities against scikit-learn, its maps against Grad-CAM image by image, and what it loads."""
 
 import numpy as np
 import pytest
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from data.normalize import normalize
 from models.anomaly.cutpaste import CutPaste
 from runtime.errors import UserError
-from tests.models.anomaly.test_cutpaste import Tiny, detector, pictures, step_of
-from tests.pictures import batches
+from tests.images import batches
+from tests.models.anomaly.test_cutpaste import Tiny, detector, raw_images, step_of
 from tests.processes import run_processes
 
 
@@ -26,7 +26,7 @@ def fitted(images: Tensor, **options) -> CutPaste:
 
 
 def embeddings(model: CutPaste, images: Tensor) -> np.ndarray:
-    """In float64, each picture by itself, of length 1."""
+    """In float64, each image by itself, of length 1."""
     with torch.no_grad():
         stages = [model.eval().backbone.forward_stages(image[None])[3][0] for image in normalize(images)]
     vectors = np.stack([stage.double().mean((1, 2)).numpy() for stage in stages])
@@ -35,7 +35,7 @@ def embeddings(model: CutPaste, images: Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize("density", ["gaussian", "kde"])
 def test_scores_are_scikit_learns(density):
-    train, test = pictures(24), pictures(7, seed=1)
+    train, test = raw_images(24), raw_images(7, seed=1)
     model = fitted(train, density=density)
     normal, x = embeddings(model, train), embeddings(model, test)
     if density == "gaussian":
@@ -51,7 +51,7 @@ def test_scores_are_scikit_learns(density):
 
 
 def heat_by_hand(model: CutPaste, image: Tensor, train: np.ndarray) -> np.ndarray:
-    """One picture's map: Grad-CAM of the squared distance or of minus the log density, by autograd of everything."""
+    """One image's map: Grad-CAM of the squared distance or of minus the log density, by autograd of everything."""
     stage = model.eval().backbone.forward_stages(image[None].requires_grad_())[3].double()
     stage.retain_grad()
     x = stage.mean((2, 3))[0]
@@ -70,8 +70,8 @@ def heat_by_hand(model: CutPaste, image: Tensor, train: np.ndarray) -> np.ndarra
 
 
 @pytest.mark.parametrize("density", ["gaussian", "kde"])
-def test_maps_are_grad_cam_of_the_score_picture_by_picture(density):
-    train, test = pictures(24), normalize(pictures(5, seed=1))
+def test_maps_are_grad_cam_of_the_score_image_by_image(density):
+    train, test = raw_images(24), normalize(raw_images(5, seed=1))
     model = fitted(train, density=density)
     normal = embeddings(model, train)
     model.zero_grad()
@@ -95,16 +95,16 @@ def test_maps_are_grad_cam_of_the_score_picture_by_picture(density):
 
 @pytest.mark.parametrize("how", ["max", "top1", "mean"])
 def test_the_score_may_be_of_the_map(how):
-    model = fitted(pictures(24), image_score=how)
-    maps, scores = model.score(normalize(pictures(3, seed=1)))
+    model = fitted(raw_images(24), image_score=how)
+    maps, scores = model.score(normalize(raw_images(3, seed=1)))
     ordered = maps.flatten(1).sort(descending=True).values
     count = {"max": 1, "top1": 64 * 48 // 100, "mean": 64 * 48}[how]
     torch.testing.assert_close(scores, ordered[:, :count].mean(1))
 
 
 def test_padding_enters_neither_score_nor_map():
-    model = fitted(pictures(24))
-    images, valid = normalize(pictures(2, seed=1)), torch.zeros(2, 64, 48, dtype=torch.bool)
+    model = fitted(raw_images(24))
+    images, valid = normalize(raw_images(2, seed=1)), torch.zeros(2, 64, 48, dtype=torch.bool)
     valid[:, :40] = True  # 2.5 of the 4 rows of patches
     with torch.no_grad():
         stage = model.eval().backbone.forward_stages(images)[3]
@@ -118,7 +118,7 @@ def test_padding_enters_neither_score_nor_map():
 
 
 def fitted_in_parts(rank: int, world_size: int) -> list[Tensor]:
-    images = pictures(9)
+    images = raw_images(9)
     model = detector()
     mine = torch.arange(9)[rank::world_size]
     parts = [batch._replace(indices=mine[batch.indices]) for batch in batches(normalize(images[mine]), 2)]
@@ -126,7 +126,7 @@ def fitted_in_parts(rank: int, world_size: int) -> list[Tensor]:
     return [model.mean, model.cholesky]
 
 
-def test_processes_fit_the_pictures_of_all():
+def test_processes_fit_the_images_of_all():
     expected = fitted_in_parts(0, 1)
     for state in run_processes(fitted_in_parts, 2):
         torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-7)
@@ -134,7 +134,7 @@ def test_processes_fit_the_pictures_of_all():
 
 @pytest.mark.parametrize("density", ["gaussian", "kde"])
 def test_a_fitted_one_loads_from_its_run(density):
-    model, images = fitted(pictures(12), density=density), normalize(pictures(2, seed=1))
+    model, images = fitted(raw_images(12), density=density), normalize(raw_images(2, seed=1))
     fresh = CutPaste(Tiny(), density=density)
     fresh.load_state_dict(model.state_dict())
     for a, b in zip(fresh.score(images), model.score(images)):
@@ -143,7 +143,7 @@ def test_a_fitted_one_loads_from_its_run(density):
 
 @pytest.mark.parametrize("density", ["gaussian", "kde"])
 def test_what_was_trained_serves_either_density_and_what_was_fitted_is_forgotten(density):
-    model, images = fitted(pictures(12), density="gaussian"), normalize(pictures(2, seed=1))
+    model, images = fitted(raw_images(12), density="gaussian"), normalize(raw_images(2, seed=1))
     other = CutPaste(Tiny(), density=density)
     other.load_trained(model.state_dict(), "last.pt")
     assert torch.equal(other.eval().networks(images)[0], model.eval().networks(images)[0])

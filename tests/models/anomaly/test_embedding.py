@@ -20,7 +20,7 @@ def backbone() -> nn.Module:
     return ResNet18(stem="cifar")
 
 
-def pictures(count: int, seed: int = 0) -> Tensor:
+def raw_images(count: int, seed: int = 0) -> Tensor:
     """Smooth random textures: they differ from each other more than noise would under average pooling."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(count, 3, 4, 4, generator=generator)
@@ -42,7 +42,7 @@ def fitted(images: Tensor, net: nn.Module | None = None, **options) -> Embedding
 
 
 def vectors(net: nn.Module, images: Tensor, stages: tuple[int, ...] = (4,)) -> np.ndarray:
-    """Embeddings in float64, each picture on its own."""
+    """Embeddings in float64, each image on its own."""
     with torch.no_grad():
         outputs = [net.eval().forward_stages(image[None]) for image in images]
     return np.stack([np.concatenate([o[s - 1][0].double().mean((1, 2)).numpy() for s in stages]) for o in outputs])
@@ -50,7 +50,7 @@ def vectors(net: nn.Module, images: Tensor, stages: tuple[int, ...] = (4,)) -> n
 
 @pytest.mark.parametrize(("k", "stages"), [(1, (4,)), (2, (4,)), (12, (2, 4))])
 def test_knn_is_the_mean_distance_to_the_k_nearest(k, stages):
-    net, train, test = backbone(), pictures(12), pictures(5, seed=1)
+    net, train, test = backbone(), raw_images(12), raw_images(5, seed=1)
     detector = Embedding(net, k=k, stages=stages)
     numbers = torch.randperm(12) * 2 + 1
     detector.fit(batches(train, numbers=numbers), 12)
@@ -58,11 +58,11 @@ def test_knn_is_the_mean_distance_to_the_k_nearest(k, stages):
     distances = np.linalg.norm(vectors(net, test, stages)[:, None] - vectors(net, train, stages)[None], axis=2)
     assert found.maps is None and found.scores.shape == (5,)
     np.testing.assert_allclose(found.scores.numpy(), np.sort(distances)[:, :k].mean(1), rtol=1e-5)
-    assert found.pictures.tolist() == numbers[distances.argmin(1)].tolist()
+    assert found.nearest_image.tolist() == numbers[distances.argmin(1)].tolist()
 
 
 def test_embedding_of_a_resnet_is_its_pooled_output():
-    net, images = backbone(), pictures(2)
+    net, images = backbone(), raw_images(2)
     for source in ("stages", "output"):
         assert torch.allclose(fitted(images, net, k=1, source=source).bank, net(images), atol=1e-6)
 
@@ -80,7 +80,7 @@ class Tokens(nn.Module):
 
 @pytest.mark.parametrize("options", [{}, MAHALANOBIS, {"normalize": True, "combine": "sum"}])
 def test_a_class_token_is_compared_as_it_is(options):
-    net, train, test = Tokens(0), pictures(12), pictures(4, seed=1)
+    net, train, test = Tokens(0), raw_images(12), raw_images(4, seed=1)
     detector = fitted(train, net, source="output", k=1, **options)
     a, b = (net(x).detach().double().numpy() for x in (test, train))
     if "normalize" in options:
@@ -96,7 +96,7 @@ def test_a_class_token_is_compared_as_it_is(options):
 
 
 def test_normalize_compares_directions():
-    net, train, test = backbone(), pictures(6), pictures(3, seed=1)
+    net, train, test = backbone(), raw_images(6), raw_images(3, seed=1)
     detector = fitted(train, net, k=1, normalize=True)
     a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (vectors(net, test), vectors(net, train)))
     nearest = np.sqrt(2 - 2 * (a @ b.T).max(1))
@@ -105,7 +105,7 @@ def test_normalize_compares_directions():
 
 @pytest.mark.parametrize("count", [5, 40])  # both below the 512 dimensions
 def test_mahalanobis_equals_scikit_learn(count):
-    net, train, test = backbone(), pictures(count), pictures(7, seed=1)
+    net, train, test = backbone(), raw_images(count), raw_images(7, seed=1)
     detector = fitted(train, net, **MAHALANOBIS)
     expected = np.sqrt(LedoitWolf().fit(vectors(net, train)).mahalanobis(vectors(net, test)))
     assert detector.cholesky.dtype == torch.float64
@@ -115,7 +115,7 @@ def test_mahalanobis_equals_scikit_learn(count):
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("options", [{"k": 2}, {"k": 2, "distance": "knn_squared"}, MAHALANOBIS])
 def test_sum_adds_the_distances_of_the_stages(options, normalize):
-    net, train, test = backbone(), pictures(9), pictures(4, seed=1)
+    net, train, test = backbone(), raw_images(9), raw_images(4, seed=1)
     options = options | {"normalize": normalize}
     each = [fitted(train, net, stages=(stage,), **options).score(test)[1] for stage in (1, 3, 4)]
     both = fitted(train, net, stages=(1, 3, 4), combine="sum", **options)
@@ -130,12 +130,12 @@ def test_sum_adds_the_distances_of_the_stages(options, normalize):
 @pytest.mark.parametrize(("k", "stages"), [(1, (4,)), (2, (4,)), (5, (2, 4))])
 def test_knn_squared_is_the_sum_of_the_squared_distances(k, stages):
     """PANDA's knn_score: what faiss.IndexFlatL2 returns, summed. With k=1 it ranks as `knn`, with more perhaps not."""
-    net, train, test = backbone(), pictures(12), pictures(5, seed=1)
+    net, train, test = backbone(), raw_images(12), raw_images(5, seed=1)
     detector = fitted(train, net, k=k, stages=stages, distance="knn_squared")
     far = np.linalg.norm(vectors(net, test, stages)[:, None] - vectors(net, train, stages)[None], axis=2)
     found, plain = detector.examine(test), fitted(train, net, k=k, stages=stages).examine(test)
     np.testing.assert_allclose(found.scores.numpy(), (np.sort(far)[:, :k] ** 2).sum(1), rtol=1e-5)
-    assert torch.equal(found.pictures, plain.pictures)
+    assert torch.equal(found.nearest_image, plain.nearest_image)
     if k == 1:
         torch.testing.assert_close(found.scores.sqrt(), plain.scores)
     refit = fitted(train[1:], net, k=k, stages=stages, distance="knn_squared").score(train[:1])[1]
@@ -146,7 +146,7 @@ def test_knn_squared_is_the_sum_of_the_squared_distances(k, stages):
 @pytest.mark.parametrize("options", [{"k": 1}, MAHALANOBIS])
 def test_padding_does_not_count(options):
     """Stages 1 and 2 have strides 1 and 2, so that a region of even size is one of whole patches."""
-    net, images, valid = backbone(), pictures(6), torch.zeros(6, 16, 16, dtype=torch.bool)
+    net, images, valid = backbone(), raw_images(6), torch.zeros(6, 16, 16, dtype=torch.bool)
     valid[:, 2:10, 4:] = True
     detector = Embedding(net, stages=(1, 2), **options)
     detector.fit(batches(images, valid=valid), 6)
@@ -163,7 +163,7 @@ def test_padding_does_not_count(options):
 
 @pytest.mark.parametrize("distance", ["knn", "mahalanobis"])
 def test_scores_do_not_depend_on_the_batch(distance):
-    detector, test = fitted(pictures(9), distance=distance), pictures(7, seed=1)
+    detector, test = fitted(raw_images(9), distance=distance), raw_images(7, seed=1)
     whole = detector.score(test)[1]
     parts = torch.cat([detector.score(part)[1] for part in test.split(3)])
     assert torch.allclose(whole, parts, rtol=1e-4)
@@ -173,10 +173,10 @@ def test_scores_do_not_depend_on_the_batch(distance):
     "options", [{}, {"distance": "knn_squared"}, MAHALANOBIS, {**MAHALANOBIS, "combine": "sum", "stages": (1, 2)}]
 )
 def test_fitted_state_loads_into_a_fresh_detector_of_any_size(options):
-    test, number = pictures(3, seed=1), torch.tensor([0, 1, 2])
+    test, number = raw_images(3, seed=1), torch.tensor([0, 1, 2])
     fresh = Embedding(ResNet18(stem="cifar"), **options)  # other random weights: they load too
     for count in (9, 4):
-        state = fitted(pictures(count), **options)
+        state = fitted(raw_images(count), **options)
         fresh.load_state_dict(state.state_dict())
         assert torch.equal(fresh.score(test)[1], state.score(test)[1])
         assert torch.equal(fresh.score(test, leave_out=number)[1], state.score(test, leave_out=number)[1])
@@ -184,35 +184,35 @@ def test_fitted_state_loads_into_a_fresh_detector_of_any_size(options):
 
 def test_a_state_of_the_other_distance_is_refused():
     with pytest.raises(RuntimeError, match="cholesky"):
-        Embedding(backbone(), **MAHALANOBIS).load_state_dict(fitted(pictures(3)).state_dict())
+        Embedding(backbone(), **MAHALANOBIS).load_state_dict(fitted(raw_images(3)).state_dict())
 
 
-def test_identical_training_pictures():
-    train = pictures(1).expand(4, -1, -1, -1)
+def test_identical_training_images():
+    train = raw_images(1).expand(4, -1, -1, -1)
     detector = fitted(train)
-    assert detector.score(train[:1])[1] < 1e-4 < detector.score(pictures(1, seed=1))[1]
+    assert detector.score(train[:1])[1] < 1e-4 < detector.score(raw_images(1, seed=1))[1]
     with pytest.raises(UserError, match="singular"):
         fitted(train, **MAHALANOBIS)
 
 
 @pytest.mark.filterwarnings("ignore:Only one sample")
 @pytest.mark.parametrize("count", [1, 2])
-def test_too_few_pictures_are_a_user_error(count):
+def test_too_few_images_are_a_user_error(count):
     with pytest.raises(UserError, match="singular"):
-        fitted(pictures(count), **MAHALANOBIS)
+        fitted(raw_images(count), **MAHALANOBIS)
     with pytest.raises(UserError, match=f"k=3, but there are {count}"):
-        fitted(pictures(count), k=3)
+        fitted(raw_images(count), k=3)
 
 
-def test_one_training_picture_suffices_for_one_neighbour():
-    assert fitted(pictures(1), k=1).score(pictures(1))[1] < 1e-5
+def test_one_training_image_suffices_for_one_neighbour():
+    assert fitted(raw_images(1), k=1).score(raw_images(1))[1] < 1e-5
 
 
 @pytest.mark.parametrize("distance", ["knn", "mahalanobis"])
 def test_features_that_are_not_finite_are_a_user_error(distance):
-    spoilt, detector = pictures(6), fitted(pictures(6), distance=distance)
+    spoilt, detector = raw_images(6), fitted(raw_images(6), distance=distance)
     spoilt[5, 1, 2, 3] = float("nan")
-    with pytest.raises(UserError, match="training pictures: row 5 of 6 holds NaN"):
+    with pytest.raises(UserError, match="training images: row 5 of 6 holds NaN"):
         fitted(spoilt, distance=distance)
     with pytest.raises(UserError, match="row 1 of 2 holds NaN"):
         detector.score(spoilt[4:])
@@ -221,7 +221,7 @@ def test_features_that_are_not_finite_are_a_user_error(distance):
 @pytest.mark.parametrize("distance", ["knn", "mahalanobis"])
 def test_an_unfitted_detector_says_so(distance):
     with pytest.raises(UserError, match="Embedding is not fitted"):
-        Embedding(backbone(), distance=distance).score(pictures(1))
+        Embedding(backbone(), distance=distance).score(raw_images(1))
 
 
 def test_bad_options_are_user_errors():
@@ -229,7 +229,7 @@ def test_bad_options_are_user_errors():
     for options in (*bad, *({"stages": stages} for stages in ((), (0,), (4, 4), (5,)))):
         with pytest.raises(UserError, match=next(iter(options))):
             Embedding(backbone(), **options)
-    with pytest.raises(UserError, match="there is no training picture"):
+    with pytest.raises(UserError, match="there is no training image"):
         Embedding(backbone()).fit([], 0)
 
 
@@ -238,8 +238,8 @@ def test_the_backbone_stays_frozen_and_in_eval_mode():
     detector = Embedding(net)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     detector.train()
-    detector.fit(batches(pictures(4)), 4)
-    detector.score(pictures(4))
+    detector.fit(batches(raw_images(4)), 4)
+    detector.score(raw_images(4))
     assert detector.training and not any(module.training for module in net.modules())
     assert not any(parameter.requires_grad for parameter in net.parameters())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
@@ -248,26 +248,26 @@ def test_the_backbone_stays_frozen_and_in_eval_mode():
 def shares(count: int, rank: int, world_size: int) -> list[Batch]:
     """This process's part of each global batch of 4, as data/loading.py deals them; none where nothing is left."""
     parts = [torch.tensor_split(torch.arange(count)[i : i + 4], world_size)[rank] for i in range(0, count, 4)]
-    return [Batch(pictures(count)[part], None, part) for part in parts if len(part) > 0]
+    return [Batch(raw_images(count)[part], None, part) for part in parts if len(part) > 0]
 
 
 def fit_shares(rank: int, world_size: int) -> dict[int, list[Tensor]]:
-    """The states of 9 and 11 pictures: the last global batch is 1, none of it rank 1's, or 3, split into 2 and 1."""
-    with pytest.raises(UserError, match="fewer training pictures"):  # on both ranks
+    """The states of 9 and 11 images: the last global batch is 1, none of it rank 1's, or 3, split into 2 and 1."""
+    with pytest.raises(UserError, match="fewer training images"):  # on both ranks
         Embedding(backbone(), k=1).fit(shares(1, rank, world_size), 1)
     states = {}
     for count in (9, 11):
         detectors = Embedding(backbone(), k=1), Embedding(backbone(), **MAHALANOBIS)
         for detector in detectors:
             detector.fit(shares(count, rank, world_size), count)
-        states[count] = [detectors[0].bank, detectors[0].numbers, detectors[1].score(pictures(3, seed=1))[1]]
+        states[count] = [detectors[0].bank, detectors[0].numbers, detectors[1].score(raw_images(3, seed=1))[1]]
     return states
 
 
-def test_two_processes_hold_the_pictures_of_one_in_its_order():
+def test_two_processes_hold_the_images_of_one_in_its_order():
     for states in run_processes(fit_shares, 2):
         for count, (bank, numbers, scores) in states.items():
-            assert torch.allclose(bank, fitted(pictures(count), k=1).bank, atol=1e-5)
+            assert torch.allclose(bank, fitted(raw_images(count), k=1).bank, atol=1e-5)
             assert numbers.tolist() == list(range(count))
-            alone = fitted(pictures(count), **MAHALANOBIS).score(pictures(3, seed=1))[1]
+            alone = fitted(raw_images(count), **MAHALANOBIS).score(raw_images(3, seed=1))[1]
             torch.testing.assert_close(scores, alone, rtol=1e-3, atol=0)

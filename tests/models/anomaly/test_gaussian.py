@@ -1,4 +1,4 @@
-"""Distances from a shrunk Gaussian of the others against scikit-learn's LedoitWolf, refitted without each picture."""
+"""Distances from a shrunk Gaussian of the others against scikit-learn's LedoitWolf, refitted without each image."""
 
 import warnings
 
@@ -31,7 +31,7 @@ def assert_equal_refits(x: np.ndarray, rtol: float = 1e-8) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dimensions", [2, 3, 8, 40])
-def test_equals_refits_for_2_to_20_pictures(dimensions):
+def test_equals_refits_for_2_to_20_images(dimensions):
     for n in range(2, 21):
         x = np.random.default_rng(n).normal(3.0, 1.0, (n, dimensions)) @ np.diag(np.geomspace(1, 30, dimensions))
         expected = assert_equal_refits(x)
@@ -39,12 +39,12 @@ def test_equals_refits_for_2_to_20_pictures(dimensions):
 
 
 @pytest.mark.parametrize(("n", "dimensions"), [(60, 12), (60, 60), (61, 60), (200, 3), (100, 1), (5, 1)])
-def test_equals_refits_for_many_pictures_and_few_features(n, dimensions):
+def test_equals_refits_for_many_images_and_few_features(n, dimensions):
     assert np.isfinite(assert_equal_refits(np.random.default_rng(1).standard_t(3, (n, dimensions)))).all()
 
 
 def test_the_shrinkage_held_would_be_another_distance():
-    """Four pictures: what the first version said, with the shrinkage of all four, is a third too low."""
+    """Four images: what the first version said, with the shrinkage of all four, is a third too low."""
     x = np.random.default_rng(3).normal(size=(4, 40))
     covariance, shrinkage = ledoit_wolf(x)
     held = []
@@ -80,12 +80,12 @@ def test_ties():
 
 @pytest.mark.parametrize("far", [30, 1e3, 1e5, 1e7])
 @pytest.mark.parametrize(("n", "dimensions"), [(5, 8), (20, 8), (9, 4)])
-def test_a_picture_that_holds_nearly_all_of_the_scatter(n, dimensions, far):
-    """Differences of sums over all pictures would leave rounding only."""
+def test_an_image_that_holds_nearly_all_of_the_scatter(n, dimensions, far):
+    """Differences of sums over all images would leave rounding only."""
     x = np.random.default_rng(2).normal(size=(n, dimensions))
     x[3] *= far
     assert np.isfinite(assert_equal_refits(x, rtol=1e-6)).all()
-    if far < 1e6:  # two of them: without a third picture both sides of the scatter are nearly equal, and rounding tells
+    if far < 1e6:  # two of them: without a third image both sides of the scatter are nearly equal, and rounding tells
         x[4] = x[3] + x[0]
         assert np.isfinite(assert_equal_refits(x, rtol=1e-3 if far > 1e4 else 1e-6)).all()
 

@@ -1,4 +1,4 @@
-"""Grad-CAM against the equations written out, with derivatives by finite differences, one picture at a time."""
+"""Grad-CAM against the equations written out, with derivatives by finite differences, one image at a time."""
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ def target(activations: Tensor) -> Tensor:
 
 
 def by_equations(activations: Tensor, step: float = 1e-5) -> np.ndarray:
-    """Equations 1 and 2 for one picture (C, h, w) in float64."""
+    """Equations 1 and 2 for one image (C, h, w) in float64."""
     channels, height, width = activations.shape
     heat = np.zeros((height, width))
     for c in range(channels):
@@ -30,7 +30,7 @@ def by_equations(activations: Tensor, step: float = 1e-5) -> np.ndarray:
     return np.maximum(heat, 0)
 
 
-def test_maps_are_the_equations_of_every_picture_by_itself():
+def test_maps_are_the_equations_of_every_image_by_itself():
     values = torch.randn(5, 4, 3, 2, dtype=torch.float64)
     activations = values.clone().requires_grad_()
     maps = grad_cam(activations, target(activations))
@@ -43,7 +43,7 @@ def test_maps_are_the_equations_of_every_picture_by_itself():
         torch.testing.assert_close(grad_cam(alone, target(alone)), maps[i : i + 1], rtol=0, atol=1e-12)
 
 
-def test_no_pictures_and_one_place():
+def test_no_images_and_one_place():
     none = torch.empty(0, 4, 3, 2).requires_grad_()
     assert grad_cam(none, none.square().sum((1, 2, 3))).shape == (0, 3, 2)
     one = torch.full((2, 1, 1, 1), 3.0).requires_grad_()

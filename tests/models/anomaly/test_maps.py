@@ -11,7 +11,7 @@ from models.anomaly.padim import PaDiM
 from models.anomaly.patchcore import PatchCore
 from models.anomaly.rd4ad import RD4AD
 from models.backbones.resnet import ResNet18
-from tests.pictures import batches
+from tests.images import batches
 
 
 @pytest.mark.parametrize("shape", [(64, 48), (33, 16), (17, 5), (2, 3), (1, 1), (1, 40)])
@@ -79,10 +79,10 @@ def test_render_averages_over_valid_patches_alone():
         one[cell] = 1
         spread.append(gaussian_filter(interpolate(one.reshape(5, 6), size, align_corners=False), 4))
     weights = np.stack(spread)  # (30, 20, 24)
-    for picture in range(2):
-        w = weights * valid[picture].double().numpy().reshape(30, 1, 1)
-        expected = (w * grid[picture].double().numpy().reshape(30, 1, 1)).sum(0) / w.sum(0)
-        np.testing.assert_allclose(render(grid, size, valid)[picture].numpy(), expected, atol=1e-5)
+    for image in range(2):
+        w = weights * valid[image].double().numpy().reshape(30, 1, 1)
+        expected = (w * grid[image].double().numpy().reshape(30, 1, 1)).sum(0) / w.sum(0)
+        np.testing.assert_allclose(render(grid, size, valid)[image].numpy(), expected, atol=1e-5)
     spoilt = torch.where(valid, grid, torch.tensor(1e6))
     assert torch.equal(render(spoilt, size, valid), render(grid, size, valid))
     torch.testing.assert_close(render(grid, size, torch.ones_like(valid)), render(grid, size))
@@ -98,7 +98,7 @@ def test_a_patch_is_valid_when_half_of_it_is():
 
 
 def by_sorting(pixels: list[float], how: str) -> float:
-    """The image score of one picture's pixels, in float64."""
+    """The image score of one image's pixels, in float64."""
     ordered = sorted(pixels, reverse=True)
     if how == "top1":
         ordered = ordered[: max(1, len(ordered) // 100)]
@@ -123,7 +123,7 @@ def test_image_scores_equal_a_sorted_list(how, shape, levels):
 def test_image_scores_at_the_ends():
     maps = torch.rand(2, 12, 13)
     one = torch.zeros(2, 12, 13, dtype=torch.bool)
-    one[0, 3, 5] = True  # one pixel of picture, and a picture that is padding alone
+    one[0, 3, 5] = True  # one pixel of image, and an image that is padding alone
     for how in ("max", "top1", "mean"):
         assert image_score(maps, one, how).tolist() == [maps[0, 3, 5].item(), 0]
         assert image_score(maps[:0], None, how).shape == (0,)

@@ -23,7 +23,7 @@ def detector(**options) -> NSA:
     return NSA(ResNet18(), **options)
 
 
-def pictures(count: int, height: int, width: int) -> Tensor:
+def raw_images(count: int, height: int, width: int) -> Tensor:
     """Stripes and noise: uint8 (count, 3, height, width)."""
     generator = torch.Generator().manual_seed(count)
     stripes = 128 + 50 * torch.sin(torch.arange(width) / 2).expand(count, 3, height, width)
@@ -105,7 +105,7 @@ def test_the_decoder_starts_as_the_official_one():
 def test_any_backbone_of_stride_32_and_all_of_it_that_is_used_is_trained(backbone, channels):
     model = NSA(backbone()).train()
     assert model.decoder.nin[0].weight.shape == (256, channels, 1, 1)
-    [inputs] = model.steps(batch(pictures(2, 64, 96)))
+    [inputs] = model.steps(batch(raw_images(2, 64, 96)))
     loss, _ = model(*inputs)
     loss.backward()
     idle = [name for name, p in model.named_parameters() if p.grad is None]
@@ -121,8 +121,8 @@ def test_building_it_leaves_weights_and_statistics_alone():
         assert torch.equal(value, before[name]), name
 
 
-def test_a_step_blends_patches_of_the_picture_before():
-    images = pictures(4, 64, 64)
+def test_a_step_blends_patches_of_the_image_before():
+    images = raw_images(4, 64, 64)
     options = {"gradients": "source", "patches": 2, "bounds": (0.1, 0.3), "widths": (0.05, 0.2), "resize": (0.7, 1.3)}
     options |= {"steepness": 0.5, "middle": 3.0, "background": (128.0, 1.0), "min_object": 0.3}
     [(made, labels)] = detector(**options).steps(batch(images, epoch=2, first=10))
@@ -139,8 +139,8 @@ def test_a_step_blends_patches_of_the_picture_before():
     assert torch.equal(alone, normalize(Defects()(images[:1], torch.arange(1), 0, seed=0)[0]))  # its own source
 
 
-def test_pictures_are_shifted_turned_and_flipped():
-    images = pictures(200, 64, 48)
+def test_images_are_shifted_turned_and_flipped():
+    images = raw_images(200, 64, 48)
     assert detector().varied(images, batch(images), 0) is images
     moved = detector(shift=3).varied(images, batch(images), 0)
     padded = nn.functional.pad(images.float(), [3] * 4, mode="replicate").to(torch.uint8)
@@ -184,7 +184,7 @@ def test_loss_and_gradients_are_the_cross_entropy_pixel_by_pixel():
 
 def test_autocast_leaves_the_loss_in_float32():
     model = detector().train()
-    [(images, labels)] = model.steps(batch(pictures(2, 64, 64)))
+    [(images, labels)] = model.steps(batch(raw_images(2, 64, 64)))
     exact, _ = model(images, labels)
     with torch.autocast("cpu", torch.bfloat16):
         loss, _ = model(images, labels)
@@ -210,7 +210,7 @@ def test_map_score_and_peak():
     np.testing.assert_allclose(found.scores, found.maps[:, :40, :70].mean((1, 2)), atol=1e-6)
 
 
-def test_it_learns_to_find_patches_in_pictures_that_it_has_not_seen():
+def test_it_learns_to_find_patches_in_images_that_it_has_not_seen():
     """Dark on the left, bright on the right: a patch with an edge elsewhere does not belong."""
     torch.manual_seed(0)
     halves = torch.where(torch.arange(32) > 16, 210.0, 40.0).expand(32, 3, 32, 32)
@@ -242,4 +242,4 @@ def test_mistakes_are_one_line():
     with pytest.raises(UserError, match="patches must be at least 1"):
         detector(patches=0)
     with pytest.raises(UserError, match=r"use a larger data\.size"):
-        list(detector(bounds=(0.03, 0.2)).steps(batch(pictures(1, 32, 32))))
+        list(detector(bounds=(0.03, 0.2)).steps(batch(raw_images(1, 32, 32))))

@@ -1,4 +1,4 @@
-"""PaDiM against covariances inverted position by position in float64, and against refits without a picture."""
+"""PaDiM against covariances inverted position by position in float64, and against refits without an image."""
 
 import random
 
@@ -35,7 +35,7 @@ def detector(backbone: type = Pyramid, **options) -> PaDiM:
     return PaDiM(backbone(), **options)
 
 
-def pictures(count: int, seed: int = 0, size: tuple[int, int] = (32, 48)) -> Tensor:
+def raw_images(count: int, seed: int = 0, size: tuple[int, int] = (32, 48)) -> Tensor:
     return 2 * torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
@@ -86,7 +86,7 @@ def plain_distances(model: PaDiM, train: np.ndarray, test: np.ndarray) -> np.nda
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("count", [1, 2, 3, 12, 40])  # below, and far above, 15 channels
 def test_both_forms_are_the_plain_loop(count, form):
-    train, test = pictures(count), pictures(3, seed=1)
+    train, test = raw_images(count), raw_images(3, seed=1)
     model = fitted(train, form=form)
     assert model.factor.shape == (96, *[15 if form == "covariance" else count] * 2)
     expected = plain_distances(model, plain_rows(model, train), plain_rows(model, test))
@@ -97,7 +97,7 @@ def test_both_forms_are_the_plain_loop(count, form):
 @pytest.mark.parametrize(("options", "d"), [({"channels": 100}, 100), ({"stages": (1, 2)}, 192)])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_resnet_at_the_reference_s_setting(options, d, form):
-    train, test = pictures(9, size=(64, 64)), pictures(2, seed=1, size=(64, 64))
+    train, test = raw_images(9, size=(64, 64)), raw_images(2, seed=1, size=(64, 64))
     model = fitted(train, ResNet18, form=form, **options)
     expected = plain_distances(model, plain_rows(model, train), plain_rows(model, test))
     grid = model.distances(model.embed(model.features(test)))
@@ -109,8 +109,8 @@ def test_a_resnet_at_the_reference_s_setting(options, d, form):
 @pytest.mark.parametrize("count", [1, 2, 4, 12])
 @pytest.mark.parametrize("d", [1, 2, 3, 4, 5])
 def test_few_random_channels_leave_stages_without_any(d, count, form):
-    """The finest stage, too, whose resolution stays that of the map; leaving a picture out is still a refit."""
-    train, test, drawn = pictures(count), pictures(2, seed=1), set()
+    """The finest stage, too, whose resolution stays that of the map; leaving an image out is still a refit."""
+    train, test, drawn = raw_images(count), raw_images(2, seed=1), set()
     for seed in (0, 1, 7):
         model = fitted(train, channels=d, form=form, seed=seed)
         drawn |= {int(channel > 4) + int(channel > 8) for channel in model.drawn} if d == 1 else {0, 1, 2}
@@ -127,7 +127,7 @@ def test_few_random_channels_leave_stages_without_any(d, count, form):
 
 
 def test_maps_and_scores():
-    train, test = pictures(8), pictures(3, seed=1)
+    train, test = raw_images(8), raw_images(3, seed=1)
     test[1, :, 8:16, 20:32] += 5
     model = fitted(train)
     grid = model.distances(model.embed(model.features(test)))
@@ -138,11 +138,11 @@ def test_maps_and_scores():
     np.testing.assert_allclose(found.scores.numpy(), expected.max((1, 2)), rtol=1e-5)
     for image, (y, x) in enumerate(found.peaks.int()):
         assert found.maps[image, y, x] == found.scores[image]
-    assert found.maps.dtype == torch.float32 and found.pictures is None
+    assert found.maps.dtype == torch.float32 and found.nearest_image is None
 
 
 def test_channels_are_those_of_the_reference():
-    model = fitted(pictures(3, size=(64, 64)), ResNet18, channels=100)
+    model = fitted(raw_images(3, size=(64, 64)), ResNet18, channels=100)
     random.seed(1024)
     assert model.drawn.tolist() == sorted(random.sample(range(448), 100))
     state = random.getstate()
@@ -152,14 +152,14 @@ def test_channels_are_those_of_the_reference():
 
 @pytest.mark.parametrize(("count", "channels", "low_rank"), [(9, None, True), (10, None, False), (8, 6, False)])
 def test_auto_takes_the_form_that_stores_less(count, channels, low_rank):
-    assert (fitted(pictures(count), channels=channels).deviations.shape[1] > 0) == low_rank
+    assert (fitted(raw_images(count), channels=channels).deviations.shape[1] > 0) == low_rank
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("count", [2, 3, 12, 40])
-def test_leaving_a_picture_out_is_a_refit_without_it(count, form):
+def test_leaving_an_image_out_is_a_refit_without_it(count, form):
     numbers = torch.arange(count).flip(0) * 3 + 5
-    train, model = pictures(count), detector(form=form)
+    train, model = raw_images(count), detector(form=form)
     model.fit(batches(train, numbers=numbers), count)
     chosen = [0, count // 2, count - 1]
     found = model.examine(train[chosen], leave_out=numbers[chosen])
@@ -170,22 +170,22 @@ def test_leaving_a_picture_out_is_a_refit_without_it(count, form):
         torch.testing.assert_close(found.scores[[row]], expected.scores, rtol=2e-4, atol=0)
 
 
-def test_pictures_that_were_not_fitted_are_not_left_out():
-    model, test = fitted(pictures(4)), pictures(3, seed=1)
+def test_images_that_were_not_fitted_are_not_left_out():
+    model, test = fitted(raw_images(4)), raw_images(3, seed=1)
     assert torch.equal(model.examine(test, leave_out=torch.tensor([-1, 4, 99])).maps, model.examine(test).maps)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("count", [1, 5])
-def test_one_or_identical_pictures_have_the_regularization_for_covariance(count, form):
-    train, test = pictures(1).expand(count, -1, -1, -1), pictures(2, seed=1)
+def test_one_or_identical_images_have_the_regularization_for_covariance(count, form):
+    train, test = raw_images(1).expand(count, -1, -1, -1), raw_images(2, seed=1)
     model = fitted(train, form=form)
     away = plain_rows(model, test) - plain_rows(model, train[:1])
     grid = model.distances(model.embed(model.features(test)))
     np.testing.assert_allclose(grid.flatten(1), np.linalg.norm(away, axis=2) / 0.1, rtol=1e-5)
     assert model.examine(train[:1]).scores < 1e-4  # other batch sizes round differently
     if count == 1:
-        with pytest.raises(UserError, match="one training picture"):
+        with pytest.raises(UserError, match="one training image"):
             model.examine(train, leave_out=torch.zeros(1, dtype=torch.int64))
     else:
         assert model.examine(train[:1], leave_out=torch.tensor([3])).scores < 1e-6
@@ -204,9 +204,9 @@ def test_forms_agree_on_large_features():
 
 
 def test_fitted_state_loads_into_a_fresh_detector():
-    test = pictures(2, seed=1)
+    test = raw_images(2, seed=1)
     for options, count in (({"channels": 7}, 5), ({}, 30), ({"form": "low_rank"}, 6)):
-        model, fresh = fitted(pictures(count), **options), PaDiM(Pyramid(), **options)
+        model, fresh = fitted(raw_images(count), **options), PaDiM(Pyramid(), **options)
         fresh.load_state_dict(model.state_dict())
         assert torch.equal(fresh.score(test)[0], model.score(test)[0])
         number = torch.tensor([1, 2])
@@ -214,12 +214,12 @@ def test_fitted_state_loads_into_a_fresh_detector():
 
 
 def test_a_memory_limit_changes_nothing():
-    free, bound = (fitted(pictures(9), memory_limit=limit).state_dict() for limit in (None, 0.0))
+    free, bound = (fitted(raw_images(9), memory_limit=limit).state_dict() for limit in (None, 0.0))
     assert all(torch.equal(value, bound[name]) for name, value in free.items())
 
 
 def test_scores_do_not_depend_on_the_batch():
-    model, test = fitted(pictures(9)), pictures(5, seed=1)
+    model, test = fitted(raw_images(9)), raw_images(5, seed=1)
     parts = [model.examine(image[None]) for image in test]
     torch.testing.assert_close(model.examine(test).maps, torch.cat([part.maps for part in parts]), rtol=1e-5, atol=0)
 
@@ -229,43 +229,43 @@ def test_user_errors():
         with pytest.raises(UserError, match=next(iter(options))):
             detector(**options)
     with pytest.raises(UserError, match=r"channels=16, but stages .* have 15"):
-        fitted(pictures(2), channels=16)
-    with pytest.raises(UserError, match="no training picture"):
+        fitted(raw_images(2), channels=16)
+    with pytest.raises(UserError, match="no training image"):
         detector().fit([], 0)
     with pytest.raises(UserError, match="not fitted"):
-        detector().score(pictures(1))
-    model, spoilt = fitted(pictures(4)), pictures(4)
-    with pytest.raises(UserError, match="fitted on 8 x 12 positions, and these pictures have 12 x 8"):
-        model.score(pictures(1, size=(48, 32)))
+        detector().score(raw_images(1))
+    model, spoilt = fitted(raw_images(4)), raw_images(4)
+    with pytest.raises(UserError, match="fitted on 8 x 12 positions, and these images have 12 x 8"):
+        model.score(raw_images(1, size=(48, 32)))
     spoilt[2, 0, 5, 7] = float("nan")
-    with pytest.raises(UserError, match="training pictures: row 2 of 4 holds NaN"):
+    with pytest.raises(UserError, match="training images: row 2 of 4 holds NaN"):
         fitted(spoilt)
-    with pytest.raises(UserError, match="pictures: row 0 of 2 holds NaN"):
+    with pytest.raises(UserError, match="images: row 0 of 2 holds NaN"):
         model.score(spoilt[2:])
     valid = torch.ones(4, 32, 48, dtype=torch.bool)
-    assert torch.equal(model.score(pictures(4), valid)[0], model.score(pictures(4))[0])
+    assert torch.equal(model.score(raw_images(4), valid)[0], model.score(raw_images(4))[0])
     valid[3, :, :2] = False
     with pytest.raises(UserError, match="padding"):
-        model.score(pictures(4), valid)
+        model.score(raw_images(4), valid)
     with pytest.raises(UserError, match="padding"):
-        detector().fit([Batch(pictures(4), valid, torch.arange(4))], 4)
+        detector().fit([Batch(raw_images(4), valid, torch.arange(4))], 4)
 
 
 def fit_shares(rank: int, _: int) -> list[dict[str, Tensor]]:
-    """Both forms on 9 pictures: process 0 has 6 of them, in three batches, process 1 has 3."""
+    """Both forms on 9 images: process 0 has 6 of them, in three batches, process 1 has 3."""
     mine = torch.tensor([[8, 0, 5, 2, 3, 1], [7, 4, 6]][rank])
     states = []
     for form in FORMS:
         model = detector(form=form)
-        model.fit(batches(pictures(9)[mine], 2, mine), 9)
+        model.fit(batches(raw_images(9)[mine], 2, mine), 9)
         states.append({name: value for name, value in model.state_dict().items() if "backbone" not in name})
-        with pytest.raises(UserError, match="fewer training pictures than processes"):  # on both
-            detector(form=form).fit(batches(pictures(1)) if rank else [], 1)
+        with pytest.raises(UserError, match="fewer training images than processes"):  # on both
+            detector(form=form).fit(batches(raw_images(1)) if rank else [], 1)
     return states
 
 
 def test_two_processes_hold_the_state_of_one():
-    alone = [fitted(pictures(9), form=form).state_dict() for form in FORMS]
+    alone = [fitted(raw_images(9), form=form).state_dict() for form in FORMS]
     for states in run_processes(fit_shares, 2):
         for state, expected in zip(states, alone):
             for name, value in state.items():

@@ -10,7 +10,7 @@ from models.anomaly.detector import Batch
 from models.anomaly.patchcore import PatchCore
 from models.backbones.resnet import ResNet18
 from runtime.errors import UserError
-from tests.pictures import batches
+from tests.images import batches
 from tests.processes import run_processes
 
 
@@ -183,7 +183,7 @@ def test_an_unfitted_detector_says_so():
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("coreset", [1e-6, 0.5, 1.0])
-def test_one_picture_or_identical_ones(count, coreset):
+def test_one_image_or_identical_ones(count, coreset):
     model = detector(coreset=coreset)
     model.fit(batches(textures(1).expand(count, -1, -1, -1), 2), count)
     assert len(model.bank) == max(1, int(coreset * 64 * count))
@@ -191,7 +191,7 @@ def test_one_picture_or_identical_ones(count, coreset):
     spoilt[:, :, 30:44, 30:44] += 2
     (maps, scores), (spoilt_maps, spoilt_scores) = model.score(textures(1)), model.score(spoilt)
     assert all(x.isfinite().all() for x in (maps, scores, spoilt_maps, spoilt_scores))
-    if len(model.bank) > 1:  # one patch says next to nothing about a picture
+    if len(model.bank) > 1:  # one patch says next to nothing about an image
         assert scores < spoilt_scores
     if coreset == 1.0:
         assert scores < 1e-3
@@ -237,7 +237,7 @@ def share(images: Tensor, rank: int, world_size: int, first: int = 0) -> list[Ba
 
 
 def fit_shares(rank: int, world_size: int, mode: str) -> dict:
-    """Fit, test on unevenly many pictures, save, forget a picture, learn two others."""
+    """Fit, test on unevenly many images, save, forget an image, learn two others."""
     model = detector(coreset=0.2, mode=mode)
     model.fit(share(textures(7), rank, world_size), 7)
     held = len(model.bank.entries)

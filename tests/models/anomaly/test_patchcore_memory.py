@@ -10,8 +10,8 @@ import torch
 from models.anomaly.padim import PaDiM
 from models.anomaly.patchcore import PatchCore
 from models.backbones.resnet import ResNet18
+from tests.images import TOP, batches
 from tests.models.anomaly.test_patchcore import distances, textures
-from tests.pictures import TOP, batches
 
 WATCHED = """
 import threading, time, torch
@@ -22,7 +22,7 @@ from models.anomaly.patchcore import PatchCore
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
 
-class Wide(nn.Module):  # 1024 channels at stride 2: 4 MiB a picture of 64 x 64
+class Wide(nn.Module):  # 1024 channels at stride 2: 4 MiB an image of 64 x 64
     def __init__(self):
         super().__init__()
         self.mix = nn.Conv2d(3, 1024, 1)
@@ -32,7 +32,7 @@ class Wide(nn.Module):  # 1024 channels at stride 2: 4 MiB a picture of 64 x 64
 torch.manual_seed(0)
 torch.set_num_threads(1)
 model = PatchCore(Wide(), stages=(1,), coreset={coreset}, memory_limit={limit}, neighborhood=1)
-pictures = (Batch(torch.randn(2, 3, 64, 64), None, torch.tensor([2 * i, 2 * i + 1])) for i in range(40))
+images = (Batch(torch.randn(2, 3, 64, 64), None, torch.tensor([2 * i, 2 * i + 1])) for i in range(40))
 model.patches(model.features(torch.randn(2, 3, 64, 64)))
 before, most, done = anonymous(), [0.0], threading.Event()
 def watch():
@@ -40,7 +40,7 @@ def watch():
         most[0] = max(most[0], anonymous())
 thread = threading.Thread(target=watch)
 thread.start()
-model.fit(pictures, 80)
+model.fit(images, 80)
 maps, scores = model.score(torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
 done.set()
 thread.join()
@@ -77,7 +77,7 @@ def test_the_covering_radius_is_that_of_the_bank(mode, coreset):
     assert model.facts()["covering_radius"] == pytest.approx(distances(points, bank).min(1).max(), rel=1e-4)
 
 
-def test_adding_a_picture_never_changes_the_projection():
+def test_adding_an_image_never_changes_the_projection():
     """anomalib's width grows with the number of patches: here none is needed to fit, and one would be to add."""
     torch.manual_seed(1)
     model = PatchCore(ResNet18(), mode="anomalib", stages=(2,))

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from models.anomaly.patchcore import PatchCore, anomalib_width, average_twice, linear_layer, sparse
 from models.backbones.resnet import ResNet18
+from tests.images import batches
 from tests.models.anomaly.test_patchcore import distances, enlarge, farthest_points, plain_patches, stages, textures
-from tests.pictures import batches
 
 
 def pool_1d(x: np.ndarray, width: int) -> np.ndarray:

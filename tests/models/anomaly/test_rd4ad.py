@@ -198,7 +198,7 @@ def test_state_dict_round_trip():
         assert torch.equal(a, b)
 
 
-def test_it_learns_a_few_pictures_and_finds_what_does_not_belong():
+def test_it_learns_a_few_images_and_finds_what_does_not_belong():
     model = detector()
     losses = train(model, textures(4), 20)
     assert losses[-1] < 0.25 * losses[0]
@@ -207,12 +207,12 @@ def test_it_learns_a_few_pictures_and_finds_what_does_not_belong():
     spoilt[:, :, 24:40, 16:32] = 2 * torch.randn(4, 3, 16, 16)
     (maps, scores), (normal_maps, normal_scores) = model.score(spoilt), model.score(normal)
     assert scores.min() > 1.1 * normal_scores.max()
-    # so short a training leaves a level at the picture's borders: it is the rise that must lie in the patch
+    # so short a training leaves a level at the image's borders: it is the rise that must lie in the patch
     rows, columns = np.divmod((maps - normal_maps).flatten(1).argmax(1).numpy(), 64)
     assert ((rows >= 22) & (rows < 42) & (columns >= 14) & (columns < 34)).all()  # to half a position of stage 1
 
 
-def test_identical_pictures_and_one_picture_train():
+def test_identical_images_and_one_image_train():
     image = textures(1)
     for images in (image, image.expand(3, -1, -1, -1)):
         losses = train(detector(), images, 3)

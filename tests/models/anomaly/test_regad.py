@@ -12,7 +12,7 @@ from models.anomaly.regad import RegAD
 from models.backbones.mobilenet import MobileNetV2
 from models.backbones.resnet import ResNet18
 from runtime.errors import UserError
-from tests.pictures import batches
+from tests.images import batches
 from tests.processes import run_processes
 
 
@@ -25,7 +25,7 @@ def detector(backbone: type[nn.Module] = ResNet18, **options) -> RegAD:
     return model
 
 
-def pictures(count: int = 3, size: int = 32) -> Tensor:
+def raw_images(count: int = 3, size: int = 32) -> Tensor:
     return torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
@@ -38,7 +38,7 @@ def batch(images: Tensor, part: slice = slice(None), epoch: int = 0, seed: int =
 
 
 def partners(model: RegAD, images: Tensor, **when) -> Tensor:
-    """The numbers of the supports (B, K) of pictures that are filled with their numbers."""
+    """The numbers of the supports (B, K) of images that are filled with their numbers."""
     [(queries, supports)] = model.steps(batch(images, **when))
     assert torch.equal(queries, images / 255) and supports.shape[1:] == (model.supports, *images.shape[1:])
     return (supports[:, :, 0, 0, 0] * 255).round().long()
@@ -48,7 +48,7 @@ def test_supports_are_others_of_the_batch_all_alike_and_new_in_every_epoch():
     model, count = detector(supports=3), 5
     images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2)
     drawn = torch.stack([partners(model, images, epoch=epoch) for epoch in range(400)])  # (400, B, K)
-    seen = F.one_hot(drawn, count).sum((0, 2)).double() / 1200  # (B, B) how often a picture has another
+    seen = F.one_hot(drawn, count).sum((0, 2)).double() / 1200  # (B, B) how often an image has another
     torch.testing.assert_close(seen, (1 - torch.eye(count).double()) / (count - 1), atol=0.05, rtol=0)
     assert ((seen == 0) == torch.eye(count, dtype=torch.bool)).all()
     alike = (drawn[:, :, 0] == drawn[:, :, 1]).double().mean().item()
@@ -65,7 +65,7 @@ def test_supports_are_others_of_the_batch_all_alike_and_new_in_every_epoch():
 
 
 def test_without_transformation_it_reads_the_backbone():
-    model, images = RegAD(ResNet18()).eval(), pictures()
+    model, images = RegAD(ResNet18()).eval(), raw_images()
     plain = model.backbone.forward_stages(images / 255, last=3)
     for ours, theirs in zip(model.features(normalize(images)), plain):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
@@ -75,24 +75,24 @@ def test_without_transformation_it_reads_the_backbone():
 
 
 def fitted_on(images: Tensor, numbers: list[int], rank: int = 0, world_size: int = 1) -> Tensor:
-    """Maps of three pictures after a fit on this process's share of the supports."""
+    """Maps of three images after a fit on this process's share of the supports."""
     mine = [b for i, b in enumerate(batches(images, 1)) if i in numbers and i % world_size == rank]
     model = detector(MobileNetV2).eval()
     model.fit(mine, len(numbers))
-    return model.score(normalize(pictures(5)[2:]))[0]
+    return model.score(normalize(raw_images(5)[2:]))[0]
 
 
 def on_a_shard(rank: int, world_size: int) -> tuple[Tensor, ...]:
-    mine, images = slice(0, 3) if rank == 0 else slice(3, 5), normalize(pictures(3))
-    [(queries, supports)] = detector(MobileNetV2).steps(batch(pictures(5, size=8), mine))
+    mine, images = slice(0, 3) if rank == 0 else slice(3, 5), normalize(raw_images(3))
+    [(queries, supports)] = detector(MobileNetV2).steps(batch(raw_images(5, size=8), mine))
     fitted = [fitted_on(images, numbers, rank, world_size) for numbers in ([0], [0, 1, 2])]
     return queries, supports, *fitted
 
 
 def test_two_processes_draw_the_supports_of_one_and_fit_as_one():
     """Also with unequal parts, and with one support for two processes."""
-    [(queries, supports)] = detector(MobileNetV2).steps(batch(pictures(5, size=8)))
-    images = normalize(pictures(3))
+    [(queries, supports)] = detector(MobileNetV2).steps(batch(raw_images(5, size=8)))
+    images = normalize(raw_images(3))
     expected = [fitted_on(images, numbers) for numbers in ([0], [0, 1, 2])]
     results = run_processes(on_a_shard, 2)
     assert torch.equal(torch.cat([r[0] for r in results]), queries)
@@ -106,7 +106,7 @@ def test_two_processes_draw_the_supports_of_one_and_fit_as_one():
 
 
 def test_other_supports_need_no_training_but_a_fit(tmp_path):
-    model, images = detector(MobileNetV2), pictures(6)
+    model, images = detector(MobileNetV2), raw_images(6)
     model.fit(batches(normalize(images[:2]), 2), 2)
     torch.save({"config": {"detector": {"name": "regad"}}, "model": model.state_dict()}, tmp_path / "last.pt")
     loaded, _ = build_detector(DetectorConfig(name="regad", weights=str(tmp_path / "last.pt")), MobileNetV2())
@@ -149,17 +149,17 @@ def test_mistakes_are_one_line():
         RegAD(ResNet18(), regularization=0)
     with pytest.raises(UserError, match="supports=0"):
         RegAD(ResNet18(), supports=0)
-    model, images = detector(MobileNetV2), normalize(pictures(2))
+    model, images = detector(MobileNetV2), normalize(raw_images(2))
     with pytest.raises(UserError, match="RegAD is not fitted"):
         model.score(images)
     valid = torch.ones(2, 32, 32, dtype=torch.bool)
     valid[:, :4] = False
     with pytest.raises(UserError, match="regad compares position by position, which padding shifts"):
         model.fit(batches(images, 2, valid=valid), 2)
-    with pytest.raises(UserError, match="no training picture"):
+    with pytest.raises(UserError, match="no training image"):
         model.fit([], 0)
     model.fit(batches(images, 2), 2)
-    with pytest.raises(UserError, match="fitted on 8 x 8 positions, and these pictures have 16 x 16"):
-        model.score(normalize(pictures(1, size=64)))
+    with pytest.raises(UserError, match="fitted on 8 x 8 positions, and these images have 16 x 16"):
+        model.score(normalize(raw_images(1, size=64)))
     with pytest.raises(ValueError, match="cannot leave out"):
         model.score(images, leave_out=torch.arange(2))

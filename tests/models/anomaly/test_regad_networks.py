@@ -150,7 +150,7 @@ def test_support_views_are_the_official_ones():
         np.testing.assert_allclose(view, torch.rot90(images, count, (2, 3)).numpy(), atol=1e-6)
 
 
-def test_support_views_of_pictures_that_are_not_square():
+def test_support_views_of_images_that_are_not_square():
     views = list(support_views(torch.rand(1, 3, 8, 14)))
     assert all(view.shape == (1, 3, 8, 14) and view.min() >= 0 and view.max() <= 1 for view in views)
 

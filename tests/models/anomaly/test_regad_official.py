@@ -14,8 +14,8 @@ from models.anomaly import DetectorConfig, build_detector
 from models.anomaly.regad import RegAD
 from models.backbones.resnet import ResNet18
 from runtime.errors import UserError
-from tests.models.anomaly.test_regad import batch, detector, pictures
-from tests.pictures import batches
+from tests.images import batches
+from tests.models.anomaly.test_regad import batch, detector, raw_images
 
 
 def test_what_is_trained_has_the_official_number_of_parameters():
@@ -102,7 +102,7 @@ def test_loss_and_gradient_are_the_official_ones():
     """224 x 224, as official layers need, in train mode: batch norm sees queries and supports apart."""
     model = detector(supports=2).double().train()
     official = Official(model).double().train()
-    [(queries, supports)] = model.steps(batch(pictures(2, size=224)))
+    [(queries, supports)] = model.steps(batch(raw_images(2, size=224)))
     queries, supports = queries.double(), supports.double()
     loss, stats = model(queries, supports)
     ours = torch.autograd.grad(loss, [*model.backbone.layer2.parameters(), *model.transformers.parameters()])
@@ -123,7 +123,7 @@ def test_loss_and_gradient_are_the_official_ones():
 
 
 def test_features_are_the_official_ones():
-    model, images = detector().eval(), pictures(2, size=224)
+    model, images = detector().eval(), raw_images(2, size=224)
     official = Official(model).eval()
     with torch.no_grad():
         official(images / 255)  # not normalised
@@ -145,7 +145,7 @@ def views_by_hand(support: Tensor) -> Tensor:
 
 
 def test_maps_and_scores_are_the_official_ones():
-    model, support, test = detector().train(), pictures(2), pictures(5)[2:]
+    model, support, test = detector().train(), raw_images(2), raw_images(5)[2:]
     before = {name: value.clone() for name, value in model.state_dict().items() if "running" in name}
     model.fit(batches(normalize(support), 1), 2)
     assert model.training and all(torch.equal(model.state_dict()[name], value) for name, value in before.items())

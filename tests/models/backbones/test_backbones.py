@@ -16,8 +16,8 @@ from models.ssl import SSL_METHODS
 from models.ssl.dino import DINO
 from models.ssl.simclr import SimCLR
 from runtime.errors import UserError
+from tests.images import batches
 from tests.models.ssl.test_methods import SMALL as SMALL_METHODS
-from tests.pictures import batches
 from tests.processes import run_processes
 
 SMALL = {  # one of each family and version, made small where it can be

@@ -11,22 +11,22 @@ def count(module):
 
 
 def official(gate: CBAM, x: torch.Tensor) -> torch.Tensor:
-    """Equations 1 to 3, picture by picture and position by position, in float64."""
+    """Equations 1 to 3, image by image and position by position, in float64."""
     w1, b1, w2, b2 = (p.double() for p in gate.channel.parameters())
     out = torch.zeros_like(x, dtype=torch.float64)
     kernel, norm = gate.spatial.conv.weight.double(), gate.spatial.bn
-    for n, picture in enumerate(x.double()):  # (C, H, W)
+    for n, image in enumerate(x.double()):  # (C, H, W)
         raw = 0
-        for pooled in (picture.flatten(1).mean(1), picture.flatten(1).max(1).values):
+        for pooled in (image.flatten(1).mean(1), image.flatten(1).max(1).values):
             raw = raw + w2 @ torch.relu(w1 @ pooled + b1) + b2
-        picture = picture * torch.sigmoid(raw)[:, None, None]
-        two = torch.stack([picture.max(0).values, picture.mean(0)])  # the maximum is the first channel officially
+        image = image * torch.sigmoid(raw)[:, None, None]
+        two = torch.stack([image.max(0).values, image.mean(0)])  # the maximum is the first channel officially
         padded = torch.nn.functional.pad(two, (3, 3, 3, 3))
-        for i in range(picture.shape[1]):
-            for j in range(picture.shape[2]):
+        for i in range(image.shape[1]):
+            for j in range(image.shape[2]):
                 value = (padded[:, i : i + 7, j : j + 7] * kernel[0]).sum()
                 value = (value - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
-                out[n, :, i, j] = picture[:, i, j] * torch.sigmoid(value)
+                out[n, :, i, j] = image[:, i, j] * torch.sigmoid(value)
     return out
 
 

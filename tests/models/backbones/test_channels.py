@@ -92,9 +92,9 @@ def test_every_family_has_n_channel_stems(name):
     assert net(torch.randn(2, 5, 32, 32)).shape == (2, net.num_features)
 
 
-def test_a_stem_that_does_not_fit_the_pictures_is_an_error():
+def test_a_stem_that_does_not_fit_the_images_is_an_error():
     for wrong in ({"in_channels": 5}, {"in_channels": 1}, {"in_channels": 2, "channel": "red"}):
-        with pytest.raises(UserError, match=r"in_channels=., but pictures have three channels: set it to 3"):
+        with pytest.raises(UserError, match=r"in_channels=., but images have three channels: set it to 3"):
             build("resnet18", **wrong)
     with pytest.raises(UserError, match=r"one_channel=learned needs backbone\.channel=red, green or blue"):
         build("resnet18", one_channel="learned")

@@ -125,7 +125,7 @@ def test_official_names_load(tmp_path):
     assert torch.equal(model(images), source(images))
 
 
-def test_small_pictures():
+def test_small_images():
     net = ConvNeXtAtto(patch=1)
     assert [tuple(m.shape[2:]) for m in net.forward_stages(torch.randn(1, 3, 32, 32))] == [
         (32, 32),
@@ -133,7 +133,7 @@ def test_small_pictures():
         (8, 8),
         (4, 4),
     ]
-    with pytest.raises(UserError, match="needs pictures of 32 x 32 pixels at least for 4 stages, not 31 x 40"):
+    with pytest.raises(UserError, match="needs images of 32 x 32 pixels at least for 4 stages, not 31 x 40"):
         ConvNeXtAtto()(torch.zeros(1, 3, 31, 40))
     assert ConvNeXtAtto().forward_stages(torch.zeros(1, 3, 16, 16), last=3)[-1].shape[2:] == (1, 1)
     with pytest.raises(UserError, match=r"backbone\.patch=0"):

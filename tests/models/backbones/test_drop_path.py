@@ -9,7 +9,7 @@ from models.ssl.dino import DINO
 from runtime.errors import UserError
 
 
-def test_a_picture_is_dropped_whole_or_scaled():
+def test_an_image_is_dropped_whole_or_scaled():
     torch.manual_seed(0)
     x = torch.rand(4000, 3, 2) + 1
     out = DropPath(0.3).train()(x)

@@ -24,7 +24,7 @@ def norm_and_parts(splits, channels=3, **options):
 
 
 def by_hand(parts, x):
-    """Picture i goes through the norm of part i % splits."""
+    """Image i goes through the norm of part i % splits."""
     out = torch.empty_like(x)
     for i, part in enumerate(parts):
         out[i :: len(parts)] = part(x[i :: len(parts)])
@@ -79,7 +79,7 @@ def test_evaluation_is_batch_norm(batch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_pictures_with_float32_weights(dtype):
+def test_narrow_images_with_float32_weights(dtype):
     norm, parts = norm_and_parts(2)
     x = torch.randn(6, 3, 4, 4).to(dtype)
     with torch.autocast("cpu", dtype):
@@ -130,7 +130,7 @@ def test_a_resnets_checkpoint_goes_both_ways():
 
 def test_a_batch_that_does_not_divide():
     norm, _ = norm_and_parts(4)
-    with pytest.raises(UserError, match=r"method\.splits=4 does not divide the 6 pictures"):
+    with pytest.raises(UserError, match=r"method\.splits=4 does not divide the 6 images"):
         norm(torch.randn(6, 3, 2, 2, dtype=torch.float64))
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):  # one value a channel and part
         norm(torch.randn(4, 3, 1, 1, dtype=torch.float64))

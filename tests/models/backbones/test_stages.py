@@ -30,6 +30,6 @@ def test_exactly_what_the_stages_need_is_trainable(backbone, last):
     assert bool(idle) == (last < 4 or backbone is MobileNetV2)  # whose last convolution is behind stage 4
 
 
-def test_a_vit_is_asked_with_pictures_that_its_patches_divide():
+def test_a_vit_is_asked_with_images_that_its_patches_divide():
     assert stage_shapes(ViTTiny(patch=14, size=28), 2) == [(192, 5, 5)] * 2  # of 70 x 70 pixels
     assert stage_shapes(ViTTiny(patch=16, size=32), 1) == [(192, 4, 4)]

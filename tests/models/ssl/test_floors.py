@@ -1,7 +1,7 @@
-"""Eight pictures, always in the same views, learnt by heart: every loss comes down to the least it can be.
+"""Eight images, always in the same views, learnt by heart: every loss comes down to the least it can be.
 
-Where pictures repel each other the best that N unit vectors can do is a simplex, with cosines of -1 / (N - 1); of a
-class each, that of the classes. A queue holds the eight pictures' own keys, which therefore repel their queries.
+Where images repel each other the best that N unit vectors can do is a simplex, with cosines of -1 / (N - 1); of a
+class each, that of the classes. A queue holds the eight images' own keys, which therefore repel their queries.
 """
 
 import math
@@ -16,7 +16,7 @@ from tests.models.ssl.test_methods import Staged
 from training.ema import ema_update
 
 N = 8
-APART = -1 / (N - 1)  # cosine of two pictures on the simplex
+APART = -1 / (N - 1)  # cosine of two images on the simplex
 
 
 def nce(temperature, positives=1, negatives=N - 1, apart=APART):
@@ -24,11 +24,11 @@ def nce(temperature, positives=1, negatives=N - 1, apart=APART):
     return math.log(positives + negatives * math.exp((apart - 1) / temperature))
 
 
-SUPCON = math.log(3 + 12 * math.exp((-1 / 3 - 1) / 0.1)) * 0.1 / 0.07  # four classes of two pictures in two views
-QUEUE = 16  # two keys of each picture
-TASK = math.log(QUEUE * (1 + 7 * math.exp(APART - 1)) / 8)  # the shots are each picture's own keys
+SUPCON = math.log(3 + 12 * math.exp((-1 / 3 - 1) / 0.1)) * 0.1 / 0.07  # four classes of two images in two views
+QUEUE = 16  # two keys of each image
+TASK = math.log(QUEUE * (1 + 7 * math.exp(APART - 1)) / 8)  # the shots are each image's own keys
 # Above the worst that was seen over seeds and instruction sets, here and in tests/scripts/test_overfit.py, and below
-# what two pictures taken for one cost moco_v3 (0.13) and revd (0.12). Rounding alone moves where the methods with a
+# what two images taken for one cost moco_v3 (0.13) and revd (0.12). Rounding alone moves where the methods with a
 # stopped gradient come to rest, which is no minimum of the loss: on twelve seeds here simsiam at 0.001 to 0.019 above
 # its floor, moco_v3 at 0.028 to 0.084, psco at 0.011 to 0.028.
 CASES = {  # options, floor, how near
@@ -53,7 +53,7 @@ CASES = {  # options, floor, how near
 
 
 class Pixels(nn.Module):
-    """A backbone that can tell any pictures apart."""
+    """A backbone that can tell any images apart."""
 
     num_features = 64
 
@@ -66,13 +66,13 @@ class Pixels(nn.Module):
 
 
 @pytest.mark.parametrize("name", SSL_METHODS)
-def test_eight_pictures_bring_the_loss_to_its_floor(name):
+def test_eight_images_bring_the_loss_to_its_floor(name):
     options, floor, near = CASES[name]
     torch.manual_seed(0)
     method = SSL_METHODS[name](Staged() if name == "revd" else Pixels(), **options)
-    pictures, size = torch.randn(N, 3, 16, 16), 16 if name == "revd" else 8
+    raw_images, size = torch.randn(N, 3, 16, 16), 16 if name == "revd" else 8
     takes = method.takes[0] if method.takes[0] > 1 else 2
-    images = [pictures[..., :size, :size] + 0.3 * torch.randn(N, 3, size, size) for _ in range(takes)]
+    images = [raw_images[..., :size, :size] + 0.3 * torch.randn(N, 3, size, size) for _ in range(takes)]
     labels = torch.arange(N) // 2
     optimizer = torch.optim.Adam([p for p in method.parameters() if p.requires_grad], lr=3e-3)
     losses = []

@@ -141,7 +141,7 @@ def test_processes_on_different_shards_have_the_gradients_of_one(name, processes
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_network_that_says_the_same_of_every_picture_has_the_chance_loss(name):
+def test_a_network_that_says_the_same_of_every_image_has_the_chance_loss(name):
     method = build(name)
     same = tuple(torch.ones_like(embedding).double() for embedding in method.embed(views(name)))
     for _ in range(5):  # until queues hold nothing else
@@ -243,7 +243,7 @@ def test_an_unknown_option_names_the_known_ones(name, option):
         SSL_METHODS[name](Backbone(), **{option: OPTIONS[name][option]})
 
 
-def test_supcon_takes_any_number_of_views_and_keeps_each_with_its_picture():
+def test_supcon_takes_any_number_of_views_and_keeps_each_with_its_image():
     method, labels = build("supcon"), torch.tensor([0, 1, 2, 0, 3, 1, 0, 2])
     images = [torch.randn(8, 3, 8, 8, dtype=torch.float64) for _ in range(3)]
     z = torch.stack([method.online(view) for view in images], dim=1)  # (B, 3, D)
@@ -251,7 +251,7 @@ def test_supcon_takes_any_number_of_views_and_keeps_each_with_its_picture():
 
 
 def test_revd_loss_is_that_of_both_and_reaches_both():
-    """A plain loop: 1 - cosine of the flattened stages, mean over pictures, summed over stages, nothing detached."""
+    """A plain loop: 1 - cosine of the flattened stages, mean over images, summed over stages, nothing detached."""
     method, [images] = build("revd"), views("revd")
     teacher, student = method.online(images)
     expected = 0

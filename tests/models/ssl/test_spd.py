@@ -17,7 +17,7 @@ CONTRASTIVE = [
 ]  # what `online` gives of a view is a projection
 
 
-def pictures(name, count=8):
+def raw_images(name, count=8):
     """The method's views, then anchors, positives and negatives: two slight changes, and a strong one in a corner."""
     torch.manual_seed(5)
     anchor = torch.randn(count, 3, 8, 8, dtype=torch.float64)
@@ -37,9 +37,9 @@ def step(model, images):
 def test_the_loss_is_the_methods_and_the_weighted_term(name):
     alone, _, without = step(build(name), views(name))
     method = build(name)
-    loss, stats, grads = step(SPD(method, 0.3), pictures(name))
+    loss, stats, grads = step(SPD(method, 0.3), raw_images(name))
     with torch.no_grad():
-        a, p, n = (F.normalize(build(name).online(x)) for x in pictures(name)[-3:])
+        a, p, n = (F.normalize(build(name).online(x)) for x in raw_images(name)[-3:])
         away, near = (a * n).sum(1).mean(), (a * p).sum(1).mean()
     torch.testing.assert_close(loss, alone + 0.3 * (away - near), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(stats["spd"], away - near, rtol=1e-12, atol=1e-12)
@@ -47,7 +47,7 @@ def test_the_loss_is_the_methods_and_the_weighted_term(name):
     assert all(not value.requires_grad and (value.ndim == 0) == (key != "embeddings") for key, value in stats.items())
 
     other = build(name)
-    spd(*other.online(torch.cat(pictures(name)[-3:])).chunk(3))[0].backward()
+    spd(*other.online(torch.cat(raw_images(name)[-3:])).chunk(3))[0].backward()
     term = {f"method.{n}": p.grad for n, p in other.named_parameters() if p.grad is not None}
     assert grads.keys() == {f"method.{n}" for n in without}  # an EMA target takes no part
     for key, grad in grads.items():
@@ -58,7 +58,7 @@ def test_the_loss_is_the_methods_and_the_weighted_term(name):
 @pytest.mark.parametrize("name", CONTRASTIVE)
 def test_weight_0_is_the_method_alone_bit_for_bit(name):
     loss, _, grads = step(build(name), views(name))
-    with_term, _, others = step(SPD(build(name), 0.0), pictures(name))
+    with_term, _, others = step(SPD(build(name), 0.0), raw_images(name))
     assert torch.equal(with_term, loss)
     assert others.keys() == {f"method.{n}" for n in grads}
     assert all(torch.equal(others[f"method.{n}"], grad) for n, grad in grads.items())
@@ -69,7 +69,7 @@ def gradients(rank, world_size, name):
     model = SPD(method, 0.5)
     model = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
     mine = slice(rank * 8 // world_size, (rank + 1) * 8 // world_size)
-    loss, stats, _ = step(model, [view[mine] for view in pictures(name)])
+    loss, stats, _ = step(model, [view[mine] for view in raw_images(name)])
     return loss, stats["spd"], {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
 
 
@@ -118,11 +118,11 @@ def normed(name):
 def test_batch_norm_sees_the_methods_views_alone_and_the_three_together(name):
     method, alone = normed(name), normed(name)
     expected, _ = alone(views(name), torch.zeros(8))
-    loss, stats = SPD(method, 0.5)(pictures(name), torch.zeros(8))
+    loss, stats = SPD(method, 0.5)(raw_images(name), torch.zeros(8))
     torch.testing.assert_close(loss - 0.5 * stats["spd"], expected, rtol=1e-12, atol=1e-12)
     *before, three = method.online.backbone.batches
     assert [b.shape for b in before] == [b.shape for b in alone.online.backbone.batches]
-    assert torch.equal(three, torch.cat(pictures(name)[-3:]))
+    assert torch.equal(three, torch.cat(raw_images(name)[-3:]))
     runs = len(before)
     assert (
         method.online.backbone.bn1.num_batches_tracked == alone.online.backbone.bn1.num_batches_tracked + 1 == runs + 1
@@ -133,7 +133,7 @@ def test_batch_norm_sees_the_methods_views_alone_and_the_three_together(name):
 
 @pytest.mark.parametrize("name", ["simclr", "dino", "supcon"])
 def test_the_term_alone_learns_to_spot_the_difference(name):
-    method, three = build(name), torch.cat(pictures(name)[-3:])
+    method, three = build(name), torch.cat(raw_images(name)[-3:])
     for linear in method.online.modules():
         if isinstance(linear, nn.Linear):  # DINO's start is so small that the first steps' biases are all there is
             nn.init.orthogonal_(linear.weight)
@@ -148,9 +148,9 @@ def test_the_term_alone_learns_to_spot_the_difference(name):
     assert abs(terms[0]) < 0.05 and terms[-1] < -1
 
 
-def test_a_few_pictures_are_learnt_by_heart_and_their_defects_too():
+def test_a_few_images_are_learnt_by_heart_and_their_defects_too():
     def after(weight):
-        method, images = build("simclr").float(), [view.float() for view in pictures("simclr")]
+        method, images = build("simclr").float(), [view.float() for view in raw_images("simclr")]
         optimizer = torch.optim.Adam(method.parameters(), lr=0.01)
         for _ in range(60):
             loss, stats = SPD(method, weight)(images, torch.zeros(8))
@@ -164,7 +164,7 @@ def test_a_few_pictures_are_learnt_by_heart_and_their_defects_too():
 
 def test_dinos_prototypes_stay_in_the_first_epoch():
     method = build("dino")
-    SPD(method, 0.5)(pictures("dino"), torch.zeros(8))[0].backward()
+    SPD(method, 0.5)(raw_images("dino"), torch.zeros(8))[0].backward()
     method.cancel_gradients()
     assert method.online.head.last_layer.weight_v.grad is None
     assert method.online.backbone.conv1.weight.grad is not None

@@ -1,4 +1,4 @@
-"""Small picture sets on disk in the layouts of the real ones, and the scripts run on them as a person would."""
+"""Small image sets on disk in the layouts of the real ones, and the scripts run on them as a person would."""
 
 import json
 import os
@@ -27,8 +27,8 @@ def write_classes(root: Path, *, classes: int = 3, each: int = 12, size: int = 4
             for i in range(count):
                 angle = np.pi * c / classes + rng.normal(0, 0.1)
                 wave = np.sin((np.cos(angle) * grid[0] + np.sin(angle) * grid[1]) / 2 + rng.uniform(0, 6))
-                picture = 128 + 60 * wave[..., None] + rng.normal(0, 25, (size, size, 3))
-                Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(folder / f"{i:03d}.png")
+                image = 128 + 60 * wave[..., None] + rng.normal(0, 25, (size, size, 3))
+                Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / f"{i:03d}.png")
     return root
 
 
@@ -45,20 +45,20 @@ def write_mvtec(
     for folder, count in (("train/good", normal), ("test/good", 4), ("test/spot", 4)):
         (root / category / folder).mkdir(parents=True)
         for i in range(count):
-            picture, mask = texture(), np.zeros(shape, np.uint8)
+            image, mask = texture(), np.zeros(shape, np.uint8)
             if folder == "test/spot":
                 y, x = rng.integers(8, size - 20, 2)
-                picture[y : y + 12, x : x + 12] = 250
+                image[y : y + 12, x : x + 12] = 250
                 mask[y : y + 12, x : x + 12] = 255
                 masks = root / category / "ground_truth" / "spot"
                 masks.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(mask).save(masks / f"{i:03d}_mask.png")
-            Image.fromarray(picture).save(root / category / folder / f"{i:03d}.png")
+            Image.fromarray(image).save(root / category / folder / f"{i:03d}.png")
     return root
 
 
 def batches(images: Tensor, size: int, *, first: int = 0, valid: Tensor | None = None) -> list[Batch]:
-    """Pictures as a detector's `fit` takes them, `size` at a time, numbered from `first`."""
+    """Images as a detector's `fit` takes them, `size` at a time, numbered from `first`."""
     numbers = torch.arange(first, first + len(images))
     masks = [None] * len(images) if valid is None else valid.split(size)
     return [Batch(*parts) for parts in zip(images.split(size), masks, numbers.split(size))]
