@@ -21,7 +21,7 @@ bench: .venv/installed
 	$(PY) -m benchmarks.defects
 	$(PY) -m benchmarks.dino_loss
 	$(PY) -m benchmarks.knn
-	$(PY) -m benchmarks.neighbour
+	$(PY) -m benchmarks.neighbor
 	$(PY) -m benchmarks.padim
 	$(PY) -m benchmarks.predict
 	$(PY) -m benchmarks.train_step

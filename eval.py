@@ -53,17 +53,17 @@ def knn(train, test, classes: list[str], say, *, k: int = 20, temperature: float
     """DINO's weighted vote; the metrics of all of `KNN_SETTINGS`, the report for k and temperature.
 
     Args:
-        k: neighbours that vote, in the report and the confusion matrix.
-        temperature: a neighbour's vote weighs exp(similarity / temperature).
+        k: neighbors that vote, in the report and the confusion matrix.
+        temperature: a neighbor's vote weighs exp(similarity / temperature).
     """
-    figures = {}
+    metrics = {}
     if few := few_neighbors(len(train[0]), k):
         say(few)
     for setting in KNN_SETTINGS:
         scores = knn_scores(*train, test[0], **setting, n_classes=len(classes))
-        figures[f"knn{setting['k']}_top1"] = float((scores.argmax(1) == test[1]).float().mean())
+        metrics[f"knn{setting['k']}_top1"] = float((scores.argmax(1) == test[1]).float().mean())
     scores = knn_scores(*train, test[0], k=k, temperature=temperature, n_classes=len(classes))
-    return scores.masked_fill(scores == 0, -torch.inf), figures  # a class without a vote is no hit
+    return scores.masked_fill(scores == 0, -torch.inf), metrics  # a class without a vote is no hit
 
 
 def linear(
@@ -86,7 +86,7 @@ def linear(
     return linear_probe(*train, test[0], n_classes=len(classes), epochs=epochs, batch_size=batch_size, seed=seed)
 
 
-MEASURES = {"knn": knn, "linear": linear}  # of a backbone: training and test features -> class scores, figures
+MEASURES = {"knn": knn, "linear": linear}  # of a backbone: training and test features -> class scores, metrics
 
 
 @dataclass(kw_only=True)
@@ -189,9 +189,9 @@ def measure(cfg: Config) -> None:
     )
     health = feature_health(train[0])
     log.warn_now(0, constant_warning(health))
-    scores, figures = MEASURES[cfg.task.name](train, test, train_set.classes, log.say, **cfg.task.options)
+    scores, metrics = MEASURES[cfg.task.name](train, test, train_set.classes, log.say, **cfg.task.options)
     about = {"task": cfg.task.name, "backbone": cfg.backbone.name, "n_train": len(train_set), "n_test": len(test_set)}
-    results = about | figures | health | classification_report(scores, test[1], train_set.classes)
+    results = about | metrics | health | classification_report(scores, test[1], train_set.classes)
 
     if distributed.is_main():
         matrix = confusion_matrix(scores.argmax(1), test[1], len(train_set.classes))

@@ -5,7 +5,7 @@
 
 The run folder is all it needs. Images are those in a folder and below, or one file, of any sizes. Writes to `out`:
 
-predictions.csv: a row an image: path (below the folder), score, is_anomalous (1 if the score is above the threshold,
+predictions.csv: a row per image: path (below the folder), score, is_anomalous (1 if the score is above the threshold,
     else 0), threshold, nearest_training_image (of detectors with a memory), and y, x: row and column of the most
     anomalous pixel of the original. What is not known is empty.
 heatmaps/<path>.png: the original in grey under its anomaly map, pixel for pixel, regions above the pixel threshold
@@ -67,7 +67,7 @@ class Config:
     out: PathText = "results"  # folder of the table and the heat maps
     threshold: float | None = None  # of the score; none: the run's own
     tile: int = 0  # side of square tiles in pixels; 0: whole images, as in training
-    overlap: int = 64  # pixels that neighbouring tiles share
+    overlap: int = 64  # pixels that neighboring tiles share
     batch_size: int = 16  # images, or tiles of one image
     device: str = "auto"  # auto, cpu, cuda or cuda:1; auto: CUDA where there is one
     precision: Literal["fp32", "bf16", "fp16"] | None = None  # none: the run's own, which its thresholds are of

@@ -46,11 +46,11 @@ class Config:
     detector: DetectorConfig  # the method
     optim: OptimConfig | None = None  # for detectors trained by gradients; the others are fitted in one pass
     epochs: int = 1  # passes over the training set, for detectors trained by gradients
-    batch_size: int = 16  # images a step, over all processes
+    batch_size: int = 16  # images per step, over all processes
     update: PathText | None = None  # last.pt of a fitted run: only learn what was added to its images or taken away
     holdout: float | None = None  # share of normals kept for thresholds; none: 0.1, 0 if few or each can be left out
     false_alarm_rate: float = 0.01  # what the thresholds promise; below 1 / (normals + 1) nothing can
-    pixels: Literal["input", "original"] = "input"  # resolution of the pixel figures
+    pixels: Literal["input", "original"] = "input"  # resolution of the pixel metrics
     log_every: int = 10  # steps between points of the curves
     save_every: int = 500  # steps between checkpoints
     seed: Seed = 0  # of the weights, the order and the hold-out
@@ -58,7 +58,7 @@ class Config:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the networks
     compile: bool = False  # the training by gradients
     sync_bn: bool = False  # BatchNorm over all processes; CUDA only
-    resume: Literal["auto", "never"] = "auto"  # auto: go on where a killed run stopped; never: remove what is there
+    resume: Literal["auto", "never"] = "auto"  # auto: resume a killed run; never: remove what is there
     runs: PathText = "runs"  # folder of all runs
     run_name: str  # folder below it; the name of the YAML file unless given
 
@@ -123,7 +123,7 @@ def main(argv: list[str]) -> None:
         detector.check_count(len(train_ids))
     total = cfg.epochs * epoch_steps if by_gradient else 1
 
-    # ---------------------------------------------------------------- what a killed run left
+    # ---------------------------------------------------------------- resume
     dtype, scaler = PRECISIONS[cfg.precision], torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     with autocast:

@@ -38,7 +38,7 @@ from data.loading import Loader, names_of
 from data.normalize import unnormalize
 from data.splits import holdout
 from evaluation.collapse import collapse_warning, constant_warning, embedding_health
-from evaluation.knn import few_neighbors, knn_figures
+from evaluation.knn import few_neighbors, knn_metrics
 from models.backbones.build import BackboneConfig, build_backbone, refuse_classifier
 from models.backbones.split_batch_norm import SplitBatchNorm2d
 from models.ssl import SSL_METHODS, MethodConfig
@@ -87,22 +87,22 @@ class Config:
     defect: DefectConfig | None = None  # of the last view, for a method that needs one
     spd: SPDConfig | None = None  # SPot-the-Difference beside the method's loss
     optim: OptimConfig  # optimizer and rates
-    sam: SAMConfig | None = None  # sharpness-aware minimisation: two passes a step
+    sam: SAMConfig | None = None  # sharpness-aware minimisation: two passes per step
     ema: EMAConfig = field(default_factory=EMAConfig)  # of methods with a target network
     save: SaveConfig = field(default_factory=SaveConfig)  # checkpoints
     epochs: int  # passes over the training set
-    batch_size: int  # images a step, over all processes and accumulated batches
+    batch_size: int  # images per step, over all processes and accumulated batches
     accumulate: int = 1  # batches of a step, which has one loss of all its images
-    holdout: float = 0.1  # share of the training set kept for the kNN figure; 0: train on everything, no figure
-    eval_every: int = 10  # epochs between kNN figures
+    holdout: float = 0.1  # share of the training set kept for the kNN metric; 0: train on everything, no metric
+    eval_every: int = 10  # epochs between kNN metrics
     log_every: int = 10  # steps between points of the curves
-    overfit: int = 0  # learn so many images by heart, always in the same views: does the loss reach its floor?
+    overfit: int = 0  # overfit this many images, always in the same views: does the loss reach its floor?
     seed: Seed = 0  # of the weights, the order, the views and the hold-out
     device: str = "auto"  # auto, cpu, cuda or cuda:1; auto: CUDA where there is one
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # fp16's scaler waits for the device once a step
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # fp16's scaler waits for the device once per step
     compile: bool = False  # the forward, by torch.compile
     sync_bn: bool = False  # BatchNorm over all processes; CUDA only
-    resume: Literal["auto", "never"] = "auto"  # auto: go on where a killed run stopped; never: remove what is there
+    resume: Literal["auto", "never"] = "auto"  # auto: resume a killed run; never: remove what is there
     runs: PathText = "runs"  # folder of all runs
     run_name: str  # folder below it; the name of the YAML file unless given
 
@@ -139,7 +139,7 @@ def main(argv: list[str]) -> None:
     if cfg.overfit:  # spread over the set, and so over its classes
         train_ids = train_ids[torch.linspace(0, len(train_ids) - 1, cfg.overfit).long()]
     if cfg.save.best and not measurable:
-        raise errors.UserError("save.best keeps the best kNN figure, and there is none without holdout or classes")
+        raise errors.UserError("save.best keeps the best kNN metric, and there is none without holdout or classes")
     micro_batch = cfg.batch_size // (world * cfg.accumulate)
     load = {"seed": cfg.seed, "cache": cfg.data.cache, "workers": cfg.data.workers}
     loader = Loader(train_set, micro_batch, device, shuffle=True, drop_last=True, indices=train_ids, **load)
@@ -155,7 +155,7 @@ def main(argv: list[str]) -> None:
     if cfg.spd is not None:
         augment = SpotTheDifference(augment, DEFECTS[cfg.spd.name](**cfg.spd.options))
 
-    # ---------------------------------------------------------------- networks, optimizer, what a killed run left
+    # ---------------------------------------------------------------- networks, optimizer, resume
     torch.manual_seed(cfg.seed)
     backbone, report = build_backbone(cfg.backbone)
     method = SSL_METHODS[cfg.method.name](backbone, **cfg.method.options)
@@ -178,20 +178,20 @@ def main(argv: list[str]) -> None:
     image, measured = (images[int(train_ids[0])][0] for images in (train_set, seen))
     about = {"classes": classes, "n_images": len(train_ids), "measured": measured if measurable else None}
     warnings = rehearse(method, objective, augment, image, cfg, **about, autocast=autocast)
-    start, total, best, curves, figures = 0, cfg.epochs * epoch_steps, -1.0, {}, {}
+    start, total, best, curves, metrics = 0, cfg.epochs * epoch_steps, -1.0, {}, {}
     parts = {"model": method, "optimizer": optimizer, "scaler": scaler}
     images = {"names": names_of(train_set, cfg.data.options["root"]), "learned": train_ids.tolist()}
     about = {"schema": Config, "resume": cfg.resume, "images": images}
     state, began = checkpoint.open_run(folder, resolved, **about), time.perf_counter()
     if state is not None:
         checkpoint.restore(state, parts)
-        start, best, curves, figures = (state[key] for key in ("step", "best", "curves", "figures"))
+        start, best, curves, metrics = (state[key] for key in ("step", "best", "curves", "metrics"))
         began -= state["seconds"]
 
     log, window = Log(folder, cfg, start), Window(device)
     parameters = sum(p.numel() for p in method.online.parameters())
     log.say(f"{cfg.run_name}: {cfg.method.name} on {len(train_ids)} images, {cfg.backbone.name} ({report}), ")
-    log.say(f"{parameters:,} parameters, {epoch_steps} steps an epoch, step {start} of {total}, {world} x {device}")
+    log.say(f"{parameters:,} parameters, {epoch_steps} steps per epoch, step {start} of {total}, {world} x {device}")
     unused = {f"held out (holdout={cfg.holdout})": len(held_out)}
     unused["not in overfit"] = len(train_set) - len(train_ids) - len(held_out)
     few = few_neighbors(len(train_ids)) if measurable else None
@@ -262,21 +262,21 @@ def main(argv: list[str]) -> None:
         if eval_due and measurable:
             with window.paused():
                 distributed.share_buffers(method)
-                figures = log.scalars(done, knn_figures(method.backbone, bank, queries))
-            log.warn_now(done, constant_warning(figures, curves.get("embedding/std")))
-            if cfg.save.best and figures["knn20_top1"] > best:
-                best, about = figures["knn20_top1"], {"step": done, "config": resolved, "part": method.kept}
+                metrics = log.scalars(done, knn_metrics(method.backbone, bank, queries))
+            log.warn_now(done, constant_warning(metrics, curves.get("embedding/std")))
+            if cfg.save.best and metrics["knn20_top1"] > best:
+                best, about = metrics["knn20_top1"], {"step": done, "config": resolved, "part": method.kept}
                 checkpoint.save(folder / "best.pt", {"model": method}, **about, best=best)
         if save_due:
             about = {"step": done, "best": best, "config": resolved, "part": method.kept}
-            about |= {"curves": curves, "figures": figures, "seconds": time.perf_counter() - began}
+            about |= {"curves": curves, "metrics": metrics, "seconds": time.perf_counter() - began}
             with window.paused():
                 checkpoint.save(folder / checkpoint.LAST, parts, **about, **images)
                 checkpoint.keep_copy(folder, done, cfg.save.keep_last)
 
     # ---------------------------------------------------------------- results
     about = {"method": cfg.method.name, "backbone": cfg.backbone.name, "parameters": parameters, "steps": total}
-    results = about | {"loss": curves.get("loss")} | figures | {"seconds": time.perf_counter() - began}
+    results = about | {"loss": curves.get("loss")} | metrics | {"seconds": time.perf_counter() - began}
     log.results(results | {"version": code_version()})
     distributed.cleanup()
 

@@ -107,7 +107,7 @@ def scikit_ap(maps: np.ndarray, masks: np.ndarray) -> float:
 OURS = {
     "AU-PRO, limits 0.3, 0.05 and 0.01": aupro_alone,
     "all six (`pixel_metrics`)": pixel_metrics,
-    "image and pixel figures with intervals, 1000 replicates": intervals,
+    "image and pixel metrics with intervals, 1000 replicates": intervals,
 }
 PEERS = {"scikit-learn `roc_auc_score`": scikit_auroc, "scikit-learn `average_precision_score`": scikit_ap}
 
@@ -135,7 +135,7 @@ def main() -> None:
         f"torch {torch.__version__}, NumPy {np.__version__}; commit {commit()}. Fastest of 5 runs for the small maps, "
         "one run for the large ones; float32 maps and bool masks, which the memory includes.",
         "",
-        "| maps | defect pixels | figure | seconds | peak memory, GB | goal |",
+        "| maps | defect pixels | metric | seconds | peak memory, GB | goal |",
         "|---|---|---|---|---|---|",
     ]
     ours, theirs = side_by_side(60, 256, 7)

@@ -131,8 +131,8 @@ def main() -> None:
     for size in options.size or SIZES:
         for name, seconds, largest, most, error in measure(size, device, options.turns):
             case = f"{size[0]} x {size[1]} x {size[2]:,} | {2 * size[0] * size[1] * size[2] / MIB:.0f}"
-            figures = f"{seconds:.4f} | {largest / MIB:.1f} | {most / MIB:.0f} | {error:.1e}"
-            lines.append(f"| {case} | {name} | {figures} |")
+            metrics = f"{seconds:.4f} | {largest / MIB:.1f} | {most / MIB:.0f} | {error:.1e}"
+            lines.append(f"| {case} | {name} | {metrics} |")
             print(lines[-1], flush=True)
     if options.write:
         file = "dino_loss.md" if device.type == "cpu" else "dino_loss_cuda.md"

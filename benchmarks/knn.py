@@ -1,11 +1,11 @@
-"""Seconds of the exact nearest-neighbour search against torch.cdist and topk, and against the matrix product alone.
+"""Seconds of the exact nearest-neighbor search against torch.cdist and topk, and against the matrix product alone.
 
     python -m benchmarks.knn [--write]                 # --write: benchmarks/results/knn.md (knn_cuda.md)
     python -m benchmarks.knn --only 1536 --device cuda
 
 784 queries are the patches of one image of 224 x 224 at stride 8. The peak is a plain product queries @ bank.T of the
 same shape, measured here in the precision that the search uses; the share is its time over ours. torch.cdist computes
-float32 products as well, so its neighbours can be wrong: the table counts for how many of the first 64 queries the
+float32 products as well, so its neighbors can be wrong: the table counts for how many of the first 64 queries the
 nearest is not that of a search by float64 differences. The ways take turns and the fastest turn of each counts.
 Features as in benchmarks/coreset.py, "network"; queries are other points of the same kind.
 """
@@ -65,7 +65,7 @@ def main() -> None:
     device = torch.device(options.device)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     lines = [
-        "# Exact nearest neighbours: seconds",
+        "# Exact nearest neighbors: seconds",
         "",
         f"`python -m benchmarks.knn`, fastest of {options.turns} turns, on {machine}, {torch.get_num_threads()} CPU "
         f"threads; torch {torch.__version__}; commit {commit()}.",

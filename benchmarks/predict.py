@@ -102,7 +102,7 @@ def main() -> None:
     device = torch.device(options.device)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     lines = [
-        "# predict.py: seconds an image, PatchCore",
+        "# predict.py: seconds per image, PatchCore",
         "",
         f"`python -m benchmarks.predict`, {options.precision}, fastest of {options.turns} turns (the script: one), on "
         f"{machine}, {torch.get_num_threads()} CPU threads; torch {torch.__version__}; commit {commit()}. Random "

@@ -1,4 +1,4 @@
-"""Images a second of each pretraining method's step, against its network's bare passes over ready tensors.
+"""Images per second of each pretraining method's step, against its network's bare passes over ready tensors.
 
     python -m benchmarks.train_step [--write]      # --write: benchmarks/results/train_step.md (train_step_cuda.md)
     python -m benchmarks.train_step --device cuda --batch 512 --methods dino byol
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--backbone", nargs="+", metavar=("NAME", "KEY=VALUE"), default=["resnet18", "stem=cifar"])
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
-    parser.add_argument("--batch", type=int, default=64, help="images a step")
+    parser.add_argument("--batch", type=int, default=64, help="images per step")
     parser.add_argument("--turns", type=int, default=5, help="of a step and bare passes each")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--write", action="store_true", help="also write benchmarks/results/train_step.md (_cuda.md)")
@@ -170,7 +170,7 @@ def main() -> None:
     clock = "events" if on_cuda else "CPU seconds" if options.threads == 1 else "wall seconds"
     machine = torch.cuda.get_device_name() if on_cuda else f"{processor()}, CPU threads: {options.threads}"
     lines = [
-        "# A training step and its network's bare passes: images a second\n",
+        "# A training step and its network's bare passes: images per second\n",
         f"`python -m benchmarks.train_step`, {' '.join(options.backbone)}, batch {options.batch}, {options.precision}, "
         f"median {clock} of {options.turns} turns, on {machine}; torch {torch.__version__}; commit {commit()}.\n",
         "| method | passes | pixels | step, images/s | bare, images/s | step / bare | share of views | share of "

@@ -47,7 +47,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def measure(views: list[View], images: Tensor, *, sample: int, turns: int) -> tuple[float, float]:
-    """Images a second, each giving all views: of Augment, and of torchvision on the first `sample` images."""
+    """Images per second, each giving all views: of Augment, and of torchvision on the first `sample` images."""
     augment, transforms = Augment(views, seed=0), [per_sample(view) for view in views]
     ids = torch.arange(len(images))
     batched, single = [], []
@@ -74,7 +74,7 @@ def main() -> None:
         "DINO, 2 x 224 + 8 x 96 from 256, batch 32": (RECIPES["dino"](), drawn(32, 256), 8, 3),
     }
     lines = [
-        "# Augmentation: images a second on one CPU thread",
+        "# Augmentation: images per second on one CPU thread",
         "",
         f"`python -m benchmarks.views --write` on {processor()}, one thread; torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}; commit {commit()}.",

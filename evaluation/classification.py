@@ -1,4 +1,4 @@
-"""Classification figures from scores and labels."""
+"""Classification metrics from scores and labels."""
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ def confusion_matrix(predictions: Tensor, labels: Tensor, n_classes: int) -> Ten
 
 
 def classification_report(scores: Tensor, labels: Tensor, classes: list[str]) -> dict:
-    """Every figure of a classification, ready for JSON; shares in [0, 1].
+    """Every metric of a classification, ready for JSON; shares in [0, 1].
 
-    Equal scores are settled for the lowest class index, in top-1, top-5 and the confusion matrix alike. Macro figures
+    Equal scores are settled for the lowest class index, in top-1, top-5 and the confusion matrix alike. Macro metrics
     are means over the classes *that have test images*, as scikit-learn's with `labels=` these classes, so that macro
     recall is balanced accuracy. Such a class that is never predicted has precision and F1 zero (zero_division=0); a
     class without test images has None.
@@ -59,9 +59,9 @@ def classification_report(scores: Tensor, labels: Tensor, classes: list[str]) ->
 
     per_class = {}
     for i, name in enumerate(classes):
-        figures = {"accuracy": recall, "precision": precision, "f1": f1}
-        figures = {key: float(values[i]) if present[i] else None for key, values in figures.items()}
-        per_class[name] = {"n_test": int(of_truth[i]), **figures}
+        metrics = {"accuracy": recall, "precision": precision, "f1": f1}
+        metrics = {key: float(values[i]) if present[i] else None for key, values in metrics.items()}
+        per_class[name] = {"n_test": int(of_truth[i]), **metrics}
     return {
         "n_test": n_test,
         "top1": float((rank < 1).double().mean()),

@@ -1,4 +1,4 @@
-"""Is pretraining collapsing? Figures of the embeddings for the curves, and a warning in words.
+"""Is pretraining collapsing? Metrics of the embeddings for the curves, and a warning in words.
 
 What to read from each curve (`embedding_health`; B images, their V views, D dimensions, rows L2-normalised):
 
@@ -38,7 +38,7 @@ LEAST_DISTINCT = 8  # with fewer things to tell apart, a rank below 2 may be all
 
 @torch.no_grad()
 def embedding_health(z: Tensor) -> dict[str, float]:
-    """Figures of the embeddings z (B, V, D) of B images, V views each, of this process alone: no collective.
+    """Metrics of the embeddings z (B, V, D) of B images, V views each, of this process alone: no collective.
 
     Rows are L2-normalised first (zeros stay), so their scale plays no part: the losses with a cosine do not see it.
     With images i, j and views v, w:
@@ -60,7 +60,7 @@ def embedding_health(z: Tensor) -> dict[str, float]:
     rounding would be hundreds of singular values of 1e-3. Waits for the device.
 
     Returns:
-        {name: value}; without the positives' figures at V = 1, and without std and the negatives' at B = 1. NaN where
+        {name: value}; without the positives' metrics at V = 1, and without std and the negatives' at B = 1. NaN where
         z is not finite.
 
     Raises:
@@ -148,7 +148,7 @@ def collapse_warning(
     Args:
         loss: of the method alone, a mean over some steps.
         health: what `embedding_health` returned.
-        chance: the loss of a network that says the same of every image, as ln K of DINO or ln(2N - 1) of SimCLR; the
+        chance: the loss of constant embeddings, as ln K of DINO or ln(2N - 1) of SimCLR; the
             warning comes within 0.1 % of it. None: that loss is nothing special, as of BYOL, whose best it is.
         advice: what to do then, the method's words.
         epochs: trained so far.
@@ -158,10 +158,7 @@ def collapse_warning(
     if epochs < 1 or not all(math.isfinite(value) for value in (loss, *health.values())):
         return None
     if chance is not None and abs(loss - chance) <= 1e-3 * abs(chance):
-        return (
-            f"the loss {loss:.4g} is that of a network that says the same of every image, {chance:.4g}: collapsed "
-            f"or not learning; {advice}"
-        )
+        return f"the loss {loss:.4g} is that of constant embeddings, {chance:.4g}: collapsed or not learning; {advice}"
     std, rank = (health.get(f"embedding/{name}", math.inf) for name in ("std", "effective_rank"))
     if std < LEAST_STD:
         return (

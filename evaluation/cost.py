@@ -1,4 +1,4 @@
-"""What a backbone costs: parameters, operations, the maps that it gives, images a second."""
+"""What a backbone costs: parameters, operations, the maps that it gives, images per second."""
 
 import statistics
 import time
@@ -13,7 +13,7 @@ TURNS = 5  # of which the median is the time
 
 @torch.no_grad()
 def describe(backbone: nn.Module, size: int, *, batch_size: int, device: torch.device, dtype: torch.dtype) -> dict:
-    """Figures of one backbone for images of size x size pixels, in eval mode.
+    """Metrics of one backbone for images of size x size pixels, in eval mode.
 
     parameters: trainable numbers. gflops: of one image, 10^9 multiplications and additions, each counted, of
     convolutions and matrix products (torch's FlopCounterMode); papers often give multiply-adds, half as many.
@@ -50,6 +50,6 @@ def description_table(described: dict[str, dict]) -> tuple[list[str], list[list[
     rows = []
     for name, d in described.items():
         stages = ", ".join("x".join(map(str, stage)) for stage in d["stages"])
-        figures = [f"{d['parameters']:,}", f"{d['gflops']:.2f}", str(d["features"]), stages]
-        rows.append([name, *figures, f"{d['images_per_second']:.1f}"])
+        metrics = [f"{d['parameters']:,}", f"{d['gflops']:.2f}", str(d["features"]), stages]
+        rows.append([name, *metrics, f"{d['images_per_second']:.1f}"])
     return columns, rows

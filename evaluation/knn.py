@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification on frozen features, as DINO measures it."""
+"""Weighted k-nearest-neighbor classification on frozen features, as DINO measures it."""
 
 import torch
 import torch.nn.functional as F
@@ -69,13 +69,13 @@ def knn_accuracy(
     return float((scores.argmax(1) == test_labels).double().mean())
 
 
-def knn_figures(backbone: nn.Module, bank, queries) -> dict[str, float]:
+def knn_metrics(backbone: nn.Module, bank, queries) -> dict[str, float]:
     """`knn20_top1` and `knn200_top1` of the images of Loader `queries` by those of `bank`, and the bank's
     `feature_health`, equal on all ranks."""
     (train, labels), (test, test_labels) = extract(backbone, bank), extract(backbone, queries)
     about = {"test_labels": test_labels, "n_classes": len(bank.dataset.classes)}
-    figures = {f"knn{s['k']}_top1": knn_accuracy(train, labels, test, **about, **s) for s in KNN_SETTINGS}
-    return figures | feature_health(train)
+    metrics = {f"knn{s['k']}_top1": knn_accuracy(train, labels, test, **about, **s) for s in KNN_SETTINGS}
+    return metrics | feature_health(train)
 
 
 def few_neighbors(n_train: int, *ks: int) -> str | None:

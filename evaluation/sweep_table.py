@@ -45,7 +45,7 @@ def write_tables(
         if any(text != "-" for text in shown):
             rows.append([task, detector, *values(varied, words), metric, *shown])
     rows += mean_rows(axes, outcomes, metrics) if mean else []
-    table = markdown_table(["task", "detector", *varied, "figure", *axes.pretrainings], rows)
+    table = markdown_table(["task", "detector", *varied, "metric", *axes.pretrainings], rows)
     if pretrained := pretraining_rows(axes, outcomes):
         table = markdown_table(["pretraining", *columns(axes.pretrainings), *OF_PRETRAINING], pretrained) + "\n" + table
     if any(outcome.stale for outcome in outcomes.values()):
@@ -75,7 +75,7 @@ def values(keys: list[str], words: list[str]) -> list[str]:
 
 
 def cell(axes: Axes, outcomes: dict[str, Outcome], metric: str, name: str) -> str:
-    """The figure of one cell: with its interval, or mean and deviation over the seeds."""
+    """The metric of one cell: with its interval, or mean and deviation over the seeds."""
     found = [outcomes[name + end] for end in axes.ends]
     if errors := [outcome.results["error"] for outcome in found if "error" in outcome.results]:
         return errors[0]
@@ -85,7 +85,7 @@ def cell(axes: Axes, outcomes: dict[str, Outcome], metric: str, name: str) -> st
 
 
 def mean_rows(axes: Axes, outcomes: dict[str, Outcome], metrics: list[str]) -> list[list[str]]:
-    """Mean over the tasks of each figure, with its deviation over the seeds, or without seeds over the tasks; a dash
+    """Mean over the tasks of each metric, with its deviation over the seeds, or without seeds over the tasks; a dash
     where a cell failed or has none."""
     varied, rows = columns(axes.detectors), []
     for (detector, words), metric in itertools.product(axes.detectors.items(), metrics):
@@ -94,11 +94,11 @@ def mean_rows(axes: Axes, outcomes: dict[str, Outcome], metrics: list[str]) -> l
             found = [  # a list of the tasks for each seed
                 [outcomes[f"{task}/{detector}/{pretraining}{end}"] for task in axes.tasks] for end in axes.ends
             ]
-            figures = [[outcome.results.get(metric) for outcome in each] for each in found]
-            if any(None in each for each in figures):
+            metrics = [[outcome.results.get(metric) for outcome in each] for each in found]
+            if any(None in each for each in metrics):
                 shown.append("-")
             else:
-                over = [statistics.fmean(each) for each in figures] if axes.seeds else figures[0]
+                over = [statistics.fmean(each) for each in metrics] if axes.seeds else metrics[0]
                 shown.append(spread(over, any(outcome.stale for each in found for outcome in each)))
         if any(text != "-" for text in shown):
             rows.append(["mean", detector, *values(varied, words), metric, *shown])

@@ -13,7 +13,7 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def with_interval(results: dict, key: str, digits: int = 3) -> str:
-    """`0.943 [0.912, 0.968]`; a dash where the figure is undefined."""
+    """`0.943 [0.912, 0.968]`; a dash where the metric is undefined."""
     if results.get(key) is None:
         return "-"
     interval = results.get(f"{key}_interval")

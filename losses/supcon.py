@@ -30,7 +30,7 @@ def sup_con(
     embeddings with i's label, a runs over all others, of the images of all processes and of the memory bank. The
     paper finds `out` clearly better (its section 3.2.2), official code and results are `out`; solo-learn's "SupCon" is
     `in` up to a constant for each anchor, log |P(i)|. An anchor with no positive, which needs V = 1, has the loss 0, as
-    officially.
+    in the official code.
 
     With labels that are all different and V = 2 both forms are T / T_base times NT-Xent. Computed in at least float32
     with autocast off.

@@ -153,7 +153,7 @@ STUDENTS = {
 def build_student(teacher: nn.Module, student: str = "auto") -> tuple[OneClassBottleneck, Decoder]:
     """The student of a teacher: blocks and depths of `student`, channels of the teacher's stages 1-3.
 
-    `auto` is the teacher's own kind, as officially, and for a teacher that is none of STUDENTS a ResNet-18.
+    `auto` is the teacher's own kind, as in the official code, and for a teacher that is none of STUDENTS a ResNet-18.
 
     Raises:
         UserError: an unknown student, or a teacher whose stages 1-3 do not each halve the one before.

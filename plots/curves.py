@@ -25,19 +25,19 @@ def roc_pr_image(scores: Array, labels: Array, title: str, threshold: float | No
     distinct scores, precision is a step as in AP. Without an image of either class the plots say so and stay empty.
     Raises UserError on NaN scores.
     """
-    figures = image_metrics(scores, labels)
+    metrics = image_metrics(scores, labels)
     scores, labels = to_numpy(scores), to_numpy(labels).astype(bool)
     boxes = [(MARGIN + LEFT + i * (PANEL + LEFT + 2 * MARGIN), TOP, PANEL, PANEL) for i in (0, 1)]
     paper = Image.new("RGB", (boxes[1][0] + PANEL + 2 * MARGIN, TOP + PANEL + 106), PAPER)
     draw = ImageDraw.Draw(paper)
     write(draw, (MARGIN, 18), title, INK, 24, width=paper.width - 2 * MARGIN)
     headings = [
-        f"{name} undefined" if figures[key] is None else f"{name} {figures[key]:.3f}"
+        f"{name} undefined" if metrics[key] is None else f"{name} {metrics[key]:.3f}"
         for name, key in (("ROC: AUROC", "image_auroc"), ("Precision-recall: AP", "image_ap"))
     ]
     unit_axes(draw, boxes[0], headings[0], "false-alarm rate (normal images)", "detection rate (anomalous images)")
     unit_axes(draw, boxes[1], headings[1], "recall (detection rate)", "precision (share of alarms that are right)")
-    if figures["image_auroc"] is None:
+    if metrics["image_auroc"] is None:
         missing = "no image" if not len(labels) else "no normal image" if labels.all() else "no anomalous image"
         for left, top, width, height in boxes:
             draw.text((left + width / 2, top + height / 2), missing, SOFT, font(20), anchor="mm")

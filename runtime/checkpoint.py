@@ -1,4 +1,4 @@
-"""Run folders and checkpoints: written whole or not at all, read without running code, resumed when configs agree."""
+"""Run folders and checkpoints: written atomically, read without running code, resumed when configs agree."""
 
 import argparse
 import os

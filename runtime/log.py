@@ -177,7 +177,7 @@ def _without_tensorboard(failed: threading.ExceptHookArgs) -> None:
 
 
 class Window:
-    """Means since the last reading: loss, images a second, share of the time spent waiting for data.
+    """Means since the last reading: loss, images per second, share of the time spent waiting for data.
 
     The loss is added up on the device, so nothing waits for it until `read`.
     """

@@ -9,7 +9,7 @@ TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, descr
     "loss": ("1_loss/loss", "Mean training loss since the last point, over all processes."),
     "stats/chance_loss": (
         "1_loss/loss_at_chance",
-        "The loss of a network that says the same of every image. A loss that stays here: collapsed, or not learning.",
+        "The loss of constant embeddings. A loss that stays here: collapsed, or not learning.",
     ),
     "knn20_top1": (
         "2_knn/knn20_top1",
@@ -114,7 +114,7 @@ FAMILIES = {  # keys that begin alike, as the name of a defect or the number of 
 }
 
 CHARTS = {  # TensorBoard's Custom Scalars: several curves in one chart, {category: {title: keys}}
-    "loss": {"loss, and the loss of a network that says the same of every image": ["loss", "stats/chance_loss"]},
+    "loss": {"loss, and the loss of constant embeddings": ["loss", "stats/chance_loss"]},
     "kNN": {"kNN accuracy on held-out images": ["knn20_top1", "knn200_top1"]},
     "health": {
         "cosine of two views of one image, and of different images": [

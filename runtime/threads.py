@@ -2,8 +2,8 @@
 
 At the end of each parallel loop OpenMP's threads wait for the slowest, and by default they spin. Where another program
 keeps a core busy, they so take the time that the slowest needs: a ResNet-18's training step took 6 times as long, the
-picks of a coreset 50 times (`python -m benchmarks.neighbour`). OpenMP reads its settings once, when torch loads it.
-What the user has set is kept. GCC's OpenMP spins 10,000 times first, not 300,000: without a busy neighbour a step then
+picks of a coreset 50 times (`python -m benchmarks.neighbor`). OpenMP reads its settings once, when torch loads it.
+What the user has set is kept. GCC's OpenMP spins 10,000 times first, not 300,000: without a busy neighbor a step then
 takes 1-2 % longer and a coreset about 10 %, where sleeping at once costs 4 % and 40 %; with one both gain as much.
 """
 

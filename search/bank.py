@@ -15,7 +15,7 @@ class Bank(nn.Module):
     """M entries of D features, in the order in which they were picked. Each process holds some of them.
 
     With several processes every method is a collective; all call it equally often, with empty tensors if need be, and
-    get what one process with all entries would get: the same neighbours, ties to the lowest position.
+    get what one process with all entries would get: the same neighbors, ties to the lowest position.
 
     Entries are searched in blocks, so that they may lie in a memory-mapped file. What the search needs of a block
     beside the entries, as much memory again, is made once and kept unless all of it is more than `budget` bytes.

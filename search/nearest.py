@@ -1,4 +1,4 @@
-"""Exact nearest neighbours: matrix products that bound the distances from below, float64 differences that decide."""
+"""Exact nearest neighbors: matrix products that bound the distances from below, float64 differences that decide."""
 
 from typing import NamedTuple
 
@@ -60,10 +60,10 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """The k nearest bank entries of each query: (distances (Q, k) float32, Euclidean, ascending; indices (Q, k) int64).
 
-    queries (Q, D), bank (M, D), any floating dtype, taken as float32. The neighbours, their order and their distances
+    queries (Q, D), bank (M, D), any floating dtype, taken as float32. The neighbors, their order and their distances
     are those of a full search with float64 differences (`pair_distances`) rounded to float32 at the end, ties to the
     lowest index; a query that is in the bank has distance 0. A GPU sums in another order than a CPU, so between the two
-    only neighbours whose float64 distances agree to the last bits can change places.
+    only neighbors whose float64 distances agree to the last bits can change places.
 
     Args:
         prepared: `prepare(bank)`, saves that work when the same bank is searched again.

@@ -20,7 +20,7 @@ class Patches(NamedTuple):
 
     features: Tensor  # (N_r, D) on the CPU, perhaps memory-mapped
     ids: Tensor  # (N_r,) int64 ascending, on the CPU
-    grid: tuple[int, int]  # h x w patches an image
+    grid: tuple[int, int]  # h x w patches per image
     cell: tuple[float, float]  # height and width of a patch's cell in input pixels
 
     def chosen(self, picks: Tensor, work: Workspace) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,7 +99,7 @@ def all_ids(ids: Tensor, device: torch.device) -> Tensor:
 
 
 def memory_plan(grid: tuple[int, int], width: int, narrow: int, n_rows: int, kept: int, work: Workspace) -> str:
-    """One line on the memory that a process is about to take: h x w patches an image of `width` channels, `n_rows` of
+    """One line on the memory that a process is about to take: h x w patches per image of `width` channels, `n_rows` of
     them here, searched under `narrow` channels, of which `kept` go into the bank."""
     patches, search, bank = 4 * n_rows * width, 8 * n_rows * narrow, 8 * kept * width  # the last two with a copy
     return (

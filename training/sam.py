@@ -14,10 +14,10 @@ from runtime.errors import UserError
 @dataclass(kw_only=True)
 class SAMConfig:
     """`sam.*`: sharpness-aware minimisation, at twice the cost of a step. Every process climbs along the gradient of
-    all processes' images, as one process would, or of its own (m-sharpness), as officially; in a loss that gathers,
-    along its own images' part of it, and then the images of differently moved networks are compared."""
+    all processes' images, as one process would, or of its own (m-sharpness), as in the official code; in a loss that
+    gathers, along its own images' part of it, and then the images of differently moved networks are compared."""
 
-    rho: float = 0.05  # radius of the neighbourhood; adaptive ones are about ten times as large, 0.5 to 2
+    rho: float = 0.05  # radius of the neighborhood; adaptive ones are about ten times as large, 0.5 to 2
     adaptive: bool = False  # ASAM: a radius relative to each weight's size
     m_sharpness: bool = False  # each process climbs for itself, so that the result depends on their number
 

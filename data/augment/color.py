@@ -1,6 +1,6 @@
 """Color operations on batches, each image with its own parameters, after torchvision's definitions.
 
-Images are float (B, 3, H, W) in [0, 1]. Parameters are CPU tensors with one row an image, sent by the function that
+Images are float (B, 3, H, W) in [0, 1]. Parameters are CPU tensors with one row per image, sent by the function that
 needs them: so the host can sort by them without waiting for the device.
 """
 

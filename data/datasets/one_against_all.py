@@ -19,8 +19,8 @@ class OneAgainstAll:
     """Train items `(image, 0, index)` of the class `normal`; test items `(image, mask, label, index)` of all classes.
 
     The training set is the training images of `normal`, the test set all test images: label 0 if they are of that
-    class, else 1 (Ruff et al. 2018, "Deep One-Class Classification", section 4.3). The published figure is the mean of
-    the AUROC over the classes, each in turn the normal one: one run a class, see configs/sweeps/cifar10_anomaly.yaml.
+    class, else 1 (Ruff et al. 2018, "Deep One-Class Classification", section 4.3). The published metric is the mean of
+    the AUROC over the classes, each in turn the normal one: one run per class, see configs/sweeps/cifar10_anomaly.yaml.
 
     image uint8 (3, H, W); mask bool (H, W), empty, for nobody marked where an image is of another class: `has_masks`
     is False. `defects` says for each image "good" or its class; `classes` are ["normal", "anomalous"].

@@ -67,7 +67,7 @@ class NoisePatches:
 
     def off_background(self, images: Tensor, key: tuple, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Of TRIES rectangles for each patch the first whose centre is not on the background: ends (B, most, 2, 2) as
-        of `rectangles`, and whether there is one, bool (B, most). The host waits for a GPU here, once a batch."""
+        of `rectangles`, and whether there is one, bool (B, most). The host waits for a GPU here, once per batch."""
         numbers = uniform((*key, 1), 4 * self.most * TRIES)
         ends = rectangles(*numbers.unflatten(1, (2, self.most, TRIES, 2)).unbind(1), size)  # (B, most, TRIES, 2, 2)
         y, x = (ends.sum(4) // (2 * self.enlarged)).long().unbind(3)  # (B, most, TRIES) in the image

@@ -132,7 +132,7 @@ class NSA:
 
         With `objects` bool (2, B, H, W), of the sources and the images, the box is cut from the first place with
         more than `min_object` of object (once more after the patch was rescaled), and put on the first where the
-        image's object covers more than a quarter of the patch's. The host then waits for a GPU, once a batch.
+        image's object covers more than a quarter of the patch's. The host then waits for a GPU, once per batch.
         """
         device = places.device if objects is None else objects.device
         sides = torch.tensor(size)
@@ -214,7 +214,7 @@ class NSA:
         """
         change = (made.float() - images.float()).abs().mean(1)  # (B, H, W)
         changed = majority((change > 1) & masks, 5)
-        soft = [disk_median(*one) for one in zip(change * changed, changed)]  # 81 numbers a pixel: one by one
+        soft = [disk_median(*one) for one in zip(change * changed, changed)]  # 81 numbers per pixel: one by one
         soft = torch.stack(soft) if soft else change
         return changed / (1 + torch.exp(-self.steepness * (soft - self.middle)))
 

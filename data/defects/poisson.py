@@ -32,7 +32,7 @@ def sines(inner: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 
 def laplacian(images: Tensor) -> Tensor:
-    """Sum of the four neighbours less 4 times the pixel: (B, C, N, M); 0 on the canvas's border."""
+    """Sum of the four neighbors less 4 times the pixel: (B, C, N, M); 0 on the canvas's border."""
     result = torch.zeros_like(images)
     middle = images[..., 1:-1, 1:-1]
     across = images[..., 1:-1, :-2] + images[..., 1:-1, 2:]
@@ -43,7 +43,7 @@ def laplacian(images: Tensor) -> Tensor:
 def mixed_divergence(source: Tensor, target: Tensor) -> Tensor:
     """Divergence of the stronger of two gradients, edge by edge: both (B, C, N, M); 0 on the canvas's border.
 
-    Pérez et al., equation 13: between neighbours p and q the difference of the source if it is the larger in magnitude,
+    Pérez et al., equation 13: between neighbors p and q the difference of the source if it is the larger in magnitude,
     else the target's. (OpenCV's MIXED_CLONE compares |d/dx - d/dy| instead, which misses diagonal edges.)
     """
     result = torch.zeros_like(target)

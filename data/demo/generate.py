@@ -84,7 +84,7 @@ def write(path: str, root: Path, seed: int) -> None:
 
 
 def generate(root: str | Path, *, seed: int = 0, scale: float = 1.0, workers: int | None = None) -> Path:
-    """Write the demo set to `root` with `workers` processes (None: one a core; 0: this one) and return `root`.
+    """Write the demo set to `root` with `workers` processes (None: one per core; 0: this one) and return `root`.
 
     The folder appears only when complete; a complete set of the same seed, scale and version is left alone. Raises
     `UserError` when `root` holds anything else.

@@ -1,14 +1,14 @@
-"""95 % intervals of the anomaly figures by the bootstrap over images (Efron and Tibshirani 1993, chapter 13).
+"""95 % intervals of the anomaly metrics by the bootstrap over images (Efron and Tibshirani 1993, chapter 13).
 
 Pixels of one image are not independent, so whole images are drawn with replacement, 1000 times, the normal and the
 anomalous ones separately (no replicate lacks a class); the interval runs from the 2.5 to the 97.5 percentile. A drawn
 set is a vector of how often each image is in it, and its score histogram is that vector times the images' own: all
 replicates at once are one product (R, N) x (N, K).
 
-Image figures have a bin for every distinct score and are exact. Pixel figures have about 2000 bins between quantiles of
+Image metrics have a bin for every distinct score and are exact. Pixel metrics have about 2000 bins between quantiles of
 the pooled normal and of the pooled defect pixels: no bin holds much more than 1/1024 of either, except those of a
-single value. Scores within a bin count as tied, which moves the figures of the whole set by less than 1e-3 (tested;
-1e-4 is usual), and an interval is far wider. The figures beside the intervals are always the exact ones.
+single value. Scores within a bin count as tied, which moves the metrics of the whole set by less than 1e-3 (tested;
+1e-4 is usual), and an interval is far wider. The metrics beside the intervals are always the exact ones.
 """
 
 from collections.abc import Iterable
@@ -56,22 +56,22 @@ def with_intervals(
     """All of `image_metrics` and `pixel_metrics`, each followed by `<key>_interval: [low, high]`.
 
     `scores` (N,), `labels` (N,), `maps` and `masks` as for `pixel_metrics` or None for either; `histograms`: their
-    `pixel_histograms`, if they are there already. None where a figure is undefined. `seed` draws the replicates; image
-    and pixel figures share them. About 3 seconds for 250 images of 256 x 256 on one core.
+    `pixel_histograms`, if they are there already. None where a metric is undefined. `seed` draws the replicates; image
+    and pixel metrics share them. About 3 seconds for 250 images of 256 x 256 on one core.
     """
-    figures, labels = image_metrics(scores, labels), to_numpy(labels).astype(bool)
+    metrics, labels = image_metrics(scores, labels), to_numpy(labels).astype(bool)
     intervals = dict.fromkeys(IMAGE_METRICS + PIXEL_METRICS)
     draws = draw_images(labels, seed)
-    if figures["image_auroc"] is not None:
+    if metrics["image_auroc"] is not None:
         intervals |= percentiles(image_replicates(to_numpy(scores), labels, draws))
     if maps is None or masks is None:
-        figures |= dict.fromkeys(PIXEL_METRICS)
+        metrics |= dict.fromkeys(PIXEL_METRICS)
     else:
-        figures |= pixel_metrics(maps, masks)
-        if figures["aupro"] is not None:
+        metrics |= pixel_metrics(maps, masks)
+        if metrics["aupro"] is not None:
             intervals |= percentiles(pixel_replicates(histograms or pixel_histograms(maps, masks), draws))
     return {
-        name: value for key in figures for name, value in ((key, figures[key]), (f"{key}_interval", intervals[key]))
+        name: value for key in metrics for name, value in ((key, metrics[key]), (f"{key}_interval", intervals[key]))
     }
 
 
@@ -93,7 +93,7 @@ def percentiles(replicates: dict[str, np.ndarray]) -> dict[str, list[float]]:
 
 
 def image_replicates(scores: np.ndarray, labels: np.ndarray, draws: np.ndarray) -> dict[str, np.ndarray]:
-    """Image figures of every row of `draws` (R, N), exact: {key: (R,)}. `scores` (N,), `labels` (N,) bool."""
+    """Image metrics of every row of `draws` (R, N), exact: {key: (R,)}. `scores` (N,), `labels` (N,) bool."""
     levels, bins = np.unique(-scores, return_inverse=True)
     shape = (len(scores), len(levels))
     cells = (np.arange(len(scores)), bins)
@@ -103,7 +103,7 @@ def image_replicates(scores: np.ndarray, labels: np.ndarray, draws: np.ndarray) 
 
 
 def pixel_replicates(histograms: Histograms, draws: np.ndarray) -> dict[str, np.ndarray]:
-    """Pixel figures of every row of `draws` (R, N), from `pixel_histograms`: {key: (R,)}."""
+    """Pixel metrics of every row of `draws` (R, N), from `pixel_histograms`: {key: (R,)}."""
     return dict(zip(PIXEL_METRICS, replicate_metrics(histograms, draws)))
 
 
@@ -143,7 +143,7 @@ def replicate_metrics(histograms: Histograms, draws: np.ndarray) -> list[np.ndar
     """AUROC, AP, F1-max and AU-PRO to each of `PRO_LIMITS` for each row of `draws` (R, N): six arrays (R,)."""
     n_chunks = 1 + draws.shape[0] * histograms.negatives.shape[1] // 2**18  # a dozen (r, K) arrays of 2 MB live at once
     chunks = [_replicate_metrics(histograms, chunk) for chunk in np.array_split(draws, min(n_chunks, len(draws)))]
-    return [np.concatenate(figure) for figure in zip(*chunks)]
+    return [np.concatenate(metric) for metric in zip(*chunks)]
 
 
 def _replicate_metrics(histograms: Histograms, draws: np.ndarray) -> list[np.ndarray]:

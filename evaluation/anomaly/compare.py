@@ -1,6 +1,6 @@
 """Is one run better than another on the same test images? A paired bootstrap over the images.
 
-The figures of two runs rise and fall together with the images that are drawn, so their intervals may overlap widely
+The metrics of two runs rise and fall together with the images that are drawn, so their intervals may overlap widely
 where the difference is sure. Each replicate of bootstrap.py is therefore taken for all runs alike, and what
 is judged is the distribution of the difference (Efron and Tibshirani 1993, chapters 13 and 16).
 """
@@ -28,7 +28,7 @@ from evaluation.anomaly.metrics import (
 from runtime import checkpoint
 from runtime.errors import UserError
 
-TYPES = Histograms(np.int32, np.int32, np.float32)  # of the stored histograms: 12 bytes a bin, 24 KB an image
+TYPES = Histograms(np.int32, np.int32, np.float32)  # of the stored histograms: 12 bytes a bin, 24 KB per image
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Scores:
     paths: list[str]
     labels: np.ndarray  # (N,) bool
     scores: np.ndarray  # (N,)
-    figures: dict[str, float | None]  # `image_metrics` and `pixel_metrics`; those of pixels None without maps or masks
+    metrics: dict[str, float | None]  # `image_metrics` and `pixel_metrics`; those of pixels None without maps or masks
     histograms: Histograms | None  # of pixels, (N, K) each
 
 
@@ -47,14 +47,14 @@ def save_scores(
     paths: list[str],
     labels: Array,
     scores: Array,
-    figures: dict[str, float | None],
+    metrics: dict[str, float | None],
     histograms: Histograms | None,
 ) -> None:
-    """Write what `compare` needs of a run: rank 0 writes, whole or not at all.
+    """Write what `compare` needs of a run: rank 0 writes, atomically.
 
     `paths` N names, best relative to the data set so that runs on two machines agree; `labels` (N,) 0/1, `scores` (N,);
-    `figures` has those of `image_metrics` and `pixel_metrics`, perhaps more; `histograms` from `pixel_histograms`, or
-    None without maps, take about 24 KB an image. Raises UserError on NaN and when the file cannot be written.
+    `metrics` has those of `image_metrics` and `pixel_metrics`, perhaps more; `histograms` from `pixel_histograms`, or
+    None without maps, take about 24 KB per image. Raises UserError on NaN and when the file cannot be written.
     """
     labels, scores = to_numpy(labels).astype(bool), real_numbers(to_numpy(scores), "image scores")
     if len(paths) != len(scores):
@@ -69,7 +69,7 @@ def save_scores(
         paths=[str(name) for name in paths],
         labels=torch.from_numpy(labels),
         scores=torch.from_numpy(scores.copy()),
-        figures={key: figures[key] for key in IMAGE_METRICS + PIXEL_METRICS},
+        metrics={key: metrics[key] for key in IMAGE_METRICS + PIXEL_METRICS},
         histograms=histograms,
     )
 
@@ -77,20 +77,20 @@ def save_scores(
 def load_scores(path: str | os.PathLike) -> Scores:
     """What `save_scores` wrote. Raises UserError for any other file; no code in it is run."""
     state = checkpoint.read(path)
-    keys = ("paths", "labels", "scores", "figures", "histograms")
+    keys = ("paths", "labels", "scores", "metrics", "histograms")
     if not isinstance(state, dict) or not set(keys) <= set(state):
         raise UserError(f"{path} holds no test scores; name a run folder's test_scores.pt, written by train_anomaly.py")
-    paths, labels, scores, figures, histograms = (state[key] for key in keys)
+    paths, labels, scores, metrics, histograms = (state[key] for key in keys)
     if histograms is not None:
         histograms = Histograms(*(h.double().numpy() for h in histograms))
-    return Scores(paths, labels.numpy(), scores.numpy(), figures, histograms)
+    return Scores(paths, labels.numpy(), scores.numpy(), metrics, histograms)
 
 
 @dataclass
 class Difference:
     """Figure of run `b` minus that of run `a`."""
 
-    figure: str
+    metric: str
     a: str
     b: str
     value_a: float
@@ -102,10 +102,10 @@ class Difference:
 
 
 def compare(runs: list[Scores], names: list[str], seed: int = 0) -> dict:
-    """Every pair of runs, every figure that both have, ready for JSON.
+    """Every pair of runs, every metric that both have, ready for JSON.
 
     `{"names", "n_test_normal", "n_test_anomalous", "replicates", "differences": [Difference as a dict]}`. The values
-    are exact; the replicates of pixel figures come from histograms (bootstrap.py). p is twice the smaller
+    are exact; the replicates of pixel metrics come from histograms (bootstrap.py). p is twice the smaller
     share of replicates on either side of 0, each with one replicate added: (1 + count) / (R + 1), so never below
     2 / (R + 1) (Davison and Hinkley 1997, section 4.2). It is not corrected for the number of comparisons, and says
     nothing of what another training seed would change.
@@ -122,7 +122,7 @@ def compare(runs: list[Scores], names: list[str], seed: int = 0) -> dict:
     differences = []
     for a, b in itertools.combinations(range(len(runs)), 2):
         for key in (key for key in IMAGE_METRICS + PIXEL_METRICS if key in replicates[a] and key in replicates[b]):
-            values = runs[a].figures[key], runs[b].figures[key]
+            values = runs[a].metrics[key], runs[b].metrics[key]
             judged = judge(replicates[b][key] - replicates[a][key])
             differences.append(asdict(Difference(key, names[a], names[b], *values, values[1] - values[0], *judged)))
     counts = {"n_test_normal": int((~labels).sum()), "n_test_anomalous": int(labels.sum())}
@@ -130,14 +130,14 @@ def compare(runs: list[Scores], names: list[str], seed: int = 0) -> dict:
 
 
 def replicate(run: Scores, draws: np.ndarray) -> dict[str, np.ndarray]:
-    """{figure: (R,)} of the figures that are defined."""
-    figures = image_replicates(run.scores, run.labels, draws) if run.figures["image_auroc"] is not None else {}
-    return figures | (pixel_replicates(run.histograms, draws) if run.histograms is not None else {})
+    """{metric: (R,)} of the metrics that are defined."""
+    metrics = image_replicates(run.scores, run.labels, draws) if run.metrics["image_auroc"] is not None else {}
+    return metrics | (pixel_replicates(run.histograms, draws) if run.histograms is not None else {})
 
 
 def judge(differences: np.ndarray) -> tuple[list[float], float, str]:
     """(95 % interval, p, verdict) from replicates of a difference, (R,), without those that are NaN (no mask drawn)."""
-    kept = differences[~np.isnan(differences)].round(12)  # 1e-17 between equal figures is no difference
+    kept = differences[~np.isnan(differences)].round(12)  # 1e-17 between equal metrics is no difference
     low, high = np.percentile(kept, (2.5, 97.5)).tolist()
     tail = min(np.count_nonzero(kept <= 0), np.count_nonzero(kept >= 0))
     p = min(1.0, 2 * (1 + tail) / (1 + len(kept)))
@@ -159,11 +159,11 @@ def same_images(a: Scores, b: Scores, name_a: str, name_b: str) -> None:
 
 def compare_table(result: dict) -> tuple[list[str], list[list[str]]]:
     """(header, rows) of `compare`'s result for `report.markdown_table`."""
-    header = ["figure", "a", "b", "of a", "of b", "b - a [95 %]", "p", "b against a"]
+    header = ["metric", "a", "b", "of a", "of b", "b - a [95 %]", "p", "b against a"]
     rows = []
     for row in result["differences"]:
         low, high = row["interval"]
         values = [f"{row['value_a']:.3f}", f"{row['value_b']:.3f}"]
         change = f"{row['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
-        rows.append([row["figure"], row["a"], row["b"], *values, change, f"{row['p']:.3f}", row["verdict"]])
+        rows.append([row["metric"], row["a"], row["b"], *values, change, f"{row['p']:.3f}", row["verdict"]])
     return header, rows

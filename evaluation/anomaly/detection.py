@@ -1,4 +1,4 @@
-"""A fitted detector on a set of images: findings in data set order, figures in all and for each defect."""
+"""A fitted detector on a set of images: findings in data set order, metrics in all and for each defect."""
 
 from collections.abc import Iterator
 
@@ -83,9 +83,9 @@ def anomaly_results(
     seed: int,
     histograms: Histograms | None = None,
 ) -> dict:
-    """Figures with intervals over the whole test set, and `per_defect`: each one's against all good images.
+    """Metrics with intervals over the whole test set, and `per_defect`: each one's against all good images.
 
-    Pixel figures are None without maps or masks; `histograms` are their `pixel_histograms`. `observed_false_alarms` and
+    Pixel metrics are None without maps or masks; `histograms` are their `pixel_histograms`. `observed_false_alarms` and
     `observed_detections` are the shares of good and of defective test images above the threshold, which came from
     normal images alone.
     """
@@ -94,11 +94,11 @@ def anomaly_results(
     per_defect = {}
     for name in sorted(set(dataset.defects) - {"good"}):
         chosen = np.flatnonzero((defects == name) | (defects == "good"))
-        figures = with_intervals(scores[chosen], labels[chosen], None, None, seed=seed)
+        metrics = with_intervals(scores[chosen], labels[chosen], None, None, seed=seed)
         if maps is not None and masks is not None:
-            figures |= pixel_metrics([maps[i] for i in chosen], [masks[i] for i in chosen])
+            metrics |= pixel_metrics([maps[i] for i in chosen], [masks[i] for i in chosen])
         kept = ("image_auroc", "image_auroc_interval", *PIXEL_METRICS)
-        per_defect[name] = {key: figures[key] for key in kept} | {"n": int((defects == name).sum())}
+        per_defect[name] = {key: metrics[key] for key in kept} | {"n": int((defects == name).sum())}
     results |= {"threshold": threshold, "observed_false_alarms": None, "observed_detections": None}
     for key, group in (("observed_false_alarms", labels == 0), ("observed_detections", labels == 1)):
         if threshold is not None and group.any():

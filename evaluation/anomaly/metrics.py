@@ -1,6 +1,6 @@
-"""Exact figures of anomaly detection: AUROC, AP and F1-max of images and pixels, and AU-PRO. No threshold grid.
+"""Exact metrics of anomaly detection: AUROC, AP and F1-max of images and pixels, and AU-PRO. No threshold grid.
 
-Every figure here is a sum over the positives (anomalous images, or pixels inside a mask), and needs for each of them
+Every metric here is a sum over the positives (anomalous images, or pixels inside a mask), and needs for each of them
 only how many negatives score above it, how many not below it, and how many positives not below it. So the negatives
 (97 % of the pixels) are counted in chunks of whole images: by a histogram, and those in a bin with a positive are
 sorted as bare values, in which the positives are looked up. This is exact, ties included, without the large argsort of

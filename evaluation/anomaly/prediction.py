@@ -49,7 +49,7 @@ def write_heatmap(
     outlined and the peak (y, x) marked, as a PNG; below it stand verdict, score, threshold and legend. Its pixels stay
     where they are. The image is read again, so that no more than those being drawn are held at full size."""
     image, low, high = decode_whole(path, white), calibration["low"], calibration["high"]
-    # in strips, because an overlay needs 60 bytes a pixel while it is made
+    # in strips, because an overlay needs 60 bytes per pixel while it is made
     strips = [overlay(some, own, low, high) for some, own in zip(image.split(256, dim=1), heat.split(256))]
     drawn = to_pil(outline_above(torch.cat(strips, dim=1), heat, calibration["pixel_threshold"]))
     if peak is not None:

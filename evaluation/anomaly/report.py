@@ -1,6 +1,6 @@
-"""What a run of train_anomaly.py shows of its test: figures, tables, curves, images, in its folder and TensorBoard.
+"""What a run of train_anomaly.py shows of its test: metrics, tables, curves, images, in its folder and TensorBoard.
 
-test_scores.csv (a line an image), test_scores.pt (for eval.py task=compare), heatmaps.png (the best, the worst and the
+test_scores.csv (a line per image), test_scores.pt (for eval.py task=compare), heatmaps.png (the best, the worst and the
 most mistaken; where no normal was spared for thresholds, the scale of the colors is that of the good test images),
 neighbors.png (what they were compared with), curves.png, scores.png, suspicious.png.
 """
@@ -39,7 +39,7 @@ def report(
 
     Args:
         found: findings of `test_set`. normal: of the images of the Loader `normals`, which the thresholds are from.
-        original: pixel figures at the original files' resolution.
+        original: pixel metrics at the original files' resolution.
     """
     threshold, folder, seed = calibration["threshold"], log.folder, log.config["seed"]
     has_masks = found.maps is not None and test_set.has_masks

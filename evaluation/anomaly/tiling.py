@@ -47,7 +47,7 @@ def spans(length: int, tile: int, overlap: int) -> list[tuple[int, int, int]]:
     """(start, low, high) of the tiles along a side of `length` >= `tile`: pixels low to high of the side are taken from
     the tile that begins at `start`, for nowhere else do they lie farther from a tile's end.
 
-    Tiles begin every `tile - overlap` pixels, the last one so that it ends with the side. Two neighbours meet in the
+    Tiles begin every `tile - overlap` pixels, the last one so that it ends with the side. Two neighbors meet in the
     middle of what they share.
     """
     starts = [*range(0, length - tile, tile - overlap), length - tile]

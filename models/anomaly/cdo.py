@@ -52,7 +52,7 @@ class CDO(Detector):
             nut, pill, screw, toothbrush and zipper in the official code.
         gamma: how much hard positions count, 0 (all alike) to 5; 2 in both codes.
         apprentice: a backbone of other depth whose stages 1-3 have the expert's shapes, as resnet18 for resnet34; none:
-            the expert's own architecture, as officially.
+            the expert's own architecture, as in the official code.
         image_score: what of an image's map is its score; none: `max` for v1, `top1` for v2.
 
     Raises:

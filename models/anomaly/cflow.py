@@ -36,15 +36,15 @@ class CFlow(Detector):
     what m_l is. `train`: the largest log p / C of the normal training images, found after training, so that a
     image's score depends on no other test image. `test`: the largest of the whole test set, as in the official
     code, which subtracts the sum from its maximum and not from the number of stages: one constant for all pixels, so
-    all figures are the official ones, but no image can be scored before all are there. From `train` to `test` each
+    all metrics are the official ones, but no image can be scored before all are there. From `train` to `test` each
     stage's likelihood changes by one factor, exp(m_l of train - m_l of test), beside positions that are likelier than
     any in training: those count as the likeliest. Heat maps and thresholds of `test` know the test set too.
 
-    **Training.** Officially every stage's vectors of a batch, shuffled, make fibers of 256, and each fiber an optimizer
-    step of its flow. Here a fiber has equally many positions of every image of the batch, each image's in a random
-    order of its own, so that processes train as one: a stratified draw instead of a uniform one. What is left over
-    is dropped, as officially. Padding is trained on like the image; no map shows it. Places count from the top left
-    corner, so whole images of the trained size alone make sense.
+    **Training.** In the official code every stage's vectors of a batch, shuffled, make fibers of 256, and each fiber an
+    optimizer step of its flow. Here a fiber has equally many positions of every image of the batch, each image's in a
+    random order of its own, so that processes train as one: a stratified draw instead of a uniform one. What is left
+    over is dropped, as in the official code. Padding is trained on like the image; no map shows it. Places count from
+    the top left corner, so whole images of the trained size alone make sense.
 
     **Different from the official code**, beside that: images are resized by `data.resample`, there by Lanczos. A flow
     rests while others train; with torch before 2.0 Adam's momentum went on moving it, as zeroed gradients are
@@ -56,7 +56,7 @@ class CFlow(Detector):
 
     Args:
         backbone: the encoder, any whose stages are maps; it is frozen and stays in eval mode.
-        stages: each has a flow; the last three officially.
+        stages: each has a flow; the last three in the official code.
         blocks: couplings of a flow.
         fiber: vectors of an optimizer step, at most: rounded down to equally many of every image, at least one.
         rotation: training images are turned by up to so many degrees, black where nothing is left.

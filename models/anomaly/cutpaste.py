@@ -46,7 +46,7 @@ class CutPaste(Detector):
     `data/defects/cutpaste.py` says. The last epoch is reported.
 
     Official training, 256 x 256 images, ResNet-18 from random weights: SGD, learning rate 0.03, momentum 0.9, cosine,
-    weight decay 3e-5, 32 images a step (64 or 96 with their defects); 65,536 steps in the paper, 10,000 for
+    weight decay 3e-5, 32 images per step (64 or 96 with their defects); 65,536 steps in the paper, 10,000 for
     pytorch-cutpaste's results.
 
     Args:

@@ -21,7 +21,7 @@ class Embedding(Detector):
     `knn`: mean Euclidean distance to the k nearest training embeddings (Bergman et al. 2020, "Deep Nearest Neighbor
     Anomaly Detection", eq. 1, k = 2; SPADE takes k = 50 with the same score).
     `knn_squared`: the sum of the k squared distances, as in its authors' code (PANDA's utils.py, faiss.IndexFlatL2): of
-    more than one neighbour the farther ones count more, so that it can rank images otherwise.
+    more than one neighbor the farther ones count more, so that it can rank images otherwise.
     `mahalanobis`: sqrt((f - mu)^T S^-1 (f - mu)) with one Gaussian and the Ledoit-Wolf shrinkage of its covariance
     (Rippel et al. 2020, "Modeling the distribution of normal data in pre-trained deep features", eq. 1). With
     combine=sum it is theirs, one Gaussian per stage.
@@ -29,7 +29,7 @@ class Embedding(Detector):
     Args:
         backbone: any; its stages are pooled to one vector.
         distance: `knn`, `knn_squared` or `mahalanobis`.
-        k: neighbours of `knn` and `knn_squared`; `mahalanobis` does not read it.
+        k: neighbors of `knn` and `knn_squared`; `mahalanobis` does not read it.
         stages: stages that are pooled; 4 alone is the embedding of a ResNet.
         combine: `concat` joins the stages to one vector; `sum` adds up the distances that each stage has by itself.
         normalize: scale every embedding (with combine=sum each stage's) to length 1 first (cosine geometry, as
@@ -60,7 +60,7 @@ class Embedding(Detector):
             if value not in known:
                 raise UserError(f"embedding {name}={value}: it is {', '.join(known[:-1])} or {known[-1]}")
         if k < 1:
-            raise UserError(f"embedding k={k}: the number of neighbours is at least 1")
+            raise UserError(f"embedding k={k}: the number of neighbors is at least 1")
         self.distance, self.k, self.combine, self.normalize, self.source = distance, k, combine, normalize, source
         self.register_buffer("numbers", torch.empty(0, dtype=torch.int64))  # (N,) of the fitted images, ascending
         if distance != "mahalanobis":

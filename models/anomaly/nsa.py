@@ -83,7 +83,7 @@ class NSA(Detector):
 
     Different from them: images are resized by `data.resample`, there by Lanczos; a shifted or turned image repeats
     its edge pixels, where theirs is cut from a slightly larger one (textures at 264, so 3 % larger than in the test);
-    the strip that the crop leaves out does not count in the pixel figures, where they give it 0; the cosine falls at
+    the strip that the crop leaves out does not count in the pixel metrics, where they give it 0; the cosine falls at
     every step, not epoch; the last incomplete batch is left out; what `data/defects/nsa.py` lists.
 
     Args:

@@ -36,7 +36,7 @@ class PaDiM(Detector):
         stages: stages that are concatenated, at the resolution of the finest.
         channels: as many are drawn at random, once for all positions; None: all of them.
         regularization: what is added to the covariance's diagonal, above 0.
-        form: `covariance` stores d x d numbers a position, `low_rank` n x (d + n) for n training images; the
+        form: `covariance` stores d x d numbers per position, `low_rank` n x (d + n) for n training images; the
             distances are the same. `auto`: the one that stores less.
         image_score: what of an image's map is its score; the reference's is `max`.
         seed: draws the channels, as Python's random.seed(seed); random.sample(range(all), channels).

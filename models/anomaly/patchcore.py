@@ -41,7 +41,7 @@ def average_twice(features: list[Tensor], side: int, width: int | None) -> Tenso
     Their order is unfold, upsample, average; averaging first is the same, since both are linear, and 9 times cheaper.
     Stages of 512 and 1024 channels (ResNet-50, Wide-ResNet-50-2) under a 3 x 3 patch and width 1024 have a closed form:
     512 x 9 -> 1024 takes windows of 5 of 9 offsets that share the centre, 1024 x 9 -> 1024 is the local mean, and
-    2048 -> 1024 averages neighbours. So nothing is unfolded: (9 mean(F2) + F2) / 10 and the mean of channel pairs of
+    2048 -> 1024 averages neighbors. So nothing is unfolded: (9 mean(F2) + F2) / 10 and the mean of channel pairs of
     mean(F3).
     """
     size = max(feature.shape[-2:] for feature in features)
@@ -127,7 +127,7 @@ class PatchCore(Detector):
     bank would have kept patches of others in their place, so left-out scores come out above a refit's (1.3 times on
     average for 24 textures at coreset=0.1) and thresholds from them on the safe side; `holdout=0.1` avoids that.
 
-    The paper does not say its b of eq. 7; 9 is anomalib's. Amazon's mean over k neighbours is here k = 1.
+    The paper does not say its b of eq. 7; 9 is anomalib's. Amazon's mean over k neighbors is here k = 1.
 
     Args:
         backbone: any.
@@ -287,7 +287,7 @@ class PatchCore(Detector):
 
         Args:
             patches: p, (B, D), each image's most distant patch. owners: position of m* in the bank, (B,).
-            leave_out: (B,), training images whose entries are no neighbours.
+            leave_out: (B,), training images whose entries are no neighbors.
         """
         count = min(self.neighbors, len(self.bank))
         if leave_out is None:

@@ -20,8 +20,8 @@ class RD4AD(Detector):
 
     Args:
         backbone: the teacher, a CNN whose stages 1-3 halve each other; it is frozen and stays in eval mode.
-        student: `auto`, the teacher's own kind as officially (a ResNet-18 for what is no ResNet), or the name of a
-            ResNet whose blocks and depths it gets; its channels are always the teacher's.
+        student: `auto`, the teacher's own kind as in the official code (a ResNet-18 for what is no ResNet), or the name
+            of a ResNet whose blocks and depths it gets; its channels are always the teacher's.
         image_score: what of an image's map is its score; the paper's is `max`.
 
     Raises:

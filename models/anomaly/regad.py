@@ -35,7 +35,7 @@ class RegAD(PaDiM):
 
     Different from it: images are resized by `data.resample`, there by Lanczos; the supports of a query are drawn from
     the other images of its batch (all processes), there from all of its category; both with repetition, so each
-    single one is as likely, but two are alike more often. The official learning rate falls once an epoch, to 0 in the
+    single one is as likely, but two are alike more often. The official learning rate falls once per epoch, to 0 in the
     last, here at every step. The last epoch is reported, there the one with the best test AUROC. Official support sets
     are files of images, here `data.datasets.few_shot` draws.
 
@@ -44,8 +44,8 @@ class RegAD(PaDiM):
 
     Args:
         backbone: any whose `forward_stages` lets something happen `after` each stage, as our CNNs; it is trained.
-        supports: K, for each query in training; officially equal to `data.shots`.
-        regularization: what is added to the covariances' diagonal, above 0; officially 0.01.
+        supports: K, for each query in training; in the official code equal to `data.shots`.
+        regularization: what is added to the covariances' diagonal, above 0; in the official code 0.01.
         image_score: what of an image's map is its score; the paper's is `max`.
 
     Raises:
@@ -68,7 +68,7 @@ class RegAD(PaDiM):
     ):
         super().__init__(backbone, regularization=regularization, image_score=image_score)
         if supports < 1:
-            raise UserError(f"regad supports={supports}: at least 1; officially data.shots")
+            raise UserError(f"regad supports={supports}: at least 1; in the official code data.shots")
         if "after" not in inspect.signature(backbone.forward_stages).parameters:
             raise UserError(
                 f"regad warps maps between the stages, which {type(backbone).__name__} does not allow: set "

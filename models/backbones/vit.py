@@ -111,7 +111,7 @@ class ViT(nn.Module):
         num_classes: 0 gives the class token, more adds a classifier.
         in_channels: of the images.
         patch: side of a patch; 16 or 8 for the published weights, 14 for DINOv2's, 4 or less for small images.
-        size: side of the images that the position embedding is made for, 224 officially (518 in DINOv2).
+        size: side of the images that the position embedding is made for, 224 in the official code (518 in DINOv2).
         interpolation: how it becomes another size. `dino`: bicubic, by the factor (patches + 0.1) / side, as official
             DINO (and DINOv2 without registers). `timm`: bicubic with antialiasing, to the number of patches.
         drop_path: stochastic depth of the last block, linear from 0 at the first.

@@ -13,8 +13,8 @@ from runtime.errors import UserError
 class BarlowTwins(SSLMethod):
     """Each dimension of the embedding agrees between views and is uncorrelated with all other dimensions.
 
-    Officially the backbone's residual blocks start as identities (`backbone.zero_init_residual=true`), and biases and
-    norms have a learning rate of their own (`optim.bias_lr_scale=0.024`).
+    In the official code the backbone's residual blocks start as identities (`backbone.zero_init_residual=true`), and
+    biases and norms have a learning rate of their own (`optim.bias_lr_scale=0.024`).
 
     Args:
         weight: lambda, of the off-diagonal terms.

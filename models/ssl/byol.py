@@ -13,8 +13,8 @@ from models.ssl.method import MANY, Encoder, SSLMethod, each_view, frozen_copy
 class BYOL(SSLMethod):
     """The network predicts, from one view, what its own moving average says about the others: no negatives.
 
-    Heads of the official networks.py, without whose batch norms it collapses. Officially the target starts with random
-    weights of its own; here it is a copy, which made no significant difference there. `ema` from 0.97 (40
+    Heads of the official networks.py, without whose batch norms it collapses. In the official code the target starts
+    with random weights of its own; here it is a copy, which made no significant difference there. `ema` from 0.97 (40
     epochs), 0.99 (100 and 300) or 0.996 (1000) to 1.
 
     Args:

@@ -35,12 +35,12 @@ class SSLMethod(nn.Module):
         takes: least and most number of views, and the augmentation recipe that makes them.
         least_images: images that a step needs over all processes: 2 if it compares those of a batch with each other.
         in_epochs: names of the options that are lengths in epochs.
-        advice: what to do when the loss stays where it is for a network that says the same of every image.
+        advice: what to do when the loss stays where it is for constant embeddings.
 
     `embed(views)`, views V x (B, 3, h, w), gives tensors whose first dimension runs over the images (B, ...).
     `criterion(embeddings, labels (B,)) -> (loss, stats)` makes of them the scalar to minimise and {name: 0-d tensor}
     for the curves; two names have a meaning: `embeddings` (B, V, D), detached, is what the dashboard examines, and
-    `chance_loss` the loss of a network that says the same of every image. Neither changes anything but batch norms'
+    `chance_loss` the loss of constant embeddings. Neither changes anything but batch norms'
     statistics: what a step leaves behind (a queue, a centre) it puts there in `update`.
     """
 

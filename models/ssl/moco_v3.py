@@ -17,7 +17,7 @@ class MoCoV3(SSLMethod):
 
     Loss and heads of the official moco/builder.py; its ResNets have two layers in the projector and no batch norm at
     the predictor's end, its vision transformers three and one (`backbone.name=vit_moco_small` has their frozen patches
-    and sine positions). A ResNet's residual blocks start as identities, officially
+    and sine positions). A ResNet's residual blocks start as identities, in the official code
     (`backbone.zero_init_residual=true`).
 
     Args:
@@ -28,7 +28,7 @@ class MoCoV3(SSLMethod):
             predictor `out`.
         out: width of the embedding that the loss sees.
         predictor_norm: batch norm at the predictor's end.
-        gamma: of a focal term, see losses/focal.py; 0: none, as officially.
+        gamma: of a focal term, see losses/focal.py; 0: none, as in the official code.
     """
 
     takes = (2, 2, "byol")

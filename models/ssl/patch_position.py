@@ -15,12 +15,13 @@ class PatchPosition(SSLMethod):
     """Where does a patch lie beside the middle one? Eight answers, guessed from the features of both.
 
     The views are the nine patches of a 3 x 3 grid, row by row (augment=patches has the guards against short cuts: gaps,
-    jitter, colors dropped). All eight neighbours of an image are asked for at once, officially one pair: nine passes
-    of the backbone for eight answers instead of two for one. The official network is an AlexNet with its own layers;
-    the head here is of two layers on the two patches' features, and patches share one backbone as officially.
+    jitter, colors dropped). All eight neighbors of an image are asked for at once, in the official code one pair: nine
+    passes of the backbone for eight answers instead of two for one. The official network is an AlexNet with its own
+    layers; the head here is of two layers on the two patches' features, and patches share one backbone as in the
+    official code.
 
     Args:
-        hidden: width of the head's hidden layer; 4096 officially.
+        hidden: width of the head's hidden layer; 4096 in the official code.
     """
 
     projects = False

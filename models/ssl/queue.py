@@ -34,7 +34,7 @@ class Queue(nn.Module):
     `hold` keeps a step's embeddings aside, gathered, and `push` writes them over the oldest rows: the loop calls it
     once after the optimizer's step, so that a loss evaluated twice (SAM) meets one and the same queue. The first
     embeddings of a step are kept: SAM's second ones are those of weights that no step keeps. Any length that
-    is at least a step's number of embeddings will do; officially it is a multiple of it.
+    is at least a step's number of embeddings will do; in the official code it is a multiple of it.
 
     Attributes:
         rows: (K, D). labels: (K,) int64, -1 where none was given.

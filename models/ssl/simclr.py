@@ -16,8 +16,8 @@ from runtime.distributed import world_size
 class SimCLR(SSLMethod):
     """The views of an image attract each other, all other images of the batch repel.
 
-    Officially the backbone's residual blocks start as identities (`backbone.zero_init_residual=true`), and a batch norm
-    with a gain follows the head's last layer, too; here none does, as in solo-learn.
+    In the official code the backbone's residual blocks start as identities (`backbone.zero_init_residual=true`), and a
+    batch norm with a gain follows the head's last layer, too; here none does, as in solo-learn.
 
     Args:
         temperature: 0.1 for ImageNet at batch 4096, 0.5 for CIFAR-10 at batch 512 (official README); smaller batches

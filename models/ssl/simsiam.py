@@ -14,13 +14,14 @@ class SimSiam(SSLMethod):
     """The network predicts, from one view, what it says about the others, where no gradient flows: no negatives, no
     moving average.
 
-    Officially the predictor's learning rate stays as it is (`optim.fix_predictor_lr=true`) and the backbone's residual
-    blocks start as identities (`backbone.zero_init_residual=true`).
+    In the official code the predictor's learning rate stays as it is (`optim.fix_predictor_lr=true`) and the backbone's
+    residual blocks start as identities (`backbone.zero_init_residual=true`).
 
     Args:
         head: `mlp` or `linear`, of the projector.
         layers: of the projector; 3 for ImageNet, 2 for CIFAR-10.
-        hidden: width of the projector's hidden layers; 0 takes the backbone's number of features, as officially.
+        hidden: width of the projector's hidden layers; 0 takes the backbone's number of features, as in the official
+            code.
         out: width of the embedding.
         bottleneck: the predictor's hidden width, a quarter of `out` in the official code.
     """

@@ -21,14 +21,15 @@ class SupCon(SSLMethod):
     of views; official are two.
 
     Args:
-        temperature: 0.1 officially, for CIFAR-10 and ImageNet.
-        base_temperature: the loss is multiplied by temperature / base_temperature, officially 0.1 / 0.07.
+        temperature: 0.1 in the official code, for CIFAR-10 and ImageNet.
+        base_temperature: the loss is multiplied by temperature / base_temperature, in the official code 0.1 / 0.07.
         form: `out`, the paper's and the official code's, or `in`, which is worse; see losses/supcon.py.
         head: `mlp`, two layers, or `linear`.
-        hidden: width of the head's hidden layer; 0 takes the backbone's number of features, as officially.
+        hidden: width of the head's hidden layer; 0 takes the backbone's number of features, as in the official code.
         out: width of the embedding that the loss sees.
-        bank: so many earlier views, with their labels, attract and repel, too (a memory bank); 0: none, as officially.
-        gamma: of a focal term, see losses/focal.py; 0: none, as officially.
+        bank: so many earlier views, with their labels, attract and repel, too (a memory bank); 0: none, as in the
+            official code.
+        gamma: of a focal term, see losses/focal.py; 0: none, as in the official code.
 
     Raises:
         UserError: another form or head.

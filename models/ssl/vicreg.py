@@ -14,7 +14,7 @@ from runtime.errors import UserError
 class VICReg(SSLMethod):
     """Views of an image agree, each dimension of the embedding varies over images, and no two vary together.
 
-    Officially the backbone's residual blocks start as identities (`backbone.zero_init_residual=true`).
+    In the official code the backbone's residual blocks start as identities (`backbone.zero_init_residual=true`).
 
     Args:
         invariance: coefficient of the distance between the views.

@@ -1,4 +1,4 @@
-"""Classification figures against scikit-learn and cases worked by hand."""
+"""Classification metrics against scikit-learn and cases worked by hand."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Collapse figures against plain float64 loops and NumPy's SVD, closed forms, limits; and the warnings in words."""
+"""Collapse metrics against plain float64 loops and NumPy's SVD, closed forms, limits; and the warnings in words."""
 
 import math
 
@@ -26,7 +26,7 @@ def random_embeddings(batch, views, dim, seed=0):
 
 
 def loop_health(z):
-    """Each figure by its definition, one pair at a time."""
+    """Each metric by its definition, one pair at a time."""
     batch, views, dim = z.shape
     z = [[[float(x) for x in row] for row in image] for image in z]
     z = [[[x / math.sqrt(sum(y * y for y in row)) for x in row] for row in image] for image in z]
@@ -212,7 +212,7 @@ def test_a_healthy_run_gets_no_warning():
 def test_loss_at_chance():
     for loss in (LN_K, LN_K * 1.0009, LN_K * 0.9991):
         assert warning(loss) == (
-            f"the loss {loss:.4g} is that of a network that says the same of every image, 8.318: collapsed or not "
+            f"the loss {loss:.4g} is that of constant embeddings, 8.318: collapsed or not "
             "learning; lower the teacher's temperature"
         )
     assert warning(LN_K * 1.0011) is None and warning(LN_K * 0.9989) is None

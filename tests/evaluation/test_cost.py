@@ -24,24 +24,24 @@ class Tiny(nn.Module):
         return self.conv(x).mean(dim=(2, 3))
 
 
-def figures(backbone, size=32, **options):
+def metrics(backbone, size=32, **options):
     options = {"batch_size": 2, "device": torch.device("cpu"), "dtype": torch.float32} | options
     return describe(backbone, size, **options)
 
 
 def test_a_convolution_by_hand():
-    found = figures(Tiny())
+    found = metrics(Tiny())
     assert found["parameters"] == 8 * 3 * 9
     assert found["gflops"] == pytest.approx(2 * 16 * 16 * 8 * 3 * 9 / 1e9)  # a product and a sum for each weight
     assert found["features"] == 8 and found["stages"] == [[8, 16, 16]] * 4
     assert found["images_per_second"] > 0
-    assert figures(Tiny(), dtype=torch.bfloat16)["gflops"] == found["gflops"]
+    assert metrics(Tiny(), dtype=torch.bfloat16)["gflops"] == found["gflops"]
 
 
 @pytest.mark.parametrize("name, multiply_adds", [("resnet50", 4.09), ("vit_small", 4.6), ("convnext_tiny", 4.46)])
 def test_published_operations(name, multiply_adds):
     """In 10^9 multiply-adds at 224 x 224, as torchvision's and DINO's tables give them, attention included."""
-    assert figures(BACKBONES[name](), 224, batch_size=1)["gflops"] / 2 == pytest.approx(multiply_adds, rel=0.015)
+    assert metrics(BACKBONES[name](), 224, batch_size=1)["gflops"] / 2 == pytest.approx(multiply_adds, rel=0.015)
 
 
 def test_a_table_of_any_list(tmp_path, capsys):

@@ -142,7 +142,7 @@ def test_top5_of_noise_counts_the_classes_that_were_voted_for(k):
     torch.manual_seed(0)
     train, test = torch.randn(200, 8), torch.randn(300, 8)
     labels, truth = torch.arange(200) % 10, torch.arange(300) % 10
-    scores, figures = evaluate.knn((train, labels), (test, truth), list("abcdefghij"), None, k=k)
+    scores, metrics = evaluate.knn((train, labels), (test, truth), list("abcdefghij"), None, k=k)
     report = classification_report(scores, truth, list("abcdefghij"))
     hits = 0
     unit_train, unit_test = F.normalize(train.double()), F.normalize(test.double())
@@ -154,7 +154,7 @@ def test_top5_of_noise_counts_the_classes_that_were_voted_for(k):
         hits += own in sorted(votes, key=votes.get, reverse=True)[:5]
     assert report["top5"] == pytest.approx(hits / 300)
     assert (report["top5"] == report["top1"]) == (k == 1)
-    assert figures.keys() == {"knn20_top1", "knn200_top1"}
+    assert metrics.keys() == {"knn20_top1", "knn200_top1"}
 
 
 def test_accuracy():
@@ -180,7 +180,7 @@ def test_mistakes_name_the_shape():
 
 
 def test_imagenet_features_tell_steel_defects_apart(real_data, real_weights):
-    """30 training and 15 test images a class at 64 pixels: 0.92; a random MobileNetV2 has 0.47, chance is 0.17."""
+    """30 training and 15 test images per class at 64 pixels: 0.92; a random MobileNetV2 has 0.47, chance is 0.17."""
     backbone = BACKBONES["mobilenet_v2"]()
     load_weights(backbone, real_weights / "mobilenet_v2_imagenet.pth")
     sets = {}

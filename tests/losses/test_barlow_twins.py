@@ -169,7 +169,7 @@ def on_a_shard(rank, world_size):
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_processes_on_different_shards_have_the_gradient_of_one_and_officially_a_share(world_size):
+def test_processes_on_different_shards_have_the_gradient_of_one_and_in_the_official_code_a_share(world_size):
     alone = on_a_shard(0, 1)
     for results in run_processes(on_a_shard, world_size):
         for case, (loss, gradient) in results.items():

@@ -1,4 +1,4 @@
-"""Checkpoints and run folders: whole or not at all, no code run, resumed only with the same config."""
+"""Checkpoints and run folders: atomically, no code run, resumed only with the same config."""
 
 import os
 import pickle

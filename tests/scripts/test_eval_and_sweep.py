@@ -95,10 +95,10 @@ def test_compare_runs_on_the_same_images(tmp_path, capsys):
     capsys.readouterr()
     evaluate.main(["task=compare", f"runs={tmp_path}/a,{tmp_path}/b,{tmp_path}/c"])
     out, err = capsys.readouterr()
-    rows = {(row["figure"], row["a"][-1], row["b"][-1]): row for row in json.loads(out.splitlines()[-1])["differences"]}
+    rows = {(row["metric"], row["a"][-1], row["b"][-1]): row for row in json.loads(out.splitlines()[-1])["differences"]}
     assert ("pixel_auroc", "b", "c") in rows and ("pixel_auroc", "a", "b") not in rows  # embedding draws no maps
-    for (figure, a, b), row in rows.items():
-        assert row["difference"] == pytest.approx(values[b][figure] - values[a][figure], abs=1e-9)
+    for (metric, a, b), row in rows.items():
+        assert row["difference"] == pytest.approx(values[b][metric] - values[a][metric], abs=1e-9)
         assert row["interval"][0] <= row["interval"][1] and 0 < row["p"] <= 1
     assert "| image_auroc" in err and (tmp_path / "a" / "eval_compare" / "results.json").exists()
     with pytest.raises(UserError, match="two run folders or more"):
@@ -148,7 +148,7 @@ def test_sweep(images, tmp_path, capfd):
     assert json.loads(out.splitlines()[-1])["failed"] == ["part/embedding/broken", "part/patchcore/broken"]
     table = (top / "results.md").read_text()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    assert ["task", "detector", "figure", "random", "simclr", "broken"] in rows
+    assert ["task", "detector", "metric", "random", "simclr", "broken"] in rows
     cell = json.loads((top / "part" / "patchcore" / "simclr" / "results.json").read_text())
     shown = next(row for row in rows if row[:3] == ["part", "patchcore", "image_auroc"])
     low, high = cell["image_auroc_interval"]

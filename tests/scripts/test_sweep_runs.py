@@ -122,7 +122,7 @@ def test_the_tables_show_the_keys_that_differ(place, capfd):
     table = [[text.strip() for text in line.strip("|").split("|")] for line in lines]
     assert ["pretraining", "optim.lr", "method", "steps", "loss", "knn20_top1", "seconds", "error"] in table
     assert ["mine_lr-0.7/seed1", "0.7"] in [row[:2] for row in table]
-    assert ["task", "detector", "figure", "random", "mine_lr-0.5", "mine_lr-0.7"] in table
+    assert ["task", "detector", "metric", "random", "mine_lr-0.5", "mine_lr-0.7"] in table
     rows = rows_of(place)
     assert {"optim.lr", "k", "seed", "data.root", "backbone.weights"} <= set(rows["part/a/random/seed0"])
     assert not {"flag", "run_name", "runs", "data.workers"} & set(rows["part/a/random/seed0"])
@@ -133,7 +133,7 @@ def test_the_tables_show_the_keys_that_differ(place, capfd):
     run(place, capfd, grid={"k": [3, 4]}, pretraining={"random": ""}, detectors={"a": "my_test.py x.yaml"}, mean=True)
     lines = (place / "runs" / "grid" / "results.md").read_text().splitlines()
     table = [[text.strip() for text in line.strip("|").split("|")] for line in lines]
-    assert ["task", "detector", "k", "figure", "random"] in table
+    assert ["task", "detector", "k", "metric", "random"] in table
     assert ["part", "a_k-4", "4", "image_auroc", "0.400"] in table
     assert ["mean", "a_k-4", "4", "image_auroc", "0.400"] in table
     assert rows_of(place)["part/a_k-4/random"]["k"] == "4"

@@ -77,7 +77,7 @@ def test_a_checkpoint_ends_a_mean_of_the_curves_and_best_needs_a_figure(images, 
     train_ssl.main(words("simclr", images, tmp_path, "log_every=5"))  # saved every 3 steps
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics if "loss" in m] == [3, 5, 6, 9, 10, 12]
-    with pytest.raises(UserError, match=r"save\.best keeps the best kNN figure"):
+    with pytest.raises(UserError, match=r"save\.best keeps the best kNN metric"):
         train_ssl.main(words("simclr", images, tmp_path, "save.best=true", "holdout=0", "run_name=other"))
 
 

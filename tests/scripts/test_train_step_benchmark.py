@@ -21,4 +21,4 @@ def test_every_method_has_a_row(name):
     assert row[0] == name and len(row) == 10
     assert float(with_gradient) == {"triplet": 3, "patch_position": 9, "revd": 1, "moco_v2": 1, "psco": 1}.get(name, 2)
     assert float(without) == {"dino": 2, "moco_v2": 1, "moco_v3": 2, "byol": 2, "psco": 1}.get(name, 0)
-    assert all(float(figure.rstrip("%").replace(",", "")) >= 0 for figure in row[3:8])
+    assert all(float(metric.rstrip("%").replace(",", "")) >= 0 for metric in row[3:8])

@@ -95,7 +95,7 @@ QUEUES = ["moco_v2", "moco_v2 symmetric", "psco", "simclr with a bank", "supcon 
 
 
 def steps_as_the_loader_deals_them(rank, world_size, parts):
-    """Loss and gradients of five steps of other images, and the queue's rows after them; 8 images a step.
+    """Loss and gradients of five steps of other images, and the queue's rows after them; 8 images per step.
 
     Each batch is a run of the step's images, dealt over the processes (Loader), and every queue's length is no
     multiple of a step's rows: some of a step's are overwritten before others.

@@ -1,4 +1,4 @@
-"""The hash against plain-integer splitmix64, and the quality of its numbers where neighbours would show."""
+"""The hash against plain-integer splitmix64, and the quality of its numbers where neighbors would show."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_uniform_in_the_half_open_interval():
 
 
 @pytest.mark.parametrize("part", ["seed", "epoch", "view", "id"])
-def test_neighbouring_keys_are_independent(part):
+def test_neighboring_keys_are_independent(part):
     ids = torch.arange(20000)
     zero = torch.zeros_like(ids)
     here = {"seed": zero, "epoch": zero, "view": zero, "id": ids} | {part: ids}

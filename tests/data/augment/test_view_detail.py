@@ -66,7 +66,7 @@ def test_the_note_is_for_detail_that_the_original_has():
 
 
 def gradient(views: torch.Tensor) -> float:
-    """Mean square of the differences of neighbours."""
+    """Mean square of the differences of neighbors."""
     return float(views.diff(dim=-1).square().mean() + views.diff(dim=-2).square().mean())
 
 

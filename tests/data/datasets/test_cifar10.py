@@ -17,7 +17,7 @@ CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 @pytest.fixture
 def published(tmp_path, monkeypatch):
-    """Four rows a batch in the published format; torchvision's table of checksums is made to fit them."""
+    """Four rows per batch in the published format; torchvision's table of checksums is made to fit them."""
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (24, 3072), dtype=np.uint8)

@@ -16,7 +16,7 @@ SHAPES = [(64, 64), (40, 71), (33, 32)]
 
 
 def raw_images(count: int, height: int, width: int) -> torch.Tensor:
-    """Noise over a ramp: no two pixels' neighbourhoods are alike."""
+    """Noise over a ramp: no two pixels' neighborhoods are alike."""
     ramp = torch.linspace(0, 150, width).expand(count, 3, height, width)
     return (ramp + torch.randint(0, 100, (count, 3, height, width))).to(torch.uint8)
 

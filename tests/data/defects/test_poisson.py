@@ -8,7 +8,7 @@ from data.defects.poisson import laplacian, mixed_divergence, sines, solve
 
 
 def dense(target: np.ndarray, divergence: np.ndarray) -> np.ndarray:
-    """(h, w) float64: one equation a pixel, by Gaussian elimination."""
+    """(h, w) float64: one equation per pixel, by Gaussian elimination."""
     height, width = target.shape
     matrix, right = np.eye(height * width), target.ravel().copy()
     for y in range(1, height - 1):

@@ -18,7 +18,7 @@ from data.demo.sheet import contact_sheet
 from plots.style import TRUE_DEFECT
 from runtime.errors import UserError
 
-SMALL = 0.001  # two images a folder
+SMALL = 0.001  # two images per folder
 
 
 @pytest.fixture(scope="module")

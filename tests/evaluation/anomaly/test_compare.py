@@ -26,9 +26,9 @@ def run_of(folder, name: str, *, gain: float = 1.0, seed: int = 0, paths=PATHS, 
     masks = np.zeros((len(labels), 12, 10), dtype=bool)
     masks[labels, 3:6, 2:7] = True
     maps = (rng.normal(size=masks.shape) + gain * masks).astype(np.float32)
-    figures = image_metrics(scores, labels) | (pixel_metrics(maps, masks) if pixels else dict.fromkeys(PIXEL_METRICS))
-    histograms = pixel_histograms(maps, masks) if pixels and figures["aupro"] is not None else None
-    save_scores(folder / name, paths, torch.from_numpy(labels), torch.from_numpy(scores), figures, histograms)
+    metrics = image_metrics(scores, labels) | (pixel_metrics(maps, masks) if pixels else dict.fromkeys(PIXEL_METRICS))
+    histograms = pixel_histograms(maps, masks) if pixels and metrics["aupro"] is not None else None
+    save_scores(folder / name, paths, torch.from_numpy(labels), torch.from_numpy(scores), metrics, histograms)
     return load_scores(folder / name), scores, maps, masks
 
 
@@ -38,13 +38,13 @@ def test_differences_equal_a_loop_over_the_replicates(tmp_path, monkeypatch, gai
     (a, scores_a, *_), (b, scores_b, *_) = run_of(tmp_path, "a"), run_of(tmp_path, "b", gain=gain, seed=1)
     result = compare([a, b], ["a", "b"], seed=3)
     draws = draw_images(LABELS, seed=3)
-    for key, figure in (("image_auroc", roc_auc_score), ("image_ap", average_precision_score)):
-        (row,) = (row for row in result["differences"] if row["figure"] == key)
-        values = [figure(LABELS, scores) for scores in (scores_a, scores_b)]
+    for key, metric in (("image_auroc", roc_auc_score), ("image_ap", average_precision_score)):
+        (row,) = (row for row in result["differences"] if row["metric"] == key)
+        values = [metric(LABELS, scores) for scores in (scores_a, scores_b)]
         replicates = []
         for draw in draws:
             chosen = np.repeat(np.arange(30), draw.astype(int))
-            ours = [figure(LABELS[chosen], scores[chosen]) for scores in (scores_a, scores_b)]
+            ours = [metric(LABELS[chosen], scores[chosen]) for scores in (scores_a, scores_b)]
             replicates.append(round(ours[1] - ours[0], 12))  # a tie is 0, not 1e-17
         above, below = sum(d >= 0 for d in replicates), sum(d <= 0 for d in replicates)
         assert [row["value_a"], row["value_b"]] == pytest.approx(values, abs=1e-12)
@@ -56,7 +56,7 @@ def test_differences_equal_a_loop_over_the_replicates(tmp_path, monkeypatch, gai
 def test_the_same_run_twice_is_no_difference(tmp_path):
     a, *_ = run_of(tmp_path, "a")
     result = compare([a, a], ["a", "again"])
-    assert [row["figure"] for row in result["differences"]] == [*IMAGE_METRICS, *PIXEL_METRICS]
+    assert [row["metric"] for row in result["differences"]] == [*IMAGE_METRICS, *PIXEL_METRICS]
     for row in result["differences"]:
         assert row["difference"] == 0 and row["interval"] == [0, 0] and row["p"] == 1 and row["verdict"] == "none"
 
@@ -74,7 +74,7 @@ def test_a_better_run_wins_and_the_worse_loses(tmp_path):
 
 def test_exact_values_and_what_is_stored_fits_the_maps(tmp_path):
     run, scores, maps, masks = run_of(tmp_path, "a")
-    assert run.figures == image_metrics(scores, LABELS) | pixel_metrics(maps, masks)
+    assert run.metrics == image_metrics(scores, LABELS) | pixel_metrics(maps, masks)
     assert run.paths == PATHS and (run.labels == LABELS).all() and (run.scores == scores).all()
     assert run.histograms.negatives.sum(1).tolist() == (~masks).sum((1, 2)).tolist()
     assert run.histograms.shares.sum(1) == pytest.approx(LABELS.astype(float), abs=1e-6)  # one region each
@@ -87,7 +87,7 @@ def test_three_runs_one_without_maps(tmp_path):
     (a, *_), (b, *_) = run_of(tmp_path, "a"), run_of(tmp_path, "b", seed=1)
     c, *_ = run_of(tmp_path, "c", seed=2, pixels=False)
     result = compare([a, b, c], ["a", "b", "c"])
-    pairs = [(row["a"], row["b"], row["figure"]) for row in result["differences"]]
+    pairs = [(row["a"], row["b"], row["metric"]) for row in result["differences"]]
     assert pairs == [
         *(("a", "b", key) for key in IMAGE_METRICS + PIXEL_METRICS),
         *((first, "c", key) for first in "ab" for key in IMAGE_METRICS),

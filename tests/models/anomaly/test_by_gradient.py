@@ -20,7 +20,7 @@ OPTIONS: dict[str, dict] = {  # of every such detector: what makes it small, or 
     "regad": {},
 }
 SIZE = {"nsa": 64, "rd4ad": 64}  # of its images, where 32 x 32 is not enough
-RATE = {}  # of Adam, where one image is learnt by heart at another one than 1e-3
+RATE = {}  # of Adam, where one image is overfit at another one than 1e-3
 IN_COMPANY = {"regad"}  # those that compare the images of a batch, so that one alone is a mistake
 NAMES = [name for name, detector in DETECTORS.items() if detector.by_gradient]
 
@@ -89,7 +89,7 @@ def test_two_processes_on_different_images_train_as_one(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("count", [1, 4])
-def test_one_image_is_learnt_by_heart(name, count):
+def test_one_image_is_overfit(name, count):
     """Alone, in batches of one, and four times; with the same defects in each epoch."""
     detector, image = build(name).train(), raw_images(name, 1).expand(count, -1, -1, -1).contiguous()
     optimizer = torch.optim.Adam([p for p in detector.parameters() if p.requires_grad], lr=RATE.get(name, 1e-3))

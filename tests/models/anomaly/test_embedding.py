@@ -204,7 +204,7 @@ def test_too_few_images_are_a_user_error(count):
         fitted(raw_images(count), k=3)
 
 
-def test_one_training_image_suffices_for_one_neighbour():
+def test_one_training_image_suffices_for_one_neighbor():
     assert fitted(raw_images(1), k=1).score(raw_images(1))[1] < 1e-5
 
 

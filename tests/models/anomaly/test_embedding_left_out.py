@@ -56,7 +56,7 @@ class Flat(nn.Module):
 
 
 def test_of_how_many_images_one_can_be_left_out():
-    """Two others have a shrinkage of 0 and so no covariance; k neighbours need k others; copies do not differ."""
+    """Two others have a shrinkage of 0 and so no covariance; k neighbors need k others; copies do not differ."""
     assert [fitted(images(n), **MAHALANOBIS).can_leave_out(n) for n in (3, 4)] == [False, True]
     odd = images(1).repeat(5, 1, 1, 1)
     odd[4] = images(1, seed=3)

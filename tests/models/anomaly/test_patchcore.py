@@ -33,7 +33,7 @@ def stages(model: PatchCore, images: Tensor) -> list[np.ndarray]:
 
 
 def local_mean(feature: np.ndarray, side: int) -> np.ndarray:
-    """(C, H, W): each pixel the sum of its side x side neighbourhood, zeros outside, over side squared."""
+    """(C, H, W): each pixel the sum of its side x side neighborhood, zeros outside, over side squared."""
     out, r = np.zeros_like(feature), side // 2
     for y, x in np.ndindex(*feature.shape[1:]):
         window = feature[:, max(y - r, 0) : y + r + 1, max(x - r, 0) : x + r + 1]

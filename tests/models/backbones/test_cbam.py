@@ -20,7 +20,7 @@ def official(gate: CBAM, x: torch.Tensor) -> torch.Tensor:
         for pooled in (image.flatten(1).mean(1), image.flatten(1).max(1).values):
             raw = raw + w2 @ torch.relu(w1 @ pooled + b1) + b2
         image = image * torch.sigmoid(raw)[:, None, None]
-        two = torch.stack([image.max(0).values, image.mean(0)])  # the maximum is the first channel officially
+        two = torch.stack([image.max(0).values, image.mean(0)])  # the maximum is the first channel in the official code
         padded = torch.nn.functional.pad(two, (3, 3, 3, 3))
         for i in range(image.shape[1]):
             for j in range(image.shape[2]):
@@ -41,7 +41,7 @@ def test_the_gates_are_the_papers():
     torch.testing.assert_close(gate(x).double(), official(gate, x), rtol=1e-5, atol=1e-5)
 
 
-def test_they_start_as_officially():
+def test_they_start_as_in_the_official_code():
     """The spatial gate's BatchNorm at zero weight: one half everywhere. Biases at zero."""
     backbone = CBAMResNet18()
     gate = backbone.layer2[0].cbam

@@ -1,4 +1,4 @@
-"""Eight images, always in the same views, learnt by heart: every loss comes down to the least it can be.
+"""Eight images, always in the same views, overfit: every loss comes down to the least it can be.
 
 Where images repel each other the best that N unit vectors can do is a simplex, with cosines of -1 / (N - 1); of a
 class each, that of the classes. A queue holds the eight images' own keys, which therefore repel their queries.

@@ -148,7 +148,7 @@ def test_the_term_alone_learns_to_spot_the_difference(name):
     assert abs(terms[0]) < 0.05 and terms[-1] < -1
 
 
-def test_a_few_images_are_learnt_by_heart_and_their_defects_too():
+def test_a_few_images_are_overfit_and_their_defects_too():
     def after(weight):
         method, images = build("simclr").float(), [view.float() for view in raw_images("simclr")]
         optimizer = torch.optim.Adam(method.parameters(), lr=0.01)
