@@ -29,7 +29,7 @@ class ChannelGate(nn.Module):
 class SpatialGate(nn.Module):
     """A factor for each position from the channels' maximum and mean there: (B, C, H, W) -> (B, C, H, W) (equation 3).
 
-    The BatchNorm, which the paper does not mention, starts at zero as in the official code: each factor is 1/2 at first."""
+    The BatchNorm, which the paper does not mention, starts at zero as in the official code: all factors are 1/2."""
 
     def __init__(self):
         super().__init__()
