@@ -4,21 +4,20 @@
     torchrun --nproc_per_node=4 train_ssl.py configs/dino_scavport.yaml
 
 Writes runs/<run_name>/: last.pt, metrics.jsonl, results.json, TensorBoard events. The same command goes on where a
-killed one stopped. All that happens is in `main`, top to bottom.
+killed one stopped. The whole loop is in `main`; what it calls of this script stands below it in that order.
 """
 
 import runtime.threads  # before torch
 
-import time
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
-from tqdm import tqdm
 
 from data import (
     AugmentConfig,
@@ -33,6 +32,7 @@ from data import (
 from data.augment.negatives import DefectiveView
 from data.augment.spd_views import SpotTheDifference
 from data.augment.view_detail import blur_note
+from data.augment.views import Augment
 from data.defects import DEFECTS
 from data.loading import Loader, names_of
 from data.normalize import unnormalize
@@ -43,15 +43,14 @@ from models.backbones.build import BackboneConfig, build_backbone, refuse_classi
 from models.backbones.split_batch_norm import SplitBatchNorm2d
 from models.ssl import SSL_METHODS, MethodConfig
 from models.ssl.first_step import rehearse
+from models.ssl.gradient import Embed, backward
+from models.ssl.method import SSLMethod
 from models.ssl.spd import SPD
 from plots.sheets import view_sheets
 from runtime import checkpoint, config, distributed, errors
-from runtime.log import Log, Window
+from runtime.run import Run
 from runtime.values import PathText, Seed
-from runtime.version import code_version
-from training.ema import ema_update
-from training.gradients import Embed, backward
-from training.optim import PRECISIONS, OptimConfig, build_optimizer, clip_gradients, set_rates
+from training.optim import OptimConfig, apply_gradients, build_optimizer, mixed_precision, set_rates
 from training.sam import SAMConfig, climbed, frozen_statistics
 from training.schedule import check_lengths, warmup_cosine
 
@@ -106,179 +105,231 @@ class Config:
     runs: PathText = "runs"  # folder of all runs
     run_name: str  # folder below it; the name of the YAML file unless given
 
+    def __post_init__(self):
+        if self.overfit:
+            self.batch_size, self.holdout = self.overfit, 0
+
 
 def main(argv: list[str]) -> None:
-    # ---------------------------------------------------------------- configuration, run folder
     cfg = config.load(Config, argv)
-    if cfg.overfit:
-        cfg.batch_size, cfg.holdout = cfg.overfit, 0
-    device, world = distributed.setup(cfg.device), distributed.world_size()
+    run = Run(cfg)
+    check(cfg, run)
+    data = prepare_data(cfg, run)
+    method, objective, model, notes = build_networks(cfg, run, data)
+    optimizer = build_optimizer(cfg.optim, method)
+    autocast, scaler = mixed_precision(cfg.precision, run.device)
+    epoch_steps = len(data.loader) // cfg.accumulate
+    total = cfg.epochs * epoch_steps
+
+    parts = {"model": method, "optimizer": optimizer, "scaler": scaler}
+    state = run.open(parts, total, data.names, {"best": -1.0, "curves": {}, "metrics": {}})
+    introduce(cfg, run, data, method, notes)
+    if run.is_finished():
+        return
+
+    for step in run.steps():
+        epoch, batch = divmod(step, epoch_steps)
+        seed = cfg.seed + 1_000_003 * step + 1009 * distributed.rank()
+        method.train()
+        method.set_epoch(epoch)
+        lr = cfg.optim.lr_at(step, total, epoch_steps, cfg.batch_size)
+        set_rates(optimizer, lr, cfg.optim.weight_decay_at(step, total), cfg.optim.peak_lr(cfg.batch_size))
+
+        if batch == 0 or step == run.start:
+            batches = data.loader.epoch(epoch, first_batch=batch * cfg.accumulate)
+        micro_batches = [run.window.next(batches) for _ in range(cfg.accumulate)]  # (images, labels, ids) of each
+        views = partial(data.augment, epoch=0 if cfg.overfit else epoch)  # (images, ids) -> V x (B, 3, h, w)
+
+        gradient = partial(backward, model, objective, micro_batches, views, scaler, autocast, seed)
+        with distributed.unsynchronised(model, cfg.sam is not None and cfg.sam.m_sharpness):
+            loss, stats = gradient()
+        if cfg.sam is not None:
+            for parameter in method.frozen():
+                parameter.grad = None
+            with climbed(method.parameters(), cfg.sam.rho, adaptive=cfg.sam.adaptive), frozen_statistics(method):
+                gradient()
+        run.window.add(loss)
+
+        grad_norm = apply_gradients(optimizer, scaler, method.parameters(), cfg.optim, frozen=method.frozen())
+        method.after_step(warmup_cosine(step, total, start=cfg.ema.start, end=cfg.ema.end))
+
+        done = step + 1
+        if step == 0:
+            log_views(run, views, micro_batches[0])
+        eval_due, save_due = (run.due(done, n) for n in (cfg.eval_every * epoch_steps, cfg.save.every))
+        log_due = save_due or run.due(done, cfg.log_every)  # means since the last point are not saved
+        if log_due or eval_due:
+            run.check(done, lr, grad_norm, scaler)
+        if log_due:
+            rates = {"lr": lr, "grad_norm": grad_norm, "epoch": done / epoch_steps}
+            state["curves"] = log_curves(cfg, run, data, method, done, rates, stats)
+        if eval_due and data.held_out:
+            state |= evaluate(cfg, run, data, method, done, state)
+        if save_due:
+            run.save(done, cfg.save.keep_last, part=method.kept, **state)
+
+    results = {"method": cfg.method.name, "backbone": cfg.backbone.name, "parameters": size_of(method), "steps": total}
+    run.finish(results | {"loss": state["curves"].get("loss")} | state["metrics"] | {"seconds": run.seconds})
+
+
+def check(cfg: Config, run: Run) -> None:
+    """Refuse what cannot work, as far as the config alone tells."""
     config.at_least_one(cfg, "epochs", "batch_size", "accumulate", "eval_every", "log_every")
     config.at_least_one(cfg.save, "every")
     in_epochs = {f"method.{k}": cfg.method.options[k] for k in SSL_METHODS[cfg.method.name].in_epochs}
     check_lengths(cfg.epochs, {"optim.warmup_epochs": cfg.optim.warmup_epochs} | in_epochs)
     refuse_classifier(cfg.backbone)
-    if cfg.batch_size % (world * cfg.accumulate):
+    if cfg.batch_size % (run.world * cfg.accumulate):
         raise errors.UserError(
-            f"batch_size={cfg.batch_size} is no multiple of {world} processes x accumulate={cfg.accumulate}"
+            f"batch_size={cfg.batch_size} is no multiple of {run.world} processes x accumulate={cfg.accumulate}"
         )
-    if cfg.sync_bn and world > 1 and device.type != "cuda":
+    if cfg.sync_bn and run.world > 1 and run.device.type != "cuda":
         raise errors.UserError("sync_bn=true needs CUDA devices; set sync_bn=false on a CPU")
     if cfg.data.fit != "squash":  # crops are drawn in the whole original image
         raise errors.UserError(f"pretraining needs whole images: data.fit=squash, not {cfg.data.fit}")
 
-    # ---------------------------------------------------------------- data
+
+@dataclass
+class Data:
+    """The images of a run, as `prepare_data` makes them ready."""
+
+    loader: Loader  # what is learned from
+    augment: Callable[..., list[Tensor]]  # views = augment(images, ids, epoch)
+    bank: Loader  # kNN: the same images, each once
+    queries: Loader  # kNN: the held-out ones
+    classes: int
+    names: dict[str, list]  # for the checkpoint
+    notes: list[str]  # for the user
+
+    @property
+    def held_out(self) -> int:
+        """Images for the kNN metric; 0: there is no such metric."""
+        return len(self.queries.indices)
+
+
+def prepare_data(cfg: Config, run: Run) -> Data:
+    """Read the training set, hold images out of it, and build the augmentation. Settles `cfg.data`."""
     native, cfg.data = cfg.data.size == "native", settled(cfg.data)
-    resolved, folder = config.as_dict(cfg), config.run_folder(cfg)
     train_set = build_dataset(cfg.data, "train")
     classes = len(train_set.labels.unique())
     train_ids, held_out = holdout(train_set, cfg.holdout if classes > 1 else 0.0, cfg.seed)
-    measurable = len(held_out) > 0
     if not 0 <= cfg.overfit <= len(train_ids):
         raise errors.UserError(f"overfit={cfg.overfit} must be 0 or a number of images, {len(train_ids)} at most")
-    if cfg.overfit:  # spread over the set, and so over its classes
-        train_ids = train_ids[torch.linspace(0, len(train_ids) - 1, cfg.overfit).long()]
-    if cfg.save.best and not measurable:
+    if cfg.save.best and not len(held_out):
         raise errors.UserError("save.best keeps the best kNN metric, and there is none without holdout or classes")
-    micro_batch = cfg.batch_size // (world * cfg.accumulate)
+    unused = {f"held out (holdout={cfg.holdout})": len(held_out)}
+    if cfg.overfit:  # spread over the set, and so over its classes
+        unused["not in overfit"] = len(train_ids) - cfg.overfit
+        train_ids = train_ids[torch.linspace(0, len(train_ids) - 1, cfg.overfit).long()]
+
     load = {"seed": cfg.seed, "cache": cfg.data.cache, "workers": cfg.data.workers}
-    loader = Loader(train_set, micro_batch, device, shuffle=True, drop_last=True, indices=train_ids, **load)
+    micro_batch = cfg.batch_size // (run.world * cfg.accumulate)
+    loader = Loader(train_set, micro_batch, run.device, shuffle=True, drop_last=True, indices=train_ids, **load)
+    if len(loader) < cfg.accumulate:
+        raise errors.UserError(f"accumulate={cfg.accumulate} is more than the {len(loader)} batches of an epoch")
     augment = build_augment(cfg.augment, cfg.seed, train_set.sizes)
-    blurred = blur_note(augment, train_set.geometry, train_set.sizes)
+    few = few_neighbors(len(train_ids)) if len(held_out) else None
+    notes = [what_is_used(train_set, len(train_ids), unused), few]
+    notes += [blur_note(augment, train_set.geometry, train_set.sizes)]
     seen = train_set  # by kNN; at their native size, images would take more time and memory than the training
-    if native and measurable and cfg.augment.name != "patches":
+    if native and len(held_out) and cfg.augment.name != "patches":
         seen = copy(train_set)
         seen.geometry = build_geometry(replace(cfg.data, size=augment.views[0].shape))
-    bank, queries = (Loader(seen, 256, device, indices=ids, **load) for ids in (train_ids, held_out))
+    bank, queries = (Loader(seen, 256, run.device, indices=ids, **load) for ids in (train_ids, held_out))
+    augment = with_defects(cfg, augment)
+    names = {"names": names_of(train_set, cfg.data.options["root"]), "learned": train_ids.tolist()}
+    return Data(loader, augment, bank, queries, classes, names, [note for note in notes if note])
+
+
+def with_defects(cfg: Config, augment: Augment) -> Callable[..., list[Tensor]]:
+    """The augmentation with the further views that `defect` and `spd` ask for."""
     if cfg.defect is not None:
         augment = DefectiveView(augment, DEFECTS[cfg.defect.name](**cfg.defect.options))
     if cfg.spd is not None:
         augment = SpotTheDifference(augment, DEFECTS[cfg.spd.name](**cfg.spd.options))
+    return augment
 
-    # ---------------------------------------------------------------- networks, optimizer, resume
+
+def build_networks(cfg: Config, run: Run, data: Data) -> tuple[SSLMethod, nn.Module, nn.Module, dict]:
+    """The method; what gives the loss, which is the method or SPD around it; what passes a batch, which is that one or
+    a part of it, perhaps compiled and distributed; and what there is to say: `weights` and `warnings`.
+
+    One image has passed through all of it, so that what cannot work is found before the run folder is touched.
+    """
     torch.manual_seed(cfg.seed)
-    backbone, report = build_backbone(cfg.backbone)
+    backbone, weights = build_backbone(cfg.backbone)
     method = SSL_METHODS[cfg.method.name](backbone, **cfg.method.options)
     if cfg.sync_bn and any(isinstance(module, SplitBatchNorm2d) for module in method.modules()):
         raise errors.UserError("sync_bn=true would undo method.splits: set one of the two")
     method = nn.SyncBatchNorm.convert_sync_batchnorm(method) if cfg.sync_bn else method
-    method.to(device, memory_format=torch.channels_last)
+    method.to(run.device, memory_format=torch.channels_last)
     objective = method if cfg.spd is None else SPD(method, cfg.spd.weight)
     model = objective if cfg.accumulate == 1 else Embed(objective)
     if cfg.compile:
         torch._inductor.config.fallback_random = True  # with and without gradient a batch draws the same numbers
         model = torch.compile(model)
     model = distributed.data_parallel(model)
-    optimizer = build_optimizer(cfg.optim, method)
-    dtype, scaler = PRECISIONS[cfg.precision], torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-    epoch_steps = len(loader) // cfg.accumulate
-    if epoch_steps == 0:
-        raise errors.UserError(f"accumulate={cfg.accumulate} is more than the {len(loader)} batches of an epoch")
-    image, measured = (images[int(train_ids[0])][0] for images in (train_set, seen))
-    about = {"classes": classes, "n_images": len(train_ids), "measured": measured if measurable else None}
-    warnings = rehearse(method, objective, augment, image, cfg, **about, autocast=autocast)
-    start, total, best, curves, metrics = 0, cfg.epochs * epoch_steps, -1.0, {}, {}
-    parts = {"model": method, "optimizer": optimizer, "scaler": scaler}
-    images = {"names": names_of(train_set, cfg.data.options["root"]), "learned": train_ids.tolist()}
-    about = {"schema": Config, "resume": cfg.resume, "images": images}
-    state, began = checkpoint.open_run(folder, resolved, **about), time.perf_counter()
-    if state is not None:
-        checkpoint.restore(state, parts)
-        start, best, curves, metrics = (state[key] for key in ("step", "best", "curves", "metrics"))
-        began -= state["seconds"]
+    first = data.names["learned"][0]
+    image, measured = (loader.dataset[first][0] for loader in (data.loader, data.bank))
+    about = {"classes": data.classes, "n_images": len(data.loader.indices)}
+    about |= {"measured": measured if data.held_out else None}
+    autocast, _ = mixed_precision(cfg.precision, run.device)
+    warnings = rehearse(method, objective, data.augment, image, cfg, **about, autocast=autocast)
+    return method, objective, model, {"weights": weights, "warnings": warnings}
 
-    log, window = Log(folder, cfg, start), Window(device)
-    parameters = sum(p.numel() for p in method.online.parameters())
-    log.say(f"{cfg.run_name}: {cfg.method.name} on {len(train_ids)} images, {cfg.backbone.name} ({report}), ")
-    log.say(f"{parameters:,} parameters, {epoch_steps} steps per epoch, step {start} of {total}, {world} x {device}")
-    unused = {f"held out (holdout={cfg.holdout})": len(held_out)}
-    unused["not in overfit"] = len(train_set) - len(train_ids) - len(held_out)
-    few = few_neighbors(len(train_ids)) if measurable else None
-    for note in filter(None, (what_is_used(train_set, len(train_ids), unused), few, blurred)):
-        log.say(note)
-    for warning in warnings:
-        log.warn_now(start, warning)
 
-    # ---------------------------------------------------------------- train
-    if start == total and log.repeat_results():
-        return distributed.cleanup()
+def size_of(method: SSLMethod) -> int:
+    """Parameters of the network that is trained."""
+    return sum(p.numel() for p in method.online.parameters())
 
-    batches = None
-    bar = tqdm(range(start, total), cfg.run_name, total, initial=start, unit="step", disable=not distributed.is_main())
-    for step in bar:
-        epoch, seed = step // epoch_steps, cfg.seed + 1_000_003 * step + 1009 * distributed.rank()
-        method.train()
-        method.set_epoch(epoch)
-        if batches is None or step % epoch_steps == 0:
-            batches = loader.epoch(epoch, first_batch=step % epoch_steps * cfg.accumulate)
-        lr = cfg.optim.lr_at(step, total, epoch_steps, cfg.batch_size)
-        set_rates(optimizer, lr, cfg.optim.weight_decay_at(step, total), cfg.optim.peak_lr(cfg.batch_size))
 
-        micro_batches = [window.next(batches) for _ in range(cfg.accumulate)]  # (images, labels, ids) of each batch
-        views = partial(augment, epoch=0 if cfg.overfit else epoch)  # (images, ids) -> V x (B, 3, h, w)
-        with distributed.unsynchronised(model, cfg.sam is not None and cfg.sam.m_sharpness):
-            loss, stats = backward(model, objective, micro_batches, views, scaler, autocast, seed)
-        if cfg.sam is not None:
-            method.cancel_gradients()
-            with climbed(method.parameters(), cfg.sam.rho, adaptive=cfg.sam.adaptive), frozen_statistics(method):
-                backward(model, objective, micro_batches, views, scaler, autocast, seed)
-        window.add(loss)
+def introduce(cfg: Config, run: Run, data: Data, method: SSLMethod, notes: dict) -> None:
+    """Say what is about to happen."""
+    images, steps = len(data.loader.indices), run.total // cfg.epochs
+    lines = [
+        f"{cfg.run_name}: {cfg.method.name} on {images} images, {cfg.backbone.name} ({notes['weights']})",
+        f"{size_of(method):,} parameters, {steps} steps per epoch, step {run.start} of {run.total}, "
+        f"{run.world} x {run.device}",
+    ]
+    for line in lines + data.notes:
+        run.log.say(line)
+    for warning in notes["warnings"]:
+        run.log.warn_now(run.start, warning)
 
-        scaler.unscale_(optimizer)
-        grad_norm = clip_gradients(method.parameters(), cfg.optim.clip, cfg.optim.clip_mode)
-        method.cancel_gradients()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        if method.target is not None:
-            momentum = warmup_cosine(step, total, start=cfg.ema.start, end=cfg.ema.end)
-            ema_update(method.target, method.online, momentum)
-        method.update()
 
-        if step == 0:
-            shown, _, ids = (part[:8] for part in micro_batches[0])
-            for name, sheet in view_sheets(shown, [unnormalize(view) for view in views(shown, ids)]).items():
-                log.image(f"views/{name}", pil_to_tensor(sheet))
-        done = step + 1
-        log_due, eval_due, save_due = (
-            done % every == 0 or done == total
-            for every in (cfg.log_every, cfg.eval_every * epoch_steps, cfg.save.every)
-        )
-        log_due |= save_due  # means since the last point are not saved
-        if log_due or eval_due:
-            norm = None if scaler.is_enabled() else grad_norm
-            where = f"by step {done} at lr {lr:.3g}; {checkpoint.last_good(folder)}"
-            window.check(norm, where, scaler.get_scale())
-        if log_due:
-            health = embedding_health(stats.pop("embeddings"))
-            curves = window.read() | {"lr": lr, "grad_norm": grad_norm, "epoch": done / epoch_steps} | health
-            curves = log.scalars(done, curves | {f"stats/{name}": value for name, value in stats.items()})
-            chance = curves.get("stats/chance_loss") if cfg.spd is None else None
-            distinct = classes if method.needs_labels else cfg.batch_size // world
-            about = {"chance": chance, "advice": method.advice, "epochs": done / epoch_steps, "distinct": distinct}
-            log.warn(done, collapse_warning(curves["loss"], health, **about))
-            bar.set_postfix_str(f"loss {curves['loss']:.3f}, {curves['speed/images_per_second']:.0f} images/s")
-        if eval_due and measurable:
-            with window.paused():
-                distributed.share_buffers(method)
-                metrics = log.scalars(done, knn_metrics(method.backbone, bank, queries))
-            log.warn_now(done, constant_warning(metrics, curves.get("embedding/std")))
-            if cfg.save.best and metrics["knn20_top1"] > best:
-                best, about = metrics["knn20_top1"], {"step": done, "config": resolved, "part": method.kept}
-                checkpoint.save(folder / "best.pt", {"model": method}, **about, best=best)
-        if save_due:
-            about = {"step": done, "best": best, "config": resolved, "part": method.kept}
-            about |= {"curves": curves, "metrics": metrics, "seconds": time.perf_counter() - began}
-            with window.paused():
-                checkpoint.save(folder / checkpoint.LAST, parts, **about, **images)
-                checkpoint.keep_copy(folder, done, cfg.save.keep_last)
+def log_views(run: Run, views: Callable[..., list[Tensor]], batch: tuple[Tensor, ...]) -> None:
+    """The views of a batch's first eight images, as they are after unnormalising."""
+    images, _, ids = (part[:8] for part in batch)
+    for name, sheet in view_sheets(images, [unnormalize(view) for view in views(images, ids)]).items():
+        run.log.image(f"views/{name}", pil_to_tensor(sheet))
 
-    # ---------------------------------------------------------------- results
-    about = {"method": cfg.method.name, "backbone": cfg.backbone.name, "parameters": parameters, "steps": total}
-    results = about | {"loss": curves.get("loss")} | metrics | {"seconds": time.perf_counter() - began}
-    log.results(results | {"version": code_version()})
-    distributed.cleanup()
+
+def log_curves(
+    cfg: Config, run: Run, data: Data, method: SSLMethod, done: int, rates: dict, stats: dict[str, Tensor]
+) -> dict[str, float]:
+    """Write a point of the curves, and warn of a collapse; returns the point."""
+    health = embedding_health(stats.pop("embeddings"))
+    curves = run.curves(done, rates | health | {f"stats/{name}": value for name, value in stats.items()})
+    chance = curves.get("stats/chance_loss") if cfg.spd is None else None
+    distinct = data.classes if method.needs_labels else cfg.batch_size // run.world
+    about = {"chance": chance, "advice": method.advice, "epochs": curves["epoch"], "distinct": distinct}
+    run.log.warn(done, collapse_warning(curves["loss"], health, **about))
+    return curves
+
+
+def evaluate(cfg: Config, run: Run, data: Data, method: SSLMethod, done: int, state: dict) -> dict:
+    """Classify the held-out images by their nearest neighbors; returns the metrics and the best one so far, at which
+    best.pt is written."""
+    with run.window.paused():
+        distributed.share_buffers(method)
+        metrics = run.log.scalars(done, knn_metrics(method.backbone, data.bank, data.queries))
+    run.log.warn_now(done, constant_warning(metrics, state["curves"].get("embedding/std")))
+    best = state["best"]
+    if cfg.save.best and metrics["knn20_top1"] > best:
+        best = metrics["knn20_top1"]
+        about = {"step": done, "config": run.config, "part": method.kept, "best": best}
+        checkpoint.save(run.folder / "best.pt", {"model": method}, **about)
+    return {"metrics": metrics, "best": best}
 
 
 if __name__ == "__main__":

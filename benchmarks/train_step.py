@@ -4,7 +4,7 @@
     python -m benchmarks.train_step --device cuda --batch 512 --methods dino byol
 
 The step is what train_ssl.py does with uint8 images on the device: views, forward, loss, backward, clipping,
-optimizer, moving average, `update`; it neither reads images nor logs. Views, options and optimizer are those of
+optimizer, `after_step`; it neither reads images nor logs. Views, options and optimizer are those of
 configs/<method>_cifar10.yaml (RevD has none: configs/revd_neu.yaml at 32 pixels); network, batch and precision are one
 for all rows, and images are noise. "Passes": how many views of an image the network sees with a gradient, and its
 moving average without. "Bare" are the same passes over float tensors of the same sizes, forward and, with a gradient,
@@ -20,7 +20,6 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from statistics import median
@@ -31,14 +30,11 @@ from torch import Tensor, nn
 import train_ssl
 from benchmarks.machine import commit, processor
 from data import build_augment
-from data.augment.negatives import DefectiveView
-from data.defects import DEFECTS
 from models.backbones.build import build_backbone
 from models.ssl import SSL_METHODS
+from models.ssl.gradient import backward
 from runtime import config, distributed
-from training.ema import ema_update
-from training.gradients import backward
-from training.optim import PRECISIONS, build_optimizer, clip_gradients, set_rates
+from training.optim import PRECISIONS, apply_gradients, build_optimizer, mixed_precision, set_rates
 
 CONFIGS = {"revd": ["configs/revd_neu.yaml", "data.size=32", "augment.size=32"]}
 CLASSES, RATE = 10, 1e-3  # of labels; of learning, whatever the schedule
@@ -63,18 +59,16 @@ def timed(step: Step, device: torch.device, turn: int) -> list[list[float]]:
     return [[b - a for a, b in [*pairwise(each), (each[0], each[-1])]] for each in marks]
 
 
-def train_step(cfg: train_ssl.Config, device: torch.device, autocast: Callable) -> Step:
+def train_step(cfg: train_ssl.Config, device: torch.device) -> Step:
     """The step of train_ssl.py in three parts: views; forward and backward; what follows."""
     batch, side = cfg.batch_size, cfg.data.size[0]
     images = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8, device=device)
     labels, ids = torch.arange(batch, device=device) % CLASSES, torch.arange(batch)
-    augment = build_augment(cfg.augment, cfg.seed, torch.full((batch, 2), side))
-    if cfg.defect is not None:
-        augment = DefectiveView(augment, DEFECTS[cfg.defect.name](**cfg.defect.options))
+    augment = train_ssl.with_defects(cfg, build_augment(cfg.augment, cfg.seed, torch.full((batch, 2), side)))
     method = SSL_METHODS[cfg.method.name](build_backbone(cfg.backbone)[0], **cfg.method.options)
     method.to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(cfg.optim, method)
-    scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
+    autocast, scaler = mixed_precision(cfg.precision, device)
 
     def step(number: int) -> Iterator[None]:
         method.train()
@@ -84,15 +78,8 @@ def train_step(cfg: train_ssl.Config, device: torch.device, autocast: Callable) 
         yield
         backward(method, method, [(images, labels, ids)], lambda *_: views, scaler, autocast, number)
         yield
-        scaler.unscale_(optimizer)
-        clip_gradients(method.parameters(), cfg.optim.clip, cfg.optim.clip_mode)
-        method.cancel_gradients()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        if method.target is not None:
-            ema_update(method.target, method.online, cfg.ema.start)
-        method.update()
+        apply_gradients(optimizer, scaler, method.parameters(), cfg.optim, frozen=method.frozen())
+        method.after_step(cfg.ema.start)
         yield
 
     return step
@@ -124,11 +111,11 @@ def host_waits(step: Step) -> int:
 def measure(cfg: train_ssl.Config, device: torch.device, turns: int) -> list[str]:
     """A row of the table."""
     torch.manual_seed(0)
-    on_cuda, dtype = device.type == "cuda", PRECISIONS[cfg.precision]
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    on_cuda = device.type == "cuda"
+    autocast, _ = mixed_precision(cfg.precision, device)
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
-    step = train_step(cfg, device, autocast)
+    step = train_step(cfg, device)
     passes = passes_of(step)
     on_device = [f"{host_waits(step)}", f"{torch.cuda.max_memory_allocated() / 2**20:,.0f}"] if on_cuda else ["-", "-"]
     network = build_backbone(cfg.backbone)[0].to(device, memory_format=torch.channels_last)

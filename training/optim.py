@@ -1,7 +1,9 @@
-"""Optimizers by name, rates, parameter groups and gradient clipping."""
+"""Optimizers by name, rates, parameter groups, precision, and the step that gradients make."""
 
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -207,3 +209,35 @@ def clip_gradients(parameters, max_norm: float | None, mode: str = "global") -> 
         scale = max_norm / ((norms if mode == "tensor" else total.expand_as(norms)) + 1e-6)
         torch._foreach_mul_(grads, list(scale.clamp(max=1.0)))
     return total
+
+
+def mixed_precision(name: str, device: torch.device) -> tuple[Callable[[], torch.autocast], torch.amp.GradScaler]:
+    """What makes the context of a forward pass in `fp32`, `bf16` or `fp16`, and the loss's scaler, which does something
+    in fp16 only."""
+    dtype = PRECISIONS[name]
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    return autocast, torch.amp.GradScaler(device.type, enabled=name == "fp16")
+
+
+def apply_gradients(
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    parameters: Iterable[nn.Parameter],
+    config: OptimConfig,
+    frozen: Iterable[nn.Parameter] = (),
+) -> Tensor:
+    """Clip the gradients as `config` says, step, and drop them; returns their norm before, without a host sync.
+
+    Args:
+        scaler: that scaled the loss.
+        parameters: all whose gradients are clipped together, the frozen ones among them (as in official DINO).
+        frozen: parameters that this step leaves alone, weight decay included.
+    """
+    scaler.unscale_(optimizer)
+    grad_norm = clip_gradients(parameters, config.clip, config.clip_mode)
+    for parameter in frozen:
+        parameter.grad = None  # and not zero, which AdamW would decay
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return grad_norm

@@ -1,14 +1,14 @@
 """DINO (Caron et al. 2021, "Emerging properties in self-supervised vision transformers"; official main_dino.py)."""
 
 import math
-from itertools import groupby
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from losses.dino import DINOLoss
 from models.heads import DINOHead
-from models.ssl.method import MANY, Encoder, SSLMethod, frozen_copy
+from models.ssl.method import MANY, Encoder, SSLMethod, frozen_copy, multi_crop
 from training.schedule import linear_then_constant
 
 
@@ -97,22 +97,12 @@ class DINO(SSLMethod):
         }
         return loss, stats
 
-    def update(self) -> None:
+    def frozen(self) -> Iterable[nn.Parameter]:
+        return self.online.head.last_layer.parameters() if self.epoch < self.freeze_last_layer else ()
+
+    def after_step(self, momentum: float) -> None:
+        super().after_step(momentum)
         self.loss.update()
-
-    def cancel_gradients(self) -> None:
-        # None and not zero, so that AdamW's weight decay leaves the prototypes alone as well
-        if self.epoch < self.freeze_last_layer:
-            for parameter in self.online.head.last_layer.parameters():
-                parameter.grad = None
-
-
-def multi_crop(network: Encoder, views: list[Tensor]) -> Tensor:
-    """One backbone pass for each run of equally large views, then one head pass over everything: V x (B, 3, h, w) ->
-    (B, V, K). BatchNorm therefore sees one resolution at a time (official MultiCropWrapper)."""
-    runs = [torch.cat(list(run)) for _, run in groupby(views, key=lambda view: view.shape[-2:])]
-    logits = network.head(torch.cat([network.backbone(run) for run in runs]))  # (V B, K)
-    return logits.unflatten(0, (len(views), -1)).transpose(0, 1)
 
 
 @torch.no_grad()

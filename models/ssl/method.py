@@ -1,6 +1,9 @@
-"""What every pretraining method has: an online network, perhaps an EMA target, `embed` and `criterion`."""
+"""What every pretraining method has: an online network, perhaps an EMA target, `embed` and `criterion`. And the ways in
+which several views pass through a network: `each_view`, `all_views`, `multi_crop`."""
 
 import copy
+from collections.abc import Iterable
+from itertools import groupby
 from typing import Literal
 
 import torch
@@ -8,6 +11,7 @@ from torch import Tensor, nn
 
 from models.backbones.drop_path import DropPath
 from runtime.errors import UserError
+from training.ema import ema_update
 
 
 class Encoder(nn.Module):
@@ -27,7 +31,7 @@ class SSLMethod(nn.Module):
 
     Attributes:
         online: the network that gradients train; `online.backbone` is what it is all for.
-        target: its exponential moving average, updated by the loop after each step; None without one.
+        target: its exponential moving average, which `after_step` moves; None without one.
         kept: which of the two is evaluated, and loaded from a checkpoint unless `backbone.part` says otherwise.
         projects: whether `online(view)` is a projection of the view (B, D), as SPD needs it.
         needs_labels: whether images without classes make no sense.
@@ -40,8 +44,8 @@ class SSLMethod(nn.Module):
     `embed(views)`, views V x (B, 3, h, w), gives tensors whose first dimension runs over the images (B, ...).
     `criterion(embeddings, labels (B,)) -> (loss, stats)` makes of them the scalar to minimise and {name: 0-d tensor}
     for the curves; two names have a meaning: `embeddings` (B, V, D), detached, is what the dashboard examines, and
-    `chance_loss` the loss of constant embeddings. Neither changes anything but batch norms'
-    statistics: what a step leaves behind (a queue, a centre) it puts there in `update`.
+    `chance_loss` the loss of constant embeddings. Neither changes anything but batch norms' statistics: a method that
+    keeps something from step to step (a queue, a centre) moves it in `after_step`.
     """
 
     online: Encoder
@@ -80,11 +84,15 @@ class SSLMethod(nn.Module):
         """Called before each step, for options that are counted in epochs."""
         self.epoch = epoch
 
-    def cancel_gradients(self) -> None:
-        """Called between clipping and the optimizer's step: drop the gradients of what is frozen for now."""
+    def frozen(self) -> Iterable[nn.Parameter]:
+        """The parameters that steps of this epoch leave alone."""
+        return ()
 
-    def update(self) -> None:
-        """Called once after the optimizer's step: move what is neither trained nor averaged, as a queue or a centre."""
+    def after_step(self, momentum: float) -> None:
+        """Called once after the optimizer's step: the target becomes momentum * target + (1 - momentum) * online. A
+        method with a queue or a centre moves that afterwards."""
+        if self.target is not None:
+            ema_update(self.target, self.online, momentum)
 
     @property
     def backbone(self) -> nn.Module:
@@ -112,3 +120,11 @@ def each_view(network: nn.Module, views: list[Tensor]) -> Tensor:
 def all_views(network: nn.Module, views: list[Tensor]) -> Tensor:
     """One pass over all views, so that BatchNorm sees them together: V x (B, 3, h, w) -> (B, V, ...)."""
     return network(torch.cat(views)).unflatten(0, (len(views), -1)).transpose(0, 1)  # (V B, ...) -> (B, V, ...)
+
+
+def multi_crop(network: Encoder, views: list[Tensor]) -> Tensor:
+    """One backbone pass for each run of equally large views, so that BatchNorm sees one resolution at a time, then one
+    head pass over everything (DINO's MultiCropWrapper): V x (B, 3, h, w) -> (B, V, D)."""
+    runs = [torch.cat(list(run)) for _, run in groupby(views, key=lambda view: view.shape[-2:])]
+    out = network.head(torch.cat([network.backbone(run) for run in runs]))  # (V B, D)
+    return out.unflatten(0, (len(views), -1)).transpose(0, 1)  # (B, V, D)

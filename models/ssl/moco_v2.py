@@ -82,7 +82,8 @@ class MoCoV2(SSLMethod):
         pair = torch.stack([queries[:, 0].detach(), keys[:, 0].to(queries.dtype)], dim=1)  # (B, 2, D)
         return sum(losses), {"embeddings": pair, "chance_loss": torch.tensor(chance)}
 
-    def update(self) -> None:
+    def after_step(self, momentum: float) -> None:
+        super().after_step(momentum)
         self.queue.push()
 
 

@@ -85,7 +85,8 @@ class PsCo(SSLMethod):
         }
         return task + contrast, stats
 
-    def update(self) -> None:
+    def after_step(self, momentum: float) -> None:
+        super().after_step(momentum)
         self.queue.push()
 
 

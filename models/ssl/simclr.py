@@ -64,6 +64,7 @@ class SimCLR(SSLMethod):
         chance = (1 - 1 / others) ** self.gamma * math.log(others)
         return loss, {"embeddings": z.detach(), "chance_loss": torch.tensor(chance)}
 
-    def update(self) -> None:
+    def after_step(self, momentum: float) -> None:
+        super().after_step(momentum)
         if self.bank is not None:
             self.bank.push()

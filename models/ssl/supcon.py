@@ -79,6 +79,7 @@ class SupCon(SSLMethod):
             stats["chance_loss"] = torch.tensor(chance)
         return loss, stats
 
-    def update(self) -> None:
+    def after_step(self, momentum: float) -> None:
+        super().after_step(momentum)
         if self.bank is not None:
             self.bank.push()

@@ -145,7 +145,7 @@ def test_every_method_takes_it(method, name):
     size = 32 if method == "patch_position" else 64
     loss, _ = model([torch.randn(8, 3, size, size) for _ in range(number)], torch.tensor([0, 1, 2, 0, 3, 1, 0, 2]))
     loss.backward()
-    model.update()
+    model.after_step(1.0)
     assert loss.isfinite()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters() if p.requires_grad)
 

@@ -15,7 +15,7 @@ def steps(model, method, name, number=4):
         method.zero_grad()
         loss, _ = model(views(name), LABELS)
         loss.backward()
-        method.update()
+        method.after_step(1.0)
         out += [loss.detach(), method.online.backbone.conv1.weight.grad.clone()]
     return out + [buffer.clone() for buffer in method.buffers()]
 

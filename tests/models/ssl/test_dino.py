@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from models.ssl import SSL_METHODS
-from models.ssl.dino import multi_crop, prototype_usage
+from models.ssl.dino import prototype_usage
+from models.ssl.method import multi_crop
+from models.ssl.spd import SPD
 from tests.models.ssl.test_methods import LABELS, SMALL, Backbone, build, views
+from training.optim import OptimConfig, apply_gradients
 
 
 def test_dino_target_starts_equal_and_never_has_gradients():
@@ -19,16 +22,21 @@ def test_dino_target_starts_equal_and_never_has_gradients():
 
 
 def test_dino_leaves_the_prototypes_alone_in_the_first_epoch():
+    """With SPD, too, whose loss reaches them; and the weight decay."""
     method = build("dino")
-    method(views("dino"), torch.zeros(8))[0].backward()
-    method.set_epoch(0)
-    method.cancel_gradients()
-    assert method.online.head.last_layer.weight_v.grad is None
-    assert method.online.backbone.conv1.weight.grad is not None
-    method(views("dino"), torch.zeros(8))[0].backward()
-    method.set_epoch(1)
-    method.cancel_gradients()
-    assert method.online.head.last_layer.weight_v.grad is not None
+    optimizer = torch.optim.AdamW(method.online.parameters(), lr=0.1, weight_decay=0.5)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    last, first = method.online.head.last_layer.weight_v, method.online.backbone.conv1.weight
+    for objective, more, epoch in ((method, [], 0), (SPD(method, 0.5), views("dino")[:1] * 3, 0), (method, [], 1)):
+        before = last.detach().clone(), first.detach().clone()
+        method.set_epoch(epoch)
+        objective(views("dino") + more, torch.zeros(8))[0].backward()
+        norm = torch.cat([p.grad.flatten() for p in method.parameters() if p.grad is not None]).norm()
+        config = OptimConfig(name="adamw", lr=0.1, clip=3.0)
+        given = apply_gradients(optimizer, scaler, method.parameters(), config, frozen=method.frozen())
+        torch.testing.assert_close(given, norm)  # the frozen ones count, as in official DINO
+        assert torch.equal(last, before[0]) == (epoch == 0) and not torch.equal(first, before[1])
+        assert all(p.grad is None for p in method.parameters())
 
 
 def test_prototypes_in_use_are_those_of_the_centred_outputs():

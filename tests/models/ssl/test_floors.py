@@ -13,7 +13,6 @@ from torch import nn
 from evaluation.collapse import LEAST_STD, embedding_health
 from models.ssl import SSL_METHODS
 from tests.models.ssl.test_methods import Staged
-from training.ema import ema_update
 
 N = 8
 APART = -1 / (N - 1)  # cosine of two images on the simplex
@@ -82,9 +81,7 @@ def test_eight_images_bring_the_loss_to_its_floor(name):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        method.update()
-        if method.target is not None:
-            ema_update(method.target, method.online, 0.9)
+        method.after_step(0.9)
         losses.append(loss.item())
     assert max(losses) > floor + 5 * near  # a queue of random rows repels less
     assert losses[-1] == pytest.approx(floor, abs=near)

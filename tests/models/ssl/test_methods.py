@@ -16,7 +16,6 @@ from models.ssl.method import MANY
 from runtime.distributed import data_parallel
 from runtime.errors import UserError
 from tests.processes import run_processes
-from training.ema import ema_update
 from training.optim import clip_gradients, parameter_groups
 
 SMALL = {
@@ -111,7 +110,7 @@ def gradients(rank, world_size, name, steps=1):
         method.zero_grad()
         loss, stats = model([view[mine] for view in views(name)], LABELS[mine])
         loss.backward()
-        method.update()
+        method.after_step(1.0)
     assert stats["embeddings"].ndim == 3 and not any(value.requires_grad for value in stats.values())
     assert all(value.ndim == 0 for key, value in stats.items() if key != "embeddings")
     grads = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
@@ -146,7 +145,7 @@ def test_a_network_that_says_the_same_of_every_image_has_the_chance_loss(name):
     same = tuple(torch.ones_like(embedding).double() for embedding in method.embed(views(name)))
     for _ in range(5):  # until queues hold nothing else
         loss, stats = method.criterion(same, LABELS)
-        method.update()
+        method.after_step(1.0)
     if name.split()[0] in ("byol", "simsiam", "revd", "barlow_twins"):  # their best; D, which a healthy run may cross
         assert "chance_loss" not in stats
     else:
@@ -198,10 +197,8 @@ def test_no_value_is_read_between_forward_and_update(name):
             loss.backward()
             clip_gradients(method.parameters(), 3.0, "global")
             clip_gradients(method.parameters(), 3.0, "tensor")
-            method.cancel_gradients()
-            if method.target is not None:
-                ema_update(method.target, method.online, 0.9)
-            method.update()
+            list(method.frozen())
+            method.after_step(0.9)
         assert not waits.found
         optimizer.step()  # torch's own, which counts its steps on the host
         optimizer.zero_grad()

@@ -8,13 +8,13 @@ from torch import nn
 
 from models.backbones.resnet import ResNet18
 from models.ssl import SSL_METHODS
+from models.ssl.gradient import Embed, accumulate, backward
 from models.ssl.method import MANY
 from models.ssl.queue import Queue
 from models.ssl.spd import SPD
 from runtime.distributed import data_parallel
 from tests.models.ssl.test_methods import CASES, LABELS, build, views
 from tests.processes import run_processes
-from training.gradients import Embed, accumulate, backward
 from training.sam import frozen_statistics
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -41,7 +41,7 @@ def whole(name):
         method.zero_grad()
         loss, _ = target(raw_images(name), LABELS)
         loss.backward()
-        method.update()
+        method.after_step(1.0)
     return loss.detach(), {n: p.grad for n, p in method.named_parameters() if p.grad is not None}, method
 
 
@@ -56,7 +56,7 @@ def in_parts(rank, world_size, name, parts=2):
         method.zero_grad()
         loss, stats = backward(model, target, batches, rows_of(raw_images(name)), NO_SCALER, nullcontext, seed=1)
         assert not any(value.requires_grad for value in stats.values())
-        method.update()
+        method.after_step(1.0)
     assert len(stats["embeddings"]) in (8 // world_size, 8 // world_size * len(views(name.removesuffix(" with spd"))))
     return loss.detach(), {n: p.grad for n, p in method.named_parameters() if p.grad is not None}, method
 
@@ -119,7 +119,7 @@ def steps_as_the_loader_deals_them(rank, world_size, parts):
             method.zero_grad()
             loss, _ = backward(model, method, work, rows_of(images), NO_SCALER, nullcontext, seed=1)
             found.append((loss.detach(), [p.grad.clone() for p in method.parameters() if p.grad is not None]))
-            method.update()
+            method.after_step(1.0)
         seen[name] = found, queue.rows
     return seen
 

@@ -1,0 +1,114 @@
+"""What surrounds a training loop: device, run folder, log, progress bar, time, checkpoints, and what is due.
+
+run = Run(cfg)                                   # the device; all processes have met
+state = run.open(parts, total, images, {"metrics": {}})  # resumes: `parts` and `state` are as they were saved
+if run.is_finished():
+    return
+for step in run.steps():
+    batch = run.window.next(batches)
+    ...
+    run.window.add(loss)
+    done = step + 1
+    if run.due(done, cfg.log_every):
+        run.check(done, lr, grad_norm, scaler)
+        curves = run.curves(done, {"lr": lr, "grad_norm": grad_norm, "epoch": done / epoch_steps})
+    if run.due(done, cfg.save_every):
+        run.save(done, **state)
+run.finish({"loss": curves["loss"]})
+"""
+
+import time
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from runtime import checkpoint, distributed
+from runtime.config import as_dict, run_folder
+from runtime.log import Log, Window
+from runtime.version import code_version
+
+
+class Run:
+    """It has no loop and calls nothing back: a script asks it for things and keeps the loop.
+
+    Args:
+        cfg: the script's Config, of which it reads `device`, `runs`, `run_name` and `resume`. What else the script
+            settles in it before `open` is what config.yaml and the checkpoints have.
+
+    Attributes:
+        device: of this process. world: number of processes. folder: the run folder, which `open` makes.
+        start, total: the step where training (re)starts, and the number of steps.
+        log: lines, curves, images. window: what happened since the last point of the curves. Both come with `open`.
+    """
+
+    def __init__(self, cfg):
+        self.cfg, self.folder = cfg, run_folder(cfg)
+        self.device, self.world = distributed.setup(cfg.device), distributed.world_size()
+
+    def open(self, parts: dict, total: int, images: dict[str, list], fresh: dict) -> dict:
+        """Make the run folder, or take up the run in it; see `checkpoint.open_run` for what it refuses and removes.
+
+        Args:
+            parts: {name: what has a state_dict} of every checkpoint; a resumed run's are restored.
+            total: steps of the whole run.
+            images: names and numbers of the images, which a resumed run must find again (`checkpoint.IMAGES`).
+            fresh: what else the script keeps in its checkpoints, with the values of a fresh start.
+
+        Returns:
+            `fresh`, of a resumed run with the values that were saved.
+        """
+        self.parts, self.total, self.images, self.config = parts, total, images, as_dict(self.cfg)
+        about = {"schema": type(self.cfg), "resume": self.cfg.resume, "images": images}
+        saved = checkpoint.open_run(self.folder, self.config, **about) or {}
+        if saved:
+            checkpoint.restore(saved, parts)
+        self.start, self._began = saved.get("step", 0), time.perf_counter() - saved.get("seconds", 0.0)
+        self.log, self.window = Log(self.folder, self.cfg, self.start), Window(self.device)
+        return {key: saved.get(key, value) for key, value in fresh.items()}
+
+    @property
+    def seconds(self) -> float:
+        """Since `open`, with the time of the sessions before this one up to their last checkpoint."""
+        return time.perf_counter() - self._began
+
+    def is_finished(self) -> bool:
+        """Whether all was done before and results.json is there; prints the results again and ends the processes."""
+        finished = self.start == self.total and self.log.repeat_results()
+        if finished:
+            distributed.cleanup()
+        return finished
+
+    def steps(self) -> tqdm:
+        """The numbers of the steps that are still to do, behind a progress bar on rank 0."""
+        about = {"initial": self.start, "unit": "step", "disable": not distributed.is_main()}
+        self.bar = tqdm(range(self.start, self.total), self.cfg.run_name, self.total, **about)
+        return self.bar
+
+    def due(self, done: int, every: int) -> bool:
+        """Whether what happens every so many steps, and at the end, happens now that so many are done."""
+        return done % every == 0 or done == self.total
+
+    def check(self, done: int, lr: float, grad_norm: Tensor, scaler: torch.amp.GradScaler) -> None:
+        """`UserError` when the loss or the gradient is not finite, before weights that it ruined are saved."""
+        where = f"by step {done} at lr {lr:.3g}; {checkpoint.last_good(self.folder)}"
+        self.window.check(None if scaler.is_enabled() else grad_norm, where, scaler.get_scale())
+
+    def curves(self, done: int, values: dict[str, float | Tensor]) -> dict[str, float]:
+        """Write a point of the curves, the window's means and `values`; returns all of it. Every rank must call it."""
+        curves = self.log.scalars(done, self.window.read() | values)
+        self.bar.set_postfix_str(f"loss {curves['loss']:.3f}, {curves['speed/images_per_second']:.0f} images/s")
+        return curves
+
+    def save(self, done: int, keep_last: int = 0, **state) -> None:
+        """Write last.pt: the parts, the images, and the script's `state`; also as one of `keep_last` step_*.pt."""
+        about = self.images | state | {"step": done, "config": self.config, "seconds": self.seconds}
+        with self.window.paused():
+            checkpoint.save(self.folder / checkpoint.LAST, self.parts, **about)
+            checkpoint.keep_copy(self.folder, done, keep_last)
+
+    def finish(self, results: dict) -> None:
+        """Write and print the results, of which rank 0's count, with the version of the code; ends the processes."""
+        self.log.results(results | {"version": code_version()})
+        distributed.barrier()
+        distributed.cleanup()
