@@ -22,7 +22,7 @@ class FewShot(MVTec):
     RandomState(draw) makes of the sorted paths: the same on every machine, and those of 2 shots are among those of 4.
     `test`: all of the category's test images, as `MVTec` gives them.
     `others`: the good training images of all other categories below `root` (leave one category out), or all training
-    images of `others`, as items `(image, label, index)`; labels number the categories, `classes` are their names.
+    images of `others`; labels number the categories, `classes` are their names.
 
     RegAD's own draws are files of images to be downloaded; the draws here only need the data set.
 
@@ -74,16 +74,13 @@ def _other_categories(root: Path, target: Path, size: int | Geometry, on_error: 
     """{category: paths of its training images} of all categories below `root` but `target`."""
     if not is_folder(root):
         raise UserError(f"{root} is not a folder to take other categories from: check data.others")
-    found = sorted(good.parent.parent for good in root.glob("*/train/good"))
-    found = [category for category in found if not is_junk(category.name)]
+    found = [good.parents[1] for good in sorted(root.glob("*/train/good")) if not is_junk(good.parents[1].name)]
     if found:
         chosen = [folder for folder in found if folder.resolve() != target.resolve()]
         if len({folder.resolve() for folder in chosen}) < len(chosen):
             raise UserError(f"a category of {root} is in it twice, by a link: remove the link")
-        by_category = {
-            folder.name: MVTec("train", size, root=str(root), category=folder.name, on_error=on_error).paths
-            for folder in chosen
-        }
+        sets = [MVTec("train", size, root=str(root), category=c.name, on_error=on_error) for c in chosen]
+        by_category = {folder.name: category.paths for folder, category in zip(chosen, sets)}
     else:
         folders = ClassFolder("train", size, root=str(root), test_fraction=0.0, on_error=on_error)
         by_category = {name: [] for name in folders.classes}

@@ -23,7 +23,7 @@ class ClassFolder(Dataset):
 
     - `<root>/train/<class>/...` and `<root>/test/<class>/...`: the split is as the folders say;
     - `<root>/<class>/...`: of each class the same `test_fraction` is tested on, drawn by a fixed seed over the sorted
-      paths within the class (`loading.stratified_split`), so it depends on nothing but the files' names;
+      paths within the class (`data.splits.stratified_split`), so it depends on nothing but the files' names;
     - images directly in `<root>` (or `<root>/train`): one class, "unlabelled", enough for pretraining on all of them.
 
     Classes are numbered in the order of their sorted names; images may lie at any depth below a class folder.
