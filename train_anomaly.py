@@ -102,13 +102,13 @@ def main(argv: list[str]) -> None:
     train_set, test_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "test")
     elsewhere = cfg.epochs and detector.learns_from != "train"
     lessons = build_dataset(cfg.data, detector.learns_from) if elsewhere else train_set
-    if not hasattr(test_set, "defects"):
+    if test_set.defects is None:
         raise errors.UserError(
             f"data.name={cfg.data.name} has no defects to find; use mvtec (MVTec layout) or one_against_all"
         )
     share = cfg.holdout
     if share is None:
-        share = 0.0 if detector.leaves_out or getattr(train_set, "few", False) else 0.1
+        share = 0.0 if detector.leaves_out or train_set.few else 0.1
     if not 0 <= share < 1:
         raise errors.UserError(f"holdout={share} must be at least 0 and below 1")
     train_ids, held_out = holdout(train_set, share, cfg.seed)
@@ -135,7 +135,7 @@ def main(argv: list[str]) -> None:
         parts |= {"optimizer": optimizer, "scaler": scaler}
     root = cfg.data.options["root"]
     used = {"names": names_of(train_set, root), "learned": train_ids.tolist(), "tested": names_of(test_set, root)}
-    used["masks"] = names_with_sizes(getattr(test_set, "mask_paths", []), root)
+    used["masks"] = names_with_sizes(test_set.mask_paths, root)
     if lessons is not train_set:
         used["elsewhere"] = names_of(lessons, cfg.data.options.get("others") or root)
     elif fits and detector.fitted_on == "test":

@@ -23,7 +23,7 @@ from scipy.sparse.linalg import factorized
 
 from benchmarks.machine import commit, processor
 from data.defects import DEFECTS
-from data.defects.nsa import NSA
+from data.defects.nsa import NSADefect
 from data.defects.poisson import laplacian, solve
 
 PATCHES, SIZES = 16, (34, 66, 102)  # of an image of 256 x 256, the largest patch of NSA has 102 pixels a side
@@ -83,8 +83,8 @@ def kinds(device: torch.device) -> list[list[str]]:
     for name, make in DEFECTS.items():
         draw = partial(make(), images, ids, 0, seed=0)
         rows.append([name, f"{milliseconds(draw, count, device):.2f}"])
-    made, masks = NSA()(images, ids, 0, seed=0)
-    labels = milliseconds(lambda: NSA().labels(images, made, masks), count, device, repeats=1)
+    made, masks = NSADefect()(images, ids, 0, seed=0)
+    labels = milliseconds(lambda: NSADefect().labels(images, made, masks), count, device, repeats=1)
     return [*rows, ["nsa's soft labels", f"{labels:.2f}"]]
 
 

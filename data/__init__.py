@@ -3,13 +3,14 @@
 import runtime.threads  # before torch
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args, get_type_hints
+from typing import Literal
 
 from torch import Tensor
 
 from data.augment.patch_grid import PatchGrid
 from data.augment.recipes import RECIPES
 from data.augment.views import Augment
+from data.dataset import Dataset
 from data.datasets.cifar10 import CIFAR10
 from data.datasets.few_shot import FewShot
 from data.datasets.folder import ClassFolder
@@ -22,7 +23,7 @@ from data.white import find_white, warn_if_dark
 from runtime.errors import UserError
 from runtime.schema import choice
 
-DATASETS = {
+DATASETS: dict[str, type[Dataset]] = {
     "folder": ClassFolder,
     "cifar10": CIFAR10,
     "mvtec": MVTec,
@@ -79,7 +80,7 @@ def settled(config: DataConfig) -> DataConfig:
     return config if config.white != "auto" else replace(config, white=find_white(train_set.paths))
 
 
-def native_size(dataset) -> tuple[int, int]:
+def native_size(dataset: Dataset) -> tuple[int, int]:
     """Height and width of a data set's original images, which must be of one size."""
     sizes = dataset.sizes
     other = (sizes != sizes[0]).any(1).nonzero()[:, 0]
@@ -97,13 +98,13 @@ def build_geometry(config: DataConfig) -> Geometry:
     return Geometry(config.size[0], config.size[-1], config.fit, config.resize, config.resample, config.white)
 
 
-def build_dataset(config: DataConfig, split: str):
-    """The `train` or `test` set of a settled `data` section, or another `split` that its constructor knows.
+def build_dataset(config: DataConfig, split: str) -> Dataset:
+    """The `train` or `test` set of a settled `data` section, or another of its class's `splits`.
 
     Raises:
         UserError: it does not know the split, or what the data set has to say.
     """
-    having = [name for name, kind in DATASETS.items() if split in get_args(get_type_hints(kind.__init__)["split"])]
+    having = [name for name, kind in DATASETS.items() if split in kind.splits]
     if config.name not in having:
         raise UserError(f"data.name={config.name} has no split '{split}', which this needs: use {' or '.join(having)}")
     dataset = DATASETS[config.name](split, build_geometry(config), **config.options)
@@ -112,7 +113,7 @@ def build_dataset(config: DataConfig, split: str):
     return dataset
 
 
-def what_is_used(dataset, learned: int, others: dict[str, int]) -> str:
+def what_is_used(dataset: Dataset, learned: int, others: dict[str, int]) -> str:
     """One line on how many of a data set's images are learned from, and why each of the rest is not.
 
     `others`: reasons that the data set does not know, such as a hold-out, with the number of images.

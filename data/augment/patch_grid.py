@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from data.augment import resample
-from data.augment.random_numbers import send, stream, uniform
+from data.augment.random_numbers import KINDS, send, stream, uniform, whole
 from data.augment.views import View, in_pieces, on_rows
-from data.defects.blend import whole
 from data.normalize import STD, standardize_
 from runtime.errors import UserError
 
@@ -145,7 +144,7 @@ def drop_colors(patches: Tensor, kept: Tensor, key: tuple) -> Tensor:
     number = torch.arange(len(patches), device=device)
     channel = patches[number, kept][:, None]  # (N, 1, p, p)
     spread = mean((channel - mean(channel)).square_()).sqrt_()  # (N, 1, 1, 1)
-    bits = stream((*key, 0), size.numel(), device).unflatten(1, size)  # (N, p, p)
+    bits = stream((*key, *KINDS["patches_noise"]), size.numel(), device).unflatten(1, size)  # (N, p, p)
     noise = send(GAUSSIAN, device)[torch.stack([bits >> 12, bits & 4095], dim=1)]  # (N, 2, p, p)
     turned = (torch.arange(3, device=device) - kept[:, None]) % 3  # (N, 3): 0 where the channel is kept
     return torch.cat([channel, noise.mul_(spread / 100)], dim=1)[number[:, None], turned]

@@ -1,8 +1,8 @@
 """Random numbers that depend only on what they are for: a counter-based hash instead of a generator with a state.
 
-An image's draws are a function of (seed, epoch, view, image), so they are the same in any batch, on any worker, rank
-or device, and after a resume. Everything is drawn on the CPU, where the host may look at it without waiting for the
-device, and then sent.
+An image's draws are a function of (seed, epoch, view, image) and their kind, so they are the same in any batch, on any
+worker, rank or device, and after a resume. Everything is drawn on the CPU, where the host may look at it without
+waiting for the device, and then sent.
 """
 
 import numpy as np
@@ -11,6 +11,24 @@ from torch import Tensor
 
 # Increment and finaliser of splitmix64 (Steele, Lea & Flood, OOPSLA 2014; the constants of S. Vigna's splitmix64.c).
 GOLDEN, FIRST, SECOND = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+# Kinds: what follows (seed, epoch, view, sample id) in a key, so that no two parts of a run draw the same numbers. A
+# new kind takes a free number; no number ever changes, for then the same configuration would give other images.
+KINDS: dict[str, tuple[int, ...]] = {
+    "views": (),  # crop, flip, colors, blur; a grid of patches counts its cells as views 0 to 8, and 9 is its place
+    "patches_noise": (0,),  # in place of the colors that are dropped
+    "cutpaste_good": (0,),  # the detector's colors of whole images; no run has both this and patches
+    "cutpaste": (1,),
+    "scar": (2,),
+    "smooth_blend": (3,),
+    "nsa": (4,),
+    "nsa_places": (4, 1),  # that are tried, to find one on an object
+    "nsa_images": (4, 2),  # the detector's turns, shifts and flips of whole images
+    "noise": (5,),
+    "noise_pixels": (5, 0),
+    "noise_places": (5, 1),  # that are tried, to find one off the background
+    "cflow": (6,),  # the detector's turns of whole images; followed by a stage, the order of its positions
+}  # RegAD draws the images that it compares with the key (seed, epoch, sample id), which is shorter than all of these
 
 
 def mix(state: np.ndarray) -> np.ndarray:
@@ -54,6 +72,16 @@ def stream(key: tuple[int | Tensor, ...], draws: int, device: torch.device) -> T
     for shift, factor in ((30, first), (27, second)):
         bits = bits.bitwise_xor_((bits >> shift).bitwise_and_((1 << 64 - shift) - 1)).mul_(factor)
     return bits.bitwise_xor_((bits >> 31).bitwise_and_((1 << 33) - 1)) >> 40 & (1 << 24) - 1
+
+
+def between(numbers: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """Uniform numbers in [0, 1) -> uniform between the bounds."""
+    return bounds[0] + (bounds[1] - bounds[0]) * numbers
+
+
+def whole(numbers: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
+    """Uniform numbers in [0, 1) -> uniform whole numbers from low to high, both included; float64."""
+    return low + (numbers * (high - low + 1)).floor()
 
 
 def send(numbers: Tensor, device: torch.device) -> Tensor:

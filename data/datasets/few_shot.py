@@ -1,14 +1,13 @@
 """Few normal images of one category, and the other categories to learn from: the protocol of RegAD."""
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import torch
 
+from data.dataset import Dataset
 from data.datasets.folder import ClassFolder
 from data.datasets.mvtec import MVTec
-from data.geometry import Geometry, as_geometry
+from data.geometry import Geometry
 from data.image_files import is_folder, is_junk
 from data.images import OnError
 from data.masks import Masks
@@ -23,7 +22,7 @@ class FewShot(MVTec):
     RandomState(draw) makes of the sorted paths: the same on every machine, and those of 2 shots are among those of 4.
     `test`: all of the category's test images, as `MVTec` gives them.
     `others`: the good training images of all other categories below `root` (leave one category out), or all training
-    images of `others`, as items `(image, label, index)`; labels number the categories, `classes` are their names.
+    images of `others`; labels number the categories, `classes` are their names.
 
     RegAD's own draws are files of images to be downloaded; the draws here only need the data set.
 
@@ -37,11 +36,12 @@ class FewShot(MVTec):
         UserError: fewer images than shots, no other category or one with a single image, or as for `MVTec`.
     """
 
-    few = True  # no image of `train` can be spared for a threshold, unless the user says so
+    splits = ("train", "test", "others")
+    few = True
 
     def __init__(
         self,
-        split: Literal["train", "test", "others"],
+        split: str,
         size: int | Geometry,
         *,
         root: PathText,
@@ -55,7 +55,10 @@ class FewShot(MVTec):
         if shots < 1 or draw < 0:
             raise UserError(f"data.shots={shots} must be at least 1 and data.draw={draw} at least 0")
         if split == "others":
-            self._learn_from(Path(others or root), Path(root) / category, size, on_error)
+            by_category = _other_categories(Path(others or root), Path(root) / category, size, on_error)
+            paths = [path for its in by_category.values() for path in its]
+            labels = [label for label, its in enumerate(by_category.values()) for _ in its]
+            Dataset.__init__(self, split, size, others or root, paths, labels, list(by_category))
             return
         super().__init__(split, size, root=root, category=category, masks=masks, on_error=on_error)
         if split == "train":
@@ -64,35 +67,33 @@ class FewShot(MVTec):
                     f"data.shots={shots}, but {root}/{category}/train/good has {len(self)} images: lower it"
                 )
             kept = sorted(np.random.RandomState(draw).permutation(len(self))[:shots].tolist())
-            self._keep(kept, f"beyond data.shots={shots}")
+            self.keep(kept, f"beyond data.shots={shots}")
 
-    def _learn_from(self, root: Path, target: Path, size: int | Geometry, on_error: OnError) -> None:
-        """Become the training images of all categories below `root` but `target`."""
-        if not is_folder(root):
-            raise UserError(f"{root} is not a folder to take other categories from: check data.others")
-        found = sorted(good.parent.parent for good in root.glob("*/train/good"))
-        found = [category for category in found if not is_junk(category.name)]
-        if found:
-            chosen = [folder for folder in found if folder.resolve() != target.resolve()]
-            if len({folder.resolve() for folder in chosen}) < len(chosen):
-                raise UserError(f"a category of {root} is in it twice, by a link: remove the link")
-            sets = [MVTec("train", size, root=str(root), category=c.name, on_error=on_error) for c in chosen]
-            self.classes, paths = [c.name for c in chosen], [s.paths for s in sets]
-        else:
-            folders = ClassFolder("train", size, root=str(root), test_fraction=0.0, on_error=on_error)
-            self.classes, labels = folders.classes, folders.labels.tolist()
-            paths = [[p for p, of in zip(folders.paths, labels) if of == c] for c in range(len(self.classes))]
-        if not self.classes:
+
+def _other_categories(root: Path, target: Path, size: int | Geometry, on_error: OnError) -> dict[str, list[str]]:
+    """{category: paths of its training images} of all categories below `root` but `target`."""
+    if not is_folder(root):
+        raise UserError(f"{root} is not a folder to take other categories from: check data.others")
+    found = [good.parents[1] for good in sorted(root.glob("*/train/good")) if not is_junk(good.parents[1].name)]
+    if found:
+        chosen = [folder for folder in found if folder.resolve() != target.resolve()]
+        if len({folder.resolve() for folder in chosen}) < len(chosen):
+            raise UserError(f"a category of {root} is in it twice, by a link: remove the link")
+        sets = [MVTec("train", size, root=str(root), category=c.name, on_error=on_error) for c in chosen]
+        by_category = {folder.name: category.paths for folder, category in zip(chosen, sets)}
+    else:
+        folders = ClassFolder("train", size, root=str(root), test_fraction=0.0, on_error=on_error)
+        by_category = {name: [] for name in folders.classes}
+        for path, label in zip(folders.paths, folders.labels.tolist()):
+            by_category[folders.classes[label]].append(path)
+    if not by_category:
+        raise UserError(
+            f"{root} has no category but {target.name} to learn from: set data.others to a folder that has some"
+        )
+    for name, paths in by_category.items():
+        if len(paths) < 2:
             raise UserError(
-                f"{root} has no category but {target.name} to learn from: set data.others to a folder that has some"
+                f"category {name} of {root} has {len(paths)} training image, and comparing needs two: add one, or "
+                f"hide the folder (name it .{name})"
             )
-        for name, its in zip(self.classes, paths):
-            if len(its) < 2:
-                raise UserError(
-                    f"category {name} of {root} has {len(its)} training image, and comparing needs two: add one, or "
-                    f"hide the folder (name it .{name})"
-                )
-        self.split, self.geometry, self.has_masks, self.left_out = "others", as_geometry(size), False, {}
-        self.paths = [path for its in paths for path in its]
-        self.labels = torch.tensor([label for label, its in enumerate(paths) for _ in its])
-        self.defects = ["good"] * len(self.paths)
+    return by_category

@@ -1,16 +1,12 @@
 """Images in class folders."""
 
 import os
-from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
-import torch
-from torch import Tensor
-
-from data.geometry import Geometry, as_geometry
+from data.dataset import Dataset
+from data.geometry import Geometry
 from data.image_files import is_folder, list_images, refuse_shared_folders
-from data.images import OnError, decode, image_sizes, readable
+from data.images import OnError
 from data.splits import stratified_split
 from runtime.errors import UserError
 from runtime.values import PathText
@@ -22,16 +18,15 @@ LAYOUT = (
 SPLIT_SEED = 0  # of the split into training and test images; fixed, so that every run tests on the same ones
 
 
-class ClassFolder:
-    """Items `(image uint8 (3, H, W), label, index)` of a folder in one of three layouts:
+class ClassFolder(Dataset):
+    """A folder in one of three layouts:
 
     - `<root>/train/<class>/...` and `<root>/test/<class>/...`: the split is as the folders say;
     - `<root>/<class>/...`: of each class the same `test_fraction` is tested on, drawn by a fixed seed over the sorted
-      paths within the class (`loading.stratified_split`), so it depends on nothing but the files' names;
+      paths within the class (`data.splits.stratified_split`), so it depends on nothing but the files' names;
     - images directly in `<root>` (or `<root>/train`): one class, "unlabelled", enough for pretraining on all of them.
 
     Classes are numbered in the order of their sorted names; images may lie at any depth below a class folder.
-    `left_out` says how many images of the folder are not in the set, by the reason.
 
     Args:
         size: how images become H x W; a number S squashes them to S x S.
@@ -46,14 +41,13 @@ class ClassFolder:
 
     def __init__(
         self,
-        split: Literal["train", "test"],
+        split: str,
         size: int | Geometry,
         *,
         root: PathText,
         test_fraction: float | None = None,
         on_error: OnError = "fail",
     ):
-        self.geometry = as_geometry(size)
         top = Path(root)
         if not is_folder(top):
             raise UserError(f"data.root={root} is not a folder: {LAYOUT}")
@@ -61,21 +55,21 @@ class ClassFolder:
         if not divided:
             _refuse_mvtec(top)
         by_class = _images_by_class(top / "train" if divided else top)
-        self.classes = list(by_class)
+        classes = list(by_class)
         if divided and split == "test":
             train = [path for paths in by_class.values() for path in paths]
             by_class = _images_by_class(top / "test")
-            unknown = sorted(set(by_class) - set(self.classes))
+            unknown = sorted(set(by_class) - set(classes))
             if unknown:
                 raise UserError(f"{top / 'test'} has classes that {top / 'train'} has not: {', '.join(unknown)}")
             refuse_shared_folders(train, (path for paths in by_class.values() for path in paths))
-        self.paths, self.left_out = [path for paths in by_class.values() for path in paths], {}
-        number = {name: label for label, name in enumerate(self.classes)}
-        self.labels = torch.tensor([number[name] for name, paths in by_class.items() for _ in paths])
+        number = {name: label for label, name in enumerate(classes)}
+        labels = [number[name] for name, paths in by_class.items() for _ in paths]
+        super().__init__(split, size, root, [path for paths in by_class.values() for path in paths], labels, classes)
         if not divided:
             share = test_fraction
             if share is None:
-                share = 0.0 if self.classes == ["unlabelled"] else 0.2
+                share = 0.0 if classes == ["unlabelled"] else 0.2
             train, test = stratified_split(self.labels, share, SPLIT_SEED)
             other = "testing" if split == "train" else "training"
             self.keep({"train": train, "test": test}[split].tolist(), f"kept for {other} (data.test_fraction={share})")
@@ -83,25 +77,7 @@ class ClassFolder:
                 raise UserError(
                     f"{root} with data.test_fraction={share} has no test image: raise it, or add images or classes"
                 )
-        self.keep(readable(self.__getitem__, self.paths, on_error), "not readable")
-
-    @cached_property
-    def sizes(self) -> Tensor:
-        """Height and width of each original image, upright: int64 (N, 2), read from the headers when first asked."""
-        return image_sizes(self.paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        return decode(self.paths[index], self.geometry), int(self.labels[index]), index
-
-    def keep(self, positions: list[int], why: str) -> None:
-        """Leave out all images but these, for the reason `why`; they are numbered anew, the classes stay."""
-        if len(positions) < len(self.paths):
-            self.left_out[why] = len(self.paths) - len(positions)
-        self.paths = [self.paths[i] for i in positions]
-        self.labels = self.labels[positions]
+        self.drop_unreadable(on_error)
 
 
 def _refuse_mvtec(top: Path) -> None:

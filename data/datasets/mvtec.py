@@ -1,17 +1,13 @@
 """The layout of MVTec AD, with one category a folder; MPDD and many private sets have it too."""
 
 import os
-from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
-import torch
-from torch import Tensor
-
-from data.geometry import Geometry, as_geometry
+from data.dataset import Dataset
+from data.geometry import Geometry
 from data.image_files import find_images, is_folder, refuse_shared_folders
-from data.images import OnError, decode, decode_mask, image_sizes, readable
-from data.masks import Masks, check_sizes, masks_of, warn_of_values
+from data.images import OnError
+from data.masks import Masks, masks_of
 from runtime.errors import UserError
 from runtime.values import PathText
 
@@ -22,16 +18,11 @@ LAYOUT = (
 GOOD = {"good", "normal", "normals", "ok", "okay", "io", "nominal", "healthy", "pass", "defect_free", "no_defect"}
 
 
-class MVTec:
-    """One category: train items `(image, 0, index)`, test items `(image, mask, label, index)`.
+class MVTec(Dataset):
+    """One category: good images to learn from, good and defective ones to test on.
 
-    image uint8 (3, H, W); mask bool (H, W), true on the defect; label 0 normal (`test/good`), 1 anomalous. Masks belong
-    to images by name (`data.masks.masks_of`), never by position. Without any `ground_truth` folder `has_masks` is
-    False and masks are empty. A test set may lack good or defective images.
-
-    `defects` says for each image "good" or its defect's folder; `classes` are ["normal", "anomalous"]. `mask_known`
-    (N,) bool: whether it is known which pixels are defective, as it is of all good images where there are masks.
-    `left_out` says how many images of the folder are not in the set, by the reason.
+    Masks belong to images by name (`data.masks.masks_of`), never by position. Without any folder `ground_truth`
+    `has_masks` is False. A test set may lack good or defective images. `defects` are the names of the folders.
 
     Args:
         size: how images (bilinear) and masks (nearest) become H x W; a number S squashes them to S x S.
@@ -48,7 +39,7 @@ class MVTec:
 
     def __init__(
         self,
-        split: Literal["train", "test"],
+        split: str,
         size: int | Geometry,
         *,
         root: PathText,
@@ -56,73 +47,30 @@ class MVTec:
         masks: Masks = "all",
         on_error: OnError = "fail",
     ):
-        if masks not in ("all", "some"):
-            raise UserError(f"data.masks={masks!r} is not known: choose all or some")
-        self.split, self.geometry = split, as_geometry(size)
         top = Path(root) / category
         if not is_folder(top):
             raise UserError(_no_category(Path(root), category))
         folder = top / "train" / "good" if split == "train" else top / "test"
-        self.paths, self.left_out = find_images(folder), {}
-        if not self.paths:
+        paths, found = find_images(folder), None
+        if not paths:
             renamed = _renamed_good(folder.parent) if split == "train" else ""
             raise UserError(f"there are no images in {folder}: {LAYOUT}{renamed}")
         if split == "train":
-            self.defects = ["good"] * len(self.paths)
+            defects = ["good"] * len(paths)
         else:
-            places = [path[len(str(folder)) + 1 :].partition(os.sep) for path in self.paths]
-            for path, (_, _, below) in zip(self.paths, places):
+            places = [path[len(str(folder)) + 1 :].partition(os.sep) for path in paths]
+            for path, (_, _, below) in zip(paths, places):
                 if not below:
                     raise UserError(f"{path} lies in no folder good or <defect>, so it has no label: {LAYOUT}")
-            self.defects = [defect for defect, _, _ in places]
-            if "good" not in self.defects and (renamed := _renamed_good(folder)):
+            defects = [defect for defect, _, _ in places]
+            if "good" not in defects and (renamed := _renamed_good(folder)):
                 raise UserError(f"{folder} has no folder good{renamed}, or its images count as defects")
-            refuse_shared_folders(find_images(top / "train" / "good"), self.paths)
-        self.classes = ["normal", "anomalous"]
-        self.labels = torch.tensor([int(defect != "good") for defect in self.defects])
-        self.has_masks = split == "test" and is_folder(top / "ground_truth")
-        self.mask_paths: list[str | None] = [None] * len(self.paths)
-        if self.has_masks:
-            defective = self.labels.nonzero().flatten().tolist()
-            for i, mask in zip(defective, masks_of([self.paths[i] for i in defective], top, masks)):
-                self.mask_paths[i] = mask
-        self._keep(readable(self.__getitem__, self.paths, on_error), "not readable")
-        check_sizes([(path, mask) for path, mask in zip(self.paths, self.mask_paths) if mask is not None])
-        warn_of_values(mask for mask in self.mask_paths if mask is not None)
-
-    @cached_property
-    def sizes(self) -> Tensor:
-        """Height and width of each original image, upright: int64 (N, 2), read from the headers when first asked."""
-        return image_sizes(self.paths)
-
-    @property
-    def mask_known(self) -> Tensor:
-        return torch.tensor([mask is not None for mask in self.mask_paths]) | (self.labels == 0)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int] | tuple[Tensor, Tensor, int, int]:
-        image, label = decode(self.paths[index], self.geometry), int(self.labels[index])
-        if self.split == "test":
-            return image, self.mask(index), label, index
-        return image, label, index
-
-    def mask(self, index: int, *, original: bool = False) -> Tensor:
-        """The true mask of a test image: bool (H, W), or `original` (h, w) as it is stored; empty without one."""
-        path = self.mask_paths[index]
-        if path is None:
-            size = self.sizes[index].tolist() if original else (self.geometry.height, self.geometry.width)
-            return torch.zeros(*size, dtype=torch.bool)
-        return decode_mask(path, None if original else self.geometry)
-
-    def _keep(self, positions: list[int], why: str) -> None:
-        if len(positions) < len(self.paths):
-            self.left_out[why] = len(self.paths) - len(positions)
-        self.paths = [self.paths[i] for i in positions]
-        self.defects = [self.defects[i] for i in positions]
-        self.mask_paths = [self.mask_paths[i] for i in positions]
-        self.labels = self.labels[positions]
+            refuse_shared_folders(find_images(top / "train" / "good"), paths)
+            if is_folder(top / "ground_truth"):
+                defective = [path for path, defect in zip(paths, defects) if defect != "good"]
+                mask_of = dict(zip(defective, masks_of(defective, top, masks)))
+                found = [mask_of.get(path) for path in paths]
+        super().__init__(split, size, root, paths, defects=defects, masks=found, on_error=on_error)
 
 
 def _renamed_good(folder: Path) -> str:

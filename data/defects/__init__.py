@@ -14,14 +14,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from data.defects.cutpaste import CutPaste, Scar, SmoothBlend
+from data.defects.cutpaste import CutPasteDefect, Scar, SmoothBlend
 from data.defects.noise import NoisePatches
-from data.defects.nsa import NSA
+from data.defects.nsa import NSADefect
 
 DEFECTS: dict[str, Callable[..., Callable[..., tuple[Tensor, Tensor]]]] = {
-    "cutpaste": CutPaste,
+    "cutpaste": CutPasteDefect,
     "scar": Scar,
     "smooth_blend": SmoothBlend,
-    "nsa": NSA,
+    "nsa": NSADefect,
     "noise": NoisePatches,
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data.augment import color
-from data.augment.random_numbers import send, uniform
+from data.augment.random_numbers import between, send, uniform
 from runtime.errors import UserError
 
 JITTER_DRAWS = 8
@@ -31,27 +31,16 @@ def large_enough(defect: Any, images: Tensor, enough: bool, needs: str) -> None:
         raise UserError(f"images of {size} pixels are too small for {defect}: {needs}; {larger}")
 
 
-def draw(images: Tensor, key: tuple[int, int, int, Tensor, int], draws: int) -> Tensor:
+def draw(images: Tensor, key: tuple[int | Tensor, ...], draws: int) -> Tensor:
     """Uniform numbers (B, draws) of each image, on the CPU, after a check of the images and sample ids.
 
-    key = (seed, epoch, view, sample ids (B,) on the CPU, kind of defect): a part more than the key of the views, so
-    that defects and views of one seed have nothing to do with each other.
+    key = (seed, epoch, view, sample ids (B,) on the CPU, and one of `KINDS`).
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be uint8 (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
     if key[3].shape != images.shape[:1] or key[3].device.type != "cpu":
         raise ValueError(f"sample_ids must be ({len(images)},) on the CPU, got {tuple(key[3].shape)}")
     return uniform(key, draws)
-
-
-def between(numbers: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """Uniform numbers in [0, 1) -> uniform between the bounds."""
-    return bounds[0] + (bounds[1] - bounds[0]) * numbers
-
-
-def whole(numbers: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
-    """Uniform numbers in [0, 1) -> uniform whole numbers from low to high, both included; float64."""
-    return low + (numbers * (high - low + 1)).floor()
 
 
 def draw_extents(

@@ -10,19 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.augment.random_numbers import send
-from data.defects.blend import (
-    JITTER_DRAWS,
-    between,
-    blend,
-    draw,
-    draw_extents,
-    jittered,
-    large_enough,
-    moved,
-    require,
-    whole,
-)
+from data.augment.random_numbers import KINDS, between, send, whole
+from data.defects.blend import JITTER_DRAWS, blend, draw, draw_extents, jittered, large_enough, moved, require
 
 
 def _rules(defect, *ranges: str) -> dict[str, bool]:
@@ -34,7 +23,7 @@ def _rules(defect, *ranges: str) -> dict[str, bool]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CutPaste:
+class CutPasteDefect:
     """A rectangle pasted at a uniform place. The mask is the rectangle: nothing changes outside.
 
     The paper draws the aspect uniformly from (0.3, 1) or (1, 3.3); here its logarithm is uniform in (0.3, 3.3), as in
@@ -44,7 +33,6 @@ class CutPaste:
     area: tuple[float, float] = (0.02, 0.15)  # share of the image's
     aspect: tuple[float, float] = (0.3, 3.3)  # width / height
     jitter: float = 0.1  # of brightness, contrast, saturation and hue, as in ColorJitter
-    kind = 1
 
     def __post_init__(self):
         require(self, _rules(self, "area", "aspect") | {"area must be at most 1": self.area[1] <= 1})
@@ -52,7 +40,7 @@ class CutPaste:
     def __call__(
         self, images: Tensor, sample_ids: Tensor, epoch: int, *, seed: int, view: int = 0
     ) -> tuple[Tensor, Tensor]:
-        numbers = draw(images, (seed, epoch, view, sample_ids, self.kind), 6 + JITTER_DRAWS)
+        numbers = draw(images, (seed, epoch, view, sample_ids, *KINDS["cutpaste"]), 6 + JITTER_DRAWS)
         patches, inside, *_ = rectangles(self, images, numbers)
         return blend(images, patches, inside), inside
 
@@ -74,7 +62,6 @@ class SmoothBlend:
     aspect: tuple[float, float] = (0.3, 3.3)  # width / height
     jitter: float = 0.1  # of brightness, contrast, saturation and hue, as in ColorJitter
     softness: float = 0.125  # of the edges, as a share of the rectangle's shorter side
-    kind = 3
 
     def __post_init__(self):
         limits = {"area must be at most 1": self.area[1] <= 1, "softness must be positive": self.softness > 0}
@@ -83,7 +70,7 @@ class SmoothBlend:
     def __call__(
         self, images: Tensor, sample_ids: Tensor, epoch: int, *, seed: int, view: int = 0
     ) -> tuple[Tensor, Tensor]:
-        numbers = draw(images, (seed, epoch, view, sample_ids, self.kind), 6 + JITTER_DRAWS)
+        numbers = draw(images, (seed, epoch, view, sample_ids, *KINDS["smooth_blend"]), 6 + JITTER_DRAWS)
         patches, inside, extents, center = rectangles(self, images, numbers)
         low = center - extents / 2
         scale = self.softness * extents.amin(1)
@@ -126,7 +113,6 @@ class Scar:
     length: tuple[int, int] = (10, 25)  # pixels: the height, before it is turned
     rotation: float = 45.0  # degrees at most, either way
     jitter: float = 0.1  # of brightness, contrast, saturation and hue, as in ColorJitter
-    kind = 2
 
     def __post_init__(self):
         require(self, _rules(self, "width", "length") | {"rotation must lie in [0, 90]": 0 <= self.rotation <= 90})
@@ -136,7 +122,7 @@ class Scar:
     ) -> tuple[Tensor, Tensor]:
         diagonal = math.ceil(math.hypot(self.width[1], self.length[1]))
         large_enough(self, images, min(images.shape[2:]) >= diagonal, f"the longest scar needs {diagonal} pixels")
-        numbers = draw(images, (seed, epoch, view, sample_ids, self.kind), 7 + JITTER_DRAWS)
+        numbers = draw(images, (seed, epoch, view, sample_ids, *KINDS["scar"]), 7 + JITTER_DRAWS)
         extents = torch.stack([whole(numbers[:, 0], *self.length), whole(numbers[:, 1], *self.width)], dim=1)
         turns = between(numbers[:, 2], (-self.rotation, self.rotation)).deg2rad()
         shape = torch.tensor(images.shape[2:])

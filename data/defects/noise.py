@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.augment.random_numbers import send, stream, uniform
-from data.defects.blend import draw, large_enough, require, whole
+from data.augment.random_numbers import KINDS, send, stream, uniform, whole
+from data.defects.blend import draw, large_enough, require
 from data.defects.medians import majority
 
 TRIES = 200  # rectangles that are drawn to find one off the background
@@ -29,7 +29,6 @@ class NoisePatches:
     most: int = 4  # rectangles, at most
     enlarged: int = 1  # times, the image that the noise is drawn on; 4 makes it weaker and its edges soft
     skip_background: bool = False  # no centre lies where the image is dark or bright
-    kind = 5
 
     def __post_init__(self):
         require(self, {"most must be at least 1": self.most >= 1, "enlarged must be at least 1": self.enlarged >= 1})
@@ -38,8 +37,8 @@ class NoisePatches:
     def __call__(
         self, images: Tensor, sample_ids: Tensor, epoch: int, *, seed: int, view: int = 0
     ) -> tuple[Tensor, Tensor]:
-        key = seed, epoch, view, sample_ids, self.kind
-        numbers = draw(images, key, 1 + 4 * self.most)
+        key = seed, epoch, view, sample_ids
+        numbers = draw(images, (*key, *KINDS["noise"]), 1 + 4 * self.most)
         height, width = size = tuple(self.enlarged * side for side in images.shape[2:])
         large_enough(self, images, min(size) >= 20, "a tenth of a side must be at least 2 pixels")
         counts = whole(numbers[:, :1], 0, self.most)  # (B, 1)
@@ -53,7 +52,7 @@ class NoisePatches:
         ends = ends * shown[..., None, None]  # those that are not there are empty
         mask = covered(send(ends, images.device), size)  # (B, h, w)
         # one number of 24 bits makes a pixel's three bytes
-        bits = stream((*key, 0), height * width, images.device).unflatten(1, size)  # (B, h, w)
+        bits = stream((*key, *KINDS["noise_pixels"]), height * width, images.device).unflatten(1, size)  # (B, h, w)
         noise = torch.stack([((bits >> shift & 255) * 255) >> 8 for shift in (16, 8, 0)], dim=1).to(torch.uint8)
         if self.enlarged == 1:
             return torch.where(mask[:, None], noise, images), mask
@@ -68,7 +67,7 @@ class NoisePatches:
     def off_background(self, images: Tensor, key: tuple, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Of TRIES rectangles for each patch the first whose centre is not on the background: ends (B, most, 2, 2) as
         of `rectangles`, and whether there is one, bool (B, most). The host waits for a GPU here, once per batch."""
-        numbers = uniform((*key, 1), 4 * self.most * TRIES)
+        numbers = uniform((*key, *KINDS["noise_places"]), 4 * self.most * TRIES)
         ends = rectangles(*numbers.unflatten(1, (2, self.most, TRIES, 2)).unbind(1), size)  # (B, most, TRIES, 2, 2)
         y, x = (ends.sum(4) // (2 * self.enlarged)).long().unbind(3)  # (B, most, TRIES) in the image
         away = background(images).cpu()

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from scipy.special import gammaincinv
 from torch import Tensor
 
-from data.augment.random_numbers import send, uniform
+from data.augment.random_numbers import KINDS, send, uniform, whole
 from data.defects import poisson
-from data.defects.blend import draw, large_enough, require, resized, take, whole
+from data.defects.blend import draw, large_enough, require, resized, take
 from data.defects.medians import disk_median, majority
 
 PATCH_DRAWS = 8  # two sizes, place in the source (2), scale, place in the image (2), whether there is one at all
@@ -24,7 +24,7 @@ OVERLAP = 0.25  # more than this share of a patch's object must come to lie on t
 
 
 @dataclass(frozen=True, kw_only=True)
-class NSA:
+class NSADefect:
     """Up to `patches` rectangles: the first always, each further one with probability 1/2, later ones over earlier.
 
     Half the height and half the width of a patch are `offset` plus Gamma(shape, scale), as shares of the image's and
@@ -56,7 +56,6 @@ class NSA:
     middle: float = 7.0  # x0, gray levels
     background: tuple[float, float] | None = None  # gray level and tolerance; none: all is object
     min_object: float = 0.25  # least share of object in a patch, where there is a background
-    kind = 4
 
     def __post_init__(self):
         rules = {
@@ -91,8 +90,9 @@ class NSA:
     ) -> tuple[Tensor, Tensor]:
         """`sources` (B, 3, H, W) uint8: where each image's patches come from (the authors: the image loaded before
         it); None: the image itself."""
-        key = (seed, epoch, view, sample_ids, self.kind)
-        numbers = draw(images, key, self.patches * PATCH_DRAWS).unflatten(1, (self.patches, PATCH_DRAWS))
+        key = seed, epoch, view, sample_ids
+        numbers = draw(images, (*key, *KINDS["nsa"]), self.patches * PATCH_DRAWS)
+        numbers = numbers.unflatten(1, (self.patches, PATCH_DRAWS))
         sources = images if sources is None else sources
         if sources.shape != images.shape or sources.dtype != torch.uint8:
             raise ValueError(f"sources must be like the images, got {sources.dtype} {tuple(sources.shape)}")
@@ -102,7 +102,8 @@ class NSA:
         objects, places = None, numbers[:, :, None, [2, 3, 5, 6]]
         if self.background is not None and len(images):  # FFTs of nothing are errors
             objects = torch.stack([self.objects(sources), self.objects(images)])
-            places = uniform((*key, 1), self.patches * TRIES * 4).unflatten(1, (self.patches, TRIES, 4))
+            places = uniform((*key, *KINDS["nsa_places"]), self.patches * TRIES * 4)
+            places = places.unflatten(1, (self.patches, TRIES, 4))
         made, masks = images.clone(), torch.zeros(len(images), *size, dtype=torch.bool, device=images.device)
         boxes, placed = self.boxes(numbers, places, size, objects)
         for patch in range(self.patches):

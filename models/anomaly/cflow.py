@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from data.augment.random_numbers import stream
-from data.defects.blend import between, draw, moved
+from data.augment.random_numbers import KINDS, between, stream
+from data.defects.blend import draw, moved
 from data.normalize import normalize
 from losses.flow_likelihood import flow_likelihood, log_density
 from models.anomaly.cflow_networks import ConditionalFlow, encode_places
@@ -21,7 +21,6 @@ from runtime.errors import UserError
 from search.bounds import require_finite
 
 PLACES = 128  # numbers that describe a place, the official condition_vec
-KIND = 6  # of random numbers, beside those of data/defects/__init__.py
 ROWS = 2**14  # vectors that are scored at a time
 
 
@@ -195,7 +194,7 @@ class CFlow(Detector):
 
     def fibers(self, features: list[Tensor], batch: TrainingBatch, share: int) -> Iterator[tuple[Tensor, Tensor, int]]:
         for number, (stage, feature) in enumerate(zip(self.stages, features)):
-            key = batch.seed, batch.epoch, 0, batch.ids, KIND, stage
+            key = batch.seed, batch.epoch, 0, batch.ids, *KINDS["cflow"], stage
             vectors, places = rows_of(feature)  # (B, H W, C), (H W, P)
             order = stream(key, len(places), feature.device).argsort(dim=1, stable=True)  # (B, H W)
             for chosen in order.split(share, dim=1)[: len(places) // share]:  # (B, share)
@@ -263,7 +262,8 @@ def turn(images: Tensor, ids: Tensor, epoch: int, *, seed: int, degrees: float) 
     pixel and black where there is none: torchvision's RandomRotation(degrees)."""
     if degrees == 0:
         return images
-    angles = between(draw(images, (seed, epoch, 0, ids, KIND), 1)[:, 0], (-degrees, degrees)) * math.pi / 180  # (B,)
+    numbers = draw(images, (seed, epoch, 0, ids, *KINDS["cflow"]), 1)[:, 0]
+    angles = between(numbers, (-degrees, degrees)) * math.pi / 180  # (B,)
     size = torch.tensor(images.shape[2:]).expand(len(images), -1)  # (B, 2)
     pixels, inside = moved(images, torch.zeros_like(size), size, size / 2, angles)
     return pixels * inside[:, None]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.augment.random_numbers import send
+from data.augment.random_numbers import KINDS, send
 from data.defects import DEFECTS
 from data.defects.blend import JITTER_DRAWS, blend, draw, jittered
 from data.normalize import normalize
@@ -24,7 +24,6 @@ from search.bounds import require_finite
 # the defects of each variant; those of `union` are one class, of which an image gets either
 VARIANTS = {"normal": ("cutpaste",), "scar": ("scar",), "union": ("cutpaste", "scar"), "3way": ("cutpaste", "scar")}
 JITTER = 0.1  # of brightness, contrast, saturation and hue of the whole image
-GOOD = 0  # the kind of defect, in the key of the random numbers, that is none
 
 
 class CutPaste(Detector):
@@ -112,7 +111,7 @@ class CutPaste(Detector):
     def steps(self, batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor]]:
         """The good images, then those with each defect, normalised, (V B, 3, H, W), and their classes (V B,)."""
         images, ids = batch.images, batch.ids
-        numbers = draw(images, (batch.seed, batch.epoch, 0, ids, GOOD), JITTER_DRAWS + 1)
+        numbers = draw(images, (batch.seed, batch.epoch, 0, ids, *KINDS["cutpaste_good"]), JITTER_DRAWS + 1)
         everywhere = torch.ones_like(images[:, 0], dtype=torch.bool)
         good = blend(images, jittered(images, everywhere, JITTER, numbers[:, :JITTER_DRAWS]), everywhere)
         bad = [defect(good, ids, batch.epoch, seed=batch.seed)[0] for defect in self.defects]

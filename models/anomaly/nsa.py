@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.augment.random_numbers import send, uniform
-from data.defects.blend import moved, whole
-from data.defects.nsa import NSA as Defects
+from data.augment.random_numbers import KINDS, send, uniform, whole
+from data.defects.blend import moved
+from data.defects.nsa import NSADefect
 from data.normalize import normalize
 from models.anomaly.detector import Detector, Findings, TrainingBatch
 from models.anomaly.maps import ImageScore, image_score, peak
@@ -115,15 +115,15 @@ class NSA(Detector):
         self,
         backbone: nn.Module,
         *,
-        gradients: Literal["source", "mixed"] = Defects.gradients,
-        patches: int = Defects.patches,
-        bounds: tuple[float, float] = Defects.bounds,
-        widths: tuple[float, float] | None = Defects.widths,
-        resize: tuple[float, float] = Defects.resize,
-        steepness: float = Defects.steepness,
-        middle: float = Defects.middle,
-        background: tuple[float, float] | None = Defects.background,
-        min_object: float = Defects.min_object,
+        gradients: Literal["source", "mixed"] = NSADefect.gradients,
+        patches: int = NSADefect.patches,
+        bounds: tuple[float, float] = NSADefect.bounds,
+        widths: tuple[float, float] | None = NSADefect.widths,
+        resize: tuple[float, float] = NSADefect.resize,
+        steepness: float = NSADefect.steepness,
+        middle: float = NSADefect.middle,
+        background: tuple[float, float] | None = NSADefect.background,
+        min_object: float = NSADefect.min_object,
         shift: int = 0,
         turn: float = 0.0,
         flip: bool = False,
@@ -132,7 +132,7 @@ class NSA(Detector):
         super().__init__(backbone, (4,))
         if shift < 0 or turn < 0:
             raise UserError(f"nsa shift={shift} and turn={turn} say how far at most, either way: 0 or more")
-        self.defects = Defects(
+        self.defects = NSADefect(
             gradients=gradients,
             patches=patches,
             bounds=bounds,
@@ -174,7 +174,7 @@ class NSA(Detector):
         """uint8 (B, 3, H, W), each turned, shifted and flipped by chance: nearest pixels, edges repeated."""
         if not (self.shift or self.turn or self.flip):
             return images
-        numbers = uniform((batch.seed, batch.epoch, view, batch.ids, self.defects.kind, 2), 4)
+        numbers = uniform((batch.seed, batch.epoch, view, batch.ids, *KINDS["nsa_images"]), 4)
         size = torch.tensor(images.shape[2:]).expand(len(images), 2)
         center = size / 2 + whole(numbers[:, :2], -self.shift, self.shift)
         angles = torch.deg2rad(self.turn * (2 * numbers[:, 2] - 1))

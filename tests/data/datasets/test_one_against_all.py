@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-import data.datasets.folder
+import data.dataset
 from data.datasets.folder import ClassFolder
 from data.datasets.one_against_all import OneAgainstAll
 from data.geometry import Geometry
@@ -69,10 +69,8 @@ def test_published_cifar10(published):  # noqa: F811
 
 def test_only_what_is_needed_is_decoded(root, monkeypatch):
     decoded = []
-    decode = data.datasets.folder.decode
-    monkeypatch.setattr(
-        data.datasets.folder, "decode", lambda path, geometry: decoded.append(path) or decode(path, geometry)
-    )
+    decode = data.dataset.decode
+    monkeypatch.setattr(data.dataset, "decode", lambda path, geometry: decoded.append(path) or decode(path, geometry))
     train = OneAgainstAll("train", 8, root=str(root), normal="port")
     assert decoded == []
     train = OneAgainstAll("train", 8, root=str(root), normal="port", on_error="skip")

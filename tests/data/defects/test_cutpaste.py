@@ -9,7 +9,7 @@ from torchvision.transforms.v2 import functional as F
 
 from data.augment.random_numbers import uniform
 from data.defects.blend import JITTER_DRAWS, blend, draw_extents, jittered, moved
-from data.defects.cutpaste import CutPaste, Scar, SmoothBlend
+from data.defects.cutpaste import CutPasteDefect, Scar, SmoothBlend
 from runtime.errors import UserError
 
 SHAPES = [(64, 64), (40, 71), (33, 32)]
@@ -37,7 +37,7 @@ def whole(number: float, low: int, high: int) -> int:
 @pytest.mark.parametrize("jitter", [0.0, 0.1])
 def test_cutpaste_is_cut_and_paste(height, width, jitter):
     images, ids = raw_images(20, height, width), torch.arange(50, 70)
-    ours, masks = CutPaste(jitter=jitter)(images, ids, 4, seed=9, view=2)
+    ours, masks = CutPasteDefect(jitter=jitter)(images, ids, 4, seed=9, view=2)
     numbers = uniform((9, 4, 2, ids, 1), 6 + JITTER_DRAWS).tolist()
     for image, mine, mask, u in zip(images, ours, masks, numbers):
         pixels, ratio = (0.02 + 0.13 * u[0]) * height * width, 0.3 * (3.3 / 0.3) ** u[1]
@@ -126,14 +126,14 @@ def test_scars_draw_every_size():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: CutPaste(area=(0.2, 0.1)), "area must be positive, low first"),
-        (lambda: CutPaste(area=(0.2, 1.1)), "at most 1"),
-        (lambda: CutPaste(aspect=(0.0, 1.0)), "aspect"),
+        (lambda: CutPasteDefect(area=(0.2, 0.1)), "area must be positive, low first"),
+        (lambda: CutPasteDefect(area=(0.2, 1.1)), "at most 1"),
+        (lambda: CutPasteDefect(aspect=(0.0, 1.0)), "aspect"),
         (lambda: SmoothBlend(jitter=0.6), "jitter must lie"),
         (lambda: SmoothBlend(softness=0.0), "softness"),
         (lambda: Scar(rotation=100.0), "rotation"),
         (lambda: Scar(width=(0, 3)), "width"),
-        (lambda: CutPaste()(raw_images(1, 7, 7), torch.arange(1), 0, seed=0), "7 x 7 pixels are too small"),
+        (lambda: CutPasteDefect()(raw_images(1, 7, 7), torch.arange(1), 0, seed=0), "7 x 7 pixels are too small"),
         (lambda: SmoothBlend()(raw_images(1, 1, 1), torch.arange(1), 0, seed=0), "1 x 1 pixels are too small"),
         (lambda: Scar()(raw_images(1, 64, 29), torch.arange(1), 0, seed=0), "needs 30 pixels"),
     ],

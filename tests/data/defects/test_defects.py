@@ -41,8 +41,6 @@ def test_draws_differ_between_seeds_epochs_views_samples_and_kinds():
         for seed, epoch, view in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
             masks += make()(images, torch.arange(4), epoch, seed=seed, view=view)[0]
     drawn = {mask.numpy().tobytes() for mask in masks}
-    kinds = [make.kind for make in DEFECTS.values()]
-    assert len(set(kinds)) == len(kinds)
     assert len(drawn) >= 0.85 * len(masks)  # some kinds leave an image as it is now and then
 
 

@@ -10,7 +10,7 @@ from scipy.special import gammaincinv, ndtri
 
 from data.augment.random_numbers import uniform
 from data.defects.medians import disk_median
-from data.defects.nsa import NSA
+from data.defects.nsa import NSADefect
 from data.defects.poisson import laplacian, mixed_divergence
 from runtime.errors import UserError
 from tests.data.defects.test_cutpaste import raw_images
@@ -42,7 +42,7 @@ def between(value: float, low: float, high: float) -> float:
 def test_equals_one_patch_after_the_other(gradients, height, width):
     images, sources = raw_images(14, height, width), raw_images(14, height, width).flip(3)
     ids = torch.arange(14)
-    defect = NSA(gradients=gradients, patches=2)
+    defect = NSADefect(gradients=gradients, patches=2)
     ours, masks = defect(images, ids, 1, seed=4, sources=sources)
     numbers = uniform((4, 1, 0, ids, 4), 16).unflatten(1, (2, 8)).tolist()
     blended = 0
@@ -80,13 +80,13 @@ def test_equals_one_patch_after_the_other(gradients, height, width):
 
 def test_without_sources_an_image_is_its_own():
     images, ids = raw_images(3, 40, 40), torch.arange(3)
-    for mine, other in zip(NSA()(images, ids, 0, seed=0), NSA()(images, ids, 0, seed=0, sources=images)):
+    for mine, other in zip(NSADefect()(images, ids, 0, seed=0), NSADefect()(images, ids, 0, seed=0, sources=images)):
         assert torch.equal(mine, other)
 
 
 def test_boxes_lie_in_the_images_and_fill_their_ranges():
     numbers = uniform((0, torch.arange(3000)), 24).unflatten(1, (3, 8))
-    boxes, placed = NSA().boxes(numbers, numbers[:, :, None, [2, 3, 5, 6]], (100, 200))
+    boxes, placed = NSADefect().boxes(numbers, numbers[:, :, None, [2, 3, 5, 6]], (100, 200))
     begin, before, after, place = boxes.unbind(2)
     sides = torch.tensor([100, 200])
     assert (begin >= 0).all() and (before >= 1).all() and (begin + before <= sides).all()
@@ -99,7 +99,7 @@ def test_boxes_lie_in_the_images_and_fill_their_ranges():
 
 @pytest.mark.parametrize("options", [{"bounds": (0.001, 0.4), "offset": 0.0, "scale": 1e-6}, {"bounds": (0.45, 0.45)}])
 def test_extreme_sizes(options):
-    defect = NSA(**options, gradients="source", resize=(0.1, 9.0))
+    defect = NSADefect(**options, gradients="source", resize=(0.1, 9.0))
     images, ids = raw_images(20, 24, 31), torch.arange(20)
     made, masks = defect(images, ids, 0, seed=0)
     assert not ((made != images).any(1) & ~masks).any()
@@ -120,7 +120,7 @@ def test_median_of_a_disk(shape):
 
 def test_labels():
     images, ids = raw_images(6, 64, 64), torch.arange(6)
-    defect = NSA(steepness=0.5, middle=4.0)
+    defect = NSADefect(steepness=0.5, middle=4.0)
     made, masks = defect(images, ids, 0, seed=0)
     labels = defect.labels(images, made, masks)
     assert labels.shape == (6, 64, 64) and labels.dtype == torch.float32 and (labels >= 0).all() and (labels < 1).all()
@@ -138,13 +138,13 @@ def test_labels():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: NSA(gradients="both"), "gradients must be source or mixed"),
-        (lambda: NSA(patches=0), "patches"),
-        (lambda: NSA(bounds=(0.1, 0.5)), "bounds"),
-        (lambda: NSA(scale=0.0), "shape and scale"),
-        (lambda: NSA(resize=(2.0, 1.0)), "resize"),
-        (lambda: NSA()(raw_images(1, 20, 20), torch.arange(1), 0, seed=0), "20 x 20 pixels are too small"),
-        (lambda: NSA()(raw_images(1, 1, 1), torch.arange(1), 0, seed=0), "no patch changes 50 pixels"),
+        (lambda: NSADefect(gradients="both"), "gradients must be source or mixed"),
+        (lambda: NSADefect(patches=0), "patches"),
+        (lambda: NSADefect(bounds=(0.1, 0.5)), "bounds"),
+        (lambda: NSADefect(scale=0.0), "shape and scale"),
+        (lambda: NSADefect(resize=(2.0, 1.0)), "resize"),
+        (lambda: NSADefect()(raw_images(1, 20, 20), torch.arange(1), 0, seed=0), "20 x 20 pixels are too small"),
+        (lambda: NSADefect()(raw_images(1, 1, 1), torch.arange(1), 0, seed=0), "no patch changes 50 pixels"),
     ],
 )
 def test_mistakes(make, match):
@@ -154,4 +154,4 @@ def test_mistakes(make, match):
 
 def test_sources_must_be_like_the_images():
     with pytest.raises(ValueError, match="sources must be like"):
-        NSA()(raw_images(2, 40, 40), torch.arange(2), 0, seed=0, sources=raw_images(1, 40, 40))
+        NSADefect()(raw_images(2, 40, 40), torch.arange(2), 0, seed=0, sources=raw_images(1, 40, 40))

@@ -10,7 +10,7 @@ from scipy.special import gammaincinv, ndtri
 from torch import Tensor
 
 from data.augment.random_numbers import uniform
-from data.defects.nsa import NSA
+from data.defects.nsa import NSADefect
 from runtime.errors import UserError
 from tests.data.defects.test_nsa import between, resized
 
@@ -42,7 +42,7 @@ def test_boxes_and_masks_are_the_authors(height, width, least):
     images[-1] = 20  # nothing but background
     sources = disks(count + 5, height, width)[5:]
     sources[-2] = 20
-    defect = NSA(patches=2, background=(GRAY, TOLERANCE), min_object=least, widths=(0.05, 0.3), resize=(0.7, 1.3))
+    defect = NSADefect(patches=2, background=(GRAY, TOLERANCE), min_object=least, widths=(0.05, 0.3), resize=(0.7, 1.3))
     made, masks = defect(images, ids, 1, seed=4, sources=sources)
     numbers = uniform((4, 1, 0, ids, 4), 16).unflatten(1, (2, 8))
     places = uniform((4, 1, 0, ids, 4, 1), 2 * 199 * 4).unflatten(1, (2, 199, 4))
@@ -100,7 +100,7 @@ def test_boxes_and_masks_are_the_authors(height, width, least):
 def test_background_that_changes_has_no_label():
     images, ids = disks(8, 64, 64), torch.arange(8)
     options = {"gradients": "source", "bounds": (0.3, 0.4), "steepness": 1.0, "middle": 2.0}  # of an object and around
-    defect = NSA(background=(GRAY, TOLERANCE), **options)
+    defect = NSADefect(background=(GRAY, TOLERANCE), **options)
     made, masks = defect(images, ids, 0, seed=1, sources=images.roll(1, 0))
     labels = defect.labels(images, made, masks)
     near = torch.nn.functional.max_pool2d(masks[:, None].float(), 5, stride=1, padding=2)[:, 0] > 0
@@ -110,7 +110,7 @@ def test_background_that_changes_has_no_label():
 
 def test_it_does_not_depend_on_the_batch():
     images, ids = disks(9, 48, 40), torch.arange(9)
-    defect = NSA(background=(GRAY, TOLERANCE), min_object=0.5)
+    defect = NSADefect(background=(GRAY, TOLERANCE), min_object=0.5)
     whole = defect(images, ids, 2, seed=1)
     for batch in (1, 4):
         parts = [defect(i, s, 2, seed=1) for i, s in zip(images.split(batch), ids.split(batch))]
@@ -129,4 +129,4 @@ def test_it_does_not_depend_on_the_batch():
 )
 def test_mistakes(options, match):
     with pytest.raises(UserError, match=match):
-        NSA(**options)
+        NSADefect(**options)

@@ -7,7 +7,7 @@ import torchvision
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from data.defects.nsa import NSA as Defects
+from data.defects.nsa import NSADefect as Defects
 from data.normalize import normalize
 from models.anomaly import DetectorConfig, build_detector
 from models.anomaly.detector import TrainingBatch

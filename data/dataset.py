@@ -1,0 +1,134 @@
+"""What every dataset has, and what a new layout on disk need not write again.
+
+A new layout is one file in data/datasets/ and one row in `DATASETS` (data/__init__.py): a class that lists the files
+and says what each of them is. Its keyword-only arguments are its options in the configuration:
+
+    class Table(Dataset):
+        def __init__(self, split: str, size: int | Geometry, *, root: PathText, on_error: OnError = "fail"):
+            rows = ...  # those of the split
+            super().__init__(split, size, root, paths, labels, classes, on_error=on_error)
+
+To be tested for anomalies it gives `defects`, and `masks` if there are any, in place of labels and classes.
+`data.loading.Loader` makes batches of it and keeps what was decoded.
+"""
+
+import os
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from data.geometry import Geometry, as_geometry
+from data.images import OnError, decode, decode_mask, image_sizes, readable
+from data.masks import check_sizes, warn_of_values
+from runtime.errors import UserError
+from runtime.values import PathText
+
+
+class Dataset:
+    """One split of a dataset, never augmented: `dataset[i] -> (image, label, index)`, image uint8 (3, H, W).
+
+    The test split of one with defects: `(image, mask, label, index)`, mask bool (H, W), true on the defect; label 0
+    normal, 1 anomalous.
+
+    Attributes, where N is the number of images:
+        split, root, geometry: which images, below which folder, and how they become H x W.
+        paths: N texts.
+        labels, classes: int64 (N,), and the names of their values.
+        sizes: int64 (N, 2), heights and widths of the original images.
+        left_out: {reason: how many images of the folder are not in the set for it}.
+        defects: for each image "good" or the name of its defect; None: the set has none to find.
+        has_masks: whether it is known where the defects are.
+        mask_paths: for each image its mask, or None.
+
+    Args:
+        size: how images (and masks, by nearest pixels) become H x W; a number S squashes them to S x S.
+        root: what the paths lie below.
+        paths: of the images, at least one.
+        labels, classes: for each image its class's number, and all classes' names; with defects normal and anomalous
+            unless given.
+        defects: for each image "good" or the name of its defect.
+        masks: for each image the path of its mask, or None; None: no masks at all.
+        on_error: `fail` names a broken image when it is decoded; `skip` looks for them now and leaves them out.
+
+    Raises:
+        UserError: no images, a mask of another size than its image.
+    """
+
+    splits: tuple[str, ...] = ("train", "test")  # what `split` may be
+    few = False  # whether no image of `train` can be spared for a threshold, unless the user says so
+
+    def __init__(
+        self,
+        split: str,
+        size: int | Geometry,
+        root: PathText,
+        paths: list[str],
+        labels: list[int] | Tensor | None = None,
+        classes: list[str] | None = None,
+        defects: list[str] | None = None,
+        masks: list[str | None] | None = None,
+        on_error: OnError = "fail",
+    ):
+        if not paths:
+            raise UserError(f"data.root={root} holds no image of the split '{split}'")
+        if labels is None:
+            labels, classes = [int(defect != "good") for defect in defects], ["normal", "anomalous"]
+        self.split, self.root, self.geometry = split, root, as_geometry(size)
+        self.paths, self.labels, self.classes = paths, torch.as_tensor(labels), classes
+        self.defects, self.has_masks = defects, masks is not None
+        self.mask_paths = [None] * len(paths) if masks is None else masks
+        self.left_out: dict[str, int] = {}
+        self.drop_unreadable(on_error)
+        pairs = [(path, mask) for path, mask in zip(self.paths, self.mask_paths) if mask is not None]
+        check_sizes(pairs)
+        warn_of_values(mask for _, mask in pairs)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int] | tuple[Tensor, Tensor, int, int]:
+        image, label = self.image(index), int(self.labels[index])
+        if self.defects is not None and self.split == "test":
+            return image, self.mask(index), label, index
+        return image, label, index
+
+    def image(self, index: int) -> Tensor:
+        """uint8 (3, H, W). A set whose images are not files of their own defines this and `sizes`."""
+        return decode(self.paths[index], self.geometry)
+
+    def mask(self, index: int, *, original: bool = False) -> Tensor:
+        """The true mask of an image: bool (H, W), or `original` (h, w) as it is stored; empty without one."""
+        path = self.mask_paths[index]
+        if path is None:
+            size = self.sizes[index].tolist() if original else (self.geometry.height, self.geometry.width)
+            return torch.zeros(*size, dtype=torch.bool)
+        return decode_mask(path, None if original else self.geometry)
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """Height and width of each original image, upright: int64 (N, 2), read from the headers when first asked."""
+        return image_sizes(self.paths)
+
+    @property
+    def mask_known(self) -> Tensor:
+        """Whether it is known which pixels are defective, as it is of all good images: bool (N,)."""
+        return torch.tensor([mask is not None for mask in self.mask_paths]) | (self.labels == 0)
+
+    @property
+    def names(self) -> list[str]:
+        """The images' paths below `root`: what an image is known by in later runs, wherever the data lie."""
+        return [os.path.relpath(path, self.root) for path in self.paths]
+
+    def keep(self, positions: list[int], why: str) -> None:
+        """Leave out all images but these, for the reason `why`; they are numbered anew, the classes stay."""
+        if len(positions) < len(self):
+            self.left_out[why] = len(self) - len(positions)
+        self.labels = self.labels[positions]
+        self.paths, self.mask_paths = ([column[i] for i in positions] for column in (self.paths, self.mask_paths))
+        if self.defects is not None:
+            self.defects = [self.defects[i] for i in positions]
+
+    def drop_unreadable(self, on_error: OnError) -> None:
+        """With `skip` decode all images now and leave out the broken ones, named in one warning."""
+        self.keep(readable(self.__getitem__, self.paths, on_error), "not readable")
