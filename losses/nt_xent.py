@@ -6,8 +6,10 @@ from torch import Tensor
 
 from losses.focal import focal
 from runtime.distributed import gather, rank
+from runtime.precision import at_least_float32
 
 
+@at_least_float32
 def nt_xent(z: Tensor, temperature: float, *, bank: Tensor | None = None, gamma: float = 0.0) -> Tensor:
     """Normalised temperature-scaled cross-entropy (Chen et al. 2020, eq. 1) over two views or more.
 
@@ -30,15 +32,14 @@ def nt_xent(z: Tensor, temperature: float, *, bank: Tensor | None = None, gamma:
     if z.ndim != 3 or z.shape[1] < 2:
         raise ValueError(f"nt_xent needs (B, V, D) with two views or more, not {tuple(z.shape)}")
     batch, views, _ = z.shape
-    with torch.autocast(z.device.type, enabled=False):
-        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=2)
-        anchors, keys = z.flatten(0, 1), gather(z).flatten(0, 1)  # (B V, D), (W B V, D)
-        view = torch.arange(views, device=z.device)
-        first = (torch.arange(batch, device=z.device) + rank() * batch)[:, None] * views  # (B, 1), among the keys
-        own = (first + view).flatten()  # (B V,)
-        others = (view[:, None] + view[1:]) % views  # (V, V - 1)
-        positives = (first[..., None] + others).flatten(0, 1)  # (B V, V - 1)
-        logits = (anchors @ keys.T / temperature).scatter(1, own[:, None], float("-inf"))  # (B V, W B V)
-        if bank is not None:
-            logits = torch.cat([logits, anchors @ bank.detach().to(z.dtype).T / temperature], dim=1)  # (B V, W B V + K)
-        return focal(logits.log_softmax(1).gather(1, positives), gamma).mean()
+    z = F.normalize(z, dim=2)
+    anchors, keys = z.flatten(0, 1), gather(z).flatten(0, 1)  # (B V, D), (W B V, D)
+    view = torch.arange(views, device=z.device)
+    first = (torch.arange(batch, device=z.device) + rank() * batch)[:, None] * views  # (B, 1), among the keys
+    own = (first + view).flatten()  # (B V,)
+    others = (view[:, None] + view[1:]) % views  # (V, V - 1)
+    positives = (first[..., None] + others).flatten(0, 1)  # (B V, V - 1)
+    logits = (anchors @ keys.T / temperature).scatter(1, own[:, None], float("-inf"))  # (B V, W B V)
+    if bank is not None:
+        logits = torch.cat([logits, anchors @ bank.detach().T / temperature], dim=1)  # (B V, W B V + K)
+    return focal(logits.log_softmax(1).gather(1, positives), gamma).mean()

@@ -1,10 +1,12 @@
 """Losses of BYOL and SimSiam: predictions of one view against projections of the others, without negatives."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from runtime.precision import at_least_float32
 
+
+@at_least_float32
 def cross_view_cosine(predictions: Tensor, targets: Tensor) -> Tensor:
     """Mean over images and ordered pairs of views u != v of cos(prediction_u, target_v).
 
@@ -19,14 +21,12 @@ def cross_view_cosine(predictions: Tensor, targets: Tensor) -> Tensor:
     if predictions.ndim != 3 or predictions.shape != targets.shape or predictions.shape[1] < 2:
         shapes = f"{tuple(predictions.shape)} and {tuple(targets.shape)}"
         raise ValueError(f"views are compared as two (B, V, D) of one shape with V >= 2, not {shapes}")
-    with torch.autocast(predictions.device.type, enabled=False):
-        dtype = torch.promote_types(predictions.dtype, torch.float32)
-        p, z = F.normalize(predictions.to(dtype), dim=2), F.normalize(targets.detach().to(dtype), dim=2)
-        views = p.shape[1]
-        # The sum over u != v of p_u.z_v is that over all pairs without those of a view with itself
-        all_pairs = (p.sum(1) * z.sum(1)).sum(1)  # (B, D) -> (B,)
-        same_view = (p * z).sum((1, 2))  # (B, V, D) -> (B,)
-        return (all_pairs - same_view).mean() / (views * (views - 1))
+    p, z = F.normalize(predictions, dim=2), F.normalize(targets.detach(), dim=2)
+    views = p.shape[1]
+    # The sum over u != v of p_u.z_v is that over all pairs without those of a view with itself
+    all_pairs = (p.sum(1) * z.sum(1)).sum(1)  # (B, D) -> (B,)
+    same_view = (p * z).sum((1, 2))  # (B, V, D) -> (B,)
+    return (all_pairs - same_view).mean() / (views * (views - 1))
 
 
 def simsiam(predictions: Tensor, targets: Tensor) -> Tensor:
