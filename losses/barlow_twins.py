@@ -16,10 +16,10 @@ def barlow_twins(
 ) -> Tensor:
     """Redundancy reduction (Zbontar et al. 2021, eq. 1 and 2; official main.py).
 
-        C = mean over images of  z1_i z2_j,  each dimension of each view standardised over the images first
+        C = mean over images of  z1_i z2_j,  each dimension of each view standardized over the images first
         loss = sum over i of (C_ii - 1)^2 + weight * sum over i != j of C_ij^2
 
-    over the images of all processes, standardised together as under the official SyncBatchNorm (biased variance plus
+    over the images of all processes, standardized together as under the official SyncBatchNorm (biased variance plus
     `eps`). More than two views: the mean over unordered pairs of views. Computed in at least float32 with autocast off.
 
     Args:

@@ -17,9 +17,9 @@ def queue_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float, 
                exp(q.n / T)) )
 
     Args:
-        queries: (B, D) of the online network, normalised here.
-        keys: (B, D) of the target network for another view, normalised here; no gradient flows into them.
-        queue: (K, D) normalised keys of earlier batches; no gradient flows into them.
+        queries: (B, D) of the online network, normalized here.
+        keys: (B, D) of the target network for another view, normalized here; no gradient flows into them.
+        queue: (K, D) normalized keys of earlier batches; no gradient flows into them.
         temperature: T > 0. gamma: of the focal term, see losses/focal.py; 0: none.
 
     Returns:

@@ -11,7 +11,7 @@ from runtime.precision import at_least_float32
 
 @at_least_float32
 def nt_xent(z: Tensor, temperature: float, *, bank: Tensor | None = None, gamma: float = 0.0) -> Tensor:
-    """Normalised temperature-scaled cross-entropy (Chen et al. 2020, eq. 1) over two views or more.
+    """Normalized temperature-scaled cross-entropy (Chen et al. 2020, eq. 1) over two views or more.
 
         loss = mean over anchors a and their positives p of  -log( exp(a.p / T) / sum over all x != a of exp(a.x / T) )
 
@@ -21,9 +21,9 @@ def nt_xent(z: Tensor, temperature: float, *, bank: Tensor | None = None, gamma:
     SupCon's L_out with a class for each image. Computed in at least float32 with autocast off.
 
     Args:
-        z: (B, V, D) embeddings, normalised here; B equal on all ranks.
+        z: (B, V, D) embeddings, normalized here; B equal on all ranks.
         temperature: T > 0.
-        bank: (K, D) normalised embeddings of earlier images, the same on all ranks; no gradient flows into them.
+        bank: (K, D) normalized embeddings of earlier images, the same on all ranks; no gradient flows into them.
         gamma: of the focal term, see losses/focal.py; 0: none.
 
     Returns:

@@ -25,8 +25,8 @@ def psco(
     float32 with autocast off.
 
     Args:
-        queries: (B, D) of the online network. keys: (B, D) of the target network. Both are normalised here.
-        queue: (K, D) normalised keys of earlier batches, K >= shots.
+        queries: (B, D) of the online network. keys: (B, D) of the target network. Both are normalized here.
+        queue: (K, D) normalized keys of earlier batches, K >= shots.
         shots: K-shot. temperature: T. iterations: of Sinkhorn.
 
     Returns:

@@ -11,8 +11,8 @@ def cross_view_cosine(predictions: Tensor, targets: Tensor) -> Tensor:
     """Mean over images and ordered pairs of views u != v of cos(prediction_u, target_v).
 
     Args:
-        predictions: (B, V, D) of V >= 2 views, normalised here.
-        targets: (B, V, D), normalised here; no gradient flows into them.
+        predictions: (B, V, D) of V >= 2 views, normalized here.
+        targets: (B, V, D), normalized here; no gradient flows into them.
 
     Returns:
         The scalar mean over this process's images: equal batches on all ranks make DDP's average the global one.
@@ -30,7 +30,7 @@ def cross_view_cosine(predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 def simsiam(predictions: Tensor, targets: Tensor) -> Tensor:
-    """-cos, symmetrised (Chen & He 2021, eq. 1 to 4): with two views (D(p1, z2) + D(p2, z1)) / 2, from 1 to -1. More
+    """-cos, symmetrized (Chen & He 2021, eq. 1 to 4): with two views (D(p1, z2) + D(p2, z1)) / 2, from 1 to -1. More
     than two: the mean over ordered pairs (FastSiam averages the targets instead)."""
     return -cross_view_cosine(predictions, targets)
 

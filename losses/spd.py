@@ -21,7 +21,7 @@ def spd(anchor: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Ten
     Gradients flow into all three, whether or not they do in the paper. Computed in at least float32 with autocast off.
 
     Args:
-        anchor, positive, negative: (B, D) embeddings, normalised here; one of zeros has cosine 0 with everything.
+        anchor, positive, negative: (B, D) embeddings, normalized here; one of zeros has cosine 0 with everything.
 
     Returns:
         The scalar loss, a mean over this process's images (equal batches on all ranks make DDP's average the global

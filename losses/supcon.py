@@ -38,9 +38,9 @@ def sup_con(
     with autocast off.
 
     Args:
-        z: (B, V, D) embeddings of V views, normalised here; B equal on all ranks.
+        z: (B, V, D) embeddings of V views, normalized here; B equal on all ranks.
         labels: (B,) int64, >= 0. temperature, base_temperature: T and T_base > 0; T_base = T leaves the factor out.
-        bank, bank_labels: (K, D) normalised embeddings of earlier images and their labels (K,), the same on all
+        bank, bank_labels: (K, D) normalized embeddings of earlier images and their labels (K,), the same on all
             ranks; no gradient flows into them. A row with the label -1 belongs to no class.
         gamma: of the focal term, on each fraction or, with `in`, on their mean; see losses/focal.py. 0: none.
 

@@ -32,7 +32,7 @@ def triplet(
     0; sqrt(2 - 2 cos) loses the small ones to rounding. Computed in at least float32 with autocast off.
 
     Args:
-        anchor, positive, negative: (B, D) embeddings, normalised here; B equal on all ranks. Gradients flow into all.
+        anchor, positive, negative: (B, D) embeddings, normalized here; B equal on all ranks. Gradients flow into all.
         margin: on distances, which lie between 0 and 2.
 
     Returns:

@@ -31,7 +31,7 @@ def vicreg(
     of the two views up, so that their 25 is 50 here: `form="solo"`. Computed in at least float32 with autocast off.
 
     Args:
-        z: (B, V, D) embeddings of V >= 2 views, not normalised; B equal on all ranks and two images or more in all.
+        z: (B, V, D) embeddings of V >= 2 views, not normalized; B equal on all ranks and two images or more in all.
 
     Returns:
         The scalar loss, whose gradient averaged over ranks is that of the whole batch, and the three terms before their
