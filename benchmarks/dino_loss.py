@@ -45,7 +45,7 @@ class LargestFloat32(TorchDispatchMode):
 
 
 def plain(student: Tensor, teacher: Tensor) -> Tensor:
-    """The formula of losses/dino.py at centre 0, for autograd."""
+    """The formula of losses/dino.py at center 0, for autograd."""
     q = F.softmax(teacher.float() / TEMPERATURE, dim=-1)  # (B, 2, K)
     log_p = F.log_softmax(student.float() / 0.1, dim=-1)  # (B, V, K)
     pairs = -torch.einsum("bik,bvk->iv", q, log_p) / len(q)  # (2, V)

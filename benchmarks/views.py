@@ -2,7 +2,7 @@
 
     python -m benchmarks.views [--write]     # --write: also to benchmarks/results/views.md
 
-Both get the same uint8 tensors and give normalised float32 views: SimCLR's for CIFAR-10 (2 x 32 x 32) and, for
+Both get the same uint8 tensors and give normalized float32 views: SimCLR's for CIFAR-10 (2 x 32 x 32) and, for
 information, DINO's (2 x 224 x 224 + 8 x 96 x 96). Times are CPU seconds of the one thread, which other programs on the
 machine change little; the two take turns and the fastest turn of each counts.
 """

@@ -7,17 +7,19 @@ import torch
 from torch import Tensor
 
 from runtime.distributed import gather, world_size
+from runtime.precision import at_least_float32
 
 
+@at_least_float32
 def barlow_twins(
     z: Tensor, weight: float = 0.0051, *, gradient: Literal["exact", "official"] = "exact", eps: float = 1e-5
 ) -> Tensor:
     """Redundancy reduction (Zbontar et al. 2021, eq. 1 and 2; official main.py).
 
-        C = mean over images of  z1_i z2_j,  each dimension of each view standardised over the images first
+        C = mean over images of  z1_i z2_j,  each dimension of each view standardized over the images first
         loss = sum over i of (C_ii - 1)^2 + weight * sum over i != j of C_ij^2
 
-    over the images of all processes, standardised together as under the official SyncBatchNorm (biased variance plus
+    over the images of all processes, standardized together as under the official SyncBatchNorm (biased variance plus
     `eps`). More than two views: the mean over unordered pairs of views. Computed in at least float32 with autocast off.
 
     Args:
@@ -32,15 +34,14 @@ def barlow_twins(
     """
     if z.ndim != 3 or z.shape[1] < 2:
         raise ValueError(f"barlow_twins needs (B, V, D) with two views or more, not {tuple(z.shape)}")
-    with torch.autocast(z.device.type, enabled=False):
-        z = gather(z.to(torch.promote_types(z.dtype, torch.float32)))  # (W B, V, D)
-        z = (z - z.mean(0)) * (z.var(0, correction=0) + eps).rsqrt()
-        losses = []
-        for first, second in combinations(z.unbind(1), 2):
-            c = first.T @ second / len(z)  # (D, D)
-            diagonal = c.diagonal()
-            losses.append((diagonal - 1).square().sum() + weight * (c.square().sum() - diagonal.square().sum()))
-        loss = torch.stack(losses).mean()
-        if gradient == "official":
-            loss = loss.detach() + (loss - loss.detach()) / world_size()
-        return loss
+    z = gather(z)  # (W B, V, D)
+    z = (z - z.mean(0)) * (z.var(0, correction=0) + eps).rsqrt()
+    losses = []
+    for first, second in combinations(z.unbind(1), 2):
+        c = first.T @ second / len(z)  # (D, D)
+        diagonal = c.diagonal()
+        losses.append((diagonal - 1).square().sum() + weight * (c.square().sum() - diagonal.square().sum()))
+    loss = torch.stack(losses).mean()
+    if gradient == "official":
+        loss = loss.detach() + (loss - loss.detach()) / world_size()
+    return loss

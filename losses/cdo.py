@@ -5,10 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.distributed import all_reduce_sum, world_size
+from runtime.precision import at_least_float32
 
 LEAST = 1e-6  # a discrepancy below it counts as this much in the weights, which would be infinite at 0
 
 
+@at_least_float32
 def discrepancy(expert: list[Tensor], apprentice: list[Tensor], *, unit_levels: bool = False) -> Tensor:
     """d = sum over channels of (e / |e| - a / |a|)^2 at every position of the first level, 0 to 4: (L, B, H, W).
 
@@ -26,12 +28,12 @@ def discrepancy(expert: list[Tensor], apprentice: list[Tensor], *, unit_levels: 
     if shapes[0] != shapes[1]:
         raise ValueError(f"expert's maps {shapes[0]} and apprentice's maps {shapes[1]} differ")
     size = expert[0].shape[-2:]
-    with torch.autocast(expert[0].device.type, enabled=False):
-        pairs = [[_unit(feature, size, unit_levels) for feature in pair] for pair in zip(expert, apprentice)]
-        levels = [(e - a).square().sum(1) for e, a in pairs]  # (B, H, W) each
+    pairs = [[_unit(feature, size, unit_levels) for feature in pair] for pair in zip(expert, apprentice)]
+    levels = [(e - a).square().sum(1) for e, a in pairs]  # (B, H, W) each
     return torch.stack(levels)
 
 
+@at_least_float32
 def collaborative_discrepancy(
     expert: list[Tensor],
     apprentice: list[Tensor],
@@ -60,25 +62,23 @@ def collaborative_discrepancy(
         The scalar loss, and `normal` and `abnormal`: mean d of this process's positions, 0 where there are none.
     """
     d = discrepancy(expert, apprentice, unit_levels=unit_levels)  # (L, B, H, W)
-    with torch.autocast(d.device.type, enabled=False):
-        nearest = F.interpolate(abnormal[:, None].to(d.dtype), d.shape[-2:], mode="nearest")[:, 0] > 0  # (B, H, W)
-        groups = torch.stack([~nearest, nearest]).flatten(1).to(d.dtype)  # (2, B H W)
-        held = d.detach().clamp(min=LEAST).flatten(1)  # (L, B H W)
-        sums = torch.stack([(held * group).sum(1) for group in groups], 1)  # (L, 2); no product, which TF32 would round
-        sums = torch.cat([sums, groups.sum(1)[None]])  # (L + 1, 2), the last row counts positions
-        whole = all_reduce_sum(sums)
-        normal, odd = (whole[:-1] / whole[-1].clamp(min=1)).clamp(min=LEAST).T[..., None]  # (L, 1) each, mean d
-        weights = torch.where(nearest.flatten(), odd / held, held / normal) ** gamma  # (L, B H W)
-        total = all_reduce_sum(weights.sum(1))  # (L,)
-        signed = torch.where(nearest.flatten(), -weights, weights).view_as(d)  # (L, B, H, W)
-        seen = (sums[:-1] / sums[-1].clamp(min=1)).mean(0)  # (2,)
+    nearest = F.interpolate(abnormal[:, None].to(d.dtype), d.shape[-2:], mode="nearest")[:, 0] > 0  # (B, H, W)
+    groups = torch.stack([~nearest, nearest]).flatten(1).to(d.dtype)  # (2, B H W)
+    held = d.detach().clamp(min=LEAST).flatten(1)  # (L, B H W)
+    sums = torch.stack([(held * group).sum(1) for group in groups], 1)  # (L, 2); no product, which TF32 would round
+    sums = torch.cat([sums, groups.sum(1)[None]])  # (L + 1, 2), the last row counts positions
+    whole = all_reduce_sum(sums)
+    normal, odd = (whole[:-1] / whole[-1].clamp(min=1)).clamp(min=LEAST).T[..., None]  # (L, 1) each, mean d
+    weights = torch.where(nearest.flatten(), odd / held, held / normal) ** gamma  # (L, B H W)
+    total = all_reduce_sum(weights.sum(1))  # (L,)
+    signed = torch.where(nearest.flatten(), -weights, weights).view_as(d)  # (L, B, H, W)
+    seen = (sums[:-1] / sums[-1].clamp(min=1)).mean(0)  # (2,)
     each = (signed * d).sum((1, 2, 3)) / total  # (L,)
     batch = world_size() * d.shape[1]
     return world_size() * batch * each.sum(), {"normal": seen[0], "abnormal": seen[1]}
 
 
 def _unit(feature: Tensor, size: torch.Size, unit_first: bool) -> Tensor:
-    """(B, C, h, w) -> (B, C, *size), every position's vector of length 1, in at least float32."""
-    feature = feature.to(torch.promote_types(feature.dtype, torch.float32))
+    """(B, C, h, w) -> (B, C, *size), every position's vector of length 1."""
     feature = F.normalize(feature, dim=1) if unit_first else feature
     return F.normalize(F.interpolate(feature, size, mode="bilinear", align_corners=True), dim=1)

@@ -1,4 +1,4 @@
-"""DINO's loss: cross-entropy between sharpened, centred teacher and student outputs, a few images at a time."""
+"""DINO's loss: cross-entropy between sharpened, centered teacher and student outputs, a few images at a time."""
 
 from collections.abc import Iterator
 
@@ -23,7 +23,7 @@ class DINOLoss(nn.Module):
         loss = mean over pairs (i, v), v != i, of mean over B of  -sum_k q_ik log p_vk
         q_i = softmax((teacher_i - center) / teacher_temperature),  p_v = softmax(student_v / student_temperature)
 
-    Views 0 and 1 are the global crops that the teacher sees as well; there are 2 (V - 1) pairs. The centre moves when
+    Views 0 and 1 are the global crops that the teacher sees as well; there are 2 (V - 1) pairs. The center moves when
     the training loop calls `update`, once after the optimizer's step: center <- m center + (1 - m) mean of the raw
     teacher outputs over images, global views and ranks. A collapsed network shows loss = ln K.
 
@@ -91,7 +91,7 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the centre by the batch of the last forward in training mode, at most once for each."""
+        """Move the center by the batch of the last forward in training mode, at most once for each."""
         if self._batch_mean is not None:
             self.center.lerp_(self._batch_mean.to(self.center.dtype)[None], 1 - self.center_momentum)
             self._batch_mean = None

@@ -4,7 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from runtime.precision import at_least_float32
 
+
+@at_least_float32
 def flattened_cosine(teacher: list[Tensor], student: list[Tensor]) -> Tensor:
     """1 - cosine similarity of whole feature maps, one value a layer, (L,); their sum is RD4AD's loss.
 
@@ -24,11 +27,5 @@ def flattened_cosine(teacher: list[Tensor], student: list[Tensor]) -> Tensor:
     shapes = [[tuple(feature.shape) for feature in features] for features in (teacher, student)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"teacher's maps {shapes[0]} and student's maps {shapes[1]} differ")
-    with torch.autocast(teacher[0].device.type, enabled=False):
-        losses = [1 - F.cosine_similarity(_flat(t), _flat(s)).mean() for t, s in zip(teacher, student)]
+    losses = [1 - F.cosine_similarity(t.flatten(1), s.flatten(1)).mean() for t, s in zip(teacher, student)]
     return torch.stack(losses)
-
-
-def _flat(feature: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, C H W) in float32, or float64 if it was."""
-    return feature.flatten(1).to(torch.promote_types(feature.dtype, torch.float32))

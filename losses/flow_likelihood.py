@@ -2,11 +2,13 @@
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from runtime.precision import at_least_float32
 
+
+@at_least_float32
 def log_density(z: Tensor, log_det: Tensor) -> Tensor:
     """Log-likelihood of what a flow has mapped to z, divided by the channels, in nats: (N,).
 
@@ -18,9 +20,7 @@ def log_density(z: Tensor, log_det: Tensor) -> Tensor:
     Args:
         z: (N, C). log_det: (N,).
     """
-    with torch.autocast(z.device.type, enabled=False):
-        z, log_det = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (z, log_det))
-        return (log_det - 0.5 * z.square().sum(1)) / z.shape[1] - 0.5 * math.log(2 * math.pi)
+    return (log_det - 0.5 * z.square().sum(1)) / z.shape[1] - 0.5 * math.log(2 * math.pi)
 
 
 def flow_likelihood(density: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ from torch import Tensor
 
 from losses.focal import focal
 from runtime.distributed import gather, rank
+from runtime.precision import at_least_float32
 
 
+@at_least_float32
 def queue_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float, *, gamma: float = 0.0) -> Tensor:
     """MoCo v1 and v2 (He et al. 2020, eq. 1; official moco/builder.py).
 
@@ -15,9 +17,9 @@ def queue_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float, 
                exp(q.n / T)) )
 
     Args:
-        queries: (B, D) of the online network, normalised here.
-        keys: (B, D) of the target network for another view, normalised here; no gradient flows into them.
-        queue: (K, D) normalised keys of earlier batches; no gradient flows into them.
+        queries: (B, D) of the online network, normalized here.
+        keys: (B, D) of the target network for another view, normalized here; no gradient flows into them.
+        queue: (K, D) normalized keys of earlier batches; no gradient flows into them.
         temperature: T > 0. gamma: of the focal term, see losses/focal.py; 0: none.
 
     Returns:
@@ -25,13 +27,13 @@ def queue_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float, 
         Computed in at least float32 with autocast off.
     """
     _same_shape("queue_nce", queries, keys)
-    with torch.autocast(queries.device.type, enabled=False):
-        queries, keys = _normalized(queries), _normalized(keys.detach())
-        positive = (queries * keys).sum(1, keepdim=True)  # (B, 1)
-        logits = torch.cat([positive, queries @ queue.detach().to(queries.dtype).T], dim=1) / temperature  # (B, 1 + K)
-        return focal(logits.log_softmax(1)[:, 0], gamma).mean()
+    queries, keys = F.normalize(queries, dim=1), F.normalize(keys.detach(), dim=1)
+    positive = (queries * keys).sum(1, keepdim=True)  # (B, 1)
+    logits = torch.cat([positive, queries @ queue.detach().T], dim=1) / temperature  # (B, 1 + K)
+    return focal(logits.log_softmax(1)[:, 0], gamma).mean()
 
 
+@at_least_float32
 def batch_nce(queries: Tensor, keys: Tensor, temperature: float, *, gamma: float = 0.0) -> Tensor:
     """One direction of MoCo v3 (Chen, Xie & He 2021, eq. 1 and algorithm 1; official moco/builder.py ctr_loss).
 
@@ -41,15 +43,10 @@ def batch_nce(queries: Tensor, keys: Tensor, temperature: float, *, gamma: float
     Keys are gathered without gradient. Arguments and result as for `queue_nce`.
     """
     _same_shape("batch_nce", queries, keys)
-    with torch.autocast(queries.device.type, enabled=False):
-        queries, keys = _normalized(queries), gather(_normalized(keys.detach()))  # (B, D), (W B, D)
-        own = torch.arange(len(queries), device=queries.device) + rank() * len(queries)
-        log_p = (queries @ keys.T / temperature).log_softmax(1)  # (B, W B)
-        return 2 * temperature * focal(log_p.gather(1, own[:, None]), gamma).mean()
-
-
-def _normalized(x: Tensor) -> Tensor:
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
+    queries, keys = F.normalize(queries, dim=1), gather(F.normalize(keys.detach(), dim=1))  # (B, D), (W B, D)
+    own = torch.arange(len(queries), device=queries.device) + rank() * len(queries)
+    log_p = (queries @ keys.T / temperature).log_softmax(1)  # (B, W B)
+    return 2 * temperature * focal(log_p.gather(1, own[:, None]), gamma).mean()
 
 
 def _same_shape(name: str, queries: Tensor, keys: Tensor) -> None:

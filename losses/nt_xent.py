@@ -6,10 +6,12 @@ from torch import Tensor
 
 from losses.focal import focal
 from runtime.distributed import gather, rank
+from runtime.precision import at_least_float32
 
 
+@at_least_float32
 def nt_xent(z: Tensor, temperature: float, *, bank: Tensor | None = None, gamma: float = 0.0) -> Tensor:
-    """Normalised temperature-scaled cross-entropy (Chen et al. 2020, eq. 1) over two views or more.
+    """Normalized temperature-scaled cross-entropy (Chen et al. 2020, eq. 1) over two views or more.
 
         loss = mean over anchors a and their positives p of  -log( exp(a.p / T) / sum over all x != a of exp(a.x / T) )
 
@@ -19,9 +21,9 @@ def nt_xent(z: Tensor, temperature: float, *, bank: Tensor | None = None, gamma:
     SupCon's L_out with a class for each image. Computed in at least float32 with autocast off.
 
     Args:
-        z: (B, V, D) embeddings, normalised here; B equal on all ranks.
+        z: (B, V, D) embeddings, normalized here; B equal on all ranks.
         temperature: T > 0.
-        bank: (K, D) normalised embeddings of earlier images, the same on all ranks; no gradient flows into them.
+        bank: (K, D) normalized embeddings of earlier images, the same on all ranks; no gradient flows into them.
         gamma: of the focal term, see losses/focal.py; 0: none.
 
     Returns:
@@ -30,15 +32,14 @@ def nt_xent(z: Tensor, temperature: float, *, bank: Tensor | None = None, gamma:
     if z.ndim != 3 or z.shape[1] < 2:
         raise ValueError(f"nt_xent needs (B, V, D) with two views or more, not {tuple(z.shape)}")
     batch, views, _ = z.shape
-    with torch.autocast(z.device.type, enabled=False):
-        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=2)
-        anchors, keys = z.flatten(0, 1), gather(z).flatten(0, 1)  # (B V, D), (W B V, D)
-        view = torch.arange(views, device=z.device)
-        first = (torch.arange(batch, device=z.device) + rank() * batch)[:, None] * views  # (B, 1), among the keys
-        own = (first + view).flatten()  # (B V,)
-        others = (view[:, None] + view[1:]) % views  # (V, V - 1)
-        positives = (first[..., None] + others).flatten(0, 1)  # (B V, V - 1)
-        logits = (anchors @ keys.T / temperature).scatter(1, own[:, None], float("-inf"))  # (B V, W B V)
-        if bank is not None:
-            logits = torch.cat([logits, anchors @ bank.detach().to(z.dtype).T / temperature], dim=1)  # (B V, W B V + K)
-        return focal(logits.log_softmax(1).gather(1, positives), gamma).mean()
+    z = F.normalize(z, dim=2)
+    anchors, keys = z.flatten(0, 1), gather(z).flatten(0, 1)  # (B V, D), (W B V, D)
+    view = torch.arange(views, device=z.device)
+    first = (torch.arange(batch, device=z.device) + rank() * batch)[:, None] * views  # (B, 1), among the keys
+    own = (first + view).flatten()  # (B V,)
+    others = (view[:, None] + view[1:]) % views  # (V, V - 1)
+    positives = (first[..., None] + others).flatten(0, 1)  # (B V, V - 1)
+    logits = (anchors @ keys.T / temperature).scatter(1, own[:, None], float("-inf"))  # (B V, W B V)
+    if bank is not None:
+        logits = torch.cat([logits, anchors @ bank.detach().T / temperature], dim=1)  # (B V, W B V + K)
+    return focal(logits.log_softmax(1).gather(1, positives), gamma).mean()

@@ -1,28 +1,14 @@
 """The loss of PsCo: pseudo-labels from a queue by optimal transport, and a supervised contrastive term on them."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from losses.sinkhorn import sinkhorn
 from runtime.distributed import gather
+from runtime.precision import at_least_float32
 
 
-@torch.no_grad()
-def sinkhorn(similarities: Tensor, *, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
-    """Soft assignments of images to a queue's rows that use all rows alike: (B, K) cosines -> (B, K), rows sum to 1.
-
-    exp(similarity / epsilon), then in turn each column of all processes' images scaled to 1 / K and each row to 1 / B
-    (official models.py distributed_sinkhorn with normalization='row', after SwAV's). In the logarithm, so that no
-    epsilon overflows.
-    """
-    log_q = similarities.to(torch.promote_types(similarities.dtype, torch.float32)) / epsilon  # (B, K)
-    for _ in range(iterations):
-        columns = gather(log_q.logsumexp(0, keepdim=True)).logsumexp(0)  # (W, K) -> (K,)
-        log_q = log_q - columns
-        log_q = log_q - log_q.logsumexp(1, keepdim=True)
-    return log_q.exp()
-
-
+@at_least_float32
 def psco(
     queries: Tensor, keys: Tensor, queue: Tensor, *, shots: int, temperature: float = 1.0, iterations: int = 3
 ) -> tuple[Tensor, Tensor]:
@@ -39,8 +25,8 @@ def psco(
     float32 with autocast off.
 
     Args:
-        queries: (B, D) of the online network. keys: (B, D) of the target network. Both are normalised here.
-        queue: (K, D) normalised keys of earlier batches, K >= shots.
+        queries: (B, D) of the online network. keys: (B, D) of the target network. Both are normalized here.
+        queue: (K, D) normalized keys of earlier batches, K >= shots.
         shots: K-shot. temperature: T. iterations: of Sinkhorn.
 
     Returns:
@@ -49,12 +35,9 @@ def psco(
     if queries.ndim != 2 or queries.shape != keys.shape or shots > len(queue):
         shapes = f"{tuple(queries.shape)}, {tuple(keys.shape)}, {shots} of {len(queue)}"
         raise ValueError(f"psco needs two (B, D) of one shape and as many shots as the queue has, not {shapes}")
-    with torch.autocast(queries.device.type, enabled=False):
-        dtype = torch.promote_types(queries.dtype, torch.float32)
-        queries, keys = (F.normalize(x.to(dtype), dim=1) for x in (queries, keys.detach()))
-        queue = queue.to(dtype)
-        rows = sinkhorn(keys @ queue.T, iterations=iterations).topk(shots, dim=1).indices  # (B, shots)
-        support = queue[rows]  # (B, shots, D)
-        logits = queries @ gather(support).flatten(0, 1).T / temperature  # (B, W B shots)
-        own = (queries * support.mean(1)).sum(1) / temperature  # (B,)
-        return (logits.logsumexp(1) - own).mean(), rows
+    queries, keys = F.normalize(queries, dim=1), F.normalize(keys.detach(), dim=1)
+    rows = sinkhorn(keys @ queue.T, iterations=iterations).topk(shots, dim=1).indices  # (B, shots)
+    support = queue[rows]  # (B, shots, D)
+    logits = queries @ gather(support).flatten(0, 1).T / temperature  # (B, W B shots)
+    own = (queries * support.mean(1)).sum(1) / temperature  # (B,)
+    return (logits.logsumexp(1) - own).mean(), rows

@@ -1,12 +1,13 @@
 """RegAD's loss: the features of two images, once aligned, predict each other."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.distributed import all_reduce_sum, world_size
+from runtime.precision import at_least_float32
 
 
+@at_least_float32
 def symmetric_negative_cosine(p1: Tensor, z1: Tensor, p2: Tensor, z2: Tensor) -> Tensor:
     """Each side's prediction points where the other side's embedding does, at every position: a scalar in [-1, 1].
 
@@ -25,8 +26,6 @@ def symmetric_negative_cosine(p1: Tensor, z1: Tensor, p2: Tensor, z2: Tensor) ->
     """
     if not p1.shape == z1.shape == p2.shape == z2.shape:
         raise ValueError(f"shapes {[tuple(x.shape) for x in (p1, z1, p2, z2)]} differ")
-    with torch.autocast(p1.device.type, enabled=False):
-        p1, z1, p2, z2 = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (p1, z1, p2, z2))
-        cosines = F.cosine_similarity(p1, z2.detach()) + F.cosine_similarity(p2, z1.detach())  # (B, H, W)
+    cosines = F.cosine_similarity(p1, z2.detach()) + F.cosine_similarity(p2, z1.detach())  # (B, H, W)
     share = len(p1) / all_reduce_sum(cosines.new_tensor(float(len(p1))))  # of all processes' images
     return -world_size() * share * cosines.mean() / 2

@@ -1,16 +1,18 @@
 """Losses of BYOL and SimSiam: predictions of one view against projections of the others, without negatives."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from runtime.precision import at_least_float32
 
+
+@at_least_float32
 def cross_view_cosine(predictions: Tensor, targets: Tensor) -> Tensor:
     """Mean over images and ordered pairs of views u != v of cos(prediction_u, target_v).
 
     Args:
-        predictions: (B, V, D) of V >= 2 views, normalised here.
-        targets: (B, V, D), normalised here; no gradient flows into them.
+        predictions: (B, V, D) of V >= 2 views, normalized here.
+        targets: (B, V, D), normalized here; no gradient flows into them.
 
     Returns:
         The scalar mean over this process's images: equal batches on all ranks make DDP's average the global one.
@@ -19,18 +21,16 @@ def cross_view_cosine(predictions: Tensor, targets: Tensor) -> Tensor:
     if predictions.ndim != 3 or predictions.shape != targets.shape or predictions.shape[1] < 2:
         shapes = f"{tuple(predictions.shape)} and {tuple(targets.shape)}"
         raise ValueError(f"views are compared as two (B, V, D) of one shape with V >= 2, not {shapes}")
-    with torch.autocast(predictions.device.type, enabled=False):
-        dtype = torch.promote_types(predictions.dtype, torch.float32)
-        p, z = F.normalize(predictions.to(dtype), dim=2), F.normalize(targets.detach().to(dtype), dim=2)
-        views = p.shape[1]
-        # The sum over u != v of p_u.z_v is that over all pairs without those of a view with itself
-        all_pairs = (p.sum(1) * z.sum(1)).sum(1)  # (B, D) -> (B,)
-        same_view = (p * z).sum((1, 2))  # (B, V, D) -> (B,)
-        return (all_pairs - same_view).mean() / (views * (views - 1))
+    p, z = F.normalize(predictions, dim=2), F.normalize(targets.detach(), dim=2)
+    views = p.shape[1]
+    # The sum over u != v of p_u.z_v is that over all pairs without those of a view with itself
+    all_pairs = (p.sum(1) * z.sum(1)).sum(1)  # (B, D) -> (B,)
+    same_view = (p * z).sum((1, 2))  # (B, V, D) -> (B,)
+    return (all_pairs - same_view).mean() / (views * (views - 1))
 
 
 def simsiam(predictions: Tensor, targets: Tensor) -> Tensor:
-    """-cos, symmetrised (Chen & He 2021, eq. 1 to 4): with two views (D(p1, z2) + D(p2, z1)) / 2, from 1 to -1. More
+    """-cos, symmetrized (Chen & He 2021, eq. 1 to 4): with two views (D(p1, z2) + D(p2, z1)) / 2, from 1 to -1. More
     than two: the mean over ordered pairs (FastSiam averages the targets instead)."""
     return -cross_view_cosine(predictions, targets)
 

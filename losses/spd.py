@@ -1,10 +1,12 @@
 """SPD, the loss of SPot-the-Difference."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from runtime.precision import at_least_float32
 
+
+@at_least_float32
 def spd(anchor: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
     """A local defect must move an embedding further than a slight change of the whole image does.
 
@@ -19,7 +21,7 @@ def spd(anchor: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Ten
     Gradients flow into all three, whether or not they do in the paper. Computed in at least float32 with autocast off.
 
     Args:
-        anchor, positive, negative: (B, D) embeddings, normalised here; one of zeros has cosine 0 with everything.
+        anchor, positive, negative: (B, D) embeddings, normalized here; one of zeros has cosine 0 with everything.
 
     Returns:
         The scalar loss, a mean over this process's images (equal batches on all ranks make DDP's average the global
@@ -28,8 +30,5 @@ def spd(anchor: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Ten
     if anchor.ndim != 2 or not anchor.shape == positive.shape == negative.shape:
         shapes = ", ".join(str(tuple(z.shape)) for z in (anchor, positive, negative))
         raise ValueError(f"spd needs three (B, D) tensors of one shape, not {shapes}")
-    with torch.autocast(anchor.device.type, enabled=False):
-        dtype = torch.promote_types(anchor.dtype, torch.float32)
-        anchor, positive, negative = (z.to(dtype) for z in (anchor, positive, negative))
-        similarity = F.cosine_similarity(anchor, negative).mean()
-        return similarity - F.cosine_similarity(anchor, positive).mean(), similarity
+    similarity = F.cosine_similarity(anchor, negative).mean()
+    return similarity - F.cosine_similarity(anchor, positive).mean(), similarity

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from losses.focal import focal
 from runtime.distributed import gather, rank
+from runtime.precision import at_least_float32
 
 
+@at_least_float32
 def sup_con(
     z: Tensor,
     labels: Tensor,
@@ -36,9 +38,9 @@ def sup_con(
     with autocast off.
 
     Args:
-        z: (B, V, D) embeddings of V views, normalised here; B equal on all ranks.
+        z: (B, V, D) embeddings of V views, normalized here; B equal on all ranks.
         labels: (B,) int64, >= 0. temperature, base_temperature: T and T_base > 0; T_base = T leaves the factor out.
-        bank, bank_labels: (K, D) normalised embeddings of earlier images and their labels (K,), the same on all
+        bank, bank_labels: (K, D) normalized embeddings of earlier images and their labels (K,), the same on all
             ranks; no gradient flows into them. A row with the label -1 belongs to no class.
         gamma: of the focal term, on each fraction or, with `in`, on their mean; see losses/focal.py. 0: none.
 
@@ -47,24 +49,23 @@ def sup_con(
     """
     if z.ndim != 3 or labels.shape != z.shape[:1]:
         raise ValueError(f"sup_con needs (B, V, D) and (B,), not {tuple(z.shape)} and {tuple(labels.shape)}")
-    with torch.autocast(z.device.type, enabled=False):
-        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=2)
-        views = z.shape[1]
-        anchors, keys = z.flatten(0, 1), gather(z).flatten(0, 1)  # (B V, D), (W B V, D)
-        key_labels = gather(labels).repeat_interleave(views)  # (W B V,)
-        if bank is not None:
-            keys, key_labels = torch.cat([keys, bank.detach().to(z.dtype)]), torch.cat([key_labels, bank_labels])
-        own = torch.arange(len(anchors), device=z.device) + rank() * len(anchors)  # the anchors among the keys
-        positive = labels.repeat_interleave(views)[:, None] == key_labels  # (B V, W B V + K)
-        positive = positive.scatter(1, own[:, None], False)
-        logits = (anchors @ keys.T / temperature).scatter(1, own[:, None], float("-inf"))
-        log_share = logits.log_softmax(1)  # (B V, W B V + K), -inf at the anchor itself
-        count = positive.sum(1)
-        if form == "out":
-            each = focal(log_share.masked_fill(~positive, 0), gamma).sum(1) / count.clamp(min=1)
-        else:
-            alone = count == 0  # they get log 1, for the logarithm of no term at all has no gradient
-            log_share = log_share.masked_fill(~positive, float("-inf")).masked_fill(alone[:, None], 0)
-            log_mean = log_share.logsumexp(1) - count.clamp(min=1).to(z.dtype).log()
-            each = focal(log_mean.masked_fill(alone, 0), gamma)
-        return temperature / base_temperature * each.mean()
+    z = F.normalize(z, dim=2)
+    views = z.shape[1]
+    anchors, keys = z.flatten(0, 1), gather(z).flatten(0, 1)  # (B V, D), (W B V, D)
+    key_labels = gather(labels).repeat_interleave(views)  # (W B V,)
+    if bank is not None:
+        keys, key_labels = torch.cat([keys, bank.detach()]), torch.cat([key_labels, bank_labels])
+    own = torch.arange(len(anchors), device=z.device) + rank() * len(anchors)  # the anchors among the keys
+    positive = labels.repeat_interleave(views)[:, None] == key_labels  # (B V, W B V + K)
+    positive = positive.scatter(1, own[:, None], False)
+    logits = (anchors @ keys.T / temperature).scatter(1, own[:, None], float("-inf"))
+    log_share = logits.log_softmax(1)  # (B V, W B V + K), -inf at the anchor itself
+    count = positive.sum(1)
+    if form == "out":
+        each = focal(log_share.masked_fill(~positive, 0), gamma).sum(1) / count.clamp(min=1)
+    else:
+        alone = count == 0  # they get log 1, for the logarithm of no term at all has no gradient
+        log_share = log_share.masked_fill(~positive, float("-inf")).masked_fill(alone[:, None], 0)
+        log_mean = log_share.logsumexp(1) - count.clamp(min=1).to(z.dtype).log()
+        each = focal(log_mean.masked_fill(alone, 0), gamma)
+    return temperature / base_temperature * each.mean()

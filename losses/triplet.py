@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.distributed import gather
+from runtime.precision import at_least_float32
 
 Mining = Literal["semi_hard", "hardest", "own"]
 
 
+@at_least_float32
 def triplet(
     anchor: Tensor, positive: Tensor, negative: Tensor, margin: float, *, mining: Mining = "semi_hard"
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -30,7 +32,7 @@ def triplet(
     0; sqrt(2 - 2 cos) loses the small ones to rounding. Computed in at least float32 with autocast off.
 
     Args:
-        anchor, positive, negative: (B, D) embeddings, normalised here; B equal on all ranks. Gradients flow into all.
+        anchor, positive, negative: (B, D) embeddings, normalized here; B equal on all ranks. Gradients flow into all.
         margin: on distances, which lie between 0 and 2.
 
     Returns:
@@ -40,16 +42,14 @@ def triplet(
     if anchor.ndim != 2 or not anchor.shape == positive.shape == negative.shape:
         shapes = ", ".join(str(tuple(z.shape)) for z in (anchor, positive, negative))
         raise ValueError(f"triplet needs three (B, D) of one shape, not {shapes}")
-    with torch.autocast(anchor.device.type, enabled=False):
-        dtype = torch.promote_types(anchor.dtype, torch.float32)
-        anchor, positive, negative = (F.normalize(z.to(dtype), dim=1) for z in (anchor, positive, negative))
-        if mining != "own":
-            negative = gather(negative)  # (W B, D)
-            negative = negative[_mine(anchor, positive, negative, mining)]  # (B, D)
-        near, far = (anchor - positive).norm(dim=1), (anchor - negative).norm(dim=1)  # (B,)
-        each = F.relu(near - far + margin)
-        stats = {"positive_distance": near.mean(), "negative_distance": far.mean(), "active": (each > 0).float().mean()}
-        return each.mean(), {name: value.detach() for name, value in stats.items()}
+    anchor, positive, negative = (F.normalize(z, dim=1) for z in (anchor, positive, negative))
+    if mining != "own":
+        negative = gather(negative)  # (W B, D)
+        negative = negative[_mine(anchor, positive, negative, mining)]  # (B, D)
+    near, far = (anchor - positive).norm(dim=1), (anchor - negative).norm(dim=1)  # (B,)
+    each = F.relu(near - far + margin)
+    stats = {"positive_distance": near.mean(), "negative_distance": far.mean(), "active": (each > 0).float().mean()}
+    return each.mean(), {name: value.detach() for name, value in stats.items()}
 
 
 @torch.no_grad()

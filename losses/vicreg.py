@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.distributed import gather
+from runtime.precision import at_least_float32
 
 
+@at_least_float32
 def vicreg(
     z: Tensor,
     *,
@@ -29,7 +31,7 @@ def vicreg(
     of the two views up, so that their 25 is 50 here: `form="solo"`. Computed in at least float32 with autocast off.
 
     Args:
-        z: (B, V, D) embeddings of V >= 2 views, not normalised; B equal on all ranks and two images or more in all.
+        z: (B, V, D) embeddings of V >= 2 views, not normalized; B equal on all ranks and two images or more in all.
 
     Returns:
         The scalar loss, whose gradient averaged over ranks is that of the whole batch, and the three terms before their
@@ -37,19 +39,17 @@ def vicreg(
     """
     if z.ndim != 3 or z.shape[1] < 2:
         raise ValueError(f"vicreg needs (B, V, D) with two views or more, not {tuple(z.shape)}")
-    with torch.autocast(z.device.type, enabled=False):
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-        _, views, features = z.shape
-        apart = torch.stack([F.mse_loss(one, other) for one, other in combinations(z.unbind(1), 2)]).mean()
-        z = gather(z)  # (N, V, D)
-        if len(z) < 2:
-            raise ValueError("vicreg needs two images or more for a variance")
-        z = z - z.mean(0)
-        variances = z.square().sum(0) / (len(z) - 1)  # (V, D)
-        spread = F.relu(1 - (variances + 1e-4).sqrt()).mean() * (2 if form == "solo" else 1)
-        cov = torch.einsum("nvi,nvj->vij", z, z) / (len(z) - 1)  # (V, D, D)
-        cov.diagonal(dim1=1, dim2=2).zero_()  # taken off the sum of squares instead, it would leave its rounding error
-        correlation = 2 * cov.square().sum() / (views * features)
-        loss = invariance * apart + variance * spread + covariance * correlation
-        terms = {"invariance": apart, "variance": spread, "covariance": correlation}
-        return loss, {name: term.detach() for name, term in terms.items()}
+    _, views, features = z.shape
+    apart = torch.stack([F.mse_loss(one, other) for one, other in combinations(z.unbind(1), 2)]).mean()
+    z = gather(z)  # (N, V, D)
+    if len(z) < 2:
+        raise ValueError("vicreg needs two images or more for a variance")
+    z = z - z.mean(0)
+    variances = z.square().sum(0) / (len(z) - 1)  # (V, D)
+    spread = F.relu(1 - (variances + 1e-4).sqrt()).mean() * (2 if form == "solo" else 1)
+    cov = torch.einsum("nvi,nvj->vij", z, z) / (len(z) - 1)  # (V, D, D)
+    cov.diagonal(dim1=1, dim2=2).zero_()  # taken off the sum of squares instead, it would leave its rounding error
+    correlation = 2 * cov.square().sum() / (views * features)
+    loss = invariance * apart + variance * spread + covariance * correlation
+    terms = {"invariance": apart, "variance": spread, "covariance": correlation}
+    return loss, {name: term.detach() for name, term in terms.items()}

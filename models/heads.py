@@ -84,11 +84,11 @@ class WeightNormLinear(nn.Module):
 class DINOHead(nn.Module):
     """DINO's head, as in the official vision_transformer.py: (B, in_features) -> logits (B, prototypes).
 
-    MLP with GELU, L2 normalisation, then the cosine with each prototype times its length `weight_g`.
+    MLP with GELU, L2 normalization, then the cosine with each prototype times its length `weight_g`.
 
     Args:
         in_features, prototypes: F and K.
-        layers, hidden, bottleneck: of the MLP, its width, and that of the vector that is normalised.
+        layers, hidden, bottleneck: of the MLP, its width, and that of the vector that is normalized.
         use_bn: BatchNorm before each GELU.
         norm_last_layer: the prototypes' lengths stay at 1. False trains them, and weight decay applies (they are 2-D).
 
@@ -120,7 +120,7 @@ class DINOHead(nn.Module):
                 nn.init.zeros_(module.bias)
         self.last_layer = WeightNormLinear(
             bottleneck, prototypes
-        )  # keeps Linear's own initialisation, as in the official code
+        )  # keeps Linear's own initialization, as in the official code
         self.last_layer.weight_g.requires_grad = not norm_last_layer
 
     def forward(self, x: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def _layer(block: Block, inputs: int, outputs: int, depth: int, resize: Resize, 
 
 
 def _init(network: nn.Module) -> None:
-    """He initialisation, fan out, of the convolutions; transposed ones keep PyTorch's default, as in the official."""
+    """He initialization, fan out, of the convolutions; transposed ones keep PyTorch's default, as in the official."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

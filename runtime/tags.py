@@ -39,7 +39,7 @@ TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, descr
     ),
     "embedding/std": (
         "3_health/embedding_std",
-        "Spread of the normalised embeddings: 1 healthy, 0 if all images have the same embedding (collapse).",
+        "Spread of the normalized embeddings: 1 healthy, 0 if all images have the same embedding (collapse).",
     ),
     "embedding/effective_rank": (
         "3_health/embedding_effective_rank",
@@ -86,7 +86,7 @@ TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, descr
     "stats/variance": ("4_method/variance", "VICReg: how far standard deviations are below 1; 0 is best."),
     "stats/covariance": ("4_method/covariance", "VICReg: squared covariances between dimensions; 0 is best."),
     "stats/accuracy": ("4_method/accuracy", "CutPaste: share of images, with and without paste, told correctly."),
-    "stats/spread": ("4_method/spread", "RegAD: variance of the normalised features; 0 is a collapse."),
+    "stats/spread": ("4_method/spread", "RegAD: variance of the normalized features; 0 is a collapse."),
     "stats/discrepancy_normal": ("4_method/discrepancy_normal", "CDO: expert against apprentice where all is normal."),
     "stats/discrepancy_abnormal": ("4_method/discrepancy_abnormal", "CDO: expert against apprentice in the noise."),
     "lr": ("5_optimizer/lr", "Learning rate of the last step."),

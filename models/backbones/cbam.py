@@ -69,8 +69,8 @@ class CBAMBottleneck(Bottleneck):
 class CBAMResNet(ResNet):
     """ResNet's arguments and attributes."""
 
-    def _initialise(self, zero_init_residual: bool) -> None:
-        super()._initialise(zero_init_residual)
+    def _initialize(self, zero_init_residual: bool) -> None:
+        super()._initialize(zero_init_residual)
         for module in self.modules():
             if isinstance(module, SpatialGate):
                 nn.init.zeros_(module.bn.weight)

@@ -1,4 +1,4 @@
-"""One channel of an image for a backbone: grey images, or one of the colors, for weights that know three."""
+"""One channel of an image for a backbone: gray images, or one of the colors, for weights that know three."""
 
 from typing import Literal
 
@@ -20,7 +20,7 @@ def take_channel(backbone: nn.Module, channel: Channel, how: OneChannel) -> None
         learned: through a 1x1 convolution to three, `to_rgb` in the stem, which starts as copy and is trained where the
             backbone is.
 
-    The channels of a grey image are equal before they are normalised and, by ImageNet's mean and deviation of each
+    The channels of a gray image are equal before they are normalized and, by ImageNet's mean and deviation of each
     color, not quite afterwards; any of them will do.
 
     Raises:

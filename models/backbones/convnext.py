@@ -50,7 +50,7 @@ class GlobalResponseNorm(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Four times as many channels, GELU, V2's normalisation, and back: (B, C, H, W) -> (B, C, H, W)."""
+    """Four times as many channels, GELU, V2's normalization, and back: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels: int, version: int):
         super().__init__()
@@ -111,7 +111,7 @@ class ConvNeXt(nn.Module):
         drop_path: stochastic depth of the last block, linear from 0 at the first.
 
     Attributes:
-        num_features: channels of the pooled, normalised features.
+        num_features: channels of the pooled, normalized features.
         stage_channels: channels of the four maps of `forward_stages`.
     """
 

@@ -1,6 +1,6 @@
 """MobileNetV2 (Sandler et al. 2018, arXiv 1801.04381), of any width.
 
-Parameter names, initialisation and outputs are torchvision's, so its weights load strictly. Shapes: B batch, H x W the
+Parameter names, initialization and outputs are torchvision's, so its weights load strictly. Shapes: B batch, H x W the
 input's size.
 """
 
@@ -149,9 +149,9 @@ class MobileNetV2(MobileNet):
         self.classifier = nn.Identity()
         if num_classes:
             self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(self.num_features, num_classes))
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")

@@ -1,6 +1,6 @@
 """MobileNetV3 (Howard et al. 2019, arXiv 1905.02244), large and small, of any width.
 
-Parameter names, initialisation and outputs are torchvision's, so its weights load strictly. Shapes: B batch, C
+Parameter names, initialization and outputs are torchvision's, so its weights load strictly. Shapes: B batch, C
 channels, H x W the input's size.
 """
 

@@ -1,6 +1,6 @@
 """ResNet (He et al. 2016, arXiv 1512.03385) and Wide ResNet (Zagoruyko and Komodakis 2016, arXiv 1605.07146).
 
-Parameter names, initialisation and outputs are torchvision's, so its weights load strictly. Like torchvision and unlike
+Parameter names, initialization and outputs are torchvision's, so its weights load strictly. Like torchvision and unlike
 the paper, a bottleneck strides on its 3x3 convolution ("v1.5"). Shapes: B batch, C channels, H x W the input's size.
 """
 
@@ -134,7 +134,7 @@ class ResNet(nn.Module):
         self.layer3 = self._stage(self.stage_channels[1], 256, self.depths[2], rates, stride=2)
         self.layer4 = self._stage(self.stage_channels[2], 512, self.depths[3], rates, stride=2)
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self._initialise(zero_init_residual)
+        self._initialize(zero_init_residual)
 
     def _stage(
         self, in_channels: int, channels: int, depth: int, rates: Iterator[float], *, stride: int
@@ -143,7 +143,7 @@ class ResNet(nn.Module):
         rest = [self.block(channels * self.block.expansion, channels, 1, next(rates)) for _ in range(depth - 1)]
         return nn.Sequential(first, *rest)
 
-    def _initialise(self, zero_init_residual: bool) -> None:
+    def _initialize(self, zero_init_residual: bool) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

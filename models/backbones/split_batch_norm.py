@@ -7,7 +7,7 @@ from runtime.errors import UserError
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """In training each of `splits` parts of the batch, every `splits`-th image, is normalised by its own statistics.
+    """In training each of `splits` parts of the batch, every `splits`-th image, is normalized by its own statistics.
 
     Running statistics move by the mean over the parts (official MoCo, colab/moco_cifar10_demo.ipynb SplitBatchNorm).
     Parameters, buffers and evaluation are BatchNorm2d's. The parts are channels to one batch norm, so a channels_last

@@ -14,7 +14,7 @@ from tests.processes import run_processes
 def by_loop(z, weight, eps=1e-5):
     """Float64 (B, V, D): image by image, dimension by dimension, pair by pair."""
     batch, views, width = z.shape
-    columns = {}  # each dimension of each view, standardised
+    columns = {}  # each dimension of each view, standardized
     for v in range(views):
         for i in range(width):
             column = [z[b, v, i] for b in range(batch)]
@@ -144,8 +144,8 @@ class Total(torch.autograd.Function):
 def sync_batch_norm(z):
     """torch's SyncBatchNorm without parameters, which is for GPUs only."""
     count = len(z) * dist.get_world_size()
-    centred = z - Total.apply(z.sum(0)) / count
-    return centred / (Total.apply(centred.square().sum(0)) / count + 1e-5).sqrt()
+    centered = z - Total.apply(z.sum(0)) / count
+    return centered / (Total.apply(centered.square().sum(0)) / count + 1e-5).sqrt()
 
 
 def on_a_shard(rank, world_size):

@@ -1,4 +1,4 @@
-"""DINO's loss against a loop in float64: pairs, gradient, chunks, centre, narrow types, memory, compile, processes."""
+"""DINO's loss against a loop in float64: pairs, gradient, chunks, center, narrow types, memory, compile, processes."""
 
 import math
 
@@ -36,7 +36,7 @@ def by_loop(student, teacher, center, student_temperature, teacher_temperature):
 
 
 def whole(student, teacher, temperature, scale=1.0):
-    """Plain formula at centre 0 in float64: the loss, and the gradient of scale * loss in the student's type."""
+    """Plain formula at center 0 in float64: the loss, and the gradient of scale * loss in the student's type."""
     exact = student.detach().double().requires_grad_()
     q, log_p = (teacher.double() / temperature).softmax(2), (exact / 0.1).log_softmax(2)
     pairs = -torch.einsum("bik,bvk->iv", q, log_p) / len(q)
@@ -252,7 +252,7 @@ def shard(rank, world_size):
     mine = slice(rank * 6 // world_size, (rank + 1) * 6 // world_size)
     student = student[mine].clone().requires_grad_()
     loss = DINOLoss(5).double()
-    for _ in range(2):  # the second loss uses the reduced centre
+    for _ in range(2):  # the second loss uses the reduced center
         value, _ = loss(student, teacher[mine], 0.04)
         loss.update()
     value.backward()

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from losses.psco import psco, sinkhorn
+from losses.psco import psco
+from losses.sinkhorn import sinkhorn
 from tests.processes import run_processes
 
 

@@ -78,12 +78,12 @@ def test_stems_of_any_number_of_channels(tmp_path, channels):
     torch.save(source.state_dict(), tmp_path / "rgb.pth")
     report = load_weights(net, tmp_path / "rgb.pth")
     assert f"resized: patch_embed.proj.weight [192, 3, 16, 16] to [192, {channels}, 16, 16]" in report
-    grey = torch.randn(1, 1, 32, 32)
+    gray = torch.randn(1, 1, 32, 32)
     weight, ours = source.patch_embed["proj"].weight, net.patch_embed["proj"].weight
     for c in range(channels if channels > 1 else 0):  # 4 = r g b r, times 3 / 4
         assert torch.equal(ours[:, c], weight[:, c % 3] * 3 / channels)
     if channels == 1:
-        torch.testing.assert_close(net(grey), source(grey.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(net(gray), source(gray.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -1,4 +1,4 @@
-"""ConvNeXt against torchvision's, V2's normalisation against a plain loop, names and numbers against timm's."""
+"""ConvNeXt against torchvision's, V2's normalization against a plain loop, names and numbers against timm's."""
 
 import hashlib
 

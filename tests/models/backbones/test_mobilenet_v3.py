@@ -23,7 +23,7 @@ def test_any_width_is_torchvisions(size, width):
     ours = build(num_classes=1000, width=width).eval()
     expected = theirs.state_dict()
     assert list(ours.state_dict()) == list(expected)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.state_dict().items())  # initialisation
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.state_dict().items())  # initialization
 
     for module in theirs.modules():  # the default statistics nearly extinguish the signal
         if isinstance(module, torch.nn.BatchNorm2d):

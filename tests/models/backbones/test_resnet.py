@@ -1,4 +1,4 @@
-"""The ResNets against torchvision's: names, numbers, initialisation, shapes."""
+"""The ResNets against torchvision's: names, numbers, initialization, shapes."""
 
 import copy
 
@@ -20,7 +20,7 @@ def n_parameters(model):
 
 def torchvision_model(name):
     """torchvision's model with random weights and, so that a swapped or missing one shows, random BatchNorms."""
-    with torch.device("meta"):  # its own initialisation would take longer than all the rest
+    with torch.device("meta"):  # its own initialization would take longer than all the rest
         model = getattr(torchvision.models, name)()
     model.to_empty(device="cpu")
     for module in model.modules():

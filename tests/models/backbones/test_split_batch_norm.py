@@ -89,7 +89,7 @@ def test_narrow_images_with_float32_weights(dtype):
 
 
 def test_without_running_statistics_for_a_while():
-    """As sharpness-aware minimisation's second pass sets it: the same output, and the buffers stay."""
+    """As sharpness-aware minimization's second pass sets it: the same output, and the buffers stay."""
     norm, parts = norm_and_parts(2)
     x = torch.randn(4, 3, 2, 2, dtype=torch.float64)
     before = copy.deepcopy(norm.state_dict())

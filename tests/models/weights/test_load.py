@@ -221,7 +221,7 @@ def test_a_misfit_says_which_part_it_is_about(tmp_path):
         ("mobilenet_v2", {"width": 0.5}, "mobilenet_v2", "; try another backbone.name, stem, width, channel or part"),
     ],
 )
-def test_the_right_backbone_is_recognised(tmp_path, in_file, options, wanted, advice):
+def test_the_right_backbone_is_recognized(tmp_path, in_file, options, wanted, advice):
     with torch.device("meta"):
         state = shapes_only(BACKBONES[in_file](**options))
         model = BACKBONES[wanted]()

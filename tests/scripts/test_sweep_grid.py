@@ -2,7 +2,7 @@
 
 import pytest
 
-from runtime import grid
+import sweep
 
 
 @pytest.mark.parametrize(
@@ -16,12 +16,12 @@ from runtime import grid
     ],
 )  # fmt: skip
 def test_how_variants_are_spelled(values, names, words):
-    assert grid.variants(values) == list(zip(names, words))
+    assert sweep.variants(values) == list(zip(names, words))
 
 
 def test_names_of_variants_are_names_of_folders(tmp_path):
     values = ["a/b", "a:b", "a b", "../..", "x" * 300, "x" * 301, "é" * 300]
-    names = [name for name, _ in grid.variants({"data.root": values})]
+    names = [name for name, _ in sweep.variants({"data.root": values})]
     assert len({*names}) == len(values) and names[0].startswith("_root-a_b-")
     for name in names:
         (tmp_path / f"part{name}").mkdir()
