@@ -1,9 +1,17 @@
-"""How much memory is free, for what decides where to keep things."""
+"""How much memory is free, and tensors that may be larger than it: in RAM while they fit, beyond it in files."""
 
+import math
+import mmap
 import os
+import shutil
+import tempfile
+import weakref
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from runtime.errors import UserError
 
 
 def free_memory(place: torch.device) -> int:
@@ -26,3 +34,62 @@ def free_memory(place: torch.device) -> int:
 def _fields(path: str) -> dict[str, str]:
     """The first two words of each line."""
     return dict(line.split()[:2] for line in Path(path).read_text().splitlines())
+
+
+class Workspace:
+    """Gives out CPU tensors: in RAM as long as those still alive take no more than `limit` bytes, else in a file.
+
+    A tensor in a file is read and written like any other, and the system keeps of it in RAM what is free there; so go
+    through it in pieces. Its file has no name, lies in the folder for temporary files (TMPDIR, else /tmp), and goes
+    with the tensor, also when the process is killed.
+    """
+
+    def __init__(self, limit: int):
+        self.limit, self.used = limit, 0  # bytes
+
+    @classmethod
+    def from_gib(cls, limit: float | None) -> "Workspace":
+        """limit: GiB of RAM for this process; None: half of what is free now. Raises UserError below 0."""
+        if limit is None:
+            return cls(free_memory(torch.device("cpu")) // 2)
+        if not limit >= 0:
+            raise UserError(f"memory_limit={limit}: GiB of RAM, at least 0 (0 puts all into files), or null for a half")
+        return cls(int(limit * 2**30))
+
+    def place(self, nbytes: int) -> str:
+        """Where a tensor of this size would go now: "RAM" or "file"."""
+        return "RAM" if self.used + nbytes <= self.limit else "file"
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A new tensor, its entries arbitrary. Raises UserError when the folder for temporary files has no room."""
+        count = math.prod(shape)
+        nbytes = count * dtype.itemsize
+        if nbytes == 0:
+            return torch.empty(shape, dtype=dtype)
+        if self.place(nbytes) == "RAM":
+            memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # as malloc does for large ones
+            self.used += nbytes
+            weakref.finalize(memory, self._give_back, nbytes)
+        else:
+            memory = _map_file(nbytes)
+        return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)  # it and its views keep `memory` alive
+
+    def _give_back(self, nbytes: int) -> None:
+        self.used -= nbytes
+
+
+def _map_file(nbytes: int) -> mmap.mmap:
+    """The memory of a temporary file whose space on the disk is reserved: writing to it cannot fail later (SIGBUS)."""
+    folder = tempfile.gettempdir()
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:  # has no name from the start; the map outlives the descriptor
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, nbytes)
+            else:  # macOS
+                file.truncate(nbytes)
+            return mmap.mmap(file.fileno(), nbytes)
+    except OSError as error:
+        raise UserError(
+            f"{nbytes / 2**30:.2f} GiB needed in {folder}, {shutil.disk_usage(folder).free / 2**30:.2f} GiB free "
+            f"({error.strerror}): set TMPDIR to a folder on a larger disk, or raise memory_limit"
+        ) from None

@@ -1,16 +1,13 @@
 """The patches of all training images, of which PatchCore keeps some: in RAM, or in a file beyond a limit."""
 
 import math
-from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from models.anomaly.detector import Batch
-from models.anomaly.maps import grid_valid
-from runtime.distributed import all_reduce_sum, gather_rows, world_size
-from search.spill import Workspace
+from runtime.distributed import all_reduce_sum, gather_rows
+from runtime.memory import Workspace
 
 DIRECT = "donot_use_mm_for_euclid_dist"  # a product's last digits depend on how many rows there are
 
@@ -50,47 +47,6 @@ class Patches(NamedTuple):
         """Row of each id (n,), and whether it is here."""
         at = torch.searchsorted(self.ids, ids).clamp(max=max(len(self.ids) - 1, 0))
         return at, self.ids[at] == ids if len(self.ids) else torch.zeros_like(ids, dtype=torch.bool)
-
-
-def collect(
-    batches: Iterable[Batch],
-    embed: Callable[[Tensor], Tensor],
-    n_images: int,
-    work: Workspace,
-    plan: Callable[[tuple[int, int], int, int], None],
-) -> Patches | None:
-    """All patches of this process's images, which come in ascending order; None when there is no image.
-
-    Args:
-        embed: normalised (B, 3, H, W) -> patches (B, h, w, D).
-        n_images: images of all processes, which share them evenly.
-        plan: called as plan((h, w), D, rows) once the sizes are known, before memory is taken.
-    """
-    features, grid, width, rows, ids = None, (), 0, 0, []
-    for images, valid, indices in batches:
-        found = embed(images)  # (B, h, w, D)
-        if features is not None and tuple(found.shape[1:]) != (*grid, width):
-            raise ValueError(f"images of {tuple(images.shape[2:])} pixels give other patches than those before")
-        grid, width = tuple(found.shape[1:3]), found.shape[-1]
-        if features is None:
-            n_rows = -(-n_images // world_size()) * math.prod(grid)
-            plan(grid, width, n_rows)
-            features = work.empty(n_rows, width)
-            cell = (images.shape[2] / grid[0], images.shape[3] / grid[1])
-        number = indices.cpu()[:, None] * math.prod(grid) + torch.arange(math.prod(grid))  # (B, h w)
-        found, number = found.flatten(0, 2), number.flatten()  # (B h w, D), (B h w,)
-        if valid is not None:
-            inside = grid_valid(valid, grid).flatten()
-            found, number = found[inside], number[inside.cpu()]
-        features[rows : rows + len(found)] = found
-        rows += len(found)
-        ids.append(number)
-    if features is None:
-        return None
-    ids = torch.cat(ids)
-    if (ids.diff() <= 0).any():
-        raise ValueError("training images must come in ascending order, each once")
-    return Patches(features[:rows], ids, grid, cell)
 
 
 def all_ids(ids: Tensor, device: torch.device) -> Tensor:

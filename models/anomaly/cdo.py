@@ -19,7 +19,7 @@ from runtime.errors import UserError
 
 
 class Version(NamedTuple):
-    """What differs between the authors' two codes, beside the optimiser and the map (`CDO.measure`)."""
+    """What differs between the authors' two codes, beside the optimizer and the map (`CDO.measure`)."""
 
     enlarged: int  # noise patches are drawn on an image so many times larger and shrunk with it
     unit_levels: bool  # features have length 1 before the loss enlarges them
@@ -57,8 +57,7 @@ class CDO(Detector):
 
     Raises:
         UserError: bad options, a backbone without three stages of maps or unlike the apprentice, or with weights that
-            cannot be drawn anew; at
-            the first batch, images too small for a patch.
+            cannot be drawn anew; at the first batch, images too small for a patch.
     """
 
     by_gradient = True
@@ -74,15 +73,14 @@ class CDO(Detector):
         image_score: ImageScore | None = None,
     ):
         super().__init__(backbone, (1, 2, 3))
-        if version not in VERSIONS:
-            raise UserError(f"cdo version={version}: it is v1 or v2")
+        own = pick(VERSIONS, version, "cdo version")
         if skip_background and version != "v1":
             raise UserError("cdo skip_background is of version v1: set version=v1 or skip_background=false")
         if not 0 <= gamma <= 5:
             raise UserError(f"cdo gamma={gamma}: from 0 (all positions weigh the same) to 5; the paper's is 2")
         self.version, self.gamma = version, gamma
-        self.noise = NoisePatches(enlarged=VERSIONS[version].enlarged, skip_background=skip_background)
-        self.image_score = image_score or VERSIONS[version].image_score
+        self.noise = NoisePatches(enlarged=own.enlarged, skip_background=skip_background)
+        self.image_score = image_score or own.image_score
         other = backbone if apprentice is None else pick(BACKBONES, apprentice, "detector.apprentice")()
         shapes = [stage_shapes(network, 3) for network in (backbone, other)]
         if any(len(shape) != 3 for shape in shapes[0]):

@@ -18,9 +18,11 @@ from models.anomaly.maps import ImageScore, grid_valid, image_score, peak, upsam
 from models.backbones.mobilenet_v3 import MobileNetV3
 from runtime.distributed import gather_rows, world_size
 from runtime.errors import UserError
+from runtime.values import coerce
 from search.bounds import require_finite
 
 PLACES = 128  # numbers that describe a place, the official condition_vec
+Split = Literal["train", "test"]
 ROWS = 2**14  # vectors that are scored at a time
 
 
@@ -73,6 +75,7 @@ class CFlow(Detector):
     """
 
     by_gradient = True
+    fits = True
     partial = True
     positional = True
     trained_with = ("reflect", "before_norm")
@@ -87,7 +90,7 @@ class CFlow(Detector):
         rotation: float = 5.0,
         reflect: bool = False,
         before_norm: bool = False,
-        normalize: Literal["train", "test"] = "train",
+        normalize: Split = "train",
         image_score: ImageScore = "max",
     ):
         super().__init__(backbone, stages)
@@ -95,15 +98,14 @@ class CFlow(Detector):
             raise UserError(
                 f"cflow blocks={blocks} fiber={fiber} rotation={rotation}: at least 1, 1 and 0 to 180 degrees"
             )
-        if normalize not in ("train", "test"):
-            raise UserError(f"cflow normalize={normalize}: it is train or test")
         if before_norm and not isinstance(backbone, MobileNetV3):
             raise UserError(
                 "cflow before_norm=true is what the official MobileNetV3s need: set backbone.name=mobilenet_v3_large "
                 "or mobilenet_v3_small, or detector.before_norm=false"
             )
-        self.fiber, self.rotation, self.image_score, self.fitted_on = fiber, rotation, image_score, normalize
+        self.fiber, self.rotation, self.image_score = fiber, rotation, image_score
         self.reflect, self.before_norm = reflect, before_norm
+        self.fitted_on = coerce(normalize, Split, "cflow normalize")
         padded = [m for m in backbone.modules() if isinstance(m, nn.Conv2d) and m.padding != (0, 0)] if reflect else []
         if reflect and not padded:
             raise UserError(

@@ -18,12 +18,16 @@ from models.anomaly.gradcam import grad_cam
 from models.anomaly.maps import grid_valid, image_score, peak, pool, render
 from models.backbones.stages import stage_shapes, train_stages
 from models.heads import normed_mlp
+from runtime.config import pick
 from runtime.errors import UserError
+from runtime.values import coerce
 from search.bounds import require_finite
 
 # the defects of each variant; those of `union` are one class, of which an image gets either
 VARIANTS = {"normal": ("cutpaste",), "scar": ("scar",), "union": ("cutpaste", "scar"), "3way": ("cutpaste", "scar")}
 JITTER = 0.1  # of brightness, contrast, saturation and hue of the whole image
+Density = Literal["gaussian", "kde"]
+Score = Literal["density", "max", "top1", "mean"]
 
 
 class CutPaste(Detector):
@@ -62,6 +66,7 @@ class CutPaste(Detector):
     """
 
     by_gradient = True
+    fits = True
     frozen = False
 
     def __init__(
@@ -70,21 +75,15 @@ class CutPaste(Detector):
         *,
         variant: Literal["normal", "scar", "union", "3way"] = "3way",
         head_layers: int = 1,
-        density: Literal["gaussian", "kde"] = "gaussian",
-        image_score: Literal["density", "max", "top1", "mean"] = "density",
+        density: Density = "gaussian",
+        image_score: Score = "density",
     ):
         super().__init__(backbone, (4,))
-        for name, value, known in (
-            ("variant", variant, tuple(VARIANTS)),
-            ("density", density, ("gaussian", "kde")),
-            ("image_score", image_score, ("density", "max", "top1", "mean")),
-        ):
-            if value not in known:
-                raise UserError(f"cutpaste {name}={value}: it is one of {', '.join(known)}")
         if head_layers < 0:
             raise UserError(f"cutpaste head_layers={head_layers}: the number of hidden layers is at least 0")
-        self.variant, self.density, self.image_score = variant, density, image_score
-        self.defects = [DEFECTS[name]() for name in VARIANTS[variant]]
+        self.defects = [DEFECTS[name]() for name in pick(VARIANTS, variant, "cutpaste variant")]
+        self.variant, self.density = variant, coerce(density, Density, "cutpaste density")
+        self.image_score = coerce(image_score, Score, "cutpaste image_score")
         shape = stage_shapes(backbone, 4)[-1]
         if len(shape) != 3:
             raise UserError(f"cutpaste pools a map (C, H, W), this backbone gives {shape}: set backbone.name to a CNN")

@@ -44,9 +44,12 @@ class Findings(NamedTuple):
 class Detector(nn.Module):
     """An anomaly detector on a backbone; a method subclasses it and writes `measure` and `fit`, `forward` or both.
 
-    `fit(batches, n_images)` learns from an iterable of `Batch` of this process, n_images over all processes.
-    `forward(*arguments) -> (loss, stats)` is the loss of one optimizer step, on what `steps` makes of a batch; such a
-    method sets `by_gradient`. One that has both is trained first, then fitted.
+    What it can do is declared below as class attributes, for the scripts ask nothing else:
+    `fits`: `fit(batches, n_images)` learns from an iterable of `Batch` of this process, n_images over all processes.
+    `by_gradient`: `forward(*arguments) -> (loss, stats)` is the loss of one optimizer step, on what `steps` makes of a
+    batch. A detector with both is trained first, then fitted.
+    `updates`: `add(batches, n_images)` learns further images, and `keep(numbers)` renumbers those learned, numbers[old]
+    = new, and forgets those at -1.
     `measure(outputs, size, valid, leave_out)` returns `Findings` from what `networks` returned; size is (H, W), `valid`
     bool (B, H, W) is False in padding (None: none), `leave_out` is as in `examine`.
 
@@ -62,15 +65,17 @@ class Detector(nn.Module):
         UserError: `stages` is empty, repeats a stage or names one that does not exist.
     """
 
-    by_gradient = False  # whether an optimizer trains it
-    learns_from = "train"  # split of the data set that it is trained on
-    fitted_on = "train"  # split that `fit` gets: the normal images, or "test", if a score depends on all of them
-    by_label = False  # whether all images of a batch that it is trained on have one label
-    partial = False  # whether a step leaves some parameters without gradient
-    frozen = True  # whether the backbone stays as it is
-    leaves_out = False  # whether `examine` can leave training images out; of how many, says `can_leave_out`
-    trained_with: tuple[str, ...] = ()  # options that trained weights need again, though no shape shows them
-    positional = False  # whether fitted state belongs to positions, so that images of other sizes make no sense
+    fits = False  # it has `fit`: one pass over the normal images
+    by_gradient = False  # it has `forward`: an optimizer trains it
+    updates = False  # it has `add` and `keep`: its training images can change after `fit`
+    leaves_out = False  # `examine` can leave out training images; whether also of so few, `can_leave_out` says
+    frozen = True  # its backbone stays as it is
+    positional = False  # its fitted state belongs to positions, so images of other sizes make no sense
+    learns_from = "train"  # split of the data set whose images an optimizer trains it on
+    by_label = False  # all images of a batch that an optimizer trains it on have one label
+    partial = False  # an optimizer step leaves some of its parameters without gradient
+    fitted_on = "train"  # split that `fit` gets: the normal images, or "test", where a score depends on all of them
+    trained_with: tuple[str, ...] = ()  # options that its trained weights need again, though no shape shows them
 
     def __init__(self, backbone: nn.Module, stages: tuple[int, ...]):
         super().__init__()

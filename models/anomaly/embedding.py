@@ -11,8 +11,13 @@ from models.anomaly.detector import Batch, Detector, Findings
 from models.anomaly.gaussian import put_left_out, shrunk_gaussian, shrunk_left_out
 from models.anomaly.maps import pool
 from runtime.errors import UserError
+from runtime.values import coerce
 from search.bounds import require_finite
 from search.nearest import nearest_squared
+
+Distance = Literal["knn", "knn_squared", "mahalanobis"]
+Combine = Literal["concat", "sum"]
+Source = Literal["stages", "output"]
 
 
 class Embedding(Detector):
@@ -38,30 +43,25 @@ class Embedding(Detector):
             `stages` and `combine` are not read.
     """
 
+    fits = True
     leaves_out = True
 
     def __init__(
         self,
         backbone: nn.Module,
         *,
-        distance: Literal["knn", "knn_squared", "mahalanobis"] = "knn",
+        distance: Distance = "knn",
         k: int = 2,
         stages: tuple[int, ...] = (4,),
-        combine: Literal["concat", "sum"] = "concat",
+        combine: Combine = "concat",
         normalize: bool = False,
-        source: Literal["stages", "output"] = "stages",
+        source: Source = "stages",
     ):
         super().__init__(backbone, stages)
-        for name, value, known in (
-            ("distance", distance, ("knn", "knn_squared", "mahalanobis")),
-            ("combine", combine, ("concat", "sum")),
-            ("source", source, ("stages", "output")),
-        ):
-            if value not in known:
-                raise UserError(f"embedding {name}={value}: it is {', '.join(known[:-1])} or {known[-1]}")
         if k < 1:
             raise UserError(f"embedding k={k}: the number of neighbors is at least 1")
-        self.distance, self.k, self.combine, self.normalize, self.source = distance, k, combine, normalize, source
+        self.distance, self.combine = coerce(distance, Distance, "distance"), coerce(combine, Combine, "combine")
+        self.source, self.k, self.normalize = coerce(source, Source, "source"), k, normalize
         self.register_buffer("numbers", torch.empty(0, dtype=torch.int64))  # (N,) of the fitted images, ascending
         if distance != "mahalanobis":
             self.register_buffer("bank", torch.empty(0, 0))  # (N, D), the stages side by side also with combine=sum

@@ -13,8 +13,11 @@ from models.anomaly.gaussian import covariance_form, low_rank_form, put_left_out
 from models.anomaly.maps import ImageScore, image_score, peak, render
 from runtime.distributed import gather_rows
 from runtime.errors import UserError
+from runtime.memory import Workspace
+from runtime.values import coerce
 from search.bounds import full_precision, require_finite
-from search.spill import Workspace
+
+Form = Literal["auto", "covariance", "low_rank"]
 
 
 class PaDiM(Detector):
@@ -48,6 +51,7 @@ class PaDiM(Detector):
     """
 
     name = "padim"  # in messages; another method may be PaDiM on features of its own
+    fits = True
     leaves_out = True
     positional = True
 
@@ -58,7 +62,7 @@ class PaDiM(Detector):
         stages: tuple[int, ...] = (1, 2, 3),
         channels: int | None = None,
         regularization: float = 0.01,
-        form: Literal["auto", "covariance", "low_rank"] = "auto",
+        form: Form = "auto",
         image_score: ImageScore = "max",
         seed: int = 1024,
         memory_limit: float | None = None,
@@ -68,9 +72,8 @@ class PaDiM(Detector):
             raise UserError(f"padim channels={channels}: draw at least 1, or leave it out for all of them")
         if not 0 < regularization < float("inf"):
             raise UserError(f"{self.name} regularization={regularization}: it must be above 0, as 0.01")
-        if form not in ("auto", "covariance", "low_rank"):
-            raise UserError(f"padim form={form}: it is auto, covariance or low_rank")
-        self.channels, self.regularization, self.form, self.seed = channels, regularization, form, seed
+        self.channels, self.regularization, self.seed = channels, regularization, seed
+        self.form = coerce(form, Form, "padim form")
         self.memory_limit, self.image_score = memory_limit, image_score
         self.register_buffer("drawn", torch.empty(0, dtype=torch.int64))  # (d,) ascending
         self.register_buffer("numbers", torch.empty(0, dtype=torch.int64))  # (n,) of the fitted images, ascending

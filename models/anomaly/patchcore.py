@@ -1,4 +1,8 @@
-"""PatchCore (Roth et al. 2022, "Towards total recall in industrial anomaly detection"): a thinned bank of patches."""
+"""PatchCore (Roth et al. 2022, "Towards total recall in industrial anomaly detection"): a thinned bank of patches.
+
+From the top: the detector with `fit`, `measure` and the updates; what `fit` is made of; the published forms, `MODES`.
+search/ has the exact searches: coreset.py picks the patches, bank.py keeps them and finds the nearest ones.
+"""
 
 import math
 import sys
@@ -11,16 +15,296 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from data.loading import free_memory
 from models.anomaly.detector import Batch, Detector, Findings
 from models.anomaly.maps import Border, grid_valid, image_score, render
-from runtime.distributed import all_reduce_sum, gather_rows, is_main
+from runtime.config import pick
+from runtime.distributed import all_reduce_sum, gather_rows, is_main, world_size
 from runtime.errors import UserError
+from runtime.memory import Workspace, free_memory
 from search.bank import Bank
 from search.bounds import full_precision
 from search.coreset import Coreset, greedy_coreset
-from search.patches import Patches, all_ids, collect, memory_plan
-from search.spill import Workspace
+from search.patches import Patches, all_ids, memory_plan
+
+
+class PatchCore(Detector):
+    """Distance of every patch of an image to the nearest patch of a coreset of the normal images' patches.
+
+    Patches are locally averaged features of several stages at the finest one's resolution; the bank is their greedy
+    k-center coreset (Algorithm 1), chosen under a random projection but kept unprojected. The map is the distances,
+    enlarged and blurred (sigma 4); the score is the largest distance (eq. 6), weighted (eq. 7) unless mode=amazon, or
+    what `image_score` takes of the map.
+
+    `mode` takes one of the published forms as a whole; `MODES` lists what differs. Deviations: random
+    numbers are torch's; nothing is projected that would not become narrower; a picked patch is not picked twice (in
+    amazon's code it can be, once all distances are 0); images are normalised and resized by data/, the same for all.
+
+    Under torchrun patches and bank are spread over the processes, with the picks and scores of one process. Patches
+    beyond `memory_limit` lie in a memory-mapped file. `keep` and `add` change the images of a fitted bank.
+
+    An image is left out by ignoring its bank patches. With coreset=1 that is a bank fitted without it; a thinned
+    bank would have kept patches of others in their place, so left-out scores come out above a refit's (1.3 times on
+    average for 24 textures at coreset=0.1) and thresholds from them on the safe side; `holdout=0.1` avoids that.
+
+    The paper does not say its b of eq. 7; 9 is anomalib's. Amazon's mean over k neighbors is here k = 1.
+
+    Args:
+        backbone: any.
+        mode: `paper`, `amazon` or `anomalib`.
+        stages: 2 and 3 are strides 8 and 16 of a ResNet or MobileNetV2 with the ImageNet stem.
+        neighborhood: side of the local average (odd), stride 1, zeros around the border counted in the mean as
+            avg_pool2d and the authors' unfold do; 1 switches it off.
+        embed_dim: channels of a patch after averaging over channels; none: the mode's.
+        coreset: fraction of the patches to keep, in (0, 1]; at least one patch is kept, 1 keeps all in order.
+        projection: width of the projection under which the coreset is chosen; 0: no projection; none: the mode's.
+        neighbors: b of eq. 7, the bank patches around the nearest one; 1: the plain maximum; none: the mode's.
+        image_score: `patch`, of the most anomalous patch (eqs. 6 and 7), or one of the map.
+        memory_limit: GiB that the patches may take in RAM; none: half of what is free.
+        seed: draws the projection and the coreset's first patch.
+    """
+
+    fits = True
+    updates = True
+    leaves_out = True
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        mode: Literal["paper", "amazon", "anomalib"] = "paper",
+        stages: tuple[int, ...] = (2, 3),
+        neighborhood: int = 3,
+        embed_dim: int | None = None,
+        coreset: float = 0.1,
+        projection: int | None = None,
+        neighbors: int | None = None,
+        image_score: Literal["patch", "max", "top1", "mean"] = "patch",
+        memory_limit: float | None = None,
+        seed: int = 0,
+    ):
+        super().__init__(backbone, stages)
+        if neighborhood < 1 or neighborhood % 2 == 0:
+            raise UserError(f"patchcore neighborhood={neighborhood}: the side of the local average is odd: 1, 3, 5")
+        if not 0 < coreset <= 1:
+            raise UserError(f"patchcore coreset={coreset}: it is the fraction of patches to keep, above 0, at most 1")
+        for name, value, least in (
+            ("embed_dim", embed_dim, 1),
+            ("projection", projection, 0),
+            ("neighbors", neighbors, 1),
+        ):
+            if value is not None and value < least:
+                raise UserError(f"patchcore {name}={value}: it is at least {least}")
+        self.mode, self.neighborhood, self.coreset = pick(MODES, mode, "patchcore mode"), neighborhood, coreset
+        self.embed_dim = embed_dim or self.mode.embed_dim
+        self.projection, self.neighbors = projection, neighbors or self.mode.neighbors
+        self.image_score, self.memory_limit, self.seed = image_score, memory_limit, seed
+        self.bank = Bank()
+        self.register_buffer("directions", torch.empty(0, 0))  # (D, width) of the projection
+        self.register_buffer("cell", torch.empty(0))  # height and width of a patch's cell, input pixels
+        # covering radius under the projection: when fitted, and what it can be at most after `keep`
+        self.register_buffer("radius", torch.empty(0, dtype=torch.float64))
+
+    def patches(self, features: list[Tensor]) -> Tensor:
+        """Stages [(B, C_i, H_i, W_i)] -> patch features (B, h, w, D), h x w of the finest stage."""
+        return self.mode.embed(features, self.neighborhood, self.embed_dim)
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[Batch], n_images: int) -> None:
+        """Build the bank; processes share the images evenly, each in ascending order."""
+        self.directions, self.cell = self.directions.new_empty(0, 0), self.cell.new_empty(0)
+        patches, work = self._collect(batches, n_images, draw=True)
+        points, ids = self._narrow_all(patches.features, work), all_ids(patches.ids, self.radius.device)
+        n_picks = max(1, int(self.coreset * len(ids)))
+        if n_picks == len(ids):
+            chosen = Coreset(ids, 0.0)
+        else:
+            chosen = self._greedy(points, n_picks, patches.ids, work, **self._begin(patches, points, ids))
+        self.cell = self.cell.new_tensor(patches.cell)
+        self.bank.budget = work.limit // 2
+        self._hold(patches, chosen.picks, work)
+        radius = chosen.radius
+        if self.mode.starts > 1 and n_picks < len(ids):  # the greedy one knows a distance to starts that are not kept
+            radius = float(gather_rows(torch.cat([self._squared(points), self.radius.new_zeros(1)])).max()) ** 0.5
+        self.radius = self.radius.new_tensor([radius, radius])
+
+    def measure(
+        self,
+        features: list[Tensor],
+        size: tuple[int, int],
+        valid: Tensor | None = None,
+        leave_out: Tensor | None = None,
+    ) -> Findings:
+        self.require_fitted(self.cell)
+        patches = self.patches(features)  # (B, h, w, D)
+        grid = patches.shape[1:3]
+        away = None if leave_out is None else leave_out[:, None].expand(-1, math.prod(grid)).flatten()  # (B h w,)
+        squared, owners = (x.view(patches.shape[:3]) for x in self.bank.nearest(patches.flatten(0, 2), 1, away))
+        distances = squared if self.mode.squared else squared.sqrt()
+        distances, inside = distances.float(), None if valid is None else grid_valid(valid, grid)
+        compared = distances if inside is None else distances.masked_fill(~inside, -torch.inf)
+        scores, peaks = compared.flatten(1).max(1)  # (B,)
+        each = torch.arange(len(patches), device=peaks.device)
+        nearest = owners.flatten(1)[each, peaks]  # (B,) positions in the bank
+        if self.image_score == "patch" and self.neighbors > 1 and len(self.bank) > 1:
+            scores = scores * self.reweight(patches.flatten(1, 2)[each, peaks], nearest, leave_out)
+        origins = self.bank.origins[nearest]  # (B, 3)
+        maps = render(distances, size, inside, nearest=self.mode.nearest, border=self.mode.border)
+        if self.image_score != "patch":
+            scores = image_score(maps, valid, self.image_score)
+        cell = patches.new_tensor([size[0] / grid[0], size[1] / grid[1]])
+        spots = torch.stack([peaks // grid[1], peaks % grid[1]], 1)  # (B, 2)
+        return Findings(scores, maps, (spots + 0.5) * cell, origins[:, 0], (origins[:, 1:] + 0.5) * self.cell)
+
+    def reweight(self, patches: Tensor, owners: Tensor, leave_out: Tensor | None = None) -> Tensor:
+        """The factor of eq. 7: w = 1 - exp |p - m*| / sum over m in N_b(m*) of exp |p - m|, (B,).
+
+        A far patch whose nearest bank patch m* is itself far from the rest of the bank counts for more. N_b(m*) holds
+        m* itself.
+
+        Args:
+            patches: p, (B, D), each image's most distant patch. owners: position of m* in the bank, (B,).
+            leave_out: (B,), training images whose entries are no neighbors.
+        """
+        count = min(self.neighbors, len(self.bank))
+        if leave_out is None:
+            around = self.bank.around(owners, count)  # (B, b)
+        else:
+            around = self.bank.nearest(self.bank.rows(owners), count, leave_out)[1]
+        exists = around < len(self.bank)
+        neighbors = self.bank.rows(around.where(exists, 0))  # (B, b, D)
+        to_neighbors = torch.linalg.vector_norm(patches[:, None] - neighbors, dim=2)  # (B, b)
+        return 1 - to_neighbors.where(exists, -torch.inf).softmax(1)[:, 0]
+
+    def can_leave_out(self, count: int) -> bool:
+        """Two images or more have patches in the bank: of a thinned one, all may be of one."""
+        return count > 1 and len(self.bank.origins[:, 0].unique()) > 1
+
+    def add(self, batches: Iterable[Batch], n_images: int) -> None:
+        """Extend the bank by more images, whose numbers it does not hold: of their patches, the greedy picks that it
+        takes until none is farther from the bank than the radius it was fitted with (under the projection); all of them
+        when the bank was to keep all."""
+        self.require_fitted(self.cell)
+        patches, work = self._collect(batches, n_images, draw=False)
+        if self.coreset == 1:
+            picks = all_ids(patches.ids, self.radius.device)
+        else:
+            points = self._narrow_all(patches.features, work)
+            # convolutions of other batch sizes differ in the last bits; 0 would mean to pick copies too
+            radius = max(float(self.radius[0]) * (1 + 1e-5), 1e-6)
+            n_patches, least = n_images * math.prod(patches.grid), self._squared(points).cpu()
+            picks = self._greedy(points, n_patches, patches.ids, work, least=least, radius=radius).picks
+        self._hold(patches, picks, work, beside=True)
+
+    def keep(self, numbers: Tensor) -> None:
+        """Renumber the training images, numbers[old] = new, and forget those at -1 with their patches.
+
+        What a forgotten patch covered lies within the fitted radius plus that patch's distance to its nearest
+        remaining one; the largest such sum becomes the bound of the covering radius.
+        """
+        dropped = self._narrow(self.bank.keep(numbers))
+        gaps = self._narrow_bank().nearest(dropped, 1)[0].sqrt()  # (n, 1)
+        widest = gather_rows(torch.cat([gaps.flatten(), gaps.new_zeros(1)])).max()
+        self.radius = torch.stack([self.radius[0], self.radius[1] + widest])
+
+    def facts(self) -> dict[str, int | float]:
+        fitted, at_most = self.radius.tolist()
+        return {"bank": len(self.bank), "covering_radius": fitted, "covering_radius_at_most": at_most}
+
+    def _collect(self, batches: Iterable[Batch], n_images: int, *, draw: bool) -> tuple[Patches, Workspace]:
+        """The patches of this process's images, and where there is room for more tensors; `draw` a projection first.
+
+        A line on stderr tells the memory that all will take, before it is taken.
+        """
+        work, ids, n_rows, features = Workspace.from_gib(self.memory_limit), [], 0, None
+        for images, valid, indices in batches:
+            found = self.patches(self.features(images))  # (B, h, w, D)
+            if features is None:
+                grid, width = tuple(found.shape[1:3]), found.shape[3]
+                area, cell = math.prod(grid), (images.shape[2] / grid[0], images.shape[3] / grid[1])
+                if draw:
+                    self._draw_projection(width, n_images * area)
+                room = -(-n_images // world_size()) * area  # the images are shared evenly
+                if is_main():
+                    kept = int(self.coreset * room) + 1 if draw else room
+                    plan = memory_plan(grid, width, self.directions.shape[1] or width, room, kept, work)
+                    print(f"patchcore, {plan}", file=sys.stderr)
+                features = work.empty(room, width)
+            elif tuple(found.shape[1:]) != (*grid, width):
+                raise ValueError(f"images of {tuple(images.shape[2:])} pixels give other patches than those before")
+            numbers = indices.cpu()[:, None] * area + torch.arange(area)  # (B, h w)
+            found, numbers = found.flatten(0, 2), numbers.flatten()  # (B h w, D), (B h w,)
+            if valid is not None:
+                inside = grid_valid(valid, grid).flatten()
+                found, numbers = found[inside], numbers[inside.cpu()]
+            features[n_rows : n_rows + len(found)] = found
+            n_rows += len(found)
+            ids.append(numbers)
+        self.require_images(features is not None)
+        patches = Patches(features[:n_rows], torch.cat(ids), grid, cell)
+        finite = all(some.sum(dtype=torch.float64).isfinite() for some in patches.features.split(2**14))
+        if all_reduce_sum(torch.tensor(float(not finite), device=self.radius.device)) > 0:  # told on every process
+            raise UserError(
+                "patchcore: features of a training image are NaN or inf; check the weights and the precision"
+            )
+        return patches, work
+
+    def _draw_projection(self, width: int, n_patches: int) -> None:
+        """The directions under which the coreset of patches of `width` features is chosen; none if not fewer."""
+        narrow = self.mode.width(n_patches) if self.projection is None else self.projection
+        if 0 < narrow < width:
+            generator = torch.Generator().manual_seed(self.seed)
+            self.directions = self.mode.project(width, narrow, generator).to(self.radius.device)
+
+    def _narrow(self, entries: Tensor) -> Tensor:
+        """(n, D) -> (n, width) under the projection, if there is one."""
+        if self.directions.numel() == 0:
+            return entries
+        with full_precision(entries.device):
+            return entries @ self.directions.to(entries.device)
+
+    def _narrow_all(self, features: Tensor, work: Workspace) -> Tensor:
+        """`_narrow` of all patches (N_r, D), piece by piece: (N_r, width) on the CPU."""
+        if self.directions.numel() == 0:
+            return features
+        narrow = work.empty(len(features), self.directions.shape[1])
+        for some, out in zip(features.split(2**14), narrow.split(2**14)):
+            out.copy_(self._narrow(some.to(self.directions.device)))
+        return narrow
+
+    def _narrow_bank(self) -> Bank:
+        narrow = Bank()
+        narrow.hold(self._narrow(self.bank.entries), self.bank.positions, self.bank.origins)
+        return narrow
+
+    def _begin(self, patches: Patches, points: Tensor, ids: Tensor) -> dict[str, int | Tensor]:
+        """Where the greedy search begins: at one patch, or at the mean distance to several, none of which is kept."""
+        starts = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(self.seed + 1))]
+        starts = starts[: self.mode.starts]
+        if self.mode.starts == 1:
+            return {"start": int(starts)}
+        return {"least": patches.squared_mean_distance(points, starts, self.radius.device)}
+
+    def _greedy(self, points: Tensor, n_picks: int, ids: Tensor, work: Workspace, **begin) -> Coreset:
+        with tqdm(total=n_picks, desc="coreset", unit="patch", delay=5, leave=False, disable=not is_main()) as bar:
+            device = self.radius.device
+            if device.type == "cuda" and 4 * points.nbytes < free_memory(device):
+                points = points.to(device)
+            return greedy_coreset(points, n_picks, ids=ids, progress=bar.update, empty=work.empty, **begin)
+
+    def _squared(self, points: Tensor) -> Tensor:
+        """Squared distance of each point (N_r, width) of this process to the bank, under the projection: (N_r,)."""
+        bank, pieces = self._narrow_bank(), points.split(2**14)
+        most = int(gather_rows(torch.tensor([len(pieces)], device=self.radius.device)).max())  # all must ask as often
+        pieces = [*pieces, *(points[:0] for _ in range(most - len(pieces)))]
+        return torch.cat([bank.nearest(piece.to(self.radius.device), 1)[0][:, 0] for piece in pieces])
+
+    def _hold(self, patches: Patches, picks: Tensor, work: Workspace, *, beside: bool = False) -> None:
+        """Make the picked patches the bank, or put them beside what it holds; on the GPU unless they fill it."""
+        entries, positions, origins = patches.chosen(picks, work)
+        device = self.radius.device
+        if device.type == "cpu" or entries.nbytes < free_memory(device) // 4:
+            entries = entries.to(device)
+        (self.bank.extend if beside else self.bank.hold)(entries, positions.to(device), origins.to(device))
 
 
 def concatenate(features: list[Tensor], side: int, width: int | None) -> Tensor:
@@ -106,263 +390,3 @@ MODES = {
     "amazon": Mode(average_twice, 1024, linear_layer, paper_width, 10, True, 1, False, "repeat"),
     "anomalib": Mode(concatenate, None, sparse, anomalib_width, 1, False, 9, True, "mirror"),
 }
-
-
-class PatchCore(Detector):
-    """Distance of every patch of an image to the nearest patch of a coreset of the normal images' patches.
-
-    Patches are locally averaged features of several stages at the finest one's resolution; the bank is their greedy
-    k-center coreset (Algorithm 1), chosen under a random projection but kept unprojected. The map is the distances,
-    enlarged and blurred (sigma 4); the score is the largest distance (eq. 6), weighted (eq. 7) unless mode=amazon, or
-    what `image_score` takes of the map.
-
-    `mode` takes one of the published forms as a whole; patchcore_modes.py lists what differs. Deviations: random
-    numbers are torch's; nothing is projected that would not become narrower; a picked patch is not picked twice (in
-    amazon's code it can be, once all distances are 0); images are normalised and resized by data/, the same for all.
-
-    Under torchrun patches and bank are spread over the processes, with the picks and scores of one process. Patches
-    beyond `memory_limit` lie in a memory-mapped file. `keep` and `add` change the images of a fitted bank.
-
-    An image is left out by ignoring its bank patches. With coreset=1 that is a bank fitted without it; a thinned
-    bank would have kept patches of others in their place, so left-out scores come out above a refit's (1.3 times on
-    average for 24 textures at coreset=0.1) and thresholds from them on the safe side; `holdout=0.1` avoids that.
-
-    The paper does not say its b of eq. 7; 9 is anomalib's. Amazon's mean over k neighbors is here k = 1.
-
-    Args:
-        backbone: any.
-        mode: `paper`, `amazon` or `anomalib`.
-        stages: 2 and 3 are strides 8 and 16 of a ResNet or MobileNetV2 with the ImageNet stem.
-        neighborhood: side of the local average (odd), stride 1, zeros around the border counted in the mean as
-            avg_pool2d and the authors' unfold do; 1 switches it off.
-        embed_dim: channels of a patch after averaging over channels; none: the mode's.
-        coreset: fraction of the patches to keep, in (0, 1]; at least one patch is kept, 1 keeps all in order.
-        projection: width of the projection under which the coreset is chosen; 0: no projection; none: the mode's.
-        neighbors: b of eq. 7, the bank patches around the nearest one; 1: the plain maximum; none: the mode's.
-        image_score: `patch`, of the most anomalous patch (eqs. 6 and 7), or one of the map.
-        memory_limit: GiB that the patches may take in RAM; none: half of what is free.
-        seed: draws the projection and the coreset's first patch.
-    """
-
-    leaves_out = True
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        *,
-        mode: Literal["paper", "amazon", "anomalib"] = "paper",
-        stages: tuple[int, ...] = (2, 3),
-        neighborhood: int = 3,
-        embed_dim: int | None = None,
-        coreset: float = 0.1,
-        projection: int | None = None,
-        neighbors: int | None = None,
-        image_score: Literal["patch", "max", "top1", "mean"] = "patch",
-        memory_limit: float | None = None,
-        seed: int = 0,
-    ):
-        super().__init__(backbone, stages)
-        if mode not in MODES:
-            raise UserError(f"patchcore mode={mode}: it is one of {', '.join(MODES)}")
-        if neighborhood < 1 or neighborhood % 2 == 0:
-            raise UserError(f"patchcore neighborhood={neighborhood}: the side of the local average is odd: 1, 3, 5")
-        if not 0 < coreset <= 1:
-            raise UserError(f"patchcore coreset={coreset}: it is the fraction of patches to keep, above 0, at most 1")
-        for name, value, least in (
-            ("embed_dim", embed_dim, 1),
-            ("projection", projection, 0),
-            ("neighbors", neighbors, 1),
-        ):
-            if value is not None and value < least:
-                raise UserError(f"patchcore {name}={value}: it is at least {least}")
-        self.mode, self.neighborhood, self.coreset = MODES[mode], neighborhood, coreset
-        self.embed_dim = embed_dim or self.mode.embed_dim
-        self.projection, self.neighbors = projection, neighbors or self.mode.neighbors
-        self.image_score, self.memory_limit, self.seed = image_score, memory_limit, seed
-        self.bank = Bank()
-        self.register_buffer("directions", torch.empty(0, 0))  # (D, width) of the projection
-        self.register_buffer("cell", torch.empty(0))  # height and width of a patch's cell, input pixels
-        # covering radius under the projection: when fitted, and what it can be at most after `keep`
-        self.register_buffer("radius", torch.empty(0, dtype=torch.float64))
-
-    def patches(self, features: list[Tensor]) -> Tensor:
-        """Stages [(B, C_i, H_i, W_i)] -> patch features (B, h, w, D), h x w of the finest stage."""
-        return self.mode.embed(features, self.neighborhood, self.embed_dim)
-
-    @torch.no_grad()
-    def fit(self, batches: Iterable[Batch], n_images: int) -> None:
-        """Build the bank; processes share the images evenly, each in ascending order."""
-        self.directions, self.cell = self.directions.new_empty(0, 0), self.cell.new_empty(0)
-        patches, work = self._collect(batches, n_images, draw=True)
-        points, ids = self._narrow_all(patches.features, work), all_ids(patches.ids, self.radius.device)
-        n_picks = max(1, int(self.coreset * len(ids)))
-        if n_picks == len(ids):
-            chosen = Coreset(ids, 0.0)
-        else:
-            starts = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(self.seed + 1))]
-            starts = starts[: self.mode.starts]
-            if self.mode.starts == 1:
-                begin = {"start": int(starts)}
-            else:
-                begin = {"least": patches.squared_mean_distance(points, starts, self.radius.device)}
-            chosen = self._greedy(points, n_picks, patches.ids, work, **begin)
-        self.cell = self.cell.new_tensor(patches.cell)
-        self.bank.budget = work.limit // 2
-        self._hold(patches, chosen.picks, work)
-        radius = chosen.radius
-        if self.mode.starts > 1 and n_picks < len(ids):  # the greedy one knows a distance to starts that are not kept
-            radius = float(gather_rows(torch.cat([self._squared(points), self.radius.new_zeros(1)])).max()) ** 0.5
-        self.radius = self.radius.new_tensor([radius, radius])
-
-    @torch.no_grad()
-    def add(self, batches: Iterable[Batch], n_images: int) -> None:
-        """Extend the bank by more images, whose numbers it does not hold: of their patches, the greedy picks that it
-        takes until none is farther from the bank than the radius it was fitted with (under the projection); all of them
-        when the bank was to keep all."""
-        self.require_fitted(self.cell)
-        patches, work = self._collect(batches, n_images, draw=False)
-        if self.coreset == 1:
-            picks = all_ids(patches.ids, self.radius.device)
-        else:
-            points = self._narrow_all(patches.features, work)
-            # convolutions of other batch sizes differ in the last bits; 0 would mean to pick copies too
-            radius = max(float(self.radius[0]) * (1 + 1e-5), 1e-6)
-            n_patches, least = n_images * math.prod(patches.grid), self._squared(points).cpu()
-            picks = self._greedy(points, n_patches, patches.ids, work, least=least, radius=radius).picks
-        self._hold(patches, picks, work, beside=True)
-
-    @torch.no_grad()
-    def keep(self, numbers: Tensor) -> None:
-        """Renumber the training images, numbers[old] = new, and forget those at -1 with their patches.
-
-        What a forgotten patch covered lies within the fitted radius plus that patch's distance to its nearest
-        remaining one; the largest such sum becomes the bound of the covering radius.
-        """
-        dropped = self._narrow(self.bank.keep(numbers))
-        gaps = self._narrow_bank().nearest(dropped, 1)[0].sqrt()  # (n, 1)
-        widest = gather_rows(torch.cat([gaps.flatten(), gaps.new_zeros(1)])).max()
-        self.radius = torch.stack([self.radius[0], self.radius[1] + widest])
-
-    def can_leave_out(self, count: int) -> bool:
-        """Two images or more have patches in the bank: of a thinned one, all may be of one."""
-        return count > 1 and len(self.bank.origins[:, 0].unique()) > 1
-
-    def facts(self) -> dict[str, int | float]:
-        fitted, at_most = self.radius.tolist()
-        return {"bank": len(self.bank), "covering_radius": fitted, "covering_radius_at_most": at_most}
-
-    def measure(
-        self,
-        features: list[Tensor],
-        size: tuple[int, int],
-        valid: Tensor | None = None,
-        leave_out: Tensor | None = None,
-    ) -> Findings:
-        self.require_fitted(self.cell)
-        patches = self.patches(features)  # (B, h, w, D)
-        grid = patches.shape[1:3]
-        away = None if leave_out is None else leave_out[:, None].expand(-1, math.prod(grid)).flatten()  # (B h w,)
-        squared, owners = (x.view(patches.shape[:3]) for x in self.bank.nearest(patches.flatten(0, 2), 1, away))
-        distances = squared if self.mode.squared else squared.sqrt()
-        distances, inside = distances.float(), None if valid is None else grid_valid(valid, grid)
-        compared = distances if inside is None else distances.masked_fill(~inside, -torch.inf)
-        scores, peaks = compared.flatten(1).max(1)  # (B,)
-        each = torch.arange(len(patches), device=peaks.device)
-        nearest = owners.flatten(1)[each, peaks]  # (B,) positions in the bank
-        if self.image_score == "patch" and self.neighbors > 1 and len(self.bank) > 1:
-            scores = scores * self.reweight(patches.flatten(1, 2)[each, peaks], nearest, leave_out)
-        origins = self.bank.origins[nearest]  # (B, 3)
-        maps = render(distances, size, inside, nearest=self.mode.nearest, border=self.mode.border)
-        if self.image_score != "patch":
-            scores = image_score(maps, valid, self.image_score)
-        cell = patches.new_tensor([size[0] / grid[0], size[1] / grid[1]])
-        spots = torch.stack([peaks // grid[1], peaks % grid[1]], 1)  # (B, 2)
-        return Findings(scores, maps, (spots + 0.5) * cell, origins[:, 0], (origins[:, 1:] + 0.5) * self.cell)
-
-    def reweight(self, patches: Tensor, owners: Tensor, leave_out: Tensor | None = None) -> Tensor:
-        """The factor of eq. 7: w = 1 - exp |p - m*| / sum over m in N_b(m*) of exp |p - m|, (B,).
-
-        A far patch whose nearest bank patch m* is itself far from the rest of the bank counts for more. N_b(m*) holds
-        m* itself.
-
-        Args:
-            patches: p, (B, D), each image's most distant patch. owners: position of m* in the bank, (B,).
-            leave_out: (B,), training images whose entries are no neighbors.
-        """
-        count = min(self.neighbors, len(self.bank))
-        if leave_out is None:
-            around = self.bank.around(owners, count)  # (B, b)
-        else:
-            around = self.bank.nearest(self.bank.rows(owners), count, leave_out)[1]
-        exists = around < len(self.bank)
-        neighbors = self.bank.rows(around.where(exists, 0))  # (B, b, D)
-        to_neighbors = torch.linalg.vector_norm(patches[:, None] - neighbors, dim=2)  # (B, b)
-        return 1 - to_neighbors.where(exists, -torch.inf).softmax(1)[:, 0]
-
-    def _collect(self, batches: Iterable[Batch], n_images: int, *, draw: bool) -> tuple[Patches, Workspace]:
-        """The patches of this process's images, after a line on stderr about the memory that all will take. `draw` a
-        projection, whose width may depend on the number of patches."""
-        work = Workspace.from_gib(self.memory_limit)
-
-        def prepare(grid: tuple[int, int], width: int, n_rows: int) -> None:
-            n_patches = n_images * math.prod(grid)
-            narrow = self.mode.width(n_patches) if self.projection is None else self.projection
-            if draw and 0 < narrow < width:
-                generator = torch.Generator().manual_seed(self.seed)
-                self.directions = self.mode.project(width, narrow, generator).to(self.radius.device)
-            if is_main():
-                kept = int(self.coreset * n_rows) + 1 if draw else n_rows
-                plan = memory_plan(grid, width, self.directions.shape[1] or width, n_rows, kept, work)
-                print(f"patchcore, {plan}", file=sys.stderr)
-
-        patches = collect(batches, lambda images: self.patches(self.features(images)), n_images, work, prepare)
-        self.require_images(patches is not None)
-        finite = all(some.sum(dtype=torch.float64).isfinite() for some in patches.features.split(2**14))
-        if all_reduce_sum(torch.tensor(float(not finite), device=self.radius.device)) > 0:  # told on every process
-            raise UserError(
-                "patchcore: features of a training image are NaN or inf; check the weights and the precision"
-            )
-        return patches, work
-
-    def _hold(self, patches: Patches, picks: Tensor, work: Workspace, *, beside: bool = False) -> None:
-        """Make the picked patches the bank, or put them beside what it holds; on the GPU unless they fill it."""
-        entries, positions, origins = patches.chosen(picks, work)
-        device = self.radius.device
-        if device.type == "cpu" or entries.nbytes < free_memory(device) // 4:
-            entries = entries.to(device)
-        (self.bank.extend if beside else self.bank.hold)(entries, positions.to(device), origins.to(device))
-
-    def _squared(self, points: Tensor) -> Tensor:
-        """Squared distance of each point (N_r, width) of this process to the bank, under the projection: (N_r,)."""
-        bank, pieces = self._narrow_bank(), points.split(2**14)
-        most = int(gather_rows(torch.tensor([len(pieces)], device=self.radius.device)).max())  # all must ask as often
-        pieces = [*pieces, *(points[:0] for _ in range(most - len(pieces)))]
-        return torch.cat([bank.nearest(piece.to(self.radius.device), 1)[0][:, 0] for piece in pieces])
-
-    def _narrow(self, entries: Tensor) -> Tensor:
-        """(n, D) -> (n, width) under the projection, if there is one."""
-        if self.directions.numel() == 0:
-            return entries
-        with full_precision(entries.device):
-            return entries @ self.directions.to(entries.device)
-
-    def _narrow_all(self, features: Tensor, work: Workspace) -> Tensor:
-        """`_narrow` of all patches (N_r, D), piece by piece: (N_r, width) on the CPU."""
-        if self.directions.numel() == 0:
-            return features
-        narrow = work.empty(len(features), self.directions.shape[1])
-        for some, out in zip(features.split(2**14), narrow.split(2**14)):
-            out.copy_(self._narrow(some.to(self.directions.device)))
-        return narrow
-
-    def _narrow_bank(self) -> Bank:
-        narrow = Bank()
-        narrow.hold(self._narrow(self.bank.entries), self.bank.positions, self.bank.origins)
-        return narrow
-
-    def _greedy(self, points: Tensor, n_picks: int, ids: Tensor, work: Workspace, **begin) -> Coreset:
-        with tqdm(total=n_picks, desc="coreset", unit="patch", delay=5, leave=False, disable=not is_main()) as bar:
-            device = self.radius.device
-            if device.type == "cuda" and 4 * points.nbytes < free_memory(device):
-                points = points.to(device)
-            return greedy_coreset(points, n_picks, ids=ids, progress=bar.update, empty=work.empty, **begin)

@@ -53,10 +53,11 @@ class RegAD(PaDiM):
     """
 
     name = "regad"
-    by_gradient = True
-    learns_from, by_label = "others", True
-    frozen = False
+    by_gradient = True  # and `fits`, as PaDiM
     leaves_out = False
+    frozen = False
+    learns_from = "others"
+    by_label = True
 
     def __init__(
         self,

@@ -46,7 +46,7 @@ def write_run(folder: Path, normals: list[str], name: str, *, scale=True, backbo
     detector = DETECTORS[name](build_backbone(parts["backbone"])[0], **parts["detector"].options)
     geometry = build_geometry(parts["data"])
     images = normalize(torch.stack([decode(path, geometry) for path in normals]))
-    if hasattr(detector, "fit"):
+    if detector.fits:
         detector.fit([Batch(images, None, torch.arange(len(images)))], len(images))
     found, values = detector.examine(images), dict(CALIBRATION)
     if scale:

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from runtime.errors import UserError
+from runtime.memory import Workspace
 from search import coreset
 from search.bounds import pair_distances
 from search.coreset import farthest_points, greedy_coreset
-from search.spill import Workspace
 
 
 def plain_search(features, n_picks, start=None, least=None, radius=0.0, dtype=torch.float64):

@@ -225,7 +225,7 @@ def test_mistakes_are_one_line():
         CDO(Tokens())
     with pytest.raises(UserError, match="cannot draw new weights"):
         CDO(Scaled())
-    with pytest.raises(UserError, match="v1 or v2"):
+    with pytest.raises(UserError, match="version='v3' is unknown"):
         detector(version="v3")
     with pytest.raises(UserError, match="gamma=-1"):
         detector(gamma=-1)

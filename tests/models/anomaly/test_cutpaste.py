@@ -171,9 +171,9 @@ def test_what_the_last_stage_does_not_read_is_not_trained():
 
 def test_mistakes_are_one_line():
     for options, text in (
-        ({"variant": "4way"}, "variant=4way: it is one of normal, scar, union, 3way"),
-        ({"density": "gde"}, "density=gde: it is one of gaussian, kde"),
-        ({"image_score": "patch"}, "image_score=patch: it is one of density, max, top1, mean"),
+        ({"variant": "4way"}, "variant='4way' is unknown.*; one of: normal, scar, union, 3way"),
+        ({"density": "gde"}, "density='gde' is unknown; one of: gaussian, kde"),
+        ({"image_score": "patch"}, "image_score='patch' is unknown; one of: density, max, top1, mean"),
         ({"head_layers": -1}, "head_layers=-1"),
     ):
         with pytest.raises(UserError, match=text):

@@ -156,7 +156,7 @@ def test_every_detector_takes_each_image_score_and_defaults_to_its_papers(build,
     for how in ("max", "top1", "mean", own, None):
         torch.manual_seed(0)
         model = build(ResNet18(), **({} if how is None else {"image_score": how}))
-        if hasattr(model, "fit"):
+        if model.fits:
             model.fit(batches(images, 3), 3)
         found = model.examine(images + 0.1)
         scores[how] = found.scores

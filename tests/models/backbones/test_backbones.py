@@ -195,7 +195,7 @@ def test_detectors_learn_and_score_with_it(method, name):
         gradients = [p.grad for p in detector.parameters() if p.grad is not None]
         assert sum(g.abs().sum() for g in gradients) > 0
     detector.eval()
-    if hasattr(detector, "fit"):
+    if detector.fits:
         detector.fit(batches(normalize(images), 2), 4)
     maps, scores = detector.score(normalize(images))
     assert scores.shape == (4,) and scores.isfinite().all()

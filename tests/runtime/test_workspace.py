@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import search.spill
+import runtime.memory
 from runtime.errors import UserError
-from search.spill import Workspace
+from runtime.memory import Workspace
 
 TOP = Path(__file__).parents[2]
 
@@ -69,7 +69,7 @@ def test_files_lie_in_tmpdir_without_a_name_and_free_their_space(tmp_path, monke
 
 
 def test_the_limit_in_gib(monkeypatch):
-    monkeypatch.setattr(search.spill, "free_memory", lambda place: 1000 if place.type == "cpu" else 0)
+    monkeypatch.setattr(runtime.memory, "free_memory", lambda place: 1000 if place.type == "cpu" else 0)
     assert Workspace.from_gib(None).limit == 500
     assert Workspace.from_gib(1.5).limit == 3 * 2**29 and Workspace.from_gib(0).limit == 0
     for limit in (-1, float("nan")):
@@ -94,7 +94,7 @@ def run(code):
 
 def test_a_file_size_limit_is_told_too():
     done = run(
-        "import resource, search.spill as m\n"
+        "import resource, runtime.memory as m\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
         "m.Workspace(0).empty(2**18)\n"
         "m.Workspace(0).empty(2**18 + 1)"
@@ -104,7 +104,7 @@ def test_a_file_size_limit_is_told_too():
 
 def test_memory_stays_small_while_a_large_tensor_is_filled_and_read():
     done = run(
-        "import re, torch, search.spill as m\n"
+        "import re, torch, runtime.memory as m\n"
         "from pathlib import Path\n"
         "mib = lambda: int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) // 1024\n"
         "work = m.Workspace(2**24)\n"
@@ -121,7 +121,7 @@ def test_memory_stays_small_while_a_large_tensor_is_filled_and_read():
 
 def test_the_greedy_search_reads_a_mapped_tensor_in_pieces():
     done = run(
-        "import re, threading, time, torch, search.spill as m\n"
+        "import re, threading, time, torch, runtime.memory as m\n"
         "from pathlib import Path\n"
         "from search.coreset import greedy_coreset\n"
         "def watch():\n"
