@@ -14,9 +14,9 @@ from data.defects.blend import JITTER_DRAWS, blend, draw, jittered
 from data.normalize import normalize
 from models.anomaly.detector import Batch, Detector, Findings, TrainingBatch
 from models.anomaly.gaussian import shrunk_gaussian
-from models.anomaly.gradcam import grad_cam
 from models.anomaly.maps import grid_valid, image_score, peak, pool, render
 from models.backbones.stages import stage_shapes, train_stages
+from models.gradcam import grad_cam
 from models.heads import normed_mlp
 from runtime.config import pick
 from runtime.errors import UserError

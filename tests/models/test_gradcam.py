@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.anomaly.gradcam import grad_cam
+from models.gradcam import grad_cam
 
 
 def target(activations: Tensor) -> Tensor:
