@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import tempfile
 import time
@@ -114,3 +115,17 @@ def script(words: list[str], *, processes: int = 1) -> dict:
                     process.kill()
         assert status == 0, Path(f"{out}.err").read_text()
         return json.loads(out.read_text().splitlines()[-1])
+
+
+def kill_script(words: list[str], metrics: Path, step: int) -> None:
+    """Start a script and kill it as soon as its metrics show `step`."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = start_script(words, Path(folder) / "out")
+        deadline = time.monotonic() + 300
+        while process.is_alive() and time.monotonic() < deadline:
+            if metrics.exists() and f'"step": {step},' in metrics.read_text():
+                process.kill()
+                break
+            time.sleep(0.01)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, (Path(folder) / "out.err").read_text()
