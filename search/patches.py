@@ -66,12 +66,12 @@ def collect(
         n_images: images of all processes, which share them evenly.
         plan: called as plan((h, w), D, rows) once the sizes are known, before memory is taken.
     """
-    features, grid, width, rows, ids = None, (), 0, 0, []
+    features, grid, width, rows, ids = None, (0, 0), 0, 0, []
     for images, valid, indices in batches:
         found = embed(images)  # (B, h, w, D)
         if features is not None and tuple(found.shape[1:]) != (*grid, width):
             raise ValueError(f"images of {tuple(images.shape[2:])} pixels give other patches than those before")
-        grid, width = tuple(found.shape[1:3]), found.shape[-1]
+        grid, width = (found.shape[1], found.shape[2]), found.shape[3]
         if features is None:
             n_rows = -(-n_images // world_size()) * math.prod(grid)
             plan(grid, width, n_rows)
