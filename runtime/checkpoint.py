@@ -77,8 +77,10 @@ def read(path: str | Path):
     Raises:
         UserError: no such file, not a file of torch.save, or one that holds more than data.
     """
-    if Path(path).is_dir() and not (path := file_of(path)).exists():
-        raise UserError(f"{path.parent} is a folder without {LAST}: name a file, or the folder of a run that has saved")
+    if Path(path).is_dir():
+        path = file_of(path)
+        if not path.exists():
+            raise UserError(f"{path.parent} is a folder without {LAST}: name a file, or a run's folder that has one")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # official DINO's `args`: attributes, no code
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -173,7 +175,7 @@ def open_run(
                 "choose another run_name, or resume=never to start this one afresh"
             )
         require_same_images(state, images or {}, folder)
-    goes_on_from(state and state.get("version"))
+    goes_on_from(state.get("version") if state else None)
     other = another_version(state.get("version")) if state else ""
     if other and distributed.is_main() and not (folder / "results.json").exists():  # else Log.repeat_results says it
         print(f"{folder} resumes from a checkpoint of {other}; resume=never starts afresh", file=sys.stderr)

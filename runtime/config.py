@@ -20,6 +20,7 @@ import sys
 import types
 import typing
 from pathlib import Path
+from typing import Any
 
 from runtime import help
 from runtime.errors import UserError, cut, shown
@@ -134,8 +135,9 @@ def _lay(schema: type, lower: dict, upper: dict, where: str, dropped: list[str])
     for name, kind in typing.get_type_hints(schema).items():
         if (section := section_of(kind)) and name in upper:
             below, above = (_spelled_out(kind, raw.get(name), f"{where}{name}") for raw in (lower, upper))
-            both = isinstance(above, dict) and isinstance(below, dict)
-            merged[name] = _lay(section, below, above, f"{where}{name}.", dropped) if both else above
+            if isinstance(above, dict) and isinstance(below, dict):
+                above = _lay(section, below, above, f"{where}{name}.", dropped)
+            merged[name] = above
         elif name in upper:
             merged[name] = _united(lower.get(name), upper[name])
     return merged
@@ -159,7 +161,8 @@ def _spelled_out(kind, raw, where: str) -> dict | None:
             key, value = next(iter(rest.items()))
             raise UserError(f"{where}={short} leaves out the section that {where}.{key}={cut(str(value))} is for")
         return None
-    chooser = chooser_of(section_of(kind))
+    section = section_of(kind)
+    chooser = section and chooser_of(section)
     if short is None:
         return rest
     if not chooser or not isinstance(short, str):
@@ -177,7 +180,7 @@ def build(schema: type, raw: dict, where: str = ""):
     hints = typing.get_type_hints(schema)
     fields = {f.name: f for f in dataclasses.fields(schema)}
     chooser = chooser_of(schema)
-    raw = _spelled_out(schema, raw, where.rstrip(".") or "the config")
+    raw = _spelled_out(schema, raw, where.rstrip(".") or "the config") or {}
     options = {}
     if chooser:
         name = raw.get(chooser.name)
@@ -189,7 +192,7 @@ def build(schema: type, raw: dict, where: str = ""):
         if key not in known:
             of = f" ({where[:-1] or chooser.name}={raw[chooser.name]})" if chooser else ""
             raise UserError(f"unknown key '{cut(where + str(key))}'{of}{suggest(str(key), known)}")
-    values = {}
+    values: dict[str, Any] = {}
     for name, field in fields.items():
         if chooser and name == "options":
             values[name] = {
@@ -225,7 +228,7 @@ def suggest(key: str, known) -> str:
     return f", did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}"
 
 
-def as_dict(config) -> dict:
+def as_dict(config) -> Any:
     """The resolved config as nested plain values; `build` reads it back. Options stand flat in their section."""
     if dataclasses.is_dataclass(config):
         values = {f.name: as_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
@@ -255,7 +258,7 @@ def changed(config, prefix: str = "") -> dict:
         if dataclasses.is_dataclass(value):
             flat |= changed(value, f"{key}.") or ({key: True} if default is None else {})
         elif (chooser := chooser_of(type(config))) and field.name == "options":
-            known = options_of(chooser, getattr(config, chooser.name))
+            known = options_of(chooser, getattr(config, chooser.name)) or {}
             flat |= {prefix + name: given for name, given in value.items() if given != known[name][1]}
         elif value != default:
             flat[key] = as_dict(value)

@@ -4,6 +4,7 @@ import inspect
 import os
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -74,7 +75,8 @@ def data_parallel(model: nn.Module) -> nn.Module:
         return model
     known = inspect.signature(DistributedDataParallel).parameters
     keyword = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name since 2.13
-    return DistributedDataParallel(model, **{keyword: False})
+    options: dict[str, Any] = {keyword: False}
+    return DistributedDataParallel(model, **options)
 
 
 def unsynchronised(model: nn.Module, when: bool) -> AbstractContextManager:

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from runtime.errors import UserError
 
@@ -24,7 +24,7 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
     is a `UserError`; so is, before anything is written, a name that is too long or a folder's.
     """
     path, temporary = Path(path), None
-    text = {} if "b" in mode else {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+    text: dict[str, Any] = {} if "b" in mode else {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
     try:
         with suppress(FileExistsError):  # a file in the folder's place, which the next line names better
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ import textwrap
 import tokenize
 import types
 import typing
+from collections.abc import Sequence
 
 from runtime.errors import cut
 from runtime.schema import chooser_of, option_types, options_of, section_of
@@ -74,7 +75,7 @@ def _section(schema: type, raw: dict | str, where: str) -> list[tuple | str]:
                 options = [title, *_options(table[value], raw, where)]
         elif not chooser or field.name != "options":
             rows.append(_row(f"{where}.{field.name}", hints[field.name], value, line))
-    return rows + options
+    return [*rows, *options]
 
 
 def _options(constructor, raw: dict, where: str) -> list[tuple]:
@@ -86,7 +87,7 @@ def _options(constructor, raw: dict, where: str) -> list[tuple]:
 def _sentence(what) -> str:
     """The first one of a docstring."""
     first = " ".join((what.__doc__ or "").split("\n\n")[0].split())
-    return re.match(r".*?(?=\. [A-Z]|[.:]?$)", first)[0]
+    return re.split(r"\. (?=[A-Z])|[.:]?$", first)[0]
 
 
 def names(table: dict) -> str:
@@ -140,7 +141,7 @@ def _written(value) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value) or '""'
 
 
-def _table(rows: list[tuple[str, str, str, str] | str]) -> str:
+def _table(rows: Sequence[tuple | str]) -> str:
     """Aligned columns and titles between; the last column is wrapped, and begins below a row that is too wide."""
     width = min(max(shutil.get_terminal_size((110, 0)).columns, 80), 120)
     cells = [row for row in rows if not isinstance(row, str)]
@@ -168,10 +169,10 @@ def field_lines(schema: type) -> dict[str, str]:
         source = textwrap.dedent(inspect.getsource(cls))
         tokens = tokenize.generate_tokens(io.StringIO(source).readline)
         comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-        body = ast.parse(source).body[0].body
+        body = next(node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
         for statement, following in zip(body, [*body[1:], None]):
-            if isinstance(statement, ast.AnnAssign):
-                end = following.lineno if following else statement.end_lineno + 1
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                end = following.lineno if following else (statement.end_lineno or statement.lineno) + 1
                 line = " ".join(comments[i] for i in range(statement.lineno, end) if i in comments)
                 found |= {statement.target.id: line} if line else {}
     return found
@@ -179,7 +180,7 @@ def field_lines(schema: type) -> dict[str, str]:
 
 def option_lines(constructor) -> dict[str, str]:
     """{option: its line} of a constructor's keyword-only arguments."""
-    if dataclasses.is_dataclass(constructor):
+    if inspect.isclass(constructor) and dataclasses.is_dataclass(constructor):
         return field_lines(constructor)
     classes = constructor.__mro__ if inspect.isclass(constructor) else [constructor]
     documents = [cls.__doc__ for cls in classes] + [sys.modules[constructor.__module__].__doc__]

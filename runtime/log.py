@@ -5,9 +5,10 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -45,7 +46,8 @@ class Log:
     """
 
     def __init__(self, folder: str | Path, config, step: int = 0):
-        self.folder, self.config, self.writer, self.warnings = Path(folder), as_dict(config), None, 0
+        self.folder, self.config, self.warnings = Path(folder), as_dict(config), 0
+        self.writer: Any = None  # a SummaryWriter, of rank 0 only
         self.hparams, self.has_charts = changed(config), False
         self.hparams.pop("run_name", None)  # TensorBoard names each run anyway
         if not distributed.is_main():
@@ -82,20 +84,20 @@ class Log:
     def _metrics(self) -> Path:
         return self.folder / "metrics.jsonl"
 
-    def scalars(self, step: int, values: dict[str, float | Tensor]) -> dict[str, float]:
+    def scalars(self, step: int, values: Mapping[str, float | Tensor | None]) -> dict[str, float]:
         """Write one line and one point a value; tensors are read here, which waits for the device. Returns floats."""
-        values = {key: float(value) for key, value in values.items() if value is not None}
+        floats = {key: float(value) for key, value in values.items() if value is not None}
         if self.writer:
-            finite = {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
+            finite = {key: value if math.isfinite(value) else str(value) for key, value in floats.items()}
             with self._writing():
                 if not self.has_charts:
                     self.writer.add_custom_scalars(layout())
                     self.has_charts = True
-                for key, value in values.items():
+                for key, value in floats.items():
                     self._add(key, summary.scalar(key, value), step)
                 with open(self._metrics, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": step, **finite}) + "\n")
-        return values
+        return floats
 
     def image(self, key: str, image: Tensor, step: int = 0) -> None:
         """A (3, H, W) image, uint8 or float in [0, 1]."""

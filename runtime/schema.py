@@ -17,7 +17,8 @@ def chooser_of(schema: type) -> dataclasses.Field | None:
 
 def section_of(kind) -> type | None:
     """The dataclass of a field declared as `Section` or `Section | None`."""
-    return next((k for k in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(k)), None)
+    kinds = (k for k in (kind, *typing.get_args(kind)) if isinstance(k, type))
+    return next((k for k in kinds if dataclasses.is_dataclass(k)), None)
 
 
 def option_types(constructor) -> dict[str, tuple]:

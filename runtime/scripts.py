@@ -31,6 +31,8 @@ def module_of(word: str) -> ModuleType:
     if module is not None and getattr(module, "__file__", None) == str(path):
         return module
     spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{word} is not a Python file")
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -8,8 +8,11 @@ import typing
 
 from runtime.errors import UserError, shown
 
-PathText = typing.NewType("PathText", str)  # type of a key that names a file or folder: a leading ~ is expanded
-Seed = typing.NewType("Seed", int)  # type of a key that seeds random numbers, numpy's too: 32 bits
+if typing.TYPE_CHECKING:  # whoever reads such a value, or gives a default, has plain text and numbers
+    PathText, Seed = str, int
+else:
+    PathText = typing.NewType("PathText", str)  # type of a key that names a file or folder: a leading ~ is expanded
+    Seed = typing.NewType("Seed", int)  # type of a key that seeds random numbers, numpy's too: 32 bits
 NULL = ("none", "null", "~", "")  # texts, in any case, that mean None where None is allowed
 BOOLS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 

@@ -29,7 +29,7 @@ def read_yaml(path: str | Path) -> dict:
         raise UserError(f"cannot read config file {cut(str(path))}: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{cut(str(path))}{line} is not valid YAML: {cut(error.problem)}") from None
+        raise UserError(f"{cut(str(path))}{line} is not valid YAML: {cut(str(error.problem))}") from None
     except (yaml.YAMLError, ValueError) as error:  # characters that YAML does not allow; bytes that are not UTF-8
         raise UserError(f"{cut(str(path))} is not valid YAML: {cut(str(error))}") from None
     except RecursionError:

@@ -164,4 +164,5 @@ def _merge_processes(squared: Tensor, positions: Tensor, n_own: int, k: int) -> 
     all_squared = gather_rows(squared[None])[:, first : first + n_own]  # (W, Q, k)
     all_positions = gather_rows(positions[None])[:, first : first + n_own]
     nothing = squared.new_empty(n_own, 0), positions.new_empty(n_own, 0)
-    return closest(*nothing, *(x.transpose(0, 1).flatten(1) for x in (all_squared, all_positions)), k)  # (Q, W k)
+    found = all_squared.transpose(0, 1).flatten(1), all_positions.transpose(0, 1).flatten(1)  # (Q, W k)
+    return closest(*nothing, *found, k)

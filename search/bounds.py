@@ -6,7 +6,7 @@ says which pairs cannot matter, with a bound on its own rounding; the few pairs 
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -70,7 +70,8 @@ def extent(points: Tensor, name: str, together: Callable[[Tensor], Tensor] = lam
 @contextmanager
 def matmul_precision(device: torch.device, precision: Precision):
     """Matrix products of float32 at this precision, of other dtypes in their own; no autocast."""
-    matmul = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    matmul = backend.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = precision
     try:

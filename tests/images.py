@@ -1,8 +1,5 @@
-"""Small image sets on disk in the layouts of the real ones, and the scripts run on them as a person would."""
+"""Small image sets on disk in the layouts of the real ones, and the command line of a script."""
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -68,13 +65,3 @@ def command(words: list[str], *, processes: int = 1) -> list[str]:
     """`python words`, or the same under torchrun."""
     run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     return [sys.executable, *run, *words]
-
-
-def script(words: list[str], *, processes: int = 1) -> dict:
-    """Run a script from the repository's folder; the JSON of its last line on stdout."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command(words, processes=processes), cwd=TOP, capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])

@@ -20,7 +20,7 @@ from data.demo.generate import generate
 from models.ssl import SSL_METHODS
 from runtime import config
 from runtime.errors import UserError
-from tests.images import TOP, script, write_classes, write_mvtec
+from tests.images import TOP, command, write_classes, write_mvtec
 
 SMALL = {
     "train_ssl.py": [
@@ -85,7 +85,7 @@ def test_every_command_of_the_readme_runs_at_small_size(place, monkeypatch):
         elif "task=compare" not in words:
             words = config.overlay(words, SMALL[name], FURTHER.get(words[0], []), [f"runs={place}/runs"])
         if processes > 1:
-            script([name, *words], processes=processes)
+            subprocess.run(command([name, *words], processes=processes), cwd=TOP, check=True)
         else:
             mains[name].main(words)
         ran.append(name)

@@ -67,7 +67,7 @@ def _scaled(weights: list[Tensor], group: dict) -> list[Tensor]:
     """q (g + wd p) of each weight. Norms stay on the device, and torch.where decides about them: no host sync."""
     if not weights:
         return []
-    grads, decay = [p.grad for p in weights], group["weight_decay"]
+    grads, decay = [p.grad for p in weights if p.grad is not None], group["weight_decay"]
     updates = list(torch._foreach_add(grads, weights, alpha=decay))
     p_norms = torch.stack(torch._foreach_norm(weights))  # (n_weights,)
     if group["form"] == "solo":

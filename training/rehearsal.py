@@ -51,7 +51,8 @@ def batch_norm_needs_more(batch_size: int) -> Iterator[None]:
 
 def shape_of(size: int | tuple[int, int]) -> tuple[int, int]:
     """Height and width."""
-    return (size, size) if isinstance(size, int) else tuple(size)
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def words(size: int | tuple[int, int]) -> str:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from runtime.errors import UserError
@@ -39,29 +39,29 @@ def climbed(parameters: Iterable[nn.Parameter], rho: float, *, adaptive: bool = 
     eps does not depend on the scale of g, so the scaled gradients of fp16 will do. g is this process's: under
     DistributedDataParallel's no_sync each process climbs for itself (m-sharpness; Foret et al., section 4.1).
     """
-    parameters = [p for p in parameters if p.grad is not None]
-    if not parameters:
+    moved: list[Tensor] = [p for p in parameters if p.grad is not None]
+    if not moved:
         raise ValueError("no parameter has a gradient to climb along: call backward before climbed")
-    saved = [p.detach().clone() for p in parameters]
+    saved = [p.detach().clone() for p in moved]
     with torch.no_grad():
-        steps = [p.grad for p in parameters]  # overwritten: nobody needs them again
+        steps = [p.grad for p in moved if p.grad is not None]  # overwritten: nobody needs them again
         for g in steps:  # fp16's overflow must not reach the weights, for losses may remember what pass 2 makes of them
             g.nan_to_num_(0.0, 0.0, 0.0)
         if adaptive:
-            sizes = torch._foreach_abs(parameters)
+            sizes = torch._foreach_abs(moved)
             torch._foreach_mul_(steps, sizes)
         norm = torch.stack(torch._foreach_norm(steps)).norm()
         if adaptive:
             torch._foreach_mul_(steps, sizes)
         torch._foreach_mul_(steps, rho / (norm + 1e-12))
-        torch._foreach_add_(parameters, steps)
-    for p in parameters:
+        torch._foreach_add_(moved, steps)
+    for p in moved:
         p.grad = None
     try:
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(parameters, saved)
+            torch._foreach_copy_(moved, saved)
 
 
 @contextmanager

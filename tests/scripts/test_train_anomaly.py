@@ -12,8 +12,8 @@ from evaluation.anomaly.compare import load_scores
 from models.anomaly import DETECTORS
 from runtime import config
 from runtime.errors import UserError
-from tests.images import script, write_mvtec
-from tests.scripts.test_train_ssl import kill_after
+from tests.images import write_mvtec
+from tests.processes import kill_script, script
 
 TINY = {
     "embedding": ["configs/demo/embedding_demo.yaml"],
@@ -110,7 +110,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(name, images, tmp_p
     again = ["train_anomaly.py", *words(name, images, tmp_path / "b")]
     folder = tmp_path / "b" / "run"
     if name in BY_GRADIENT:
-        kill_after(again, folder / "metrics.jsonl", 5)  # the checkpoint is of step 3
+        kill_script(again, folder / "metrics.jsonl", 5)  # the checkpoint is of step 3
         assert torch.load(folder / "last.pt", weights_only=True)["step"] == 3
     else:  # fitted in one pass: what remains after a kill is nothing, or the fitted detector without results
         script(again)

@@ -1,11 +1,8 @@
 """train_ssl.py as a person runs it: what it leaves, killed and resumed, under torchrun, and its errors."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
-import time
 from math import isfinite
 
 import pytest
@@ -18,7 +15,8 @@ from models.backbones import BACKBONES
 from models.weights.load import load_weights
 from runtime import config
 from runtime.errors import UserError
-from tests.images import TOP, command, script, write_classes
+from tests.images import TOP, command, write_classes
+from tests.processes import kill_script, script
 
 TINY = {  # four at 33 pixels: at 24 MobileNetV2 ends in single pixels, whose batch norms made gradients of 1e5 to inf
     "simclr": ["configs/demo/simclr_demo.yaml", "augment.size=24", "method.out=8"],
@@ -95,26 +93,11 @@ def test_what_is_left_out_is_said_and_a_flat_folder_is_learned_whole(images, tmp
     assert line in capsys.readouterr().err
 
 
-def kill_after(words, metrics, step):
-    """Start a run and kill it as soon as its metrics show `step`."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command(words), cwd=TOP, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
-    )
-    deadline = time.time() + 300
-    while process.poll() is None and time.time() < deadline:
-        if metrics.exists() and f'"step": {step},' in metrics.read_text():
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.01)
-    assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
-
-
 @pytest.mark.parametrize("name", WITH_PROCESSES)
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(name, images, tmp_path):
     script(["train_ssl.py", *words(name, images, tmp_path / "a")])
     again = ["train_ssl.py", *words(name, images, tmp_path / "b")]
-    kill_after(again, tmp_path / "b" / "run" / "metrics.jsonl", 5)  # the checkpoint is of step 3
+    kill_script(again, tmp_path / "b" / "run" / "metrics.jsonl", 5)  # the checkpoint is of step 3
     assert torch.load(tmp_path / "b" / "run" / "last.pt", weights_only=True)["step"] < 12
     script(again)
     whole, resumed = (torch.load(tmp_path / x / "run" / "last.pt", weights_only=True) for x in "ab")
