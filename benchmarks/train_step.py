@@ -29,13 +29,14 @@ import torch
 from torch import Tensor, nn
 
 import train_ssl
-from benchmarks.machine import commit, processor
+from benchmarks.machine import processor
 from data import build_augment
 from data.augment.negatives import DefectiveView
 from data.defects import DEFECTS
 from models.backbones.build import build_backbone
 from models.ssl import SSL_METHODS
 from runtime import config, distributed
+from runtime.version import commit
 from training.ema import ema_update
 from training.gradients import backward
 from training.optim import PRECISIONS, build_optimizer, clip_gradients, set_rates

@@ -11,8 +11,6 @@ from runtime.errors import UserError
 
 def head_widths(features: int, head: Literal["linear", "mlp"], hidden: int, out: int, *, layers: int = 2) -> list[int]:
     """Widths for `mlp` of a projection head: one layer for `linear`, `layers` for `mlp`; hidden 0 is `features`."""
-    if head not in ("linear", "mlp"):
-        raise UserError(f"method.head={head!r} is unknown; one of: linear, mlp")
     return [features, *[hidden or features] * (layers - 1 if head == "mlp" else 0), out]
 
 

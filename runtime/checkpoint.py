@@ -14,6 +14,7 @@ from runtime import distributed
 from runtime.config import completed, flatten
 from runtime.errors import UserError
 from runtime.files import remove_unfinished, whole_file
+from runtime.text import first_few
 from runtime.version import another_version, code_version, goes_on_from
 
 LAST = "last.pt"
@@ -136,8 +137,7 @@ def require_same_images(state: dict, images: dict[str, list], folder: Path) -> N
         changes = []
         for change, names in (("added", {*now} - {*before}), ("removed", {*before} - {*now})):
             if names:
-                some = ", ".join(map(str, sorted(names)[:3]))
-                changes.append(f"{len(names)} {change}: {some}{', ...' if len(names) > 3 else ''}")
+                changes.append(f"{len(names)} {change}: {first_few(sorted(names))}")
         update = f" (with update={folder / LAST} where the detector can)" if "calibration" in state else ""
         raise UserError(
             f"the {IMAGES[key]} of {folder} changed since {'its results' if finished else 'it began'} "
@@ -167,9 +167,9 @@ def open_run(
         before = completed(schema, state["config"]) if schema else state["config"]
         if keys := config_changes(before, config):
             old, new = flatten(before), flatten(config)
-            changes = ", ".join(f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys[:4])
+            changes = first_few([f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys], 4)
             raise UserError(
-                f"{folder} holds a run with another config ({changes}{', ...' if len(keys) > 4 else ''}); "
+                f"{folder} holds a run with another config ({changes}); "
                 "choose another run_name, or resume=never to start this one afresh"
             )
         require_same_images(state, images or {}, folder)

@@ -1,4 +1,4 @@
-"""How much memory is free, for what decides where to keep things."""
+"""How much memory is free, for code that decides where to keep things, and amounts of memory in words."""
 
 import os
 from pathlib import Path
@@ -21,6 +21,11 @@ def free_memory(place: torch.device) -> int:
         if limit != "max":
             free = min(free, int(limit) - int(used["anon"]) - int(used["shmem"]))
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def gib(size: float) -> str:
+    """Bytes, as `1.25 GiB`."""
+    return f"{size / 2**30:.2f} GiB"
 
 
 def _fields(path: str) -> dict[str, str]:

@@ -20,3 +20,8 @@ OURS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 
 if not any(name in os.environ for name in SETTINGS):
     os.environ |= OURS
+
+
+def cpu_count() -> int:
+    """Processors that this process may use, which in a container or under taskset are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -26,7 +26,7 @@ NO_PART = ("tests", "benchmarks", "docs")  # folders whose code is no part of a 
 def code_version(script: str | Path | None = None) -> str:
     """The version of this code with the script that runs; of a run that another version began, `theirs, then ours`.
     With `script`: what the version of a fresh run of that one would be."""
-    here = f"{_commit()} {_PACKAGES}.{_script_hash(Path(script or sys.argv[0]).resolve())}"
+    here = f"{commit()} {_PACKAGES}.{_script_hash(Path(script or sys.argv[0]).resolve())}"
     if script or not _earlier:
         return here
     return _earlier if _earlier.endswith(here.split()[1]) else f"{_earlier}, then {here}"
@@ -56,7 +56,7 @@ def _hashes(version: str, with_script: bool) -> set[str]:
 
 
 @functools.cache
-def _commit() -> str:
+def commit() -> str:
     """Commit of this code, with `+` when the tree has changes; `unknown` outside a git checkout."""
     command = ["git", "-C", str(TOP), "describe", "--always", "--dirty=+", "--abbrev=10"]
     try:

@@ -140,8 +140,6 @@ class ViT(nn.Module):
         super().__init__()
         if patch < 1 or size < patch or size % patch:
             raise UserError(f"backbone.size={size} must be a multiple of backbone.patch={patch}, a positive number")
-        if interpolation not in ("dino", "timm"):
-            raise UserError(f"backbone.interpolation={interpolation!r} is unknown; one of: dino, timm")
         self.patch, self.interpolation = patch, interpolation
         self.num_features, self.stage_channels = self.width, [self.width] * len(STAGE_ENDS)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.width))

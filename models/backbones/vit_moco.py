@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models.backbones.vit import ViT
 
 
-def sines(side: int, width: int) -> Tensor:
+def sine_positions(side: int, width: int) -> Tensor:
     """Positions of a class token (zeros) and of side x side patches: (1, 1 + side^2, width). A quarter of the channels
     each is sin and cos of the row, then of the column, over wavelengths from 2 pi to nearly 10000 x 2 pi
     patches."""
@@ -30,7 +30,7 @@ class ViTMoCo(ViT):
                 parts = 3 if name.endswith("qkv") else 1  # queries, keys and values each by themselves
                 _uniform(module, module.in_features + module.out_features // parts)
         with torch.no_grad():
-            self.pos_embed.copy_(sines(math.isqrt(self.pos_embed.shape[1] - 1), self.width))
+            self.pos_embed.copy_(sine_positions(math.isqrt(self.pos_embed.shape[1] - 1), self.width))
         nn.init.normal_(self.cls_token, std=1e-6)
         proj = self.patch_embed["proj"]
         _uniform(proj, proj.in_channels * self.patch**2 + self.width)

@@ -9,8 +9,8 @@ import torchvision
 from models.backbones import BACKBONES
 from models.backbones.convnext import ConvNeXtAtto
 from models.backbones.mobilenet_v3 import MobileNetV3Small
-from models.weights.files import TORCHVISION
 from models.weights.load import load_weights
+from models.weights.sources import TORCHVISION
 from runtime.errors import UserError
 
 
