@@ -78,7 +78,7 @@ def _layer(block: ResizingBlock, inputs: int, outputs: int, depth: int, resize: 
 
 
 def _init(network: nn.Module) -> None:
-    """He initialization, fan out, of the convolutions; transposed ones keep PyTorch's default, as in the official."""
+    """He initialization, fan out, of the convolutions; transposed ones keep the default, as in the official code."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -87,8 +87,8 @@ def _init(network: nn.Module) -> None:
 class OneClassBottleneck(nn.Module):
     """Multi-scale fusion and one-class embedding: the teacher's stages 1-3 to one map at half of stage 3's resolution.
 
-    The official BN_layer. Its conv4 and bn4 are in every official checkpoint but never used; here they take no
-    gradient either, so that DistributedDataParallel does not wait for theirs.
+    The official BN_layer. Its conv4 and bn4 are in every official checkpoint but never used; here they are frozen, so
+    that DistributedDataParallel does not wait for their gradients.
 
     Args:
         channels: of the teacher's stages 1-3, (c1, c2, c3); each stage is half as large as the one before.
@@ -155,7 +155,7 @@ STUDENTS = {
 def build_student(teacher: nn.Module, student: str = "auto") -> tuple[OneClassBottleneck, Decoder]:
     """The student of a teacher: blocks and depths of `student`, channels of the teacher's stages 1-3.
 
-    `auto` is the teacher's own kind, as in the official code, and for a teacher that is none of STUDENTS a ResNet-18.
+    `auto` is the teacher's own kind, as in the official code, and a ResNet-18 for a teacher that is not in STUDENTS.
 
     Raises:
         UserError: an unknown student, or a teacher whose stages 1-3 do not each halve the one before.
@@ -166,7 +166,7 @@ def build_student(teacher: nn.Module, student: str = "auto") -> tuple[OneClassBo
     halved = [(2 * height, 2 * width) for _, height, width in (s for s in shapes[1:] if len(s) == 3)]
     if halved != [shape[1:] for shape in shapes[:2]]:
         raise UserError(
-            "reverse distillation needs a teacher whose stages 1-3 are maps that halve each other; of 64 x 64 pixels "
+            "reverse distillation needs a teacher whose stages 1-3 are maps that halve each other; from 64 x 64 pixels "
             f"this one makes {shapes}: set backbone.name to a CNN"
         )
     kind = (own_kind(teacher) or "resnet18") if student == "auto" else student

@@ -7,7 +7,7 @@ import torch
 
 
 def free_memory(place: torch.device) -> int:
-    """Free bytes for this process: of a GPU, or of RAM within the container's limit, a part for each local process.
+    """Free bytes for this process: of a GPU, or its share of the RAM that is free within the container's limit.
 
     What the file cache holds counts as free, since the system gives it back. Without Linux's files: all of the RAM.
     """

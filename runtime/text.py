@@ -7,13 +7,13 @@ from collections.abc import Iterable
 
 
 def printable(text: str) -> str:
-    """`text` with bytes that are no UTF-8 spelled out: os.fsdecode(b"\\xff.png") becomes `\\xff.png`.
+    """`text` with bytes that are not UTF-8 spelled out: os.fsdecode(b"\\xff.png") becomes `\\xff.png`.
 
     For people, never as a key: another file may really have that name.
     """
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:  # a surrogate that stands for no byte, from a JSON or YAML file
+    except UnicodeEncodeError:  # a surrogate that is not a byte, from a JSON or YAML file
         return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -158,7 +158,7 @@ class ConvNeXt(nn.Module):
         stride = self.stem[0].stride[0] * 2 ** (last - 1)
         if min(x.shape[2:]) < stride:
             raise UserError(
-                f"{type(self).__name__} needs images of {stride} x {stride} pixels at least for {last} stages, not "
+                f"{type(self).__name__} needs images of at least {stride} x {stride} pixels for {last} stages, not "
                 f"{x.shape[2]} x {x.shape[3]}: enlarge them, or set backbone.patch=1"
             )
         x, maps = self.stem(x), []

@@ -1,5 +1,5 @@
 """MoCo v3's vision transformers (Chen, Xie & He 2021, arXiv 2104.02057; official vits.py): patches embedded by a random
-convolution that never learns (section 4.2), at fixed sine positions; weights of a start of their own."""
+convolution that is never trained (section 4.2), fixed sine positions, and an initialization of their own."""
 
 import math
 
@@ -20,8 +20,8 @@ def sine_positions(side: int, width: int) -> Tensor:
 
 
 class ViTMoCo(ViT):
-    """The family. Its parameters have ViT's names and shapes, but ViT-S has 12 heads, twice DINO's: weights of the one
-    load into the other and mean nothing there, so models/weights/load.py looks at the positions."""
+    """The family. Its parameters have ViT's names and shapes, but ViT-S has 12 heads, twice DINO's: weights of one
+    load into the other but mean nothing there, so models/weights/load.py looks at the positions."""
 
     def start(self) -> None:
         """Initial weights: Xavier's uniform ones, zero biases; and the positions."""
@@ -37,7 +37,7 @@ class ViTMoCo(ViT):
         self.requires_grad_(True)
 
     def requires_grad_(self, requires_grad: bool = True) -> nn.Module:
-        """As of any module, but for what never learns."""
+        """As for any module, except for what is never trained."""
         super().requires_grad_(requires_grad)
         for frozen in (self.pos_embed, *self.patch_embed.parameters()):
             frozen.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Load a backbone's weights from other people's checkpoints and from ours, and say what was used and what was left.
+"""Load a backbone's weights from other people's checkpoints and from ours, and report what was used and left over.
 
 A checkpoint is a state_dict, plain or under "model", "state_dict" or "model_state_dict", or has one for each network,
 as DINO's has. Names lose DataParallel's `module.` and torch.compile's `_orig_mod.`; models/weights/names.py turns those
@@ -53,10 +53,10 @@ def load_weights(model: nn.Module, path: str | Path, *, part: str = "auto") -> s
     `path` is a file of torch.save or, if that package is installed, of safetensors; or the name of torchvision's
     weights for this backbone, IMAGENET1K_V1 for one, which torchvision downloads.
 
-    Every parameter and buffer of the model must be in the file; only `num_batches_tracked` need not be, and modules
-    that the model's `may_lack` names. Shapes must be the model's, but for axes of length 1, and but for what is
+    Every parameter and buffer of the model must be in the file, except `num_batches_tracked` and modules that the
+    model's `may_lack` names. Shapes must be the model's, except for axes of length 1 and for what is
     resized: the stem's input channels, from three to any number, and a ViT's position embedding. Options that no shape
-    shows must be those that the file was trained with, where it tells them (models/weights/options.py). The file may
+    reveals must be those that the file was trained with, if it tells them (models/weights/options.py). The file may
     have more: anything outside the part, and inside it the `HEADS` that the model lacks. The report names it, the
     library whose names were translated, and when the file has several parts, the rule by which one was taken. After an
     error the model is as before.

@@ -32,7 +32,7 @@ def open_weights(model: nn.Module, path: str | Path):
     try:
         choices = torchvision.models.get_model_weights(TORCHVISION.get(ours, ours or ""))
     except ValueError:
-        raise UserError(f"torchvision has no weights for {type(model).__name__}: {path} is no file either") from None
+        raise UserError(f"there is no file {path}, and torchvision has no weights for {type(model).__name__}") from None
     if str(path) not in choices.__members__:
         raise UserError(f"torchvision has no weights {path} for {ours}; it has: {', '.join(choices.__members__)}")
     try:
@@ -40,7 +40,7 @@ def open_weights(model: nn.Module, path: str | Path):
     except (OSError, RuntimeError) as error:  # URLError is an OSError; RuntimeError: the hash is not the file's
         raise UserError(
             f"cannot download torchvision's {path} for {ours} ({error}): download "
-            f"{choices[str(path)].url} where there is a network, and set backbone.weights to the file"
+            f"{choices[str(path)].url} on a machine with network access, and set backbone.weights to the file"
         ) from None
 
 

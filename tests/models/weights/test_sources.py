@@ -68,7 +68,9 @@ def test_without_a_network_it_says_what_to_fetch(tmp_path, monkeypatch):
 def test_names_that_torchvision_does_not_have():
     with pytest.raises(UserError, match="no weights IMAGENET1K_V9 for mobilenet_v3_small; it has: IMAGENET1K_V1"):
         load_weights(MobileNetV3Small(), "IMAGENET1K_V9")
-    with pytest.raises(UserError, match="torchvision has no weights for ConvNeXtAtto: IMAGENET1K_V1 is no file either"):
+    with pytest.raises(
+        UserError, match="there is no file IMAGENET1K_V1, and torchvision has no weights for ConvNeXtAtto"
+    ):
         load_weights(ConvNeXtAtto(), "IMAGENET1K_V1")
 
 
