@@ -15,13 +15,13 @@ makes a variant of every combination of values: of the pretraining runs, if ther
 the variant's `backbone` keys as well), else of the detectors. `seeds` in it are the sweep's.
 
 Before the first cell runs, the config of every cell is built and checked: for mistakes, for the weights that its
-pretraining means, and that no two cells are the same. A cell is done if its results are there and its config has no
-other value of a key that may change them, nor its pretraining other results; else it runs anew. Its images are not
-looked at again: after adding some, also="resume=never". Results of another version of the code (runtime/version.py)
-are kept and marked with a star, or with stale=rerun made anew.
+pretraining gives, and for two cells that are the same. A cell is done if its results are there, its config has no
+other value of a key that may change them, and its pretraining has the same results; else it runs anew. Its images are
+not looked at again: after adding some, give also="resume=never". Results of another version of the code
+(runtime/version.py) are kept and marked with an asterisk, or made anew with stale=rerun.
 
 Writes runs/<run_name>/results.md and results.csv, and a run folder for every cell, heat maps in it. A cell that fails
-stands in the table with its error, the rest goes on.
+is in the table with its error, and the others still run.
 """
 
 import runtime.threads  # before torch
@@ -67,7 +67,7 @@ class Cell(NamedTuple):
     name: str  # its run folder below the sweep's
     words: list[str]  # of its command line: script, YAML file, overrides
     needs: str | None = None  # the pretraining run that must be there first
-    weights: str | None = "any"  # what backbone.weights must be in its config; any: no pretraining says
+    weights: str | None = "any"  # what backbone.weights must be in its config; any: nothing is required
 
 
 def main(argv: list[str]) -> None:
@@ -82,14 +82,16 @@ def main(argv: list[str]) -> None:
     began, outcomes = time.perf_counter(), {}
     for number, (name, words, needs, _) in enumerate(cells, 1):
         folder, script = top / name, scripts.path_of(words[0])
-        note = top / ".cells" / f"{name}.json"  # what is in the folder; not in it, for resume=never removes that
+        note = (
+            top / ".cells" / f"{name}.json"
+        )  # says what is in the folder; not inside it, because resume=never removes that
         keys = config.flatten(configs[name])
         if needs and "error" in outcomes[needs].results:
             outcomes[name] = Outcome({"error": f"its pretraining {needs} failed"}, keys)
             continue
         pretrained = results_of(top / needs).read_text() if needs else None
         record = {"script": words[0], "config": configs[name], "pretraining": pretrained}
-        known = json.loads(note.read_text()) if os.path.exists(note) else None  # of a name too long: no
+        known = json.loads(note.read_text()) if os.path.exists(note) else None  # False for a name that is too long
         stale = another_version(made_by(folder, known), script) if known else ""
         anew = known is not None and (is_another(known, record, words) or (stale != "" and cfg.stale == "rerun"))
         if known and results_of(folder) and not anew and not script_decides(known, record, words):
@@ -207,7 +209,7 @@ def variants(grid: dict) -> list[tuple[str, list[str]]]:
 
 
 def spelled(key: str, values) -> list[str]:
-    """The values of a key of the grid as a command line has them; a list in the list is one value."""
+    """The values of one of the grid's keys as a command line spells them; a list in the list is one value."""
     if isinstance(values, str):
         values = [value.strip() for value in values.split(",") if value.strip()]
     lists = [v if isinstance(v, list) else [v] for v in (values if isinstance(values, list) else [values])]
@@ -222,7 +224,8 @@ def _text(value) -> str:
 
 
 def folder_name(text: str) -> str:
-    """`text` as a part of a folder's name on any system: what such a name cannot have or is too long is in a hash."""
+    """`text` as part of a folder's name on any system; a hash stands for characters that such a name
+    cannot have and for what is beyond 80 characters."""
     safe = re.sub(r"[^\w.,+-]", "_", text)[:80]
     return safe if safe == text else f"{safe}-{sha256(text.encode()).hexdigest()[:6]}"
 
@@ -234,7 +237,7 @@ def check(cells: list[Cell]) -> dict[str, dict]:
     """{cell: its config}, resolved without running it; of a script that has none, its words and its YAML file's text.
 
     Raises:
-        UserError: a config with a mistake, weights that its pretraining does not mean, or a cell that is there twice.
+        UserError: a config with a mistake, weights other than its pretraining's, or two cells that are the same.
     """
     configs, seen, unknown = {}, {}, {}
     for name, words, needs, weights in cells:
@@ -250,8 +253,8 @@ def check(cells: list[Cell]) -> dict[str, dict]:
             about = " ".join(w for w in words if re.match(r"backbone(\.name|\.weights)?=", w)) or "its YAML file"
             if weights != "any" and as_path(backbone["weights"]) != as_path(weights):
                 raise errors.UserError(
-                    f"{name}: backbone.weights would be {backbone['weights'] or 'none'}, but its pretraining means "
-                    f"{weights or 'none'}; {about} does that: take it out of also, the detector or the task"
+                    f"{name}: backbone.weights would be {backbone['weights'] or 'none'}, but its pretraining gives "
+                    f"{weights or 'none'}; {about} sets that: remove it from also, the detector or the task"
                 )
             there = backbone_of(configs.get(needs, {})).get("name", backbone["name"])
             if backbone["name"] != there:
@@ -259,10 +262,12 @@ def check(cells: list[Cell]) -> dict[str, dict]:
             backbone["weights"] = needs or backbone["weights"]
         same = json.dumps([words[0], {key: value for key, value in found.items() if key not in ("runs", "run_name")}])
         if same in seen:
-            raise errors.UserError(f"{name} and {seen[same]} are the same: something replaces what tells them apart")
+            raise errors.UserError(
+                f"{name} and {seen[same]} are the same: something overrides the keys that tell them apart"
+            )
         configs[name], seen[same] = found, name
     for script, names in unknown.items():
-        line = f"{script} does not show its config: {len(names)} cells are not checked before they run"
+        line = f"{script} has no Config or schema(argv): {len(names)} cells are not checked before they run"
         print(line, file=sys.stderr)
     return configs
 

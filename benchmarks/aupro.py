@@ -21,7 +21,7 @@ import torch
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from benchmarks.machine import commit, processor
+from benchmarks.machine import processor
 from evaluation.anomaly.bootstrap import with_intervals
 from evaluation.anomaly.metrics import (
     NEIGHBORS_8,
@@ -31,6 +31,7 @@ from evaluation.anomaly.metrics import (
     pixel_metrics,
     sorted_positives,
 )
+from runtime.version import commit
 
 SMALL, LARGE = (115, 256), (150, 1024)  # images, pixels a side
 GOALS = {SMALL: "under 0.3 s", LARGE: "under 2 GB"}  # of AU-PRO

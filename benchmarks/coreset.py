@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.machine import commit, processor
+from benchmarks.machine import processor
+from runtime.version import commit
 from search.bounds import full_precision
 from search.coreset import greedy_coreset
 

@@ -21,10 +21,11 @@ import torch
 from scipy.sparse import diags_array, eye_array, kron
 from scipy.sparse.linalg import factorized
 
-from benchmarks.machine import commit, processor
+from benchmarks.machine import processor
 from data.defects import DEFECTS
 from data.defects.nsa import NSADefect
 from data.defects.poisson import laplacian, solve
+from runtime.version import commit
 
 PATCHES, SIZES = 16, (34, 66, 102)  # of an image of 256 x 256, the largest patch of NSA has 102 pixels a side
 IMAGES = (32, 256)  # of the kinds

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.machine import commit, processor
+from benchmarks.machine import processor
 from losses.dino import DINOLoss
+from runtime.version import commit
 
 SIZES = [(64, 10, 65_536), (64, 10, 4_096)]  # B, V, K
 TEMPERATURE = 0.04

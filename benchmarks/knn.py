@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.coreset import network, timed
-from benchmarks.machine import commit, processor
+from benchmarks.machine import processor
+from runtime.version import commit
 from search.bounds import matmul_precision
 from search.nearest import nearest, prepare
 

@@ -19,12 +19,13 @@ from statistics import median
 import torch
 
 from benchmarks.coreset import network
-from benchmarks.machine import commit, processor
+from benchmarks.machine import processor
 from models.backbones.resnet import ResNet18
 from runtime import threads
+from runtime.version import commit
 from search.coreset import greedy_coreset
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+CORES = threads.cpu_count()
 SETTINGS = {"spin": {"GOMP_SPINCOUNT": "300000"}, "sleep": threads.OURS}
 
 

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.machine import commit, processor
+from benchmarks.machine import processor
 from models.anomaly.detector import Batch
 from models.anomaly.padim import PaDiM
 from models.backbones.resnet import WideResNet50
+from runtime.version import commit
 
 N, SIZE, BATCH = 209, 224, 16
 STAGES = ((256, 56), (512, 28), (1024, 14))  # channels, side

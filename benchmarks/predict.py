@@ -22,13 +22,14 @@ from PIL import Image
 from torch import Tensor
 
 import predict
-from benchmarks.machine import commit, processor
+from benchmarks.machine import processor
 from data import DataConfig
 from data.normalize import normalize
 from models.anomaly import DETECTORS, DetectorConfig
 from models.anomaly.detector import Batch, Detector
 from models.backbones.build import BackboneConfig, build_backbone
 from runtime import checkpoint, config
+from runtime.version import commit
 
 CASES = [("wide_resnet50_2", 224), ("wide_resnet50_2", 256), ("mobilenet_v2", 224), ("mobilenet_v2", 256)]
 PATCHES = 16_000  # at least so many in the bank, which holds every patch of enough images

@@ -28,12 +28,13 @@ import torch
 from torch import Tensor, nn
 
 import train_ssl
-from benchmarks.machine import commit, processor
+from benchmarks.machine import processor
 from data import build_augment
 from models.backbones.build import build_backbone
 from models.ssl import SSL_METHODS
 from models.ssl.gradient import backward
 from runtime import config, distributed
+from runtime.version import commit
 from training.optim import PRECISIONS, apply_gradients, build_optimizer, mixed_precision, set_rates
 
 CONFIGS = {"revd": ["configs/revd_neu.yaml", "data.size=32", "augment.size=32"]}

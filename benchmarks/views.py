@@ -17,10 +17,11 @@ import torchvision
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from benchmarks.machine import commit, processor
+from benchmarks.machine import processor
 from data.augment.recipes import RECIPES
 from data.augment.views import Augment, View
 from data.normalize import MEAN, STD
+from runtime.version import commit
 
 GOAL = 10  # times torchvision's rate, for SimCLR's views
 

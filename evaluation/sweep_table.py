@@ -9,7 +9,7 @@ from evaluation.tables import csv_table, markdown_table, with_interval
 from runtime.files import whole_file
 
 OF_PRETRAINING = ["method", "steps", "loss", "knn20_top1", "seconds", "error"]  # columns of its own table
-OF_THE_PLACE = ("runs", "run_name", "resume")  # keys that differ between cells and say nothing
+OF_THE_PLACE = ("runs", "run_name", "resume")  # keys that differ between cells and tell nothing
 
 
 class Axes(NamedTuple):
@@ -27,11 +27,11 @@ class Axes(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Of a cell."""
+    """What a cell gave."""
 
     results: dict  # results.json, or {"error": ...}
     config: dict  # {dotted key: value}
-    stale: bool = False  # made by another version of the code than is here
+    stale: bool = False  # made by a version of the code that is not this one
 
 
 def write_tables(
@@ -49,7 +49,7 @@ def write_tables(
     if pretrained := pretraining_rows(axes, outcomes):
         table = markdown_table(["pretraining", *columns(axes.pretrainings), *OF_PRETRAINING], pretrained) + "\n" + table
     if any(outcome.stale for outcome in outcomes.values()):
-        table += "\n\\* made by another version of the code than is here (results.csv: stale, version); "
+        table += "\n\\* made by another version of the code (results.csv: stale, version); "
         table += "stale=rerun runs these cells anew\n"
     if axes.seeds:
         brackets = "Mean ± standard deviation over seeds " + ", ".join(map(str, axes.seeds))
@@ -94,11 +94,11 @@ def mean_rows(axes: Axes, outcomes: dict[str, Outcome], metrics: list[str]) -> l
             found = [  # a list of the tasks for each seed
                 [outcomes[f"{task}/{detector}/{pretraining}{end}"] for task in axes.tasks] for end in axes.ends
             ]
-            metrics = [[outcome.results.get(metric) for outcome in each] for each in found]
-            if any(None in each for each in metrics):
+            seen = [[outcome.results.get(metric) for outcome in each] for each in found]
+            if any(None in each for each in seen):
                 shown.append("-")
             else:
-                over = [statistics.fmean(each) for each in metrics] if axes.seeds else metrics[0]
+                over = [statistics.fmean(each) for each in seen] if axes.seeds else seen[0]
                 shown.append(spread(over, any(outcome.stale for each in found for outcome in each)))
         if any(text != "-" for text in shown):
             rows.append(["mean", detector, *values(varied, words), metric, *shown])

@@ -12,13 +12,13 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def with_interval(results: dict, key: str, digits: int = 3) -> str:
+def with_interval(results: dict, key: str) -> str:
     """`0.943 [0.912, 0.968]`; a dash where the metric is undefined."""
     if results.get(key) is None:
         return "-"
     interval = results.get(f"{key}_interval")
-    text = f"{results[key]:.{digits}f}"
-    return text if interval is None else f"{text} [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
+    text = f"{results[key]:.3f}"
+    return text if interval is None else f"{text} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
 def csv_table(rows: list[dict]) -> str:

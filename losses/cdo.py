@@ -7,20 +7,20 @@ from torch import Tensor
 from runtime.distributed import all_reduce_sum, world_size
 from runtime.precision import at_least_float32
 
-LEAST = 1e-6  # a discrepancy below it counts as this much in the weights, which would be infinite at 0
+LEAST = 1e-6  # smaller discrepancies count as this much in the weights, which would be infinite at 0
 
 
 @at_least_float32
 def discrepancy(expert: list[Tensor], apprentice: list[Tensor], *, unit_levels: bool = False) -> Tensor:
     """d = sum over channels of (e / |e| - a / |a|)^2 at every position of the first level, 0 to 4: (L, B, H, W).
 
-    All levels are brought to the first one's H x W first: bilinear, corners aligned. In float32 (or float64, if given)
+    All levels are brought to the first one's H x W first: bilinear, corners aligned. Computed in at least float32
     with autocast off.
 
     Args:
         expert, apprentice: L maps each, pairwise (B, C_l, H_l, W_l).
-        unit_levels: scale every vector to length 1 before its level is enlarged, too, so that all of the four that a
-            position is interpolated from count alike: v2's forward pass (model/cdo.py). v1 has no such step.
+        unit_levels: also scale every vector to length 1 before its level is enlarged, so that the four vectors that a
+            position is interpolated from count equally: v2's forward pass (model/cdo.py). v1 has no such step.
     Raises:
         ValueError: the two lists differ in length or a pair in shape.
     """
@@ -50,14 +50,14 @@ def collaborative_discrepancy(
     with n the normal and s the abnormal positions of the whole batch, all processes together, and d from
     `discrepancy`. Cao et al. 2023, "Collaborative discrepancy optimization for reliable image anomaly localization",
     as in the official losses (models/CDO.py of v1, loss/cdo_loss.py of v2): the factor B, the number of images, is
-    theirs and makes the learning rate depend on it. Different from them: in the weights d is at least 1e-6.
+    theirs and makes the learning rate depend on the batch size. Unlike there, d is at least 1e-6 in the weights.
 
     The losses of W processes with equally many images average to that of one with all, and so do the gradients.
 
     Args:
         expert, apprentice: as for `discrepancy`; gradients flow into both, so detach the expert's.
-        abnormal: bool (B, h, w) at any resolution, True on synthetic defects; the nearest pixel of each position is
-            asked. gamma: at 0 all positions weigh the same. unit_levels: see `discrepancy`; v2's.
+        abnormal: bool (B, h, w) at any resolution, True on synthetic defects; each position takes the value of the
+            nearest pixel. gamma: at 0 all positions weigh the same. unit_levels: see `discrepancy`; v2's.
     Returns:
         The scalar loss, and `normal` and `abnormal`: mean d of this process's positions, 0 where there are none.
     """

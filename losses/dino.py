@@ -10,10 +10,11 @@ from torch.autograd.function import once_differentiable
 from runtime.distributed import all_reduce_sum, world_size
 
 # Student logits in float32 at a time: 8 MiB, and work takes five such tensors; the bfloat16 logits of a batch of 64 are
-# 80 MiB (V = 10, K = 65536). Less is no slower on a CPU, but a GPU would launch more kernels, each too short to pay.
+# 80 MiB (V = 10, K = 65536). Smaller chunks are no slower on a CPU, but on a GPU
+# they mean more kernels, each too short to be worth its launch.
 CHUNK = 2**21
-# The stored n p - q lies between -2 and 2. Times 2^14 it fits float16, which ends at 65504, and is kept down to 4e-12;
-# unscaled, to 6e-8 only, and 1 / K is 1.5e-5. Wider types do not mind.
+# The stored n p - q lies between -2 and 2. Times 2^14 it fits float16, which ends at 65504, and stays above 0 down to
+# 4e-12; unscaled only down to 6e-8, where 1 / K is 1.5e-5. Wider types do not need it.
 HEADROOM = 2.0**14
 
 
@@ -32,8 +33,9 @@ class DINOLoss(nn.Module):
 
         d loss / d student_v = (n_v p_v - sum of q_i, i != v) / (2 (V - 1) B student_temperature),  n_v = #{i != v}
 
-    and waits in the student's type for the backward pass, which scales it by what comes in; a narrow type so rounds it
-    twice. It cannot be differentiated again. torch.compile breaks its graph here and runs `forward` as it is.
+    and waits in the student's type for the backward pass, which multiplies it by the incoming gradient, so a narrow
+    type rounds it twice. It cannot be differentiated again. torch.compile breaks its graph here and runs `forward` as
+    it is.
     """
 
     def __init__(self, prototypes: int, *, student_temperature: float = 0.1, center_momentum: float = 0.9):
@@ -43,13 +45,14 @@ class DINOLoss(nn.Module):
         self.register_buffer("center", torch.zeros(1, prototypes))
         self._batch_mean: Tensor | None = None  # (K,), left by the last forward in training mode for `update`
 
-    @torch.compiler.disable  # would unroll the loop, and is free to hold all chunks at once
+    @torch.compiler.disable  # compiled, the loop would be unrolled, and all chunks might be in memory at once
     def forward(self, student: Tensor, teacher: Tensor, teacher_temperature: float | Tensor) -> tuple[Tensor, Tensor]:
         """
         Args:
             student: (B, V, K) raw outputs, global views first; may be a transposed (V, B, K). B equal on all ranks.
             teacher: (B, 2, K) raw outputs of the global views; no gradient flows into it.
-            teacher_temperature: of this epoch; a 0-d tensor if it changes under torch.compile, for a number recompiles.
+            teacher_temperature: of this epoch; a 0-d tensor if it changes under torch.compile, which recompiles for
+                every new number.
 
         Returns:
             The scalar loss, and the mean entropy of the teacher's q in nats (ln K: uniform, 0: one prototype).
@@ -110,7 +113,7 @@ class _WithGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, incoming: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        scale = incoming * (ctx.factor / HEADROOM)  # 0-d, at least float32: it can be below what float16 holds
+        scale = incoming * (ctx.factor / HEADROOM)  # 0-d, at least float32: it can be smaller than float16 can hold
         result = torch.empty_like(gradient)
         for rows in _chunks(gradient):
             result[rows] = gradient[rows].to(scale.dtype) * scale
@@ -118,6 +121,6 @@ class _WithGradient(torch.autograd.Function):
 
 
 def _chunks(x: Tensor) -> Iterator[slice]:
-    """Slices of (B, V, K) along B: as many images as have CHUNK numbers, at least one."""
+    """Slices of (B, V, K) along B: as many images as CHUNK numbers hold, at least one."""
     images = max(1, CHUNK // (x.shape[1] * x.shape[2]))
     return (slice(start, start + images) for start in range(0, len(x), images))

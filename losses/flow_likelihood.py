@@ -14,8 +14,8 @@ def log_density(z: Tensor, log_det: Tensor) -> Tensor:
 
         log p(x) / C = (log |det dz/dx| - |z|^2 / 2) / C - log(2 pi) / 2
 
-    Gudovskiy et al. 2022, as in the official code (utils.py, `get_logp`, then divided by C in train.py). In float32 (or
-    float64, if given) with autocast off.
+    Gudovskiy et al. 2022, as in the official code (utils.py, `get_logp`, then divided by C in train.py). Computed in
+    at least float32 with autocast off.
 
     Args:
         z: (N, C). log_det: (N,).
@@ -27,7 +27,7 @@ def flow_likelihood(density: Tensor) -> Tensor:
     """mean of -log sigmoid(log p / C) over a fiber, from `log_density` (N,): a scalar.
 
     The official loss (train.py, `log_theta`): near -log p / C where a vector is unlikely, and with ever less weight on
-    those that are likely already, whereas the paper writes the plain likelihood. The losses of W processes with equally
+    vectors that are already likely, whereas the paper has the plain likelihood. The losses of W processes with equally
     many vectors average to that of one with all, and so do the gradients.
     """
     return -F.logsigmoid(density).mean()

@@ -19,8 +19,8 @@ def psco(
         loss = mean over images i of  log( sum over all images' shots s of exp(q_i.s / T) ) - mean over s in
                shots(i) of q_i.s / T
 
-    as if the images of the batch were the queries, and their shots the support set, of a few-shot task with a class
-    for each image. Assignments and shots are those of the images of all processes; the official code balances the
+    as if the images of the batch were the queries and their shots the support set of a few-shot task with one class
+    per image. Assignments and shots are those of the images of all processes; the official code balances the
     assignments over all processes, but takes the shots of each process's own images only. Computed in at least
     float32 with autocast off.
 

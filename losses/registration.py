@@ -14,10 +14,10 @@ def symmetric_negative_cosine(p1: Tensor, z1: Tensor, p2: Tensor, z2: Tensor) ->
         L = mean over images and positions of -(cos(p1, z2) + cos(p2, z1)) / 2,  z1 and z2 without gradient
 
     Huang et al. 2022, "Registration based few-shot anomaly detection", as in the official losses/norm_loss.py; of
-    vectors instead of maps it is SimSiam's (Chen & He 2021, eq. 2). In float32 (float64, if given) with autocast off.
+    vectors instead of maps it is SimSiam's (Chen & He 2021, eq. 2). Computed in at least float32 with autocast off.
 
-    The mean is over the images of all processes: the losses of W processes, each with any number of images but not
-    none, average to that of one with all, and so do the gradients.
+    The mean is over the images of all processes: the losses of W processes, each with any number of images above
+    zero, average to that of one with all, and so do the gradients.
 
     Args:
         p1, p2: predictions of the two sides, (B, C, H, W). z1, z2: their embeddings, of the same shape.

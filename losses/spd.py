@@ -13,12 +13,13 @@ def spd(anchor: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Ten
         loss = mean over images of  cos(a, n) - cos(a, p),    between -2 and 2
 
     with a the image's embedding, p the one after a weak global augmentation, n the one after that and a local defect.
-    It is 0 while the defect leaves no trace, -1 if it turns the embedding by a right angle and nothing else does.
+    It is 0 while the defect leaves no trace, and -1 if the defect alone turns the embedding, by a right angle.
 
     Zou et al. 2022, "SPot-the-Difference self-supervised pre-training for anomaly detection and segmentation" (arXiv
     2207.14315), section 3, without margin or temperature; it stands beside the contrastive loss with weight 0.1. The
-    authors published no code of it: the formula and the weight are checked against others' notes of the paper only.
-    Gradients flow into all three, whether or not they do in the paper. Computed in at least float32 with autocast off.
+    authors published no code of it: the formula and the weight are checked only against other people's notes on the
+    paper. Gradients flow into all three, whether or not they do in the paper. Computed in at least float32 with
+    autocast off.
 
     Args:
         anchor, positive, negative: (B, D) embeddings, normalized here; one of zeros has cosine 0 with everything.

@@ -31,8 +31,8 @@ def sup_con(
     for each anchor i, and its mean over the anchors times T / T_base, as in the official losses.py; P(i) are the other
     embeddings with i's label, a runs over all others, of the images of all processes and of the memory bank. The
     paper finds `out` clearly better (its section 3.2.2), official code and results are `out`; solo-learn's "SupCon" is
-    `in` up to a constant for each anchor, log |P(i)|. An anchor with no positive, which needs V = 1, has the loss 0, as
-    in the official code.
+    `in` up to a constant for each anchor, log |P(i)|. An anchor without positives, possible only for V = 1, has a
+    loss of 0, as in the official code.
 
     With labels that are all different and V = 2 both forms are T / T_base times NT-Xent. Computed in at least float32
     with autocast off.
@@ -64,7 +64,7 @@ def sup_con(
     if form == "out":
         each = focal(log_share.masked_fill(~positive, 0), gamma).sum(1) / count.clamp(min=1)
     else:
-        alone = count == 0  # they get log 1, for the logarithm of no term at all has no gradient
+        alone = count == 0  # these anchors get log 1, since the logarithm of an empty sum has no gradient
         log_share = log_share.masked_fill(~positive, float("-inf")).masked_fill(alone[:, None], 0)
         log_mean = log_share.logsumexp(1) - count.clamp(min=1).to(z.dtype).log()
         each = focal(log_mean.masked_fill(alone, 0), gamma)

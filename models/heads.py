@@ -1,4 +1,4 @@
-"""What pretraining puts behind the backbone and throws away afterwards. Shapes: B batch, F features, K prototypes."""
+"""Heads that pretraining puts on a backbone and discards afterwards. Shapes: B batch, F features, K prototypes."""
 
 from itertools import pairwise
 from typing import Literal
@@ -11,8 +11,6 @@ from runtime.errors import UserError
 
 def head_widths(features: int, head: Literal["linear", "mlp"], hidden: int, out: int, *, layers: int = 2) -> list[int]:
     """Widths for `mlp` of a projection head: one layer for `linear`, `layers` for `mlp`; hidden 0 is `features`."""
-    if head not in ("linear", "mlp"):
-        raise UserError(f"method.head={head!r} is unknown; one of: linear, mlp")
     return [features, *[hidden or features] * (layers - 1 if head == "mlp" else 0), out]
 
 
@@ -30,7 +28,7 @@ def mlp(
         batch_norm: before each ReLU. bias, last_bias: of the hidden layers and of the last one.
         last_norm: a BatchNorm without parameters after the last layer.
 
-    The published heads, all found in their official codes; of two layers if nothing else is said:
+    The published heads, as in their official code; two layers unless stated otherwise:
 
         SimCLR           bias, last_bias (in TensorFlow each layer has a BatchNorm in the place of its bias)
         SupCon, MoCo v2  bias, last_bias, no batch_norm

@@ -26,13 +26,13 @@ def _shortcut(inputs: int, outputs: int, resize: Resize) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), nn.BatchNorm2d(outputs))
 
 
-class BasicBlock(nn.Module):
+class ResizingBasicBlock(nn.Module):
     """ResNet-18/34's block, halving or doubling the resolution in `conv1` and the shortcut when `resize` says so."""
 
     def __init__(self, inputs: int, outputs: int, resize: Resize, *, width: int):
         super().__init__()
         if width != 64:
-            raise ValueError(f"a BasicBlock has base width 64, not {width}")
+            raise ValueError(f"a ResizingBasicBlock has base width 64, not {width}")
         self.resize = resize
         self.conv1, self.bn1 = _conv3(inputs, outputs, resize), nn.BatchNorm2d(outputs)
         self.conv2, self.bn2 = _conv3(outputs, outputs), nn.BatchNorm2d(outputs)
@@ -45,7 +45,7 @@ class BasicBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(x)) + shortcut)
 
 
-class Bottleneck(nn.Module):
+class ResizingBottleneck(nn.Module):
     """ResNet-50's block, halving or doubling the resolution in `conv2` and the shortcut when `resize` says so.
 
     Args:
@@ -69,16 +69,16 @@ class Bottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(x)) + shortcut)
 
 
-Block = type[BasicBlock] | type[Bottleneck]
+ResizingBlock = type[ResizingBasicBlock] | type[ResizingBottleneck]
 
 
-def _layer(block: Block, inputs: int, outputs: int, depth: int, resize: Resize, *, width: int) -> nn.Sequential:
+def _layer(block: ResizingBlock, inputs: int, outputs: int, depth: int, resize: Resize, *, width: int) -> nn.Sequential:
     rest = [block(outputs, outputs, "", width=width) for _ in range(depth - 1)]
     return nn.Sequential(block(inputs, outputs, resize, width=width), *rest)
 
 
 def _init(network: nn.Module) -> None:
-    """He initialization, fan out, of the convolutions; transposed ones keep PyTorch's default, as in the official."""
+    """He initialization, fan out, of the convolutions; transposed ones keep the default, as in the official code."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -87,8 +87,8 @@ def _init(network: nn.Module) -> None:
 class OneClassBottleneck(nn.Module):
     """Multi-scale fusion and one-class embedding: the teacher's stages 1-3 to one map at half of stage 3's resolution.
 
-    The official BN_layer. Its conv4 and bn4 are in every official checkpoint but never used; here they take no
-    gradient either, so that DistributedDataParallel does not wait for theirs.
+    The official BN_layer. Its conv4 and bn4 are in every official checkpoint but never used; here they are frozen, so
+    that DistributedDataParallel does not wait for their gradients.
 
     Args:
         channels: of the teacher's stages 1-3, (c1, c2, c3); each stage is half as large as the one before.
@@ -96,7 +96,7 @@ class OneClassBottleneck(nn.Module):
         depth: number of blocks of the embedding, 2 for ResNet-18, 3 for the others.
     """
 
-    def __init__(self, channels: tuple[int, int, int], block: Block, depth: int, *, width: int):
+    def __init__(self, channels: tuple[int, int, int], block: ResizingBlock, depth: int, *, width: int):
         super().__init__()
         fine, mid, coarse = channels
         self.bn_layer = _layer(block, 3 * coarse, 2 * coarse, depth, "downsample", width=width)
@@ -126,7 +126,9 @@ class Decoder(nn.Module):
             official decoder mirrors the channels but not the depths.
     """
 
-    def __init__(self, channels: tuple[int, int, int], block: Block, depths: tuple[int, int, int], *, width: int):
+    def __init__(
+        self, channels: tuple[int, int, int], block: ResizingBlock, depths: tuple[int, int, int], *, width: int
+    ):
         super().__init__()
         fine, mid, coarse = channels
         self.layer1 = _layer(block, 2 * coarse, coarse, depths[0], "upsample", width=width)
@@ -143,17 +145,17 @@ class Decoder(nn.Module):
 
 # a student's blocks in layers 1-3, its block, base width, and the depth of the official one-class embedding
 STUDENTS = {
-    "resnet18": ((2, 2, 2), BasicBlock, 64, 2),
-    "resnet34": ((3, 4, 6), BasicBlock, 64, 3),
-    "resnet50": ((3, 4, 6), Bottleneck, 64, 3),
-    "wide_resnet50_2": ((3, 4, 6), Bottleneck, 128, 3),
+    "resnet18": ((2, 2, 2), ResizingBasicBlock, 64, 2),
+    "resnet34": ((3, 4, 6), ResizingBasicBlock, 64, 3),
+    "resnet50": ((3, 4, 6), ResizingBottleneck, 64, 3),
+    "wide_resnet50_2": ((3, 4, 6), ResizingBottleneck, 128, 3),
 }
 
 
 def build_student(teacher: nn.Module, student: str = "auto") -> tuple[OneClassBottleneck, Decoder]:
     """The student of a teacher: blocks and depths of `student`, channels of the teacher's stages 1-3.
 
-    `auto` is the teacher's own kind, as in the official code, and for a teacher that is none of STUDENTS a ResNet-18.
+    `auto` is the teacher's own kind, as in the official code, and a ResNet-18 for a teacher that is not in STUDENTS.
 
     Raises:
         UserError: an unknown student, or a teacher whose stages 1-3 do not each halve the one before.
@@ -164,7 +166,7 @@ def build_student(teacher: nn.Module, student: str = "auto") -> tuple[OneClassBo
     halved = [(2 * height, 2 * width) for _, height, width in (s for s in shapes[1:] if len(s) == 3)]
     if halved != [shape[1:] for shape in shapes[:2]]:
         raise UserError(
-            "reverse distillation needs a teacher whose stages 1-3 are maps that halve each other; of 64 x 64 pixels "
+            "reverse distillation needs a teacher whose stages 1-3 are maps that halve each other; from 64 x 64 pixels "
             f"this one makes {shapes}: set backbone.name to a CNN"
         )
     kind = (own_kind(teacher) or "resnet18") if student == "auto" else student
@@ -180,7 +182,7 @@ def own_kind(teacher: nn.Module) -> str | None:
     """The row of STUDENTS with a ResNet's depths, block and width."""
     if hasattr(teacher, "layer3"):
         depths = tuple(len(getattr(teacher, f"layer{n}")) for n in (1, 2, 3))
-        block = Bottleneck if hasattr(teacher.layer1[0], "conv3") else BasicBlock
+        block = ResizingBottleneck if hasattr(teacher.layer1[0], "conv3") else ResizingBasicBlock
         for kind, row in STUDENTS.items():
             if (depths, block, teacher.layer1[0].conv2.out_channels) == row[:3]:
                 return kind

@@ -14,6 +14,7 @@ from runtime import distributed
 from runtime.config import completed, flatten
 from runtime.errors import UserError
 from runtime.files import remove_unfinished, whole_file
+from runtime.text import first_few
 from runtime.version import another_version, code_version, goes_on_from
 
 LAST = "last.pt"
@@ -86,13 +87,13 @@ def read(path: str | Path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:  # torch.load meets a damaged file with any of eight types, KeyError among them
+    except Exception as error:  # for a damaged file torch.load raises any of eight types, KeyError among them
         if forbidden := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
                 f"{path} holds a Python object ({forbidden[1]}), and reading it could run code: refused; "
                 "save the state_dict alone with torch.save"
             ) from None
-        raise UserError(f"{path} is not a file of torch.save, or is cut short; download or copy it again") from None
+        raise UserError(f"{path} was not written by torch.save or is truncated; download or copy it again") from None
 
 
 def load(path: str | Path) -> dict:
@@ -128,23 +129,22 @@ IMAGES = {  # of a run, under these keys of its checkpoint
 def require_same_images(state: dict, images: dict[str, list], folder: Path) -> None:
     """UserError when a run that resumes was begun with other images, or has results of others.
 
-    `images` are names, by the keys of `IMAGES`; the test images and their masks count once there are results.
+    `images` are names, by the keys of `IMAGES`; the test images and their masks are compared once there are results.
     """
     finished = (folder / "results.json").exists()
     for key, now in images.items():
-        before = state.get(key, now)  # what older checkpoints do not have
+        before = state.get(key, now)  # an older checkpoint does not have them
         if before == now or (key in ("tested", "masks") and not finished):
             continue
         changes = []
         for change, names in (("added", {*now} - {*before}), ("removed", {*before} - {*now})):
             if names:
-                some = ", ".join(map(str, sorted(names)[:3]))
-                changes.append(f"{len(names)} {change}: {some}{', ...' if len(names) > 3 else ''}")
+                changes.append(f"{len(names)} {change}: {first_few(sorted(names))}")
         update = f" (with update={folder / LAST} where the detector can)" if "calibration" in state else ""
         raise UserError(
             f"the {IMAGES[key]} of {folder} changed since {'its results' if finished else 'it began'} "
             f"({'; '.join(changes) or 'their order'}): choose another run_name{update}, "
-            "or resume=never to start this one afresh"
+            "or resume=never to start this one from the beginning"
         )
 
 
@@ -161,25 +161,26 @@ def open_run(
     resume `auto`: a folder with a checkpoint of the same config goes on; one that `config_changes` tells apart is an
     error that names the keys, and so are other `images` (`require_same_images`). resume `never`: a run that is there
     is removed first. With `schema`, the config's dataclass, keys that the checkpoint is older than have their defaults.
-    Call it when everything else of the config has proved right, for it may delete.
+    Call it when everything else in the config has been checked, since it may delete files.
     """
     folder, state = Path(folder), None
-    if resume == "auto" and os.path.exists(folder / LAST):  # of a name that is too long it says no
+    if resume == "auto" and os.path.exists(folder / LAST):  # False for a name that is too long
         state = load(folder / LAST)
         before = completed(schema, state["config"]) if schema else state["config"]
         if keys := config_changes(before, config):
             old, new = flatten(before), flatten(config)
-            changes = ", ".join(f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys[:4])
+            changes = first_few([f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys], 4)
             raise UserError(
-                f"{folder} holds a run with another config ({changes}{', ...' if len(keys) > 4 else ''}); "
-                "choose another run_name, or resume=never to start this one afresh"
+                f"{folder} holds a run with another config ({changes}); "
+                "choose another run_name, or resume=never to start this one from the beginning"
             )
         require_same_images(state, images or {}, folder)
     goes_on_from(state.get("version") if state else None)
     other = another_version(state.get("version")) if state else ""
-    if other and distributed.is_main() and not (folder / "results.json").exists():  # else Log.repeat_results says it
-        print(f"{folder} resumes from a checkpoint of {other}; resume=never starts afresh", file=sys.stderr)
-    distributed.barrier()  # all ranks have looked before rank 0 changes anything
+    # of a finished run, Log.repeat_results reports it
+    if other and distributed.is_main() and not (folder / "results.json").exists():
+        print(f"{folder} resumes from a checkpoint of {other}; resume=never starts from the beginning", file=sys.stderr)
+    distributed.barrier()  # all ranks must have looked before rank 0 changes anything
     if distributed.is_main():
         try:
             if resume == "never" and os.path.exists(folder):
@@ -197,7 +198,7 @@ def open_run(
 
 
 def last_good(folder: Path) -> str:
-    """What a run that broke can go back to, in words."""
+    """What a failed run can go back to, in words."""
     return f"the last good checkpoint is {folder / LAST}" if (folder / LAST).exists() else "there is no checkpoint yet"
 
 

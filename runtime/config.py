@@ -117,7 +117,7 @@ def merge(schema: type, *layers: dict) -> dict:
     """
     dropped = []
     raw = functools.reduce(lambda lower, upper: _lay(schema, lower, upper, "", dropped), layers, {})
-    if dropped and os.environ.get("RANK", "0") == "0":  # the processes have not met yet
+    if dropped and os.environ.get("RANK", "0") == "0":  # the process group does not exist yet
         print(f"note: dropped options that a new choice does not have: {', '.join(dropped)}", file=sys.stderr)
     return raw
 
@@ -212,7 +212,7 @@ def build(schema: type, raw: dict, where: str = ""):
 def pick(table: dict, name: str, where: str):
     """`table[name]`, or an error that lists the valid names."""
     if not isinstance(name, str) or name not in table:
-        near = suggest(str(name), table).partition(";")[0]  # what is known follows anyway
+        near = suggest(str(name), table).partition(";")[0]  # the known names follow anyway
         raise UserError(f"{where}={shown(name)} is unknown{near}; one of: {', '.join(table)}")
     return table[name]
 

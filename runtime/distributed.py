@@ -25,7 +25,9 @@ def setup(device: str = "auto") -> torch.device:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device={device}, but torch finds no CUDA device here; use device=cpu")
     if device.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
-        raise UserError(f"device={device} is one device for several processes; device=cuda gives each its own")
+        raise UserError(
+            f"device={device} is one device for several processes; use device=cuda, which gives each its own"
+        )
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -36,7 +38,7 @@ def setup(device: str = "auto") -> torch.device:
             torch.cuda.set_device(target)
     except RuntimeError:
         raise UserError(
-            f"device={device} is not here ({torch.cuda.device_count()} CUDA devices); auto or cpu"
+            f"device={device} does not exist here ({torch.cuda.device_count()} CUDA devices); use auto or cpu"
         ) from None
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "nccl" if target.type == "cuda" else "gloo"
@@ -69,8 +71,8 @@ def barrier() -> None:
 
 def data_parallel(model: nn.Module) -> nn.Module:
     """The model, or with several processes DistributedDataParallel of it, which averages gradients and leaves buffers
-    alone: a queue of 65536 keys need not travel each step, as it is equal on all ranks, and running statistics count in
-    evaluation only, which takes rank 0's (`share_buffers`)."""
+    alone: a queue of 65536 keys is equal on all ranks and need not be sent at each step, and running statistics are
+    used only in evaluation, which takes rank 0's (`share_buffers`)."""
     if world_size() == 1:
         return model
     known = inspect.signature(DistributedDataParallel).parameters
@@ -112,7 +114,7 @@ def gather(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gather_rows(x: Tensor) -> Tensor:
-    """Like `gather` without gradient, for any number of rows a rank: (B_r, ...) -> (sum of B_r, ...)."""
+    """Like `gather` without gradient, for any number of rows per rank: (B_r, ...) -> (sum of B_r, ...)."""
     if world_size() == 1:
         return x
     counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world_size())]
@@ -141,7 +143,7 @@ def all_reduce_mean(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def share_buffers(model: nn.Module) -> None:
-    """Give every process rank 0's buffers: each has running BatchNorm statistics of its own."""
+    """Give every process rank 0's buffers, since each has its own running statistics of BatchNorm."""
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)

@@ -14,22 +14,22 @@ from tqdm import tqdm
 
 from runtime.text import printable
 
-ADVICE = {  # for what the system refuses
+ADVICE = {  # what the user can do about what the system refuses
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room",
     errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
-    errno.EROFS: "choose another place",
-    errno.EACCES: "choose another place, or change who may use it",
-    errno.ENOTDIR: "choose another place",
+    errno.EROFS: "choose another location",
+    errno.EACCES: "choose another location, or change its permissions",
+    errno.ENOTDIR: "choose another location",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
-SHORT = reprlib.Repr()  # of any value: neither its depth nor its length costs more than a line
+SHORT = reprlib.Repr()  # of any value: however deep or long it is, a message stays one line
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 90
 SHORT.maxlevel = 3
 LOST = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|Socket closed|remote (worker|process)|gloo.*[Tt]imed out"
 )
-PATIENCE = 10.0  # seconds in which a process that broke has said why
+PATIENCE = 10.0  # seconds that a failed process has to report why
 
 
 class UserError(Exception):
@@ -49,8 +49,8 @@ def cut(text: str, width: int = 90) -> str:
 def run(main) -> None:
     """Call `main(argv)`; a `UserError` becomes `error: ...` and exit status 2, Ctrl-C becomes exit status 130.
 
-    Under torchrun every cause has one line, whichever processes it strikes; what the others meet when they lose a
-    process is no cause.
+    Under torchrun every cause has one line, however many processes it strikes; that a process has lost another one
+    is not a cause.
     """
     try:
         main(sys.argv[1:])
@@ -65,13 +65,13 @@ def run(main) -> None:
 
 
 def explain(error: BaseException) -> tuple[str | None, int]:
-    """What to tell the user, and the exit status; (None, 1) of an error that is ours, whose traceback is needed."""
+    """What to tell the user, and the exit status; (None, 1) of a bug, whose traceback is needed."""
     if isinstance(error, UserError):
         return f"error: {' '.join(printable(str(error)).split())}", 2
     if isinstance(error, KeyboardInterrupt):
-        return "stopped; where there is a checkpoint, the same command goes on from it", 130
+        return "stopped; if there is a checkpoint, the same command resumes from it", 130
     if isinstance(error, ValueError) and str(error).startswith("Expected more than 1 value per channel"):
-        return "error: batch norm cannot train on one value a channel: raise batch_size or data.size", 2
+        return "error: batch norm cannot train on one value per channel: raise batch_size or data.size", 2
     if type(error).__name__ == "OutOfMemoryError":  # torch's
         how = "lower batch_size, data.size or predict.py's tile, or set precision=bf16"
         return f"error: the GPU's memory is full: {how}", 2
@@ -92,10 +92,13 @@ def _leave_together(error: BaseException, line: str | None, status: int) -> NoRe
                 time.sleep(0.05)
             if store.add("scavenge/causes", 0):
                 os._exit(2)
-            line, status = "error: another process of this run has died without a word; is memory short?", 2
+            line, status = (
+                "error: another process of this run died without an error message; did it run out of memory?",
+                2,
+            )
         store.add("scavenge/causes", 1)
         new = store.add(f"scavenge/{line or os.environ.get('RANK')}", 1) == 1
-    except Exception:  # another launcher than torchrun, or it is gone: better said twice than never
+    except Exception:  # another launcher than torchrun, or torchrun is gone: printing it twice is better than never
         new = True
     if new and line:
         bar_elsewhere = "\n" if os.environ.get("RANK") != "0" else ""

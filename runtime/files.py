@@ -20,13 +20,13 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """A file, of text (UTF-8) or with mode "wb" of bytes, that has its name only once all is written.
 
     After an error or Ctrl-C it is gone and what had the name before is untouched; after a kill, what had been flushed
-    lies beside it under a temporary name until `remove_unfinished`. Makes the folder. A disk that is full or read-only
-    is a `UserError`; so is, before anything is written, a name that is too long or a folder's.
+    is beside it under a temporary name until `remove_unfinished`. Makes the folder. A disk that is full or read-only
+    is a `UserError`; so is, before anything is written, a name that is too long or that of a folder.
     """
     path, temporary = Path(path), None
     text: dict[str, Any] = {} if "b" in mode else {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
     try:
-        with suppress(FileExistsError):  # a file in the folder's place, which the next line names better
+        with suppress(FileExistsError):  # a file where the folder should be, for which the error below is clearer
             path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
             if stat.S_ISDIR(path.stat().st_mode):
@@ -47,7 +47,7 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
 def remove_unfinished(folder: Path, *, below: bool = False) -> None:
     """Remove what killed processes left under a `temporary_name` in this folder, and with `below` in those in it.
 
-    Only its own machine knows whether a process still runs, so files of other machines stay.
+    Whether a process still runs can be asked only on its own machine, so files of other machines stay.
     """
     found = folder.glob(f"{'**/' if below else ''}*.unfinished-*") if os.path.isdir(folder) else ()
     for path in found:
@@ -70,12 +70,12 @@ def temporary_name(path: Path) -> Path:
 
 def _runs(process: int) -> bool:
     """Whether another process of this number runs on this machine."""
-    if process == os.getpid():  # of an earlier process with the same number, as in a container
+    if process == os.getpid():  # written by an earlier process with the same number, as in a container
         return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except (PermissionError, OverflowError):  # another user's; no number of a process
+    except (PermissionError, OverflowError):  # another user's process; a number that no process can have
         return True
     return True

@@ -1,4 +1,4 @@
-"""`--help`: a script's keys with types, values and a line each, from the source, where these stand anyway.
+"""`--help`: a script's keys with types, values and a line each, read from the source code, which has them anyway.
 
 The line of a dataclass field is its comment. That of a constructor's option is its entry under `Args:` in the docstring
 of the constructor, of a class that it inherits from, or of their module.
@@ -35,7 +35,9 @@ def show(text: str) -> None:
     try:
         if os.environ.get("RANK", "0") == "0":
             print(text, flush=True)
-    except BrokenPipeError:  # the reader, `head` for one, has seen enough; Python's last flush must not fail as well
+    except (
+        BrokenPipeError
+    ):  # the reader, such as `head`, has closed the pipe; Python's last flush must not fail as well
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(0)
 
@@ -85,13 +87,13 @@ def _options(constructor, raw: dict, where: str) -> list[tuple]:
 
 
 def _sentence(what) -> str:
-    """The first one of a docstring."""
+    """The first sentence of a docstring."""
     first = " ".join((what.__doc__ or "").split("\n\n")[0].split())
     return re.split(r"\. (?=[A-Z])|[.:]?$", first)[0]
 
 
 def names(table: dict) -> str:
-    """Names and the first sentences of what they stand for."""
+    """Names, each with the first sentence of its docstring."""
     side = max(map(len, table))
     return "\n".join(f"  {name:{side}}  {_sentence(what)}" for name, what in table.items())
 
@@ -131,7 +133,7 @@ def _kind(kind) -> str:
 
 
 def _written(value) -> str:
-    """A value as one types it."""
+    """A value as the user would type it."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple | list):
@@ -186,7 +188,7 @@ def option_lines(constructor) -> dict[str, str]:
     documents = [cls.__doc__ for cls in classes] + [sys.modules[constructor.__module__].__doc__]
     found = {}
     for document in documents:
-        found = argument_lines(document or "") | found  # the nearest one counts
+        found = argument_lines(document or "") | found  # the nearest docstring wins
     return found
 
 

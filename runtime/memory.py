@@ -1,4 +1,4 @@
-"""How much memory is free, and tensors that may be larger than it: in RAM while they fit, beyond it in files."""
+"""How much memory is free, amounts of it in words, and tensors larger than it: in RAM up to a limit, beyond it in files."""
 
 import math
 import mmap
@@ -15,7 +15,7 @@ from runtime.errors import UserError
 
 
 def free_memory(place: torch.device) -> int:
-    """Free bytes for this process: of a GPU, or of RAM within the container's limit, a part for each local process.
+    """Free bytes for this process: of a GPU, or its share of the RAM that is free within the container's limit.
 
     What the file cache holds counts as free, since the system gives it back. Without Linux's files: all of the RAM.
     """
@@ -29,6 +29,11 @@ def free_memory(place: torch.device) -> int:
         if limit != "max":
             free = min(free, int(limit) - int(used["anon"]) - int(used["shmem"]))
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def gib(size: float) -> str:
+    """Bytes, as `1.25 GiB`."""
+    return f"{size / 2**30:.2f} GiB"
 
 
 def _fields(path: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a dataclass declares as the schema of a configuration: its sections, its choices and the options of these."""
+"""What a dataclass declares as the schema of a configuration: sections, choices, and the options of a choice."""
 
 import dataclasses
 import inspect

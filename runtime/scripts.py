@@ -1,4 +1,4 @@
-"""Other scripts, ours and copied ones, for who runs many of them: where they are, their config, a run of one."""
+"""Scripts, ours and copied ones, for programs that run many of them: where a script is, its config, a run of it."""
 
 import contextlib
 import importlib.util
@@ -20,7 +20,7 @@ def path_of(word: str) -> Path:
     """Where a script is: as named, or in this repository."""
     path = next((path for path in (Path(word), TOP / word) if path.is_file()), None)
     if path is None:
-        raise UserError(f"the script {word} is not there")
+        raise UserError(f"there is no script {word}; name a file, or a script of this repository")
     return path.resolve()
 
 
@@ -40,7 +40,7 @@ def module_of(word: str) -> ModuleType:
         del sys.modules[path.stem]
         raise UserError(f"{word} cannot be imported: {type(error).__name__}: {error}") from None
     if not hasattr(module, "main"):
-        raise UserError(f"{word} has no main(argv)")
+        raise UserError(f"{word} has no main(argv), by which a sweep runs a script")
     return module
 
 
@@ -59,7 +59,7 @@ def config_of(words: list[str]) -> dict | None:
 
 
 def run(words: list[str], launcher: str, server) -> str | None:
-    """Run one command; what it did wrong in one line, or None. Its progress goes to the terminal."""
+    """Run one command; returns its error as one line, or None. Its progress goes to the terminal."""
     words = [str(path_of(words[0])), *words[1:]]
     if launcher:
         try:
@@ -73,7 +73,7 @@ def run(words: list[str], launcher: str, server) -> str | None:
     send.close()
     try:
         error = receive.recv()
-    except EOFError:  # killed before it could say anything
+    except EOFError:  # killed before it could report anything
         process.join()
         error = f"the process died (exit code {process.exitcode}); out of memory?"
     process.join()

@@ -1,8 +1,8 @@
-"""What TensorBoard shows: under which tag each value and image of a run stands, and what it means.
+"""What TensorBoard shows: the tag of each value and image of a run, and what it means.
 
 TensorBoard sorts groups (what stands before a tag's "/") by name and opens the first two, hence their numbers: loss,
 test or kNN, health, what the method reports, optimizer, speed, views. metrics.jsonl has the keys of this table, without
-numbers. A new key needs no row: it then stands under "4_method", or "9_other" if it is no stats/... key.
+numbers. A new key needs no row: without one it is under "4_method", or under "9_other" if it is not a stats/... key.
 """
 
 TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, description in Markdown)
@@ -22,7 +22,7 @@ TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, descr
     "curves": ("2_test/curves", "ROC and precision-recall curve of the test images; the dot is the threshold."),
     "heatmaps": (
         "2_test/heatmaps",
-        "Test images that tell most about the detector: misses, false alarms, strongest and typical of each defect.",
+        "The most telling test images: misses, false alarms, the strongest and a typical one of each defect.",
     ),
     "neighbors": ("2_test/neighbors", "The most anomalous patch of test images beside the nearest training patch."),
     "scores": ("2_test/scores", "Image scores of the training normals and of each kind of test image."),
@@ -63,7 +63,7 @@ TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, descr
     ),
     "stats/teacher_entropy_share": (
         "4_method/teacher_entropy_share",
-        "Entropy of the teacher's output by its largest: 1 uniform, 0 one prototype; both ends are collapses.",
+        "Entropy of the teacher's output divided by its maximum: 1 uniform, 0 one prototype; both are a collapse.",
     ),
     "stats/prototypes_used": (
         "4_method/prototypes_used",
@@ -73,7 +73,10 @@ TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, descr
         "4_method/teacher_temperature",
         "Softmax temperature of the teacher; it warms up.",
     ),
-    "stats/position_accuracy": ("4_method/position_accuracy", "Share of patch positions that are told; chance is 1/8."),
+    "stats/position_accuracy": (
+        "4_method/position_accuracy",
+        "Share of patch positions that are guessed right; chance is 1/8.",
+    ),
     "stats/task_loss": ("4_method/task_loss", "PsCo's supervised part of the loss, on pseudo-labels."),
     "stats/moco_loss": ("4_method/moco_loss", "PsCo's contrastive part of the loss, MoCo's."),
     "stats/distinct_shots": ("4_method/distinct_shots", "PsCo: 1 if no two images share a shot from the queue."),
@@ -95,7 +98,7 @@ TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, descr
     "speed/images_per_second": ("6_speed/images_per_second", "Training images per second, over all processes."),
     "speed/data_wait_share": ("6_speed/data_wait_share", "Share of the time spent waiting for data; 0 is best."),
     "config": ("config", "The resolved configuration."),
-    "warning": ("warning", "What was wrong at three points in a row, and what to do."),
+    "warning": ("warning", "What was wrong at three consecutive points, and what to do."),
     "per defect": ("per defect", "Each defect against all good test images, with 95 % bootstrap intervals."),
     "compare": ("compare", "Paired bootstrap between runs."),
     "describe": ("describe", "Size and speed of backbones."),

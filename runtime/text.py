@@ -1,18 +1,27 @@
-"""Names of files as text: they may hold any bytes, and TensorBoard, terminals and fonts take only valid Unicode."""
+"""Text for people: names of files, which may hold any bytes where terminals, fonts and TensorBoard take only valid
+Unicode; long lists cut short; lines that are printed once."""
 
 import functools
 import sys
+from collections.abc import Iterable
 
 
 def printable(text: str) -> str:
-    """`text` with bytes that are no UTF-8 spelled out: os.fsdecode(b"\\xff.png") becomes `\\xff.png`.
+    """`text` with bytes that are not UTF-8 spelled out: os.fsdecode(b"\\xff.png") becomes `\\xff.png`.
 
     For people, never as a key: another file may really have that name.
     """
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:  # a surrogate that stands for no byte, from a JSON or YAML file
+    except UnicodeEncodeError:  # a surrogate that is not a byte, from a JSON or YAML file
         return text.encode("utf-8", "backslashreplace").decode()
+
+
+def first_few(items: Iterable, most: int = 3, separator: str = ", ") -> str:
+    """`a, b, c, and 4 more`: the first `most` items and the number of the others."""
+    texts = [str(item) for item in items]
+    rest = [f"and {len(texts) - most} more"] if len(texts) > most else []
+    return separator.join(texts[:most] + rest)
 
 
 @functools.cache

@@ -102,7 +102,7 @@ def _plain(text: str, wrong: UserError) -> str:
 def path_text(path: str, where: str) -> str:
     """`path`, of any bytes, if the file system can have it."""
     if "\0" in path or len(os.fsencode(path)) > 4000 or any(len(os.fsencode(p)) > 255 for p in path.split("/")):
-        raise UserError(f"{where}={shown(path)} cannot be a path: a name has 255 bytes at most, and no NUL")
+        raise UserError(f"{where}={shown(path)} cannot be a path: a name has at most 255 bytes, and no NUL")
     return path
 
 

@@ -4,11 +4,11 @@ A version is `bc5813abcd+ 5f0c2e9a.77aa01bc`: the commit (`+`: the tree has chan
 packages and one of the script. Only the hashes tell versions apart, so a commit that changes no code makes nothing
 stale, and an edit counts whether git knows of the file or not. What matters:
 
-- packages: every .py file below the repository's folders with an `__init__.py`, but for `NO_PART`;
+- packages: every .py file below the repository's folders with an `__init__.py`, except `NO_PART`;
 - script: the file that runs (a copied one as well), with what it imports from beside it. Its name does not count.
 
-All of it is read once, when this module is imported, as nearly all modules are: an edit in the middle of a run is not
-in its memory, and so not in its version.
+All of it is read once, when this module is imported, as nearly all modules are: an edit in the middle of a run is
+neither in its memory nor in its version.
 """
 
 import ast
@@ -20,13 +20,13 @@ import sys
 from pathlib import Path
 
 TOP = Path(__file__).resolve().parent.parent
-NO_PART = ("tests", "benchmarks", "docs")  # folders whose code is no part of a result
+NO_PART = ("tests", "benchmarks", "docs")  # folders whose code takes no part in a result
 
 
 def code_version(script: str | Path | None = None) -> str:
     """The version of this code with the script that runs; of a run that another version began, `theirs, then ours`.
     With `script`: what the version of a fresh run of that one would be."""
-    here = f"{_commit()} {_PACKAGES}.{_script_hash(Path(script or sys.argv[0]).resolve())}"
+    here = f"{commit()} {_PACKAGES}.{_script_hash(Path(script or sys.argv[0]).resolve())}"
     if script or not _earlier:
         return here
     return _earlier if _earlier.endswith(here.split()[1]) else f"{_earlier}, then {here}"
@@ -56,7 +56,7 @@ def _hashes(version: str, with_script: bool) -> set[str]:
 
 
 @functools.cache
-def _commit() -> str:
+def commit() -> str:
     """Commit of this code, with `+` when the tree has changes; `unknown` outside a git checkout."""
     command = ["git", "-C", str(TOP), "describe", "--always", "--dirty=+", "--abbrev=10"]
     try:
@@ -107,5 +107,5 @@ def _hash(files: dict[str, Path]) -> str:
 
 
 _PACKAGES = packages_hash(TOP)
-_script_hash(Path(sys.argv[0]).resolve())  # now, for an edit while it runs is not in its memory
+_script_hash(Path(sys.argv[0]).resolve())  # computed now: later edits are not in this process's memory
 _earlier = ""  # the version that began this run, if it was another one

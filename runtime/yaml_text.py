@@ -43,8 +43,8 @@ def read_yaml(path: str | Path) -> dict:
 
 
 class _Reader:
-    """Texts, lists and dicts from the nodes of one file, which are counted: nine aliases of nine aliases of ... are few
-    lines, and more values than memory holds."""
+    """Texts, lists and dicts from the nodes of one file, which are counted, since nine aliases of nine aliases of ...
+    take few lines and hold more values than fit into memory."""
 
     def __init__(self, path: str | os.PathLike):
         self.path, self.nodes = path, 0

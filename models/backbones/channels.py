@@ -1,4 +1,4 @@
-"""One channel of an image for a backbone: gray images, or one of the colors, for weights that know three."""
+"""One channel of an image for a backbone: gray images, or one of the colors, for weights trained on three."""
 
 from typing import Literal
 
@@ -13,15 +13,15 @@ OneChannel = Literal["copy", "learned"]
 def take_channel(backbone: nn.Module, channel: Channel, how: OneChannel) -> None:
     """Let every stem of `backbone`, a convolution of the images (B, 3, H, W), see one of their channels alone.
 
-    A stem of one channel (`in_channels=1`) sees it as it is; weights/load.py adds up the weights of three for it,
-    which gives the output of `copy` with a third of the stem's work. A stem of three sees it
+    A stem of one channel (`in_channels=1`) sees it as it is; for it, weights/load.py sums the weights of the
+    three, which gives the output of `copy` with a third of the stem's work. A stem of three sees it as
 
-        copy: three times;
-        learned: through a 1x1 convolution to three, `to_rgb` in the stem, which starts as copy and is trained where the
-            backbone is.
+        copy: repeated three times;
+        learned: three channels from a 1x1 convolution, `to_rgb` in the stem, which starts as a copy and is trained
+            whenever the backbone is.
 
     The channels of a gray image are equal before they are normalized and, by ImageNet's mean and deviation of each
-    color, not quite afterwards; any of them will do.
+    color, not quite afterwards; any of them can be taken.
 
     Raises:
         UserError: `learned` for a stem of one channel.

@@ -49,7 +49,7 @@ class GlobalResponseNorm(nn.Module):
         return x * factor.to(x.dtype) + self.bias.view(-1, 1, 1).to(x.dtype)
 
 
-class Mlp(nn.Module):
+class ConvNeXtMlp(nn.Module):
     """Four times as many channels, GELU, V2's normalization, and back: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels: int, version: int):
@@ -62,14 +62,14 @@ class Mlp(nn.Module):
         return self.fc2(self.grn(F.gelu(self.fc1(x))))
 
 
-class Block(nn.Module):
+class ConvNeXtBlock(nn.Module):
     """7x7 filter of each channel, LayerNorm, MLP, V1's layer scale, shortcut: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels: int, version: int, drop_path: float):
         super().__init__()
         self.conv_dw = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
         self.norm = LayerNorm2d(channels)
-        self.mlp = Mlp(channels, version)
+        self.mlp = ConvNeXtMlp(channels, version)
         self.gamma = nn.Parameter(torch.empty(channels)) if version == 1 else None
         self.drop_path = DropPath(drop_path)
         self.reset_parameters()
@@ -94,7 +94,7 @@ class Stage(nn.Module):
         self.downsample = nn.Identity()
         if in_channels != channels:
             self.downsample = nn.Sequential(LayerNorm2d(in_channels), nn.Conv2d(in_channels, channels, 2, stride=2))
-        self.blocks = nn.Sequential(*(Block(channels, version, rate) for rate in rates))
+        self.blocks = nn.Sequential(*(ConvNeXtBlock(channels, version, rate) for rate in rates))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(self.downsample(x))
@@ -158,7 +158,7 @@ class ConvNeXt(nn.Module):
         stride = self.stem[0].stride[0] * 2 ** (last - 1)
         if min(x.shape[2:]) < stride:
             raise UserError(
-                f"{type(self).__name__} needs images of {stride} x {stride} pixels at least for {last} stages, not "
+                f"{type(self).__name__} needs images of at least {stride} x {stride} pixels for {last} stages, not "
                 f"{x.shape[2]} x {x.shape[3]}: enlarge them, or set backbone.patch=1"
             )
         x, maps = self.stem(x), []

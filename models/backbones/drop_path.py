@@ -1,4 +1,4 @@
-"""Stochastic depth (Huang et al. 2016, arXiv 1603.09382): in training a block is its shortcut now and then."""
+"""Stochastic depth (Huang et al. 2016, arXiv 1603.09382): training skips the residual branch of a block at random."""
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,8 @@ from runtime.errors import UserError
 class DropPath(nn.Module):
     """Zero the residual branch of an image with probability `p`, else divide it by 1 - p: (B, ...) -> (B, ...).
 
-    In training only, each image by itself, as in timm and torchvision (`mode="row"`); Huang et al. drop whole batches
-    and scale in testing. The expected value of a block is what testing gives.
+    In training only, and for each image by itself, as in timm and torchvision (`mode="row"`); Huang et al. drop whole
+    batches, and scale when testing. The expected output of a block is its output in eval mode.
     """
 
     def __init__(self, p: float = 0.0):
@@ -28,7 +28,7 @@ class DropPath(nn.Module):
 
 
 def drop_rates(rate: float, blocks: int) -> list[float]:
-    """One rate a block, from 0 for the first to `rate` for the last in equal steps (Huang et al., equation 4, counts
+    """One rate per block, from 0 for the first to `rate` for the last in equal steps (Huang et al., equation 4, counts
     from the input; official DINO's linspace is this)."""
     if not 0 <= rate < 1:
         raise UserError(f"backbone.drop_path={rate} must be at least 0 and below 1")

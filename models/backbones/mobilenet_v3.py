@@ -76,7 +76,7 @@ class SqueezeExcitation(nn.Module):
         return x * F.hardsigmoid(self.fc2(F.relu(self.fc1(means))))
 
 
-class InvertedResidual(nn.Module):
+class InvertedResidualV3(nn.Module):
     """Expand by 1x1, filter each channel, weigh the channels, project by 1x1 without activation:
     (B, in_channels, H, W) -> (B, out_channels, H / stride, W / stride)."""
 
@@ -144,7 +144,7 @@ class MobileNetV3(MobileNet):
         layers = [conv_bn(in_channels, channels[0], 3, nn.Hardswish, stride=2, padding=padding)]
         for kernel, expanded, out_channels, squeeze, hardswish, stride in self.settings:
             layers.append(
-                InvertedResidual(
+                InvertedResidualV3(
                     channels[-1],
                     scaled(expanded, width),
                     scaled(out_channels, width),

@@ -10,7 +10,6 @@ from typing import Literal
 from torch import Tensor, nn
 
 from models.backbones.drop_path import DropPath, drop_rates
-from runtime.errors import UserError
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -118,11 +117,9 @@ class ResNet(nn.Module):
         if stem == "imagenet":
             self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
             self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        elif stem in ("cifar", "cifar_solo"):
+        else:
             self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1 if stem == "cifar" else 2, bias=False)
             self.maxpool = nn.Identity()
-        else:
-            raise UserError(f"backbone.stem={stem!r} is unknown; one of: imagenet, cifar, cifar_solo")
         self.stem = stem
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)

@@ -1,4 +1,4 @@
-"""BatchNorm over parts of a batch, as if each were on a device of its own."""
+"""BatchNorm over parts of a batch, as if each part were on its own device."""
 
 import torch
 from torch import Tensor, nn

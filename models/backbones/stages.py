@@ -1,4 +1,4 @@
-"""What methods that use a backbone's first stages ask of it."""
+"""Shapes of a backbone's first stages, and training those alone, for methods that use no more of it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,15 +9,17 @@ from torch import Tensor, nn
 
 def stage_shapes(backbone: nn.Module, last: int, size: int = 64) -> list[tuple[int, ...]]:
     """Shapes of stages 1 to `last` of one image of size x size pixels, without the batch: [(C_i, H_i, W_i)] of a CNN.
-    For a ViT whose patches do not divide it the size is the next multiple of them. Nothing of the backbone changes."""
+    A ViT whose patches do not divide the size gets the next multiple of them. The backbone is left unchanged."""
     with torch.no_grad(), _stages(backbone, last, size) as maps:
         return [tuple(feature.shape[1:]) for feature in maps]
 
 
 def train_stages(backbone: nn.Module, last: int) -> None:
-    """Leave trainable what stages 1 to `last` depend on and nothing else, for DistributedDataParallel waits for every
-    trainable parameter. No statistics move."""
-    parameters = [p for p in backbone.requires_grad_(True).parameters() if p.requires_grad]  # but what never learns
+    """Leave trainable what stages 1 to `last` depend on and nothing else, since DistributedDataParallel waits for every
+    trainable parameter. BatchNorm's statistics stay as they are."""
+    parameters = [
+        p for p in backbone.requires_grad_(True).parameters() if p.requires_grad
+    ]  # without those that are never trained
     with torch.enable_grad(), _stages(backbone, last, 64) as maps:
         gradients = torch.autograd.grad(sum(feature.sum() for feature in maps), parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients):
@@ -26,7 +28,7 @@ def train_stages(backbone: nn.Module, last: int) -> None:
 
 @contextmanager
 def _stages(backbone: nn.Module, last: int, size: int) -> Iterator[list[Tensor]]:
-    """The stages of a black image, in eval mode; then every module's mode is what it was."""
+    """The stages of a black image, in eval mode; afterwards every module is in its former mode."""
     patch = getattr(backbone, "patch", 1)
     size = -(-size // patch) * patch
     modes = [(module, module.training) for module in backbone.modules()]

@@ -25,7 +25,7 @@ def up(x: Tensor, like: Tensor) -> Tensor:
 
 
 class UNetResNet18(ResNet18):
-    """A ResNet-18, which is the encoder, and a decoder, which no file of a ResNet has: it starts from random weights.
+    """A ResNet-18 as the encoder, and a decoder that starts from random weights, since no ResNet checkpoint has one.
 
     Args:
         num_classes: 0 gives the pooled features, more adds a classifier.
@@ -76,7 +76,7 @@ class UNetResNet18(ResNet18):
     def forward_stages(self, x: Tensor, last: int = 4) -> list[Tensor]:
         """Images (B, in_channels, H, W) -> the decoder's maps at the strides s = 4, 8 and 16 and the encoder's at 32:
         [(B, stage_channels[i], H / s, W / s)], rounded up. The finest needs all the others, so `last` only says how
-        many are handed out."""
+        many are returned."""
         return self.decode(x)[2 : 2 + last]
 
     def forward_dense(self, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from models.backbones.drop_path import DropPath, drop_rates
 from runtime.errors import UserError
 
 DEPTH = 12
-STAGE_ENDS = (3, 6, 9, 12)  # blocks after which `forward_stages` hands out a map
+STAGE_ENDS = (3, 6, 9, 12)  # blocks after which `forward_stages` returns a map
 
 
 class Attention(nn.Module):
@@ -35,7 +35,7 @@ class Attention(nn.Module):
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)  # from (3, B, heads, T, D / heads)
 
     def maps(self, x: Tensor) -> Tensor:
-        """How much each token looks at each: (B, heads, T, T), rows sum to one."""
+        """How much each token attends to each other one: (B, heads, T, T), rows sum to one."""
         q, k, _ = self.split(x)
         return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
 
@@ -112,10 +112,10 @@ class ViT(nn.Module):
         in_channels: of the images.
         patch: side of a patch; 16 or 8 for the published weights, 14 for DINOv2's, 4 or less for small images.
         size: side of the images that the position embedding is made for, 224 in the official code (518 in DINOv2).
-        interpolation: how it becomes another size. `dino`: bicubic, by the factor (patches + 0.1) / side, as official
-            DINO (and DINOv2 without registers). `timm`: bicubic with antialiasing, to the number of patches.
+        interpolation: how the position embedding is resized. `dino`: bicubic, by the factor (patches + 0.1) / side, as
+            official DINO (and DINOv2 without registers). `timm`: bicubic with antialiasing, to the number of patches.
         drop_path: stochastic depth of the last block, linear from 0 at the first.
-        layer_scale: initial factor of each branch; 0 has none, DINOv2 1e-5.
+        layer_scale: initial factor of each branch; 0 for none, 1e-5 in DINOv2.
         registers: tokens that belong to no patch (arXiv 2309.16588); 4 in DINOv2's models of that name.
 
     Attributes:
@@ -139,9 +139,7 @@ class ViT(nn.Module):
     ):
         super().__init__()
         if patch < 1 or size < patch or size % patch:
-            raise UserError(f"backbone.size={size} must be a multiple of backbone.patch={patch}, a positive number")
-        if interpolation not in ("dino", "timm"):
-            raise UserError(f"backbone.interpolation={interpolation!r} is unknown; one of: dino, timm")
+            raise UserError(f"backbone.size={size} must be a positive multiple of backbone.patch={patch}")
         self.patch, self.interpolation = patch, interpolation
         self.num_features, self.stage_channels = self.width, [self.width] * len(STAGE_ENDS)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.width))
@@ -179,8 +177,8 @@ class ViT(nn.Module):
         if x.shape[2] % self.patch or x.shape[3] % self.patch:
             fitting = sorted({max(side // self.patch + up, 1) * self.patch for side in x.shape[2:] for up in (0, 1)})
             raise UserError(
-                f"{type(self).__name__} cuts images into patches of {self.patch} x {self.patch} pixels, which "
-                f"{x.shape[2]} x {x.shape[3]} are no multiple of: change the size (to {', '.join(map(str, fitting))}), "
+                f"{type(self).__name__} cuts images into patches of {self.patch} x {self.patch} pixels, but "
+                f"{x.shape[2]} x {x.shape[3]} is not a multiple: change the size (to {', '.join(map(str, fitting))}), "
                 "or backbone.patch"
             )
         x = self.patch_embed["proj"](x)  # (B, D, h, w)

@@ -1,5 +1,5 @@
 """MoCo v3's vision transformers (Chen, Xie & He 2021, arXiv 2104.02057; official vits.py): patches embedded by a random
-convolution that never learns (section 4.2), at fixed sine positions; weights of a start of their own."""
+convolution that is never trained (section 4.2), fixed sine positions, and an initialization of their own."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models.backbones.vit import ViT
 
 
-def sines(side: int, width: int) -> Tensor:
+def sine_positions(side: int, width: int) -> Tensor:
     """Positions of a class token (zeros) and of side x side patches: (1, 1 + side^2, width). A quarter of the channels
     each is sin and cos of the row, then of the column, over wavelengths from 2 pi to nearly 10000 x 2 pi
     patches."""
@@ -20,8 +20,8 @@ def sines(side: int, width: int) -> Tensor:
 
 
 class ViTMoCo(ViT):
-    """The family. Its parameters have ViT's names and shapes, but ViT-S has 12 heads, twice DINO's: weights of the one
-    load into the other and mean nothing there, so models/weights/load.py looks at the positions."""
+    """The family. Its parameters have ViT's names and shapes, but ViT-S has 12 heads, twice DINO's: weights of one
+    load into the other but mean nothing there, so models/weights/load.py looks at the positions."""
 
     def start(self) -> None:
         """Initial weights: Xavier's uniform ones, zero biases; and the positions."""
@@ -30,14 +30,14 @@ class ViTMoCo(ViT):
                 parts = 3 if name.endswith("qkv") else 1  # queries, keys and values each by themselves
                 _uniform(module, module.in_features + module.out_features // parts)
         with torch.no_grad():
-            self.pos_embed.copy_(sines(math.isqrt(self.pos_embed.shape[1] - 1), self.width))
+            self.pos_embed.copy_(sine_positions(math.isqrt(self.pos_embed.shape[1] - 1), self.width))
         nn.init.normal_(self.cls_token, std=1e-6)
         proj = self.patch_embed["proj"]
         _uniform(proj, proj.in_channels * self.patch**2 + self.width)
         self.requires_grad_(True)
 
     def requires_grad_(self, requires_grad: bool = True) -> nn.Module:
-        """As of any module, but for what never learns."""
+        """As for any module, except for what is never trained."""
         super().requires_grad_(requires_grad)
         for frozen in (self.pos_embed, *self.patch_embed.parameters()):
             frozen.requires_grad_(False)

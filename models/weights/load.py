@@ -1,4 +1,4 @@
-"""Load a backbone's weights from other people's checkpoints and from ours, and say what was used and what was left.
+"""Load a backbone's weights from other people's checkpoints and from ours, and report what was used and left over.
 
 A checkpoint is a state_dict, plain or under "model", "state_dict" or "model_state_dict", or has one for each network,
 as DINO's has. Names lose DataParallel's `module.` and torch.compile's `_orig_mod.`; models/weights/names.py turns those
@@ -17,11 +17,12 @@ from models.backbones.mobilenet import MobileNetV2
 from models.backbones.mobilenet_v3 import MobileNetV3
 from models.backbones.resnet import ResNet
 from models.backbones.vit import ViT, resample
-from models.backbones.vit_moco import ViTMoCo, sines
-from models.weights.files import open_weights, tensors_of
+from models.backbones.vit_moco import ViTMoCo, sine_positions
 from models.weights.names import rename
 from models.weights.options import wrong_options
+from models.weights.sources import open_weights, tensors_of
 from runtime.errors import UserError
+from runtime.text import first_few
 
 # part: what its backbone's names start with. part=auto takes the one that the file names under "part", as ours do, else
 # the first of these that it has.
@@ -52,10 +53,10 @@ def load_weights(model: nn.Module, path: str | Path, *, part: str = "auto") -> s
     `path` is a file of torch.save or, if that package is installed, of safetensors; or the name of torchvision's
     weights for this backbone, IMAGENET1K_V1 for one, which torchvision downloads.
 
-    Every parameter and buffer of the model must be in the file; only `num_batches_tracked` need not be, and modules
-    that the model's `may_lack` names. Shapes must be the model's, but for axes of length 1, and but for what is
+    Every parameter and buffer of the model must be in the file, except `num_batches_tracked` and modules that the
+    model's `may_lack` names. Shapes must be the model's, except for axes of length 1 and for what is
     resized: the stem's input channels, from three to any number, and a ViT's position embedding. Options that no shape
-    shows must be those that the file was trained with, where it tells them (models/weights/options.py). The file may
+    reveals must be those that the file was trained with, if it tells them (models/weights/options.py). The file may
     have more: anything outside the part, and inside it the `HEADS` that the model lacks. The report names it, the
     library whose names were translated, and when the file has several parts, the rule by which one was taken. After an
     error the model is as before.
@@ -96,14 +97,13 @@ def load_weights(model: nn.Module, path: str | Path, *, part: str = "auto") -> s
     }
     faults |= {name: f"{name} is unknown" for name in given if name not in wanted and not _is_head(name)}
     if faults:
-        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
         if all(_is_head(name) for name in faults):
             advice = "build the model without a classifier (num_classes=0)"
         else:
             advice = _identify(inside) or "try another backbone.name, stem, width, channel or part"
         raise UserError(
             f"{path}{choice}{translated} does not fit {type(model).__name__}: "
-            f"{'; '.join(list(faults.values())[:3])}{more}; {advice}"
+            f"{first_few(faults.values(), separator='; ')}; {advice}"
         )
     model.load_state_dict({name: given.get(name, tensor) for name, tensor in wanted.items()})
 
@@ -156,7 +156,7 @@ def _other_heads(model: type[nn.Module], positions: Tensor | None) -> str | None
     if issubclass(model, ViTMoCo):
         learned = "its positions are learned, not MoCo v3's, so it has 6 heads, not 12; set backbone.name=vit_small"
         return learned if positions[:, 0].any() else None
-    fixed = sines(round((positions.shape[1] - 1) ** 0.5), 384)
+    fixed = sine_positions(round((positions.shape[1] - 1) ** 0.5), 384)
     if positions.shape == fixed.shape and torch.allclose(positions.float(), fixed, atol=1e-2):
         return "its positions are MoCo v3's sines, so it has 12 heads, not 6; set backbone.name=vit_moco_small"
     return None

@@ -1,7 +1,7 @@
-"""Options of a backbone that change what it computes and the shape of no tensor: what a file says about them.
+"""Options of a backbone that change what it computes and the shape of no tensor: what a checkpoint says about them.
 
-Weights load under a wrong one without a fault, and the features are off: by a third with the other padding of a CIFAR
-stem. Where the file says which it needs, the model must have it.
+With a wrong one, weights load without an error and the features are off, by a third for the wrong padding of a CIFAR
+stem. Where the checkpoint tells which option it needs, the model must have it.
 """
 
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def _needed(checkpoint, tensors: dict[str, Tensor], layout: str | None) -> tuple
     if _is_solo_learns(checkpoint, tensors):
         return (
             "solo-learn's CIFAR ResNets pad their first convolution by 2: set {}; if another program trained this one, "
-            "leave its classifier.* out",
+            "remove its classifier.* from the file",
             {"": {"stem": "cifar_solo"}},
         )
     return "", {}

@@ -69,7 +69,7 @@ def test_a_table_of_any_list(tmp_path, capsys):
         (["backbones=resnet18 depth=3"], "depth"),
         ([], "missing key 'backbones'"),
         (["backbones="], "task=describe needs backbones: names with their options, or all"),
-        (["backbones=vit_tiny", "size=50"], "patches of 16 x 16 pixels, which 50 x 50 are no multiple of"),
+        (["backbones=vit_tiny", "size=50"], "patches of 16 x 16 pixels, but 50 x 50 is not a multiple"),
         (["backbones=resnet18", "batch_size=0"], "batch_size"),
     ],
 )

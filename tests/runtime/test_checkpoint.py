@@ -74,7 +74,7 @@ def test_images_of_a_run_that_resumes(tmp_path):
     assert resume() is None
     checkpoint.save(folder / "last.pt", {}, step=7, config={}, **images)
     assert resume()["step"] == 7
-    assert "2 added: f, g; 5 removed: a, b, c, ...)" in error(names=list("fg"))
+    assert "2 added: f, g; 5 removed: a, b, c, and 2 more)" in error(names=list("fg"))
     assert "training images" in error(names=list("abcdea")) and "(their order)" in error(names=list("edcba"))
     assert "held out" in error(learned=[0, 3])
     assert resume(tested=["t", "u"])["step"] == 7  # it has tested none yet

@@ -50,7 +50,7 @@ def test_one_process_is_the_identity():
 
 def test_devices_that_do_not_do(monkeypatch):
     for device in ("mps", "meta", "gpu"):
-        with pytest.raises(UserError, match=f"device={device} is not here"):
+        with pytest.raises(UserError, match=f"device={device} does not exist here"):
             distributed.setup(device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

@@ -1,10 +1,10 @@
-"""Names of any bytes as valid text."""
+"""Names of any bytes as valid text; long lists cut short."""
 
 import os
 
 import pytest
 
-from runtime.text import printable
+from runtime.text import first_few, printable
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,10 @@ from runtime.text import printable
 def test_printable(name, expected):
     assert printable(name) == expected
     printable(name).encode()
+
+
+def test_first_few():
+    assert first_few(iter("abc")) == "a, b, c"
+    assert first_few("abcde") == "a, b, c, and 2 more"
+    assert first_few([1, 2], 1, separator="; ") == "1; and 1 more"
+    assert first_few([]) == ""

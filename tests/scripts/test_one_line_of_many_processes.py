@@ -63,7 +63,7 @@ def test_a_broken_image_that_one_process_sees_after_some_steps(tmp_path):
         ("errors.UserError('only here')", ["error: only here"]),
         pytest.param(
             "SystemExit(7)",
-            ["error: another process of this run has died without a word; is memory short?"],
+            ["error: another process of this run died without an error message; did it run out of memory?"],
             marks=pytest.mark.slow,
         ),
         pytest.param(

@@ -9,7 +9,7 @@ from models.anomaly import DETECTORS
 from models.anomaly.detector import TrainingBatch
 from models.backbones import BACKBONES
 from models.backbones.cbam import SpatialGate
-from models.backbones.convnext import Block
+from models.backbones.convnext import ConvNeXtBlock
 from models.backbones.stages import stage_shapes
 from models.backbones.vit import ViT
 from models.ssl import SSL_METHODS
@@ -40,7 +40,7 @@ def build(name: str, **options) -> nn.Module:
     torch.manual_seed(0)
     net = BACKBONES[name](**SMALL[name], **options)
     for module in net.modules():
-        if isinstance(module, Block) and module.gamma is not None:
+        if isinstance(module, ConvNeXtBlock) and module.gamma is not None:
             nn.init.ones_(module.gamma)
         elif isinstance(module, SpatialGate):
             nn.init.ones_(module.bn.weight)

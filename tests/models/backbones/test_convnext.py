@@ -133,7 +133,7 @@ def test_small_images():
         (8, 8),
         (4, 4),
     ]
-    with pytest.raises(UserError, match="needs images of 32 x 32 pixels at least for 4 stages, not 31 x 40"):
+    with pytest.raises(UserError, match="needs images of at least 32 x 32 pixels for 4 stages, not 31 x 40"):
         ConvNeXtAtto()(torch.zeros(1, 3, 31, 40))
     assert ConvNeXtAtto().forward_stages(torch.zeros(1, 3, 16, 16), last=3)[-1].shape[2:] == (1, 1)
     with pytest.raises(UserError, match=r"backbone\.patch=0"):

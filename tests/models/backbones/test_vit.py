@@ -260,7 +260,7 @@ def test_positions_that_are_none(tmp_path, build, shape):
 def test_errors():
     net = ViTTiny(size=32)
     for call in (net, net.forward_stages, net.attention_maps):
-        with pytest.raises(UserError, match="patches of 16 x 16 pixels, which 32 x 40 are no multiple of"):
+        with pytest.raises(UserError, match="patches of 16 x 16 pixels, but 32 x 40 is not a multiple"):
             call(torch.zeros(1, 3, 32, 40))
     with pytest.raises(UserError, match=r"backbone\.size=224 must be a multiple of backbone\.patch=15"):
         ViTTiny(patch=15)

@@ -9,8 +9,8 @@ import torchvision
 from models.backbones import BACKBONES
 from models.backbones.convnext import ConvNeXtAtto
 from models.backbones.mobilenet_v3 import MobileNetV3Small
-from models.weights.files import TORCHVISION
 from models.weights.load import load_weights
+from models.weights.sources import TORCHVISION
 from runtime.errors import UserError
 
 
@@ -68,7 +68,9 @@ def test_without_a_network_it_says_what_to_fetch(tmp_path, monkeypatch):
 def test_names_that_torchvision_does_not_have():
     with pytest.raises(UserError, match="no weights IMAGENET1K_V9 for mobilenet_v3_small; it has: IMAGENET1K_V1"):
         load_weights(MobileNetV3Small(), "IMAGENET1K_V9")
-    with pytest.raises(UserError, match="torchvision has no weights for ConvNeXtAtto: IMAGENET1K_V1 is no file either"):
+    with pytest.raises(
+        UserError, match="there is no file IMAGENET1K_V1, and torchvision has no weights for ConvNeXtAtto"
+    ):
         load_weights(ConvNeXtAtto(), "IMAGENET1K_V1")
 
 

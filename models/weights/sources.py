@@ -1,4 +1,4 @@
-"""What a file of weights holds: of torch.save, of safetensors, or of torchvision's by name."""
+"""Where weights come from: a file of torch.save or of safetensors, or torchvision by name."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from models.backbones import BACKBONES
 from runtime.checkpoint import read
 from runtime.errors import UserError
+from runtime.text import first_few
 
 TORCHVISION = {"vit_base": "vit_b_16"}  # its names where they are not ours
 
@@ -31,7 +32,7 @@ def open_weights(model: nn.Module, path: str | Path):
     try:
         choices = torchvision.models.get_model_weights(TORCHVISION.get(ours, ours or ""))
     except ValueError:
-        raise UserError(f"torchvision has no weights for {type(model).__name__}: {path} is no file either") from None
+        raise UserError(f"there is no file {path}, and torchvision has no weights for {type(model).__name__}") from None
     if str(path) not in choices.__members__:
         raise UserError(f"torchvision has no weights {path} for {ours}; it has: {', '.join(choices.__members__)}")
     try:
@@ -39,7 +40,7 @@ def open_weights(model: nn.Module, path: str | Path):
     except (OSError, RuntimeError) as error:  # URLError is an OSError; RuntimeError: the hash is not the file's
         raise UserError(
             f"cannot download torchvision's {path} for {ours} ({error}): download "
-            f"{choices[str(path)].url} where there is a network, and set backbone.weights to the file"
+            f"{choices[str(path)].url} on a machine with network access, and set backbone.weights to the file"
         ) from None
 
 
@@ -53,7 +54,7 @@ def tensors_of(checkpoint, path: str | Path) -> dict[str, Tensor]:
                 name = re.sub(r"(^|(?<=\.))(module|_orig_mod)\.", "", str(name))
                 tensors[re.sub(r"^((model|state_dict|model_state_dict)\.)+", "", name)] = entry
     if not tensors:
-        keys = f" with the keys {', '.join(map(str, list(checkpoint)[:5]))}" if isinstance(checkpoint, dict) else ""
+        keys = f" with the keys {first_few(checkpoint, 5)}" if isinstance(checkpoint, dict) else ""
         raise UserError(
             f"{path} holds a {type(checkpoint).__name__}{keys} and no state_dict; "
             'save one with torch.save, plain or under "model", "state_dict" or "model_state_dict"'
