@@ -1,6 +1,6 @@
 """Seconds of the exact k-center greedy against the plain torch loop, and whether the picks are the same.
 
-    python -m benchmarks.coreset [--write]                     # the sizes of the README; --write: results/coreset.md
+    python -m benchmarks.coreset [--write]                     # the sizes of its table; --write: results/coreset.md
     python -m benchmarks.coreset --only "50,000 x 128"         # those whose name holds this
     python -m benchmarks.coreset --size 20000 128 2000 --device cuda
 

@@ -1,4 +1,4 @@
-"""How much memory is free, amounts of it in words, and tensors larger than it: in RAM up to a limit, beyond it in files."""
+"""How much memory is free, amounts of it in words, and tensors larger than it: in RAM up to a limit, then in files."""
 
 import math
 import mmap

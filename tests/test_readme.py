@@ -1,4 +1,5 @@
-"""README, configs and layout say what is true: every command is run, every config loads, every file has its size."""
+"""README, docs, configs and layout say what is true: every command is run, every link leads somewhere, every config
+loads, every file has its size."""
 
 import re
 import shlex
@@ -20,7 +21,8 @@ from data.demo.generate import generate
 from models.ssl import SSL_METHODS
 from runtime import config
 from runtime.errors import UserError
-from tests.images import TOP, command, write_classes, write_mvtec
+from tests.images import TOP, write_classes, write_mvtec
+from tests.processes import script
 
 SMALL = {
     "train_ssl.py": [
@@ -47,11 +49,27 @@ FURTHER = {  # what makes a config small beyond that
     ],
 }
 CONFIGS = sorted((TOP / "configs").rglob("*.yaml"))
+PAGES = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md"))]
+COMMANDS = [page for page in PAGES if page.stem not in ("python", "extending")]  # those two have tests of their own
+RESULTS = sorted((TOP / "docs" / "results").glob("*.md"))
+ROOMS = "benchmarks|configs|data|docs|evaluation|examples|losses|models|plots|runtime|search|tests|training"
 
 
-def commands() -> list[str]:
-    blocks = re.findall(r"```\n(.*?)```", (TOP / "README.md").read_text(), re.DOTALL)
+def name_of(page: Path) -> str:
+    return str(page.relative_to(TOP))
+
+
+def commands(page: Path) -> list[str]:
+    blocks = re.findall(r"^```\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     return [line for block in blocks for line in block.splitlines() if re.match(r"(python|torchrun) ", line)]
+
+
+def parts(line: str) -> tuple[str, list[str], int]:
+    """The script of a command, its words, and how many processes the test starts it in."""
+    launcher, *words = shlex.split(line)
+    if launcher == "torchrun":
+        return words[1], words[2:], 2
+    return words[0], words[1:], 1
 
 
 @pytest.fixture(scope="module")
@@ -65,36 +83,131 @@ def place(tmp_path_factory):
     return place
 
 
-def test_every_command_of_the_readme_runs_at_small_size(place, monkeypatch):
-    """In the order of the README, for a later one needs the checkpoint of an earlier one."""
+def run(line: str, place: Path, out: Path) -> None:
+    """A command as it is written, at small size, with its data in `place` and what it writes in `out`."""
+    for written, here in (
+        ("/path/to", place),
+        ("=IMAGENET1K_V1", f"={place}/resnet18.pth"),
+        ("runs/", f"{out}/runs/"),
+        ("out=", f"out={out}/"),
+    ):
+        line = line.replace(written, str(here))
+    name, words, processes = parts(line)
+    if "--help" in words:
+        with pytest.raises(SystemExit, match="0"):
+            MAINS[name].main(words)
+        return
+    if name == "predict.py":
+        words += SMALL[name]
+    elif "task=describe" in words:
+        words += ["batch_size=1", "device=cpu", f"runs={out}/runs"]
+    elif "task=compare" not in words:
+        words = config.overlay(words, SMALL[name], FURTHER.get(words[0], []), [f"runs={out}/runs"])
+    if processes > 1:
+        script([name, *words], processes=processes)
+    else:
+        MAINS[name].main(words)
+
+
+def test_the_quick_commands_of_the_readme_run_at_small_size(place, tmp_path, monkeypatch):
     monkeypatch.chdir(TOP)
-    mains = {"train_ssl.py": train_ssl, "train_anomaly.py": train_anomaly, "eval.py": evaluate, "predict.py": predict}
-    ran = []
-    for line in commands():
-        for written, here in (("/path/to", place), ("runs/", f"{place}/runs/"), ("out=", f"out={place}/")):
-            line = line.replace(written, str(here))
-        launcher, *words = shlex.split(line)
-        processes = 1
-        if launcher == "torchrun":
-            processes, words = 2, words[1:]
-        name, *words = words
-        if name == "sweep.py":
-            continue  # `make demo` runs it as it stands, tests/scripts/test_eval_and_sweep.py a small one
-        if name == "predict.py":
-            words += SMALL[name]
-        elif "task=compare" not in words:
-            words = config.overlay(words, SMALL[name], FURTHER.get(words[0], []), [f"runs={place}/runs"])
-        if processes > 1:
-            subprocess.run(command([name, *words], processes=processes), cwd=TOP, check=True)
+    quick = [line for line in commands(TOP / "README.md") if line.startswith("python ")]
+    assert quick
+    for line in quick:
+        run(line, place, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", COMMANDS, ids=name_of)
+def test_every_command_runs_at_small_size(page, place, tmp_path, monkeypatch):
+    """In the order of the page, for a later one needs the checkpoint of an earlier one on that page."""
+    monkeypatch.chdir(TOP)
+    for line in commands(page):
+        if parts(line)[0] != "sweep.py":  # `make demo` runs it as it stands, tests/scripts/ a small one
+            run(line, place, tmp_path)
+
+
+def test_docs_have_commands_of_every_script():
+    scripts = [parts(line)[0] for page in COMMANDS for line in commands(page)]
+    assert set(scripts) >= MAINS.keys() | {"sweep.py"}
+
+
+@pytest.mark.parametrize("page", [*COMMANDS, *RESULTS], ids=name_of)
+def test_every_command_is_understood(page, monkeypatch):
+    """Its config can be built, at full size, and every cell's of a sweep."""
+    monkeypatch.chdir(TOP)
+    for line in commands(page):
+        name, words, _ = parts(line)
+        if "--help" in words:
+            with pytest.raises(SystemExit, match="0"):
+                MAINS[name].main(words)
+        elif name == "-m":
+            module, *words = words
+            assert (TOP / f"{module.replace('.', '/')}.py").exists(), line
+            assert module == "benchmarks.false_alarms" and config.load(train_anomaly.Config, words), line
+        elif name == "predict.py":
+            config.load(predict.Config, [f"run={words[0]}", f"images={words[1]}", *words[2:]])
+        elif name == "eval.py":
+            kind, _ = evaluate.TASKS[next(word for word in words if word.startswith("task=")).removeprefix("task=")]
+            if any(word.startswith("checkpoint=") for word in words):  # data and backbone are that run's
+                words += ["data.name=folder", "data.root=/path/to/images", "data.size=32", "backbone.name=resnet18"]
+            config.load(kind, words)
+        elif name == "sweep.py":
+            assert sweep.check(sweep.plan(sweep.load(words))[1])
         else:
-            mains[name].main(words)
-        ran.append(name)
-    assert ran.count("train_ssl.py") >= 2 and ran.count("train_anomaly.py") >= 2 and ran.count("eval.py") >= 3
-    assert "predict.py" in ran
+            parts_are_no_longer_than_the_run(config.load(SCHEMAS[name], words))
+
+
+def test_the_loop_of_the_readme_runs_and_leaves_a_backbone(place, tmp_path, monkeypatch):
+    (code,) = re.findall(r"^```python\n(.*?)^```", (TOP / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    small = {"datasets/demo/scavport": f"{place}/images", "dataset, 64,": "dataset, 8,", "range(8)": "range(2)"}
+    for written, here in small.items():
+        assert written in code
+        code = code.replace(written, here)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    monkeypatch.chdir(TOP)
+    words = ["configs/eval_folder.yaml", "task=knn", f"data.root={place}/images", "backbone.name=resnet18"]
+    evaluate.main([*words, f"backbone.weights={tmp_path}/backbone.pth", f"runs={tmp_path}", *SMALL["eval.py"]])
+
+
+def test_the_readme_is_short():
+    assert len((TOP / "README.md").read_bytes()) <= 8192
+
+
+@pytest.mark.parametrize("page", [*PAGES, *RESULTS, TOP / "CONTRIBUTING.md"], ids=name_of)
+def test_every_link_leads_to_a_file_and_a_heading(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not link.startswith(("http://", "https://")):
+            path, _, heading = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not heading or heading in headings(target), link
+
+
+def headings(page: Path) -> list[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    lines = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines]
+
+
+@pytest.mark.parametrize("page", [*COMMANDS, *RESULTS, TOP / "CONTRIBUTING.md"], ids=name_of)
+def test_every_path_that_is_named_exists(page):
+    """Those of our folders and scripts; `<method>` and `*` stand for anything."""
+    for path in re.findall(rf"(?<![\w/.>])((?:{ROOMS})/[\w/.*<>-]+|\w+\.py\b)", page.read_text()):
+        assert list(TOP.glob(re.sub(r"<\w+>", "*", path).rstrip("."))), path
+
+
+@pytest.mark.parametrize("page", [page for page in RESULTS if page.stem not in ("README", "speed")], ids=name_of)
+def test_every_table_says_where_it_comes_from(page):
+    said = re.findall(r"^\| ([\w ]+) \| \S", page.read_text(), re.MULTILINE)
+    assert {"command", "commit", "machine", "seeds", "chosen on"} <= set(said)
+    assert f"({page.name})" in (page.parent / "README.md").read_text()
 
 
 SCHEMAS = {"train_ssl.py": train_ssl.Config, "train_anomaly.py": train_anomaly.Config, "eval.py": evaluate.Config,
            "sweep.py": sweep.Config}  # fmt: skip
+MAINS = {"train_ssl.py": train_ssl, "train_anomaly.py": train_anomaly, "eval.py": evaluate, "predict.py": predict}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -1,4 +1,4 @@
-"""Official checkpoints of trained detectors in every layout that README promises: written here as the official code
+"""Official checkpoints of trained detectors in every layout that the docs promise: written here as the official code
 writes them, loaded by name, and compared with networks of torch's functions and torchvision's layers. RegAD's and
 pytorch-cutpaste's are in test_regad_official.py and test_cutpaste.py."""
 

@@ -1,4 +1,4 @@
-"""Every layout that README promises: a file in it loads, and the features are those of an independent network."""
+"""Every layout that the docs promise: a file in it loads, and the features are those of an independent network."""
 
 import pytest
 import torch
