@@ -18,6 +18,8 @@ run.finish({"loss": curves["loss"]})
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -25,7 +27,8 @@ from tqdm import tqdm
 
 from runtime import checkpoint, distributed
 from runtime.config import as_dict, run_folder
-from runtime.log import Log, Window
+from runtime.errors import UserError
+from runtime.log import Log
 from runtime.version import code_version
 
 
@@ -112,3 +115,61 @@ class Run:
         self.log.results(results | {"version": code_version()})
         distributed.barrier()
         distributed.cleanup()
+
+
+class Window:
+    """Means since the last reading: loss, images per second, share of the time spent waiting for data.
+
+    The loss is added up on the device, so nothing waits for it until `read`.
+    """
+
+    def __init__(self, device: torch.device):
+        self.loss = torch.zeros((), device=device)
+        self._restart()
+
+    def _restart(self) -> None:
+        self.loss.zero_()
+        self.losses = self.images = 0
+        self.waited, self.started = 0.0, time.perf_counter()
+
+    def next(self, batches: Iterator):
+        """next(batches), timed and counted; the images are as many as the batch's last entry has rows."""
+        asked = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - asked
+        self.images += len(batch[-1]) * distributed.world_size()
+        return batch
+
+    def add(self, loss: Tensor) -> None:
+        self.loss += loss.detach()
+        self.losses += 1
+
+    @contextmanager
+    def paused(self):
+        """What happens inside, evaluation and saving, is no training time."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
+
+    def check(self, grad_norm: Tensor | None, where: str, scale: float = 1.0) -> None:
+        """Stop on a loss of this window that is not finite, or a gradient of the last step (None: fp16's scaler has
+        skipped such a step), before weights that it ruined are saved; `where` says step, learning rate and what to go
+        back to. `scale` is that scaler's: it halves with each step that is skipped."""
+        if scale < 1:
+            raise UserError(f"fp16 has skipped nearly every step {where}; use precision=bf16 or fp32")
+        for name, value in (("loss", self.loss), ("gradient's norm", grad_norm)):
+            if value is not None and not torch.isfinite(value):
+                raise UserError(
+                    f"the {name} is {float(value)} {where}; lower the learning rate or use precision=bf16 or fp32"
+                )
+
+    def read(self) -> dict[str, float]:
+        """Means over this window and all ranks; starts the next window. Every rank must call it."""
+        seconds = time.perf_counter() - self.started
+        values = {
+            "loss": float(distributed.all_reduce_mean(self.loss)) / max(self.losses, 1),
+            "speed/images_per_second": self.images / seconds,
+            "speed/data_wait_share": self.waited / seconds,
+        }
+        self._restart()
+        return values

@@ -3,14 +3,11 @@
 import json
 import math
 import subprocess
-import time
 
-import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from runtime.errors import UserError
-from runtime.log import Log, Window
+from runtime.log import Log
 from tests.images import TOP, command
 
 
@@ -45,42 +42,12 @@ def test_what_a_killed_process_left_after_its_checkpoint_is_dropped(tmp_path):
     assert lines(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 30.0}]
 
 
-def test_window():
-    window = Window(torch.device("cpu"))
-    for value in (1.0, 2.0, 6.0):
-        batch = torch.zeros(8, 3), torch.arange(8)
-        assert window.next(iter([batch])) is batch
-        window.add(torch.tensor(value))
-    values = window.read()
-    assert values["loss"] == 3.0 and values["speed/images_per_second"] > 0 and values["speed/data_wait_share"] >= 0
-    window.add(torch.tensor(5.0))
-    window.check(torch.tensor(2.0), "here")
-    with pytest.raises(UserError, match="the gradient's norm is nan by step 3"):  # of a loss that is a number yet
-        window.check(torch.tensor(math.nan), "by step 3")
-    window.check(None, "here")
-    assert window.read()["loss"] == 5.0
-    window.add(torch.tensor(math.inf))
-    with pytest.raises(UserError, match="the loss is inf by step 3"):
-        window.check(None, "by step 3")
-
-
 def test_a_warning_is_said_at_the_third_point_in_a_row_and_once(tmp_path, capsys):
     log = Log(tmp_path, {})
     for step, warning in enumerate(["a", "a", None, "b", "b", "b", "b", None, "c", "c", "c"]):
         log.warn(step, warning)
     log.writer.close()
     assert capsys.readouterr().err.splitlines() == ["step 5: b", "step 10: c"]
-
-
-def test_pauses_are_no_training_time_and_a_vanishing_scale_stops():
-    window = Window(torch.device("cpu"))
-    started = window.started
-    with window.paused():
-        time.sleep(0.05)
-    assert window.started >= started + 0.05
-    window.check(None, "here", scale=1.0)
-    with pytest.raises(UserError, match="fp16 has skipped nearly every step by step 30"):
-        window.check(None, "by step 30", scale=0.5)
 
 
 LIMITED = """

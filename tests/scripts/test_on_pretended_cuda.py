@@ -18,9 +18,9 @@ from tests.networks import FourStages
 from tests.pretended_cuda import pretended_cuda
 from tests.scripts import test_train_anomaly, test_train_ssl
 
-# Files that read values of the device by design. A step of training is in none of them: log.py and collapse.py read
-# when a point of the curves is due, sheets.py after the first step, knn.py and features.py when it is evaluated.
-CURVES = {"log.py", "collapse.py", "sheets.py"}
+# Files that read values of the device by design, none of them in every step: run.py, log.py and collapse.py read when a
+# point of the curves is due, sheets.py after the first step, knn.py and features.py when it is evaluated.
+CURVES = {"run.py", "log.py", "collapse.py", "sheets.py"}
 EVALUATION = {"features.py", "knn.py"}
 # A detector is fitted and measured by whole sets, not by steps: one verdict per set on whether values are finite, the
 # findings of each batch, and what the exact searches branch on (the coreset's pool, the candidates of the kNN).
@@ -95,7 +95,7 @@ def test_a_step_of_pretraining_reads_nothing(name, classes, small_backbone, tmp_
     reads = on_cuda(train_ssl.main, words, "epochs=1", "log_every=9", "save.every=9")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 4
     assert {file for file, _ in reads} <= CURVES | EVALUATION
-    assert reads["log.py", "read"] == 1
+    assert reads["run.py", "read"] == 1
 
 
 @pytest.mark.parametrize("name", test_train_anomaly.TINY)

@@ -11,7 +11,7 @@ from PIL import Image
 import train_anomaly
 from models.anomaly import DETECTORS
 from runtime.errors import UserError
-from runtime.log import Window
+from runtime.run import Window
 from tests.images import write_mvtec
 from tests.scripts.test_train_anomaly import BY_GRADIENT, TINY, words
 

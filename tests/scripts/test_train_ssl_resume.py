@@ -9,7 +9,7 @@ import torch
 import train_ssl
 from runtime import checkpoint
 from runtime.errors import UserError
-from runtime.log import Window
+from runtime.run import Window
 from tests.images import write_classes
 from tests.scripts.test_train_ssl import losses, words
 

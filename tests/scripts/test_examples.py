@@ -1,0 +1,46 @@
+"""The programs in examples/ have the loss of train_ssl.py at every step, bit for bit."""
+
+import json
+
+import pytest
+import torch
+
+import examples.dino
+import examples.simclr
+import train_ssl
+from models.backbones.resnet import ResNet18
+from models.weights.load import load_weights
+from runtime.config import overlay
+from tests.images import write_classes
+
+EXAMPLES = {
+    "simclr": (examples.simclr.train, {"crop": 24, "lr": 0.01}, ["augment.size=24", "optim.lr=0.01"]),
+    "dino": (
+        examples.dino.train,
+        {"crop": 24, "local_crop": 16, "prototypes": 32},
+        ["augment.size=24", "augment.local_crops=2", "augment.local_size=16", "method.prototypes=32"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_has_the_script_s_loss_at_every_step(name, tmp_path, monkeypatch):
+    """Its defaults are those of the YAML, so only sizes are given; the second epoch is past the warm-up."""
+    train, options, words = EXAMPLES[name]
+    images = write_classes(tmp_path / "images")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    same = {"size": 36, "batch_size": 12, "epochs": 2}
+    losses = train(str(images), str(tmp_path / "backbone.pth"), **same, **options)
+    about = [f"data.root={images}", f"runs={tmp_path}", "run_name=run", "holdout=0", "device=cpu"]
+    about += ["data.size=36", "batch_size=12", "epochs=2"]
+    train_ssl.main(overlay([f"configs/demo/{name}_demo.yaml"], words, about))
+    points = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert losses == [point["loss"] for point in points] and len(losses) == 6 and losses[0] != losses[-1]
+    load_weights(ResNet18(), tmp_path / "backbone.pth")
+
+
+def test_examples_are_short():
+    """To copy and to read: 100 lines or fewer each."""
+    for example in (examples.simclr, examples.dino):
+        with open(example.__file__, encoding="utf-8") as file:
+            assert len(file.readlines()) <= 100
