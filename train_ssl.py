@@ -3,8 +3,8 @@
     python train_ssl.py configs/simclr_scavport.yaml data.root=/images optim.lr=0.3
     torchrun --nproc_per_node=4 train_ssl.py configs/dino_scavport.yaml
 
-Writes runs/<run_name>/: last.pt, metrics.jsonl, results.json, TensorBoard events. The same command goes on where a
-killed one stopped. The whole loop is in `main`; what it calls of this script stands below it in that order.
+Writes runs/<run_name>/: last.pt, metrics.jsonl, results.json, TensorBoard events. The same command resumes a run
+that was killed. The whole loop is in `main`; what it calls of this script stands below it in that order.
 """
 
 import runtime.threads  # before torch
@@ -86,7 +86,7 @@ class Config:
     defect: DefectConfig | None = None  # of the last view, for a method that needs one
     spd: SPDConfig | None = None  # SPot-the-Difference beside the method's loss
     optim: OptimConfig  # optimizer and rates
-    sam: SAMConfig | None = None  # sharpness-aware minimisation: two passes per step
+    sam: SAMConfig | None = None  # sharpness-aware minimization: two passes per step
     ema: EMAConfig = field(default_factory=EMAConfig)  # of methods with a target network
     save: SaveConfig = field(default_factory=SaveConfig)  # checkpoints
     epochs: int  # passes over the training set
@@ -141,7 +141,7 @@ def main(argv: list[str]) -> None:
         views = partial(data.augment, epoch=0 if cfg.overfit else epoch)  # (images, ids) -> V x (B, 3, h, w)
 
         gradient = partial(backward, model, objective, micro_batches, views, scaler, autocast, seed)
-        with distributed.unsynchronised(model, cfg.sam is not None and cfg.sam.m_sharpness):
+        with distributed.unsynchronized(model, cfg.sam is not None and cfg.sam.m_sharpness):
             loss, stats = gradient()
         if cfg.sam is not None:
             for parameter in method.frozen():
@@ -252,7 +252,7 @@ def with_defects(cfg: Config, augment: Augment) -> Callable[..., list[Tensor]]:
 
 def build_networks(cfg: Config, run: Run, data: Data) -> tuple[SSLMethod, nn.Module, nn.Module, dict]:
     """The method; what gives the loss, which is the method or SPD around it; what passes a batch, which is that one or
-    a part of it, perhaps compiled and distributed; and what there is to say: `weights` and `warnings`.
+    a part of it, perhaps compiled and distributed; and for the user where the `weights` come from and the `warnings`.
 
     One image has passed through all of it, so that what cannot work is found before the run folder is touched.
     """
@@ -284,7 +284,7 @@ def size_of(method: SSLMethod) -> int:
 
 
 def introduce(cfg: Config, run: Run, data: Data, method: SSLMethod, notes: dict) -> None:
-    """Say what is about to happen."""
+    """Print what is about to happen, and warnings."""
     images, steps = len(data.loader.indices), run.total // cfg.epochs
     lines = [
         f"{cfg.run_name}: {cfg.method.name} on {images} images, {cfg.backbone.name} ({notes['weights']})",
@@ -298,7 +298,7 @@ def introduce(cfg: Config, run: Run, data: Data, method: SSLMethod, notes: dict)
 
 
 def log_views(run: Run, views: Callable[..., list[Tensor]], batch: tuple[Tensor, ...]) -> None:
-    """The views of a batch's first eight images, as they are after unnormalising."""
+    """Write the views of a batch's first eight images to TensorBoard."""
     images, _, ids = (part[:8] for part in batch)
     for name, sheet in view_sheets(images, [unnormalize(view) for view in views(images, ids)]).items():
         run.log.image(f"views/{name}", pil_to_tensor(sheet))

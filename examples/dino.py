@@ -84,7 +84,7 @@ def train(
             loss.backward()
             optimizer.step()
             ema_update(teacher, student, warmup_cosine(step, total, start=momentum, end=1.0))
-            criterion.update()  # the centre
+            criterion.update()  # the center
             losses.append(loss.item())
         print(f"epoch {epoch + 1} of {epochs}: loss {losses[-1]:.4f}")
     torch.save(teacher.backbone.state_dict(), out)

@@ -81,7 +81,7 @@ def data_parallel(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, **options)
 
 
-def unsynchronised(model: nn.Module, when: bool) -> AbstractContextManager:
+def unsynchronized(model: nn.Module, when: bool) -> AbstractContextManager:
     """Inside, if `when`, each process's backward passes leave its own gradients in place of the mean over processes."""
     return model.no_sync() if when and isinstance(model, DistributedDataParallel) else nullcontext()
 

@@ -71,7 +71,7 @@ class OptimConfig:
     final_lr: float = 0.0  # where the cosine ends
     weight_decay: float = 0.0  # of weights; not of biases and norms, unless decay_norms
     final_weight_decay: float | None = None  # a cosine from weight_decay to this (DINO); none: constant
-    layer_decay: float = 1.0  # learning rate x layer_decay a stage (ResNet, ConvNeXt) or block (others) to the head
+    layer_decay: float = 1.0  # learning rate x layer_decay per stage (ResNet, ConvNeXt) or block (others) to the head
     decay_norms: bool = False  # decay biases and norms, too (official SGD recipes of MoCo, SimSiam, SupCon, PsCo)
     bias_lr_scale: float = 1.0  # learning rate x this for biases and norms; Barlow Twins: 0.0048 / 0.2 = 0.024
     fix_predictor_lr: bool = False  # a module `predictor` learns at the peak rate throughout (SimSiam)

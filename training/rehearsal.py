@@ -27,7 +27,7 @@ def no_trace(network: nn.Module, device: torch.device, *, training: bool) -> Ite
 
 @contextmanager
 def naming(sizes: dict[str, int | tuple[int, int]]) -> Iterator[None]:
-    """Inside, a `UserError` about a size, say 90 x 90, gets the key in front that has this value."""
+    """Inside, a `UserError` about a size, 90 x 90 for example, is prefixed with the key that has this value."""
     try:
         yield
     except UserError as error:
@@ -37,7 +37,7 @@ def naming(sizes: dict[str, int | tuple[int, int]]) -> Iterator[None]:
 
 @contextmanager
 def batch_norm_needs_more(batch_size: int) -> Iterator[None]:
-    """Inside, what torch's batch norm says of a single value per channel becomes a `UserError`."""
+    """Inside, torch's error about a batch norm with a single value per channel becomes a `UserError`."""
     try:
         yield
     except ValueError as error:

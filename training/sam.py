@@ -1,4 +1,4 @@
-"""Sharpness-aware minimisation: the gradient of a step is taken where the loss near the weights is about largest."""
+"""Sharpness-aware minimization: a step takes the gradient where the loss near the weights is about largest."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from runtime.errors import UserError
 
 @dataclass(kw_only=True)
 class SAMConfig:
-    """`sam.*`: sharpness-aware minimisation, at twice the cost of a step. Every process climbs along the gradient of
+    """`sam.*`: sharpness-aware minimization, at twice the cost of a step. Every process climbs along the gradient of
     all processes' images, as one process would, or of its own (m-sharpness), as in the official code; in a loss that
     gathers, along its own images' part of it, and then the images of differently moved networks are compared."""
 
@@ -66,7 +66,7 @@ def climbed(parameters: Iterable[nn.Parameter], rho: float, *, adaptive: bool = 
 
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm in train mode goes on to normalise by the batch, but neither its running statistics nor its
+    """Inside, BatchNorm in train mode goes on to normalize by the batch, but neither its running statistics nor its
     count of batches move: a step's images pass twice and count once, and those of w + eps belong to no network."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for norm in norms:

@@ -50,7 +50,7 @@ def warmup_exponential(
 
 
 def linear_then_constant(position: float, *, start: float, end: float, length: int) -> float:
-    """linspace(start, end, length)[position], then `end` for ever (DINO's teacher temperature, position = epoch).
+    """linspace(start, end, length)[position], then `end` (DINO's teacher temperature, position = epoch).
 
     As numpy's, a linspace of length 1 is [start]: `end` begins at position 1.
     """

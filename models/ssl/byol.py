@@ -11,7 +11,7 @@ from models.ssl.method import MANY, Encoder, SSLMethod, each_view, frozen_copy
 
 
 class BYOL(SSLMethod):
-    """The network predicts, from one view, what its own moving average says about the others: no negatives.
+    """The network predicts, from one view, what its own moving average makes of the others: no negatives.
 
     Heads of the official networks.py, without whose batch norms it collapses. In the official code the target starts
     with random weights of its own; here it is a copy, which made no significant difference there. `ema` from 0.97 (40

@@ -13,13 +13,13 @@ from training.schedule import linear_then_constant
 
 
 class DINO(SSLMethod):
-    """The student matches, from any crop, what its own moving average says about the two global crops.
+    """The student matches, from any crop, what its own moving average makes of the two global crops.
 
     Args:
         prototypes: K, outputs of the head; 65536 for ImageNet, 4096 or fewer for small sets.
         layers: of the head's MLP.
         hidden: width of the head's hidden layers.
-        bottleneck: width of the normalised vector before the prototypes.
+        bottleneck: width of the normalized vector before the prototypes.
         norm_last_layer: keep the prototypes at unit length (steadier; False can gain a little for ViT-S).
         head_batch_norm: BatchNorm in the head; official for the ResNet-50 release only.
         student_temperature: of the student's softmax.
@@ -107,7 +107,7 @@ class DINO(SSLMethod):
 
 @torch.no_grad()
 def prototype_usage(teacher: Tensor) -> Tensor:
-    """How evenly the images spread over the prototypes: exp(entropy) of the distribution of their largest centred
+    """How evenly the images spread over the prototypes: exp(entropy) of the distribution of their largest centered
     logits (B, 2, K), over the most it could be, min(K, 2 B). 1: all different; near 0: one for all."""
     counts = torch.zeros(teacher.shape[-1], device=teacher.device)
     chosen = teacher.argmax(-1).flatten()  # (2 B,)

@@ -1,4 +1,4 @@
-"""The gradient of one step, whose images come in one batch, or in several with one loss."""
+"""The gradient of one step, whose images come in one batch, or in several batches with one loss."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.ssl.queue import Queue
-from runtime.distributed import unsynchronised
+from runtime.distributed import unsynchronized
 from training.sam import frozen_statistics
 
 
@@ -31,9 +31,9 @@ def backward(
         model: the method, or for several batches `Embed` of it; perhaps compiled and distributed.
         method: the method, or SPD around it.
         batches: of the step, each (images (B, 3, S, S) uint8, labels (B,), ids (B,)).
-        make_views: (images, ids) -> V x (B, 3, h, w), the same each time.
-        scaler: torch.amp.GradScaler. autocast: a function that gives the context of the forward pass.
-        seed: of random numbers drawn on the way, say by a dropout: the same seed, the same numbers.
+        make_views: (images, ids) -> V x (B, 3, h, w); called again with the same batch it gives the same views.
+        scaler, autocast: as of training.optim.mixed_precision.
+        seed: of the random numbers that the forward pass draws, for dropout for example.
     """
     if len(batches) > 1:
         return accumulate(model, method, batches, make_views, scaler, autocast, seed)
@@ -70,13 +70,13 @@ def accumulate(
     with autocast():
         loss, stats = method.criterion(together, torch.cat([labels for _, labels, _ in batches]))
     scaler.scale(loss).backward()
-    places = [
+    shares = [
         [None] * len(batches) if whole.grad is None else whole.grad.split([len(part[i]) for part in parts])
         for i, whole in enumerate(together)
     ]  # of each embedding: its gradient in each batch
-    for number, ((images, _, ids), gradients) in enumerate(zip(batches, zip(*places))):
+    for number, ((images, _, ids), gradients) in enumerate(zip(batches, zip(*shares))):
         torch.manual_seed(seed + number)
-        with unsynchronised(model, number < len(batches) - 1):
+        with unsynchronized(model, number < len(batches) - 1):
             with autocast():
                 embeddings = model(make_views(images, ids))
             pairs = [(e, g) for e, g in zip(embeddings, gradients) if e.requires_grad and g is not None]

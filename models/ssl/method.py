@@ -42,10 +42,10 @@ class SSLMethod(nn.Module):
         advice: what to do when the loss stays where it is for constant embeddings.
 
     `embed(views)`, views V x (B, 3, h, w), gives tensors whose first dimension runs over the images (B, ...).
-    `criterion(embeddings, labels (B,)) -> (loss, stats)` makes of them the scalar to minimise and {name: 0-d tensor}
+    `criterion(embeddings, labels (B,)) -> (loss, stats)` makes of them the scalar to minimize and {name: 0-d tensor}
     for the curves; two names have a meaning: `embeddings` (B, V, D), detached, is what the dashboard examines, and
     `chance_loss` the loss of constant embeddings. Neither changes anything but batch norms' statistics: a method that
-    keeps something from step to step (a queue, a centre) moves it in `after_step`.
+    keeps something from step to step (a queue, a center) moves it in `after_step`.
     """
 
     online: Encoder
@@ -90,7 +90,7 @@ class SSLMethod(nn.Module):
 
     def after_step(self, momentum: float) -> None:
         """Called once after the optimizer's step: the target becomes momentum * target + (1 - momentum) * online. A
-        method with a queue or a centre moves that afterwards."""
+        method with a queue or a center moves that afterwards."""
         if self.target is not None:
             ema_update(self.target, self.online, momentum)
 

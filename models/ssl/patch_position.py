@@ -12,9 +12,9 @@ from models.ssl.method import Encoder, SSLMethod, all_views
 
 
 class PatchPosition(SSLMethod):
-    """Where does a patch lie beside the middle one? Eight answers, guessed from the features of both.
+    """Where does a patch lie relative to the middle one? One of eight positions, told from the features of both.
 
-    The views are the nine patches of a 3 x 3 grid, row by row (augment=patches has the guards against short cuts: gaps,
+    The views are the nine patches of a 3 x 3 grid, row by row (augment=patches has the guards against shortcuts: gaps,
     jitter, colors dropped). All eight neighbors of an image are asked for at once, in the official code one pair: nine
     passes of the backbone for eight answers instead of two for one. The official network is an AlexNet with its own
     layers; the head here is of two layers on the two patches' features, and patches share one backbone as in the
@@ -26,7 +26,7 @@ class PatchPosition(SSLMethod):
 
     projects = False
     takes = (9, 9, "patches")
-    advice = "the answers are guesses; larger patches, or less jitter"
+    advice = "positions are guessed at random; use larger patches, or less jitter"
 
     def __init__(self, backbone: nn.Module, *, hidden: int = 4096):
         super().__init__()
@@ -44,8 +44,8 @@ class PatchPosition(SSLMethod):
         logits, features = embeddings
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)  # (8 B, 8)
-            places = torch.arange(8, device=logits.device).repeat(len(features))  # (8 B,)
-            loss = F.cross_entropy(logits, places)
-        accuracy = (logits.detach().argmax(1) == places).float().mean()
+            positions = torch.arange(8, device=logits.device).repeat(len(features))  # (8 B,)
+            loss = F.cross_entropy(logits, positions)
+        accuracy = (logits.detach().argmax(1) == positions).float().mean()
         stats = {"position_accuracy": accuracy, "chance_loss": torch.tensor(math.log(8))}
         return loss, stats | {"embeddings": features}

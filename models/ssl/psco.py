@@ -20,7 +20,7 @@ class PsCo(SSLMethod):
     its key.
 
     Networks and losses of the official models.py (PsCoMoCo): query from the first, strongly augmented view, key from
-    the second, weak one. In the official code batch norms are synchronised (`sync_bn=true`), the target's running
+    the second, weak one. In the official code batch norms are synchronized (`sync_bn=true`), the target's running
     statistics are copies of the online network's (here its own, which nothing reads in training), `ema` is 0.99
     throughout, and a ResNet's residual blocks start as identities (`backbone.zero_init_residual=true`).
 

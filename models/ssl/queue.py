@@ -53,7 +53,7 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def hold(self, embeddings: Tensor, labels: Tensor | None = None) -> None:
-        """embeddings (N, D), normalised here, and labels (N,) of this process, batch by batch."""
+        """embeddings (N, D), normalized here, and labels (N,) of this process, batch by batch."""
         if self.held is not None:
             return
         if labels is None:
@@ -80,8 +80,8 @@ class Queue(nn.Module):
         if self.held is None:
             return
         rows, labels = self.held
-        places = (self.oldest + torch.arange(len(rows), device=rows.device)) % len(self.rows)
-        self.rows.index_copy_(0, places, rows)
-        self.labels.index_copy_(0, places, labels)
+        positions = (self.oldest + torch.arange(len(rows), device=rows.device)) % len(self.rows)
+        self.rows.index_copy_(0, positions, rows)
+        self.labels.index_copy_(0, positions, labels)
         self.oldest.copy_((self.oldest + len(rows)) % len(self.rows))
         self.held = None

@@ -29,7 +29,7 @@ class RevD(SSLMethod):
     reach both, the backbone at a lower learning rate and a lower one still in its early layers: set `optim.layer_decay`
     (0.1 with a ResNet: a tenth at stage 3, a hundredth at stage 2, ...; in a MobileNetV2 each of 14 blocks counts, so
     take 0.7). Stage 4 is not used and stays as it is: the backbone is for detectors that read stages 1 to 3, and the
-    kNN metric, which is of stage 4, says little.
+    kNN metric, which is of stage 4, tells little.
 
     This is not in the paper, where the teacher is fixed. A backbone whose features are all alike would be rebuilt
     best: `embedding/std` falls to 0 then; lower `optim.layer_decay` or stop earlier. Views are images

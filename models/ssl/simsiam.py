@@ -11,7 +11,7 @@ from models.ssl.method import MANY, Encoder, SSLMethod, each_view
 
 
 class SimSiam(SSLMethod):
-    """The network predicts, from one view, what it says about the others, where no gradient flows: no negatives, no
+    """The network predicts, from one view, what it makes of the others, where no gradient flows: no negatives, no
     moving average.
 
     In the official code the predictor's learning rate stays as it is (`optim.fix_predictor_lr=true`) and the backbone's

@@ -15,9 +15,9 @@ class SPD(nn.Module):
     EMA target takes no part.
 
     The three views pass in one forward of their own: the method's batch norm sees the method's views alone, and
-    positives and negatives are normalised together, so that nothing but the defect tells them apart. Running statistics
-    take the three like any batch. No parameters, no buffers: the loop goes on with `method`, and checkpoints do not
-    know of it.
+    positives and negatives are normalized together, so that nothing but the defect tells them apart. Running statistics
+    take the three like any batch. No parameters, no buffers: the loop works with `method`, and checkpoints do not
+    contain it.
     """
 
     def __init__(self, method: SSLMethod, weight: float):

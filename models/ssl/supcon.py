@@ -18,7 +18,7 @@ class SupCon(SSLMethod):
     """All views of all images of a class attract each other, those of other classes repel: SimCLR with labels.
 
     Head and loss of the official code (github.com/HobbitLong/SupContrast), whose heads have no batch norm. Any number
-    of views; official are two.
+    of views; two in the official code.
 
     Args:
         temperature: 0.1 in the official code, for CIFAR-10 and ImageNet.

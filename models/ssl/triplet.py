@@ -48,7 +48,7 @@ class Triplet(SSLMethod):
         self.online = Encoder(backbone, mlp(widths, bias=True, last_bias=True))
 
     def embed(self, views: list[Tensor]) -> tuple[Tensor, ...]:
-        # Together: normalised apart, positives and negatives would be told apart by their batch's statistics
+        # Together: normalized apart, positives and negatives would be told apart by their batch's statistics
         return (all_views(self.online, views),)
 
     def criterion(self, embeddings: tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002

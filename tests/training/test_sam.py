@@ -9,7 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
-from runtime.distributed import unsynchronised
+from runtime.distributed import unsynchronized
 from runtime.errors import UserError
 from tests.processes import run_processes
 from training import sam
@@ -136,7 +136,7 @@ def test_reads_no_value_on_the_host(adaptive):
 
 
 class Norms(nn.Module):
-    """One of each kind: plain, synchronised, cumulative, without statistics, frozen in eval mode, and no BatchNorm."""
+    """One of each kind: plain, synchronized, cumulative, without statistics, frozen in eval mode, and no BatchNorm."""
 
     def __init__(self):
         super().__init__()
@@ -173,7 +173,7 @@ def test_a_second_pass_leaves_the_buffers_of_one():
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.SyncBatchNorm])
-def test_frozen_statistics_normalise_by_the_batch(kind):
+def test_frozen_statistics_normalize_by_the_batch(kind):
     norm, images = kind(3).double(), 7 + 2 * torch.randn(4, 3, 5, 5, dtype=torch.float64)
     mean, variance = images.mean((0, 2, 3), keepdim=True), images.var((0, 2, 3), unbiased=False, keepdim=True)
     expected = (images - mean) / (variance + norm.eps).sqrt()
@@ -195,11 +195,11 @@ def regression(rank):
 
 
 def least_squares(rank, world_size):  # noqa: ARG001
-    """{pass 1 synchronised or not: weights after some SAM steps on mean (X w + b - y)^2 / 2}, distributed."""
-    return {synchronised: descend(rank, synchronised) for synchronised in (False, True)}
+    """{pass 1 synchronized or not: weights after some SAM steps on mean (X w + b - y)^2 / 2}, distributed."""
+    return {synchronized: descend(rank, synchronized) for synchronized in (False, True)}
 
 
-def descend(rank, synchronised):
+def descend(rank, synchronized):
     linear = nn.Linear(3, 1).double()
     nn.init.constant_(linear.weight, 0.5)
     nn.init.constant_(linear.bias, -0.2)
@@ -210,7 +210,7 @@ def descend(rank, synchronised):
         ((model(x)[:, 0] - y).square().mean() / 2).backward()
 
     for _ in range(STEPS):
-        with unsynchronised(model, not synchronised):
+        with unsynchronized(model, not synchronized):
             gradients()
         with sam.climbed(linear.parameters(), RHO):
             gradients()
@@ -229,12 +229,12 @@ def gradient(w, part):
 def test_two_processes():
     """Each climbs by its own gradient (m-sharpness), or all by the mean; the second gradients are averaged."""
     results, parts = run_processes(least_squares, 2), [regression(rank) for rank in range(2)]
-    for synchronised in (False, True):
+    for synchronized in (False, True):
         w = np.array([0.5, 0.5, 0.5, -0.2])
         for _ in range(STEPS):
             g = [gradient(w, part) for part in parts]
-            climbs = [np.mean(g, axis=0)] * 2 if synchronised else g
+            climbs = [np.mean(g, axis=0)] * 2 if synchronized else g
             second = [gradient(w + RHO * d / np.linalg.norm(d), part) for d, part in zip(climbs, parts)]
             w = w - RATE * np.mean(second, axis=0)
         for result in results:
-            np.testing.assert_allclose(result[synchronised].numpy(), w, rtol=1e-10)
+            np.testing.assert_allclose(result[synchronized].numpy(), w, rtol=1e-10)

@@ -1,4 +1,4 @@
-"""torch.compile: every method gives what it gives without, queues and centres too, and is compiled once."""
+"""torch.compile: every method gives what it gives without, queues and centers too, and is compiled once."""
 
 import pytest
 import torch

@@ -39,9 +39,9 @@ def test_dino_leaves_the_prototypes_alone_in_the_first_epoch():
         assert all(p.grad is None for p in method.parameters())
 
 
-def test_prototypes_in_use_are_those_of_the_centred_outputs():
+def test_prototypes_in_use_are_those_of_the_centered_outputs():
     far = torch.zeros(4)
-    far[3] = 50  # what all images have in common, and the centre takes away
+    far[3] = 50  # what all images have in common, and the center takes away
     method = build("dino")
     method.loss.center = far.repeat(4)[None].double()
     teacher = torch.eye(16)[torch.arange(16)].unflatten(0, (8, 2)).double()  # (8, 2, 16): one prototype each

@@ -89,7 +89,7 @@ def test_what_is_held_is_a_copy_without_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 3000])  # float16's squares end at 65504
-def test_low_precision_is_normalised_in_float32(dtype, size):
+def test_low_precision_is_normalized_in_float32(dtype, size):
     queue, embeddings = Queue(5, 16), (size * torch.randn(3, 16)).to(dtype)
     with torch.autocast("cpu", dtype):
         queue.hold(embeddings)
