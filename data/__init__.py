@@ -20,6 +20,7 @@ from data.datasets.one_against_all import OneAgainstAll
 from data.defects import DefectConfig as DefectConfig
 from data.depth import WHITE
 from data.geometry import Fit, Geometry, Resample
+from data.loading import Cache
 from data.white import find_white, warn_if_dark
 from runtime.errors import UserError
 from runtime.schema import choice
@@ -43,7 +44,7 @@ class DataConfig:
     resize: int | None = None  # fit=crop only: the short side before the centre crop
     resample: Resample = "bilinear"  # Pillow's filter, antialiased
     white: int | Literal["auto"] = WHITE  # full white of 16-bit files: 1023, 4095 of 10, 12-bit cameras; auto: find it
-    cache: Literal["auto", "device", "ram", "none"] = "auto"  # where decoded images stay; auto: where they fit
+    cache: Cache = "auto"  # where decoded images stay; auto: where they fit
     workers: int = 4  # processes that decode when nothing is cached
     options: dict = field(default_factory=dict)
 

@@ -76,8 +76,6 @@ class Loader:
     ):
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: a batch needs at least one image a process")
-        if cache not in ("auto", "device", "ram", "none"):
-            raise UserError(f"data.cache={cache!r} is not known: choose auto, device, ram or none")
         self.dataset, self.batch_size, self.device = dataset, batch_size, torch.device(device)
         self.shuffle, self.seed, self.drop_last, self.by_label = shuffle, seed, drop_last, by_label
         self.indices = torch.arange(len(dataset)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
