@@ -3,7 +3,6 @@
 Letters: N items, B batch of this process, W processes, h and w an image's height and width.
 """
 
-import os
 from collections.abc import Iterator
 from typing import Literal
 from weakref import WeakKeyDictionary
@@ -20,11 +19,6 @@ from runtime.errors import UserError
 from runtime.memory import free_memory
 
 Cache = Literal["auto", "device", "ram", "none"]
-
-
-def names_of(dataset, root: str) -> list[str]:
-    """The images' paths below `root`: what an image is known by in later runs, wherever the data lie."""
-    return [os.path.relpath(path, root) for path in dataset.paths]
 
 
 class Loader:
