@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from data import DataConfig, build_dataset, settled, what_is_used
-from data.loading import Loader, names_of
+from data.loading import Loader
 from data.masks import names_with_sizes
 from data.splits import holdout
 from evaluation.anomaly.bank_updates import load_memory, update_memory, white_of
@@ -257,11 +257,10 @@ def prepare_data(cfg: Config, run: Run, detector: Detector) -> Data:
         order = {"shuffle": True, "drop_last": True, "by_label": detector.by_label}
         lessons = Loader(lesson_set, indices=None if elsewhere else train_ids, **order, **load)
 
-    root = cfg.data.options["root"]
-    names = {"names": names_of(train_set, root), "learned": train_ids.tolist(), "tested": names_of(test_set, root)}
-    names["masks"] = names_with_sizes(test_set.mask_paths, root)
+    names = {"names": train_set.names, "learned": train_ids.tolist(), "tested": test_set.names}
+    names["masks"] = names_with_sizes(test_set.mask_paths, test_set.root)
     if elsewhere:
-        names["elsewhere"] = names_of(lesson_set, cfg.data.options.get("others") or root)
+        names["elsewhere"] = lesson_set.names
     elif detector.fits and detector.fitted_on == "test":
         names["elsewhere"] = names["tested"]
     note = what_is_used(train_set, len(train_ids), {f"held out for thresholds (holdout={share})": len(held_out)})

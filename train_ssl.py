@@ -34,7 +34,7 @@ from data.augment.spd_views import SpotTheDifference
 from data.augment.view_detail import blur_note
 from data.augment.views import Augment
 from data.defects import DEFECTS
-from data.loading import Loader, names_of
+from data.loading import Loader
 from data.normalize import unnormalize
 from data.splits import holdout
 from evaluation.collapse import collapse_warning, constant_warning, embedding_health
@@ -237,7 +237,7 @@ def prepare_data(cfg: Config, run: Run) -> Data:
         seen.geometry = build_geometry(replace(cfg.data, size=augment.views[0].shape))
     bank, queries = (Loader(seen, 256, run.device, indices=ids, **load) for ids in (train_ids, held_out))
     augment = with_defects(cfg, augment)
-    names = {"names": names_of(train_set, cfg.data.options["root"]), "learned": train_ids.tolist()}
+    names = {"names": train_set.names, "learned": train_ids.tolist()}
     return Data(loader, augment, bank, queries, classes, names, [note for note in notes if note])
 
 

@@ -1,24 +1,26 @@
-"""Datasets and augmentation recipes by the name that the configuration gives them."""
+"""Datasets by the name that the configuration gives them, and what the section `data` of a configuration says.
+
+`from data import ...` also gives the sections and builders that stand beside their own tables: those of `augment` in
+data/augment/recipes.py, of `defect` in data/defects/__init__.py.
+"""
 
 import runtime.threads  # before torch
 
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from torch import Tensor
-
-from data.augment.patch_grid import PatchGrid
-from data.augment.recipes import RECIPES
-from data.augment.views import Augment
+from data.augment.recipes import AugmentConfig as AugmentConfig
+from data.augment.recipes import build_augment as build_augment
 from data.dataset import Dataset
 from data.datasets.cifar10 import CIFAR10
 from data.datasets.few_shot import FewShot
 from data.datasets.folder import ClassFolder
 from data.datasets.mvtec import MVTec
 from data.datasets.one_against_all import OneAgainstAll
-from data.defects import DEFECTS
+from data.defects import DefectConfig as DefectConfig
 from data.depth import WHITE
 from data.geometry import Fit, Geometry, Resample
+from data.loading import Cache
 from data.white import find_white, warn_if_dark
 from runtime.errors import UserError
 from runtime.schema import choice
@@ -42,24 +44,8 @@ class DataConfig:
     resize: int | None = None  # fit=crop only: the short side before the centre crop
     resample: Resample = "bilinear"  # Pillow's filter, antialiased
     white: int | Literal["auto"] = WHITE  # full white of 16-bit files: 1023, 4095 of 10, 12-bit cameras; auto: find it
-    cache: Literal["auto", "device", "ram", "none"] = "auto"  # where decoded images stay; auto: where they fit
+    cache: Cache = "auto"  # where decoded images stay; auto: where they fit
     workers: int = 4  # processes that decode when nothing is cached
-    options: dict = field(default_factory=dict)
-
-
-@dataclass(kw_only=True)
-class AugmentConfig:
-    """`augment.*`: the recipe's name and its keyword-only arguments."""
-
-    name: str = choice(RECIPES)
-    options: dict = field(default_factory=dict)
-
-
-@dataclass(kw_only=True)
-class DefectConfig:
-    """`defect.*`: the name of a kind of synthetic defects and its keyword-only arguments."""
-
-    name: str = choice(DEFECTS)
     options: dict = field(default_factory=dict)
 
 
@@ -123,14 +109,3 @@ def what_is_used(dataset: Dataset, learned: int, others: dict[str, int]) -> str:
     if not rest:
         return f"data: all {learned} images are learned from"
     return f"data: {learned} of {learned + sum(reasons.values())} images are learned from, {rest}"
-
-
-def build_augment(config: AugmentConfig, seed: int, sizes: Tensor) -> Augment | PatchGrid:
-    """What makes the views of an `augment` section, ready to call: `views = augment(images, sample_ids, epoch)`.
-
-    `augment.views` describes them, each with its `size`. sizes (N, 2): heights and widths of the original images.
-    """
-    recipe = RECIPES[config.name]
-    if recipe is PatchGrid:
-        return PatchGrid(seed, **config.options)
-    return Augment(recipe(**config.options), seed, sizes)

@@ -1,7 +1,9 @@
-"""Image files: decoding to uint8 inputs, sizes from the header, masks, and what to do about broken ones.
+"""Reading image files: pixels as uint8 inputs, masks, sizes from the headers; what happens to broken files.
 
 Letters: H and W height and width of the input, N images, h and w the original height and width.
 """
+
+from runtime.threads import cpu_count
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -105,8 +107,6 @@ def readable(load: Callable[[int], object], paths: list[str], on_error: OnError)
         on_error: `fail`: keep all and read none; the first decoding of a broken one raises, naming it.
             `skip`: load every one now and leave out the broken ones, named in one warning line on stderr.
     """
-    if on_error not in ("fail", "skip"):
-        raise UserError(f"data.on_error={on_error!r} is not known: choose fail or skip")
     positions = range(len(paths))
     if on_error == "fail":
         return list(positions)
@@ -129,13 +129,12 @@ def readable(load: Callable[[int], object], paths: list[str], on_error: OnError)
 
 
 def in_threads(function: Callable, items: Iterable, title: str) -> Iterator:
-    """function(item) of each item, in order, by one thread a processor (Pillow decodes without Python's lock).
+    """function(item) of each item, in order, by one thread per processor (Pillow decodes without Python's lock).
 
     After two seconds rank 0 shows a bar on stderr; it goes when the work is done.
     """
     items = list(items)
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = max(1, processors // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    threads = max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     bar = tqdm(total=len(items), desc=title, unit="image", delay=2, leave=False, disable=not is_main())
     with bar, ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(items), 256):  # parts: a result nobody has taken yet is an image in memory

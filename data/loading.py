@@ -3,7 +3,6 @@
 Letters: N items, B batch of this process, W processes, h and w an image's height and width.
 """
 
-import os
 from collections.abc import Iterator
 from typing import Literal
 from weakref import WeakKeyDictionary
@@ -20,11 +19,6 @@ from runtime.errors import UserError
 from runtime.memory import free_memory
 
 Cache = Literal["auto", "device", "ram", "none"]
-
-
-def names_of(dataset, root: str) -> list[str]:
-    """The images' paths below `root`: what an image is known by in later runs, wherever the data lie."""
-    return [os.path.relpath(path, root) for path in dataset.paths]
 
 
 class Loader:
@@ -76,8 +70,6 @@ class Loader:
     ):
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: a batch needs at least one image a process")
-        if cache not in ("auto", "device", "ram", "none"):
-            raise UserError(f"data.cache={cache!r} is not known: choose auto, device, ram or none")
         self.dataset, self.batch_size, self.device = dataset, batch_size, torch.device(device)
         self.shuffle, self.seed, self.drop_last, self.by_label = shuffle, seed, drop_last, by_label
         self.indices = torch.arange(len(dataset)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)

@@ -16,7 +16,7 @@ from data.image_files import find_images
 from data.images import image_sizes, in_threads, mask_values
 from runtime.distributed import is_main
 from runtime.errors import UserError
-from runtime.text import say_once
+from runtime.text import first_few, say_once
 
 Masks = Literal["all", "some"]
 
@@ -49,8 +49,8 @@ def masks_of(images: list[str], top: Path, needed: Masks) -> list[str | None]:
     unused = sorted({path for paths in found.values() for path in paths} - {*masks})
     if None in masks and is_main():
         without = [image for image, mask in zip(images, masks) if mask is None]
-        line = f"{_first(without)} of {len(images)} defective images have no mask: left out of the pixel metrics"
-        _warn(line + (f"; masks that belong to no image: {_first(unused)}" if unused else ""))
+        line = f"{_count(without)} of {len(images)} defective images have no mask: left out of the pixel metrics"
+        _warn(line + (f"; masks that belong to no image: {_count(unused)}" if unused else ""))
     return masks
 
 
@@ -91,13 +91,13 @@ def warn_of_values(masks: Iterable[str]) -> None:
     marked = dict(zip(masks, in_threads(_marked, masks, "checking masks")))
     if blank := [path for path, values in marked.items() if values.any == 0]:
         _warn(
-            f"{_first(blank)} of {len(masks)} masks mark no pixel, so pixel metrics take these defects for normal: "
+            f"{_count(blank)} of {len(masks)} masks mark no pixel, so pixel metrics take these defects for normal: "
             "mark them, or remove the masks and set data.masks=some"
         )
     if graded := [path for path, values in marked.items() if values.graded]:
         area = sum(marked[path].any for path in graded) / sum(marked[path].upper for path in graded)
         _warn(
-            f"{_first(graded)} of {len(masks)} masks have more than two values; all but 0 count as defect, which marks "
+            f"{_count(graded)} of {len(masks)} masks have more than two values; all but 0 count as defect, which marks "
             f"{area:.2f} times the pixels above half of the largest value: if the masks were saved as JPEG or resized, "
             "set their pixels to 0 or 255 and save them as PNG"
         )
@@ -115,9 +115,9 @@ def _key(path: str) -> str:
     return unicodedata.normalize("NFC", os.path.splitext(path)[0])
 
 
-def _first(paths: list[str]) -> str:
-    """Their number and the first three."""
-    return f"{len(paths)} ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})"
+def _count(paths: list[str]) -> str:
+    """Their number and the first few."""
+    return f"{len(paths)} ({first_few(paths)})"
 
 
 def _warn(line: str) -> None:

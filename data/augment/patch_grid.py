@@ -61,7 +61,6 @@ class PatchGrid:
             f"size must be above {LEAST} pixels": self.size > LEAST,
             "gap must not be negative": self.gap is None or self.gap >= 0,
             "jitter must not be negative": self.jitter >= 0,
-            "color must be one of drop, project, none": self.color in ("drop", "project", "none"),
             "downsample_p must lie in [0, 1]": 0 <= self.downsample_p <= 1,
         }
         for rule, holds in rules.items():

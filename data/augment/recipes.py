@@ -1,6 +1,6 @@
 """Augmentation recipes by the name that the configuration gives them; their keyword-only arguments are its options.
 
-    views = RECIPES["dino"](local_crops=6)  # what `Augment` takes; data.build_augment makes either kind of row ready
+    views = RECIPES["dino"](local_crops=6)  # what `Augment` takes; `build_augment` makes either kind of row ready
 
 Defaults are ImageNet's, at 224 pixels unless the docstring says otherwise; it gives CIFAR-10's, too. Mean and standard
 deviation are ImageNet's for every set, but `patches` takes each patch's own mean. `flip_p=0` keeps left and right
@@ -19,11 +19,15 @@ Args:
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 from data.augment.patch_grid import PatchGrid
-from data.augment.views import View
+from data.augment.views import Augment, View
 from runtime.errors import UserError
+from runtime.schema import choice
 
 Interpolation = Literal["bilinear", "bicubic"]
 WEAK_JITTER, ASYMMETRIC_JITTER = (0.4, 0.4, 0.4, 0.1), (0.4, 0.4, 0.2, 0.1)  # of MoCo v2; of BYOL and all after it
@@ -213,3 +217,22 @@ RECIPES: dict[str, Callable[..., list[View]] | type[PatchGrid]] = {
     "patches": PatchGrid,
     "none": none,
 }
+
+
+@dataclass(kw_only=True)
+class AugmentConfig:
+    """`augment.*`: the recipe's name and its keyword-only arguments."""
+
+    name: str = choice(RECIPES)
+    options: dict = field(default_factory=dict)
+
+
+def build_augment(config: AugmentConfig, seed: int, sizes: Tensor) -> Augment | PatchGrid:
+    """What makes the views of an `augment` section, ready to call: `views = augment(images, sample_ids, epoch)`.
+
+    `augment.views` describes them, each with its `size`. sizes (N, 2): heights and widths of the original images.
+    """
+    recipe = RECIPES[config.name]
+    if recipe is PatchGrid:
+        return PatchGrid(seed, **config.options)
+    return Augment(recipe(**config.options), seed, sizes)

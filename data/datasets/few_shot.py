@@ -27,7 +27,7 @@ class FewShot(MVTec):
     RegAD's own draws are files of images to be downloaded; the draws here only need the data set.
 
     Args:
-        root: folder of the categories; all others are learnt from, unless `others` is given.
+        root: folder of the categories; all others are learned from, unless `others` is given.
         shots: size of the support set.
         draw: number of the support set; papers report the mean over several.
         others: another folder to learn from, in MVTec's layout or with class folders (`ClassFolder`).

@@ -94,7 +94,7 @@ def _images_by_class(folder: Path) -> dict[str, list[str]]:
     if not is_folder(folder):
         raise UserError(
             f"there is no folder {folder}, yet {folder.parent}/train exists: make it, link another one to it "
-            f"(ln -s val {folder}), or put the class folders directly into {folder.parent} to have a part tested on"
+            f"(ln -s val {folder}), or put the class folders directly into {folder.parent}: a part is kept for testing"
         )
     by_class: dict[str, list[str]] = {}
     listing, start = list_images(folder), len(str(folder)) + 1

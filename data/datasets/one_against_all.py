@@ -21,8 +21,7 @@ class OneAgainstAll(Dataset):
     class, else 1 (Ruff et al. 2018, "Deep One-Class Classification", section 4.3). The published metric is the mean of
     the AUROC over the classes, each in turn the normal one: one run per class, see configs/sweeps/cifar10_anomaly.yaml.
 
-    `defects` says for each image "good" or its class. Nobody marked where an image is of another class: there are no
-    masks.
+    `defects` says for each image "good" or its class. There are no masks, for another class fills all of an image.
 
     Args:
         size: how images become H x W; a number S squashes them to S x S.

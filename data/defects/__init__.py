@@ -11,12 +11,14 @@ Raises: UserError for images in which the defect finds no room, or options that 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from data.defects.cutpaste import CutPasteDefect, Scar, SmoothBlend
 from data.defects.noise import NoisePatches
 from data.defects.nsa import NSADefect
+from runtime.schema import choice
 
 DEFECTS: dict[str, Callable[..., Callable[..., tuple[Tensor, Tensor]]]] = {
     "cutpaste": CutPasteDefect,
@@ -25,3 +27,11 @@ DEFECTS: dict[str, Callable[..., Callable[..., tuple[Tensor, Tensor]]]] = {
     "nsa": NSADefect,
     "noise": NoisePatches,
 }
+
+
+@dataclass(kw_only=True)
+class DefectConfig:
+    """`defect.*`: the name of a kind of synthetic defects and its keyword-only arguments."""
+
+    name: str = choice(DEFECTS)
+    options: dict = field(default_factory=dict)

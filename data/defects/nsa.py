@@ -59,7 +59,6 @@ class NSADefect:
 
     def __post_init__(self):
         rules = {
-            "gradients must be source or mixed": self.gradients in ("source", "mixed"),
             "patches must be at least 1": self.patches >= 1,
             "bounds and widths must lie in (0, 0.45], low first": all(
                 0 < low <= high <= 0.45 for low, high in self.both_bounds

@@ -11,9 +11,10 @@ An image depends on the seed and its own path only: any number of processes draw
 draws the first images of every folder. Images are 96 x 128 to 144 x 160 pixels (height x width).
 """
 
+from runtime.threads import cpu_count
+
 import json
 import multiprocessing
-import os
 import shutil
 import zlib
 from concurrent.futures import ProcessPoolExecutor
@@ -96,7 +97,7 @@ def generate(root: str | Path, *, seed: int = 0, scale: float = 1.0, workers: in
     if is_there(root, identity):
         return root
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = cpu_count()
     paths = layout(scale)
     root.parent.mkdir(parents=True, exist_ok=True)
     remove_unfinished(root.parent)

@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from data.loading import names_of
 from evaluation.anomaly.bootstrap import pixel_histograms
 from evaluation.anomaly.compare import save_scores
 from evaluation.anomaly.detection import anomaly_results, region_maps, region_masks, without_pixels
@@ -59,8 +58,7 @@ def report(
     for line in calibration["suspicious"]:
         log.say(f"suspicious normal, look at it: {line['path']} (score {line['score']:.4g})")
     write_scores(folder, found, test_set, normals.dataset, threshold)
-    names = names_of(test_set, log.config["data"]["root"])  # the same on every machine
-    save_scores(folder / "test_scores.pt", names, test_set.labels, found.scores, results, histograms)
+    save_scores(folder / "test_scores.pt", test_set.names, test_set.labels, found.scores, results, histograms)
 
     table = defect_table(results)
     log.text("per defect", table)

@@ -10,7 +10,7 @@ from PIL import Image
 
 import train_anomaly
 import train_ssl
-from data import DATASETS, DataConfig, build_dataset
+from data import DATASETS, AugmentConfig, DataConfig, DefectConfig, build_dataset
 from data.dataset import Dataset
 from data.datasets.mvtec import MVTec
 from data.geometry import Geometry
@@ -125,3 +125,21 @@ def test_a_set_without_defects_tests_no_detector(tmp_path):
     about = ["data=folder", f"data.root={root}", f"runs={tmp_path}/runs", "detector=patchcore"]
     with pytest.raises(UserError, match=r"data\.name=folder has no defects to find"):
         train_anomaly.main(about + SCRIPT)
+
+
+@pytest.mark.parametrize(
+    ("schema", "section", "known"),
+    [
+        (DataConfig, {"name": "folder", "on_error": "ignore"}, "fail, skip"),
+        (DataConfig, {"name": "folder", "cache": "disk"}, "auto, device, ram, none"),
+        (DataConfig, {"name": "folder", "resample": "nearest"}, "bilinear, bicubic, lanczos"),
+        (DataConfig, {"name": "mvtec", "category": "part", "masks": "few"}, "all, some"),
+        (AugmentConfig, {"name": "patches", "color": "gray"}, "drop, project, none"),
+        (DefectConfig, {"name": "nsa", "gradients": "both"}, "source, mixed"),
+    ],
+)
+def test_unknown_words_are_refused_by_the_configuration_alone(schema, section, known):
+    (word,) = list(section.values())[-1:]
+    more = {"root": "nowhere", "size": 8} if schema is DataConfig else {}
+    with pytest.raises(UserError, match=rf"='{word}' is unknown; one of: {known}$"):
+        config.build(schema, section | more)

@@ -140,8 +140,6 @@ def test_drop_last():
 def test_wrong_options():
     with pytest.raises(UserError, match="batch_size=0"):
         Loader(Numbers(3), 0, "cpu")
-    with pytest.raises(UserError, match="auto, device, ram or none"):
-        Loader(Numbers(3), 1, "cpu", cache="disk")
 
 
 def test_loaders_of_one_dataset_share_what_is_decoded():

@@ -189,7 +189,6 @@ def test_empty_batch_autocast_and_inputs():
         ({"size": 10}, "size must be above 10"),
         ({"gap": -1}, "gap"),
         ({"jitter": -1}, "jitter"),
-        ({"color": "gray"}, "drop, project, none"),
         ({"downsample_p": 1.1}, "downsample_p"),
     ],
 )

@@ -138,7 +138,6 @@ def test_labels():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: NSADefect(gradients="both"), "gradients must be source or mixed"),
         (lambda: NSADefect(patches=0), "patches"),
         (lambda: NSADefect(bounds=(0.1, 0.5)), "bounds"),
         (lambda: NSADefect(scale=0.0), "shape and scale"),
