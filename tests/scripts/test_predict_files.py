@@ -109,7 +109,7 @@ def test_out_that_cannot_be_written_is_found_before_the_work(patchcore, images, 
         ("out/deep", "cannot write .*out/deep/predictions.csv: Not a directory"),
         ("table", "cannot write .*table/predictions.csv: Is a directory"),
         ("drawn", "heatmaps is no folder: remove it or choose another out="),
-        ("n" * 300, "a name has 255 bytes at most"),
+        ("n" * 300, "a name has at most 255 bytes"),
         ("/proc/results", "cannot write /proc/results/predictions.csv"),
     ):
         with pytest.raises(UserError, match=text):

@@ -91,15 +91,15 @@ def test_a_mistake_in_the_last_cell_is_found_before_the_first_runs(place):
 @pytest.mark.parametrize(
     ("keys", "cell", "why"),
     [
-        ({"also": "backbone.weights=x.pt"}, "part/a/random", "be x.pt, .* means none; backbone.weights=x.pt does"),
+        ({"also": "backbone.weights=x.pt"}, "part/a/random", "be x.pt, .* gives none; backbone.weights=x.pt sets"),
         ({"also": "backbone.weights=none", "pretraining": {"mine": "my_train.py x.yaml"}}, "part/a/mine",
-         "be none, .* means runs/grid/pretraining/mine/last.pt; backbone.weights=none does"),
-        ({"tasks": {"part": "backbone.weights=x.pt"}}, "part/a/random", "be x.pt, .* means none"),
-        ({"detectors": {"a": "my_test.py w.yaml"}}, "part/a/random", "be w.pt, .* means none; its YAML file does"),
+         "be none, .* gives runs/grid/pretraining/mine/last.pt; backbone.weights=none sets"),
+        ({"tasks": {"part": "backbone.weights=x.pt"}}, "part/a/random", "be x.pt, .* gives none"),
+        ({"detectors": {"a": "my_test.py w.yaml"}}, "part/a/random", "be w.pt, .* gives none; its YAML file sets"),
         ({"pretraining": {"p": "backbone.weights=p.pt", "q": "backbone.weights=q.pt"}, "also": "backbone.weights=x.pt"},
-         "part/a/p", "be x.pt, .* means p.pt"),
+         "part/a/p", "be x.pt, .* gives p.pt"),
         ({"pretraining": {"p": "backbone.weights=p.pt", "q": ""}, "detectors": {"a": "my_test.py w.yaml"}},
-         "part/a/q", "be w.pt, .* means none"),
+         "part/a/q", "be w.pt, .* gives none"),
     ],
 )  # fmt: skip
 def test_the_weights_of_a_cell_are_what_its_pretraining_means(keys, cell, why, place):

@@ -144,7 +144,7 @@ def test_a_script_without_a_config_is_run_unchecked(place, capfd):
     (place / "free.py").write_text(text.replace(', "version": code_version()', ""))
     keys = {"pretraining": {"mine": "free.py x.yaml"}, "detectors": {"a": "free.py x.yaml k=3"}}
     sweep.main([write(place, **keys)])
-    assert "free.py does not show its config: 2 cells are not checked before they run" in capfd.readouterr().err
+    assert "free.py has no Config or schema(argv): 2 cells are not checked before they run" in capfd.readouterr().err
     assert calls(place) == {"part/a/mine": 1, "pretraining/mine": 1} and rows_of(place)["part/a/mine"]["stale"] == ""
     sweep.main([write(place, **keys)])
     assert capfd.readouterr().err.count("done before") == 2
