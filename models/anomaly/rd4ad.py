@@ -11,7 +11,7 @@ from runtime.errors import UserError
 
 
 class RD4AD(Detector):
-    """A decoder learns to rebuild a frozen teacher's features from a narrow embedding of them; where it fails is anomalous.
+    """A decoder learns to rebuild a frozen teacher's features from a narrow embedding; where it fails is anomalous.
 
     Networks, initialisation, loss and score of the official code. `bn` and `decoder` carry its parameter names, so that
     `detector.weights=<an official checkpoint> epochs=0` tests one. One difference: the teacher is detached, which
