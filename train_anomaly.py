@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
         return
 
     if not state["fitted"]:
-        if detector.by_gradient:
+        if detector.by_gradient and total:
             train(cfg, run, data, detector, optimizer, scaler, autocast)
         if detector.fits:
             fit(cfg, run, data, detector, old, autocast)
@@ -112,7 +112,7 @@ def train(
     """Train the detector by gradients: the loop."""
     model = torch.compile(detector) if cfg.compile else detector
     model = DistributedDataParallel(model, find_unused_parameters=detector.partial) if run.world > 1 else model
-    epoch_steps = run.total // max(cfg.epochs, 1)
+    epoch_steps = len(data.lessons)
     for step in run.steps():
         epoch, first = divmod(step, epoch_steps)
         detector.train()

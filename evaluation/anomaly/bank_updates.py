@@ -50,7 +50,7 @@ def load_memory(path: str, resolved: dict, detector: nn.Module) -> dict:
 
 
 def update_memory(detector: nn.Module, old: dict, names: list[str], loader: Loader) -> str:
-    """Bring the fitted detector of checkpoint `old` to the images of `loader`; says what changed.
+    """Bring the fitted detector of checkpoint `old` to the images of `loader`; returns what changed, in words.
 
     Images are the same when their names below data.root are; `names` are those of all of the loader's dataset. The
     detector has `keep(numbers)` and `add(batches, n)`. Raises UserError when none of its images is left.

@@ -88,7 +88,7 @@ def load_scores(path: str | os.PathLike) -> Scores:
 
 @dataclass
 class Difference:
-    """Figure of run `b` minus that of run `a`."""
+    """A metric of run `b` minus that of run `a`."""
 
     metric: str
     a: str

@@ -48,7 +48,7 @@ def examine_set(detector: nn.Module, loader, text: str, *, leave_out: bool = Fal
 
 
 def region_maps(maps: Tensor, dataset, *, original: bool = False, indices: Tensor | None = None) -> list[Tensor]:
-    """Maps (N, H, W) as one map an image, without padding: of input pixels, or at the size of the original file.
+    """Maps (N, H, W) as one map per image, without padding: of input pixels, or at the size of the original file.
 
     `indices` (N,): the images' positions in the data set; none: all of it.
     """

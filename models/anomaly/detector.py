@@ -32,7 +32,7 @@ class TrainingBatch(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """What a detector says of B images. Places are (y, x) in pixels of the input, at the centre of a patch."""
+    """What a detector finds in B images. Positions are (y, x) in pixels of the input, at the center of a patch."""
 
     scores: Tensor  # (B,) how anomalous each image is
     maps: Tensor | None = None  # (B, H, W) float32, how anomalous each pixel is; None when the method has none
@@ -106,7 +106,7 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def examine(self, images: Tensor, valid: Tensor | None = None, leave_out: Tensor | None = None) -> Findings:
-        """Everything the detector can say, in eval mode and without gradients, whatever mode it is in.
+        """Everything the detector finds, in eval mode and without gradients, whatever mode it is in.
 
         The networks run in the precision of the caller's autocast, distances and maps always in full precision. Where
         state is spread over processes this is a collective: all call it equally often, with B = 0 if need be.
@@ -180,7 +180,7 @@ class Detector(nn.Module):
         """Raise `UserError` where `fit` needs more training images, over all processes; asked before the training."""
 
     def facts(self) -> dict[str, int | float | str]:
-        """What results.json should say about the fitted state."""
+        """What results.json gets about the fitted state."""
         return {}
 
     def can_leave_out(self, count: int) -> bool:

@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Border = Literal[
-    "repeat", "mirror"
-]  # d c b a | a b c d | d c b a (scipy's "reflect") or d c b | a b c d | c b a (torch's)
+# d c b a | a b c d | d c b a (scipy's "reflect") or d c b | a b c d | c b a (torch's)
+Border = Literal["repeat", "mirror"]
 
 ImageScore = Literal["max", "top1", "mean"]  # of an image, from its map
 
@@ -82,7 +81,7 @@ def peak(maps: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 def image_score(maps: Tensor, valid: Tensor | None, how: ImageScore) -> Tensor:
-    """One number an image from its map (B, H, W), of its n pixels outside padding: (B,).
+    """One number per image from its map (B, H, W), of its n pixels outside padding: (B,).
 
     max: the largest pixel. top1: mean of the largest 1 %, n // 100 pixels but at least one (as official CDO's and most
     others' int(0.01 n)). mean: of all. An image that is all padding has 0.

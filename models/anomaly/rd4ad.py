@@ -11,10 +11,10 @@ from runtime.errors import UserError
 
 
 class RD4AD(Detector):
-    """A decoder learns to rebuild a frozen teacher's features from a narrow embedding of them; what it fails at is odd.
+    """A decoder learns to rebuild a frozen teacher's features from a narrow embedding; where it fails is anomalous.
 
     Networks, initialisation, loss and score of the official code. `bn` and `decoder` carry its parameter names, so that
-    `detector.weights=<an official checkpoint> epochs=0` tests one. Different from it: the teacher is detached, which
+    `detector.weights=<an official checkpoint> epochs=0` tests one. One difference: the teacher is detached, which
     changes no number (the official one computes gradients that it never applies).
     The official recipe: 256 x 256 images, batch 16, Adam with learning rate 5e-3 and betas (0.5, 0.999), 200 epochs.
 
