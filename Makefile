@@ -1,22 +1,26 @@
-# make demo: from a fresh clone to a results table. make test: the tests. Each makes .venv first (about 2 minutes).
+# Targets make .venv first (about 2 minutes).
 PYTHON ?= python3
 PY = .venv/bin/python
+THREADS = OMP_NUM_THREADS=1 # of each of the two processes that run the tests
 
-demo: .venv/installed
+demo: .venv/installed # from a fresh clone to a results table
 	$(PY) -m data.demo datasets/demo
 	$(PY) sweep.py configs/sweeps/demo.yaml
 
-test: .venv/developer
-	$(PY) -m pytest -m "not slow"
+test: .venv/developer # the tests, but for the slow ones
+	$(THREADS) $(PY) -m pytest -n 2 -m "not slow"
 
-test-all: .venv/developer
-	$(PY) -m pytest
+test-all: .venv/developer # all tests
+	$(THREADS) $(PY) -m pytest -n 2
 
-lint: .venv/developer
+lint: .venv/developer # rules and format of the code
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-bench: .venv/installed
+types: .venv/developer # mypy, basic; pyproject.toml says of which files
+	.venv/bin/mypy
+
+bench: .venv/installed # every speed claim
 	$(PY) -m benchmarks.coreset
 	$(PY) -m benchmarks.defects
 	$(PY) -m benchmarks.dino_loss
@@ -28,7 +32,7 @@ bench: .venv/installed
 	$(PY) -m benchmarks.views
 	$(PY) -m benchmarks.aupro
 
-tensorboard: .venv/installed
+tensorboard: .venv/installed # the curves of all runs
 	.venv/bin/tensorboard --logdir runs
 
 .venv/installed: requirements.txt
@@ -40,4 +44,4 @@ tensorboard: .venv/installed
 	.venv/bin/pip install -q -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test test-all lint bench tensorboard
+.PHONY: demo test test-all lint types bench tensorboard

@@ -54,9 +54,10 @@ class Config:
     tasks: dict[str, str]  # name: overrides that say what data it is
     also: str = ""  # further overrides for every command
     grid: dict = field(default_factory=dict)  # {key: list of values} of which every combination is run
-    seeds: list[Seed] = ()  # run every cell, pretraining included, with each of these; the table has mean and deviation
+    seeds: list[Seed] = field(default_factory=list)
+    # run every cell, pretraining included, with each of these; the table has mean and deviation
     stale: Literal["keep", "rerun"] = "keep"  # what happens to cells that another version of the code made
-    metrics: list[str] = ("image_auroc",)  # of results.json, rows of the table
+    metrics: list[str] = field(default_factory=lambda: ["image_auroc"])  # of results.json, rows of the table
     mean: bool = False  # add rows with the mean over the tasks, for one class after the other as the normal one
     launcher: str = ""  # for example torchrun --nproc_per_node=4; empty: one process for each cell
     runs: PathText = "runs"  # folder of all runs
@@ -89,8 +90,8 @@ def main(argv: list[str]) -> None:
         if needs and "error" in outcomes[needs].results:
             outcomes[name] = Outcome({"error": f"its pretraining {needs} failed"}, keys)
             continue
-        pretrained = results_of(top / needs).read_text() if needs else None
-        record = {"script": words[0], "config": configs[name], "pretraining": pretrained}
+        pretrained = results_of(top / needs) if needs else None
+        record = {"script": words[0], "config": configs[name], "pretraining": pretrained and pretrained.read_text()}
         known = json.loads(note.read_text()) if os.path.exists(note) else None  # False for a name that is too long
         stale = another_version(made_by(folder, known), script) if known else ""
         anew = known is not None and (is_another(known, record, words) or (stale != "" and cfg.stale == "rerun"))
@@ -110,7 +111,9 @@ def main(argv: list[str]) -> None:
                 print(f"    failed: {error}", file=sys.stderr)
                 continue
             stale = another_version(made_by(folder, {"version": version}), script)
-        results = json.loads(results_of(folder).read_text())
+        written = results_of(folder)
+        assert written is not None  # else it has failed, above
+        results = json.loads(written.read_text())
         outcomes[name] = Outcome(results, keys, bool(stale or (needs and outcomes[needs].stale)))
 
     print(write_tables(top, cfg.run_name, axes, outcomes, cfg.metrics, cfg.mean))
@@ -167,8 +170,9 @@ def plan(cfg: Config) -> tuple[Axes, list[Cell]]:
             words = config.overlay(own, split(text), words, also, variant, seed, there)
             script = [] if words[0].endswith(".py") else ["train_anomaly.py"]
             cells.append(Cell(name, [*script, *words], needs, weights))
-    names = ({name: variant for name, (_, variant) in some.items()} for some in (detectors, pretrainings))
-    return Axes(list(cfg.tasks), *names, list(cfg.seeds)), cells
+    of_detectors = {name: variant for name, (_, variant) in detectors.items()}
+    of_pretrainings = {name: variant for name, (_, variant) in pretrainings.items()}
+    return Axes(list(cfg.tasks), of_detectors, of_pretrainings, list(cfg.seeds)), cells
 
 
 def begins_with_file(words: list[str]) -> bool:
@@ -256,7 +260,7 @@ def check(cells: list[Cell]) -> dict[str, dict]:
                     f"{name}: backbone.weights would be {backbone['weights'] or 'none'}, but its pretraining gives "
                     f"{weights or 'none'}; {about} sets that: remove it from also, the detector or the task"
                 )
-            there = backbone_of(configs.get(needs, {})).get("name", backbone["name"])
+            there = backbone_of(configs.get(needs or "", {})).get("name", backbone["name"])
             if backbone["name"] != there:
                 raise errors.UserError(f"{name} has the backbone {backbone['name']}, its pretraining {there} ({about})")
             backbone["weights"] = needs or backbone["weights"]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,6 @@ from data import (
 from data.augment.negatives import DefectiveView
 from data.augment.spd_views import SpotTheDifference
 from data.augment.view_detail import blur_note
-from data.augment.views import Augment
 from data.defects import DEFECTS
 from data.loading import Loader
 from data.normalize import unnormalize
@@ -222,7 +221,7 @@ def prepare_data(cfg: Config, run: Run) -> Data:
         unused["not in overfit"] = len(train_ids) - cfg.overfit
         train_ids = train_ids[torch.linspace(0, len(train_ids) - 1, cfg.overfit).long()]
 
-    load = {"seed": cfg.seed, "cache": cfg.data.cache, "workers": cfg.data.workers}
+    load: dict[str, Any] = {"seed": cfg.seed, "cache": cfg.data.cache, "workers": cfg.data.workers}
     micro_batch = cfg.batch_size // (run.world * cfg.accumulate)
     loader = Loader(train_set, micro_batch, run.device, shuffle=True, drop_last=True, indices=train_ids, **load)
     if len(loader) < cfg.accumulate:
@@ -241,7 +240,7 @@ def prepare_data(cfg: Config, run: Run) -> Data:
     return Data(loader, augment, bank, queries, classes, names, [note for note in notes if note])
 
 
-def with_defects(cfg: Config, augment: Augment) -> Callable[..., list[Tensor]]:
+def with_defects(cfg: Config, augment: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
     """The augmentation with the further views that `defect` and `spd` ask for."""
     if cfg.defect is not None:
         augment = DefectiveView(augment, DEFECTS[cfg.defect.name](**cfg.defect.options))
@@ -262,16 +261,16 @@ def build_networks(cfg: Config, run: Run, data: Data) -> tuple[SSLMethod, nn.Mod
     if cfg.sync_bn and any(isinstance(module, SplitBatchNorm2d) for module in method.modules()):
         raise errors.UserError("sync_bn=true would undo method.splits: set one of the two")
     method = nn.SyncBatchNorm.convert_sync_batchnorm(method) if cfg.sync_bn else method
-    method.to(run.device, memory_format=torch.channels_last)
+    method.to(run.device).to(memory_format=torch.channels_last)
     objective = method if cfg.spd is None else SPD(method, cfg.spd.weight)
-    model = objective if cfg.accumulate == 1 else Embed(objective)
+    model: Any = objective if cfg.accumulate == 1 else Embed(objective)
     if cfg.compile:
         torch._inductor.config.fallback_random = True  # with and without gradient a batch draws the same numbers
         model = torch.compile(model)
     model = distributed.data_parallel(model)
     first = data.names["learned"][0]
     image, measured = (loader.dataset[first][0] for loader in (data.loader, data.bank))
-    about = {"classes": data.classes, "n_images": len(data.loader.indices)}
+    about: dict[str, Any] = {"classes": data.classes, "n_images": len(data.loader.indices)}
     about |= {"measured": measured if data.held_out else None}
     autocast, _ = mixed_precision(cfg.precision, run.device)
     warnings = rehearse(method, objective, data.augment, image, cfg, **about, autocast=autocast)
@@ -312,7 +311,7 @@ def log_curves(
     curves = run.curves(done, rates | health | {f"stats/{name}": value for name, value in stats.items()})
     chance = curves.get("stats/chance_loss") if cfg.spd is None else None
     distinct = data.classes if method.needs_labels else cfg.batch_size // run.world
-    about = {"chance": chance, "advice": method.advice, "epochs": curves["epoch"], "distinct": distinct}
+    about: dict[str, Any] = {"chance": chance, "advice": method.advice, "epochs": curves["epoch"], "distinct": distinct}
     run.log.warn(done, collapse_warning(curves["loss"], health, **about))
     return curves
 

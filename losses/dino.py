@@ -38,6 +38,8 @@ class DINOLoss(nn.Module):
     it is.
     """
 
+    center: Tensor  # (1, K)
+
     def __init__(self, prototypes: int, *, student_temperature: float = 0.1, center_momentum: float = 0.9):
         super().__init__()
         self.student_temperature = student_temperature
@@ -80,7 +82,7 @@ class DINOLoss(nn.Module):
                 targets = torch.cat([q.flip(1), q.sum(dim=1, keepdim=True).expand(-1, views - 2, -1)], dim=1)
                 log_p = F.log_softmax(student[rows].to(dtype) / self.student_temperature, dim=-1)  # (b, V, K)
                 losses[rows] = -(targets * log_p).sum(dim=(1, 2))
-                if differentiable:
+                if gradient is not None:
                     p = log_p.exp_()
                     p[:, 2:] *= 2  # n_v
                     gradient[rows] = p.sub_(targets).mul_(HEADROOM)

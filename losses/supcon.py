@@ -54,6 +54,7 @@ def sup_con(
     anchors, keys = z.flatten(0, 1), gather(z).flatten(0, 1)  # (B V, D), (W B V, D)
     key_labels = gather(labels).repeat_interleave(views)  # (W B V,)
     if bank is not None:
+        assert bank_labels is not None  # they come together
         keys, key_labels = torch.cat([keys, bank.detach()]), torch.cat([key_labels, bank_labels])
     own = torch.arange(len(anchors), device=z.device) + rank() * len(anchors)  # the anchors among the keys
     positive = labels.repeat_interleave(views)[:, None] == key_labels  # (B V, W B V + K)

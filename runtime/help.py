@@ -65,7 +65,8 @@ def _section(schema: type, raw: dict | str, where: str) -> list[tuple | str]:
     """Rows of the keys of a section, and of the options of what its name chooses."""
     chooser, hints, lines = chooser_of(schema), typing.get_type_hints(schema), field_lines(schema)
     raw = raw if isinstance(raw, dict) else {chooser.name: raw} if chooser else {}
-    rows, options = [], []
+    rows: list[tuple | str] = []
+    options: list[tuple | str] = []
     for field in dataclasses.fields(schema):
         line, value = lines.get(field.name, ""), _value(raw, field)
         if field is chooser:
@@ -77,7 +78,7 @@ def _section(schema: type, raw: dict | str, where: str) -> list[tuple | str]:
                 options = [title, *_options(table[value], raw, where)]
         elif not chooser or field.name != "options":
             rows.append(_row(f"{where}.{field.name}", hints[field.name], value, line))
-    return [*rows, *options]
+    return rows + options
 
 
 def _options(constructor, raw: dict, where: str) -> list[tuple]:

@@ -99,7 +99,7 @@ class Run:
 
     def curves(self, done: int, values: dict[str, float | Tensor]) -> dict[str, float]:
         """Write a point of the curves, the window's means and `values`; returns all of it. Every rank must call it."""
-        curves = self.log.scalars(done, self.window.read() | values)
+        curves = self.log.scalars(done, {**self.window.read(), **values})
         self.bar.set_postfix_str(f"loss {curves['loss']:.3f}, {curves['speed/images_per_second']:.0f} images/s")
         return curves
 

@@ -9,7 +9,8 @@ import typing
 from runtime.errors import UserError, shown
 
 if typing.TYPE_CHECKING:  # whoever reads such a value, or gives a default, has plain text and numbers
-    PathText, Seed = str, int
+    PathText = str
+    Seed = int
 else:
     PathText = typing.NewType("PathText", str)  # type of a key that names a file or folder: a leading ~ is expanded
     Seed = typing.NewType("Seed", int)  # type of a key that seeds random numbers, numpy's too: 32 bits

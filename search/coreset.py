@@ -114,8 +114,8 @@ def greedy_coreset(
             raise ValueError(f"greedy_coreset: {len(first)} points have the id of start, {start}")
         distances = Distances(points, torch.full((len(points),), torch.inf, dtype=torch.float64))
         distances.add(rows, bounds, first, chunk)
-        distances.pick(ids.eq(start))
         picks = torch.tensor([start])
+        distances.pick(torch.isin(ids, picks))
         report(1)
     else:
         distances = Distances(points, least.clone())

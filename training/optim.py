@@ -56,7 +56,7 @@ def lars(groups, *, momentum: float = 0.9, eta: float = 1e-3, form: Form = "offi
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast
-OPTIMIZERS = {"sgd": sgd, "adam": adam, "adamw": adamw, "lars": lars}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": sgd, "adam": adam, "adamw": adamw, "lars": lars}
 
 
 @dataclass(kw_only=True)
@@ -151,7 +151,8 @@ def parameter_groups(
     head = max((d for d in depths.values() if d is not None), default=0) + 1
     groups, predictors = {}, []
     for name, p in named:
-        depth = head if depths[name] is None else depths[name]
+        depth = depths[name]
+        depth = head if depth is None else depth
         decayed = decay_norms or (p.ndim > 1 and not name.endswith(".bias"))
         scale = layer_decay ** (head - depth) * (bias_lr_scale if p.ndim <= 1 else 1.0)
         predicts = "predictor" in name.split(".")[:-1]

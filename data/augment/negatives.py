@@ -29,9 +29,8 @@ class DefectiveView:
     Raises: UserError for an `augment` that has no plain views, and what the defect has to say.
     """
 
-    def __init__(self, augment: Augment, defect: Callable[..., tuple[Tensor, Tensor]]):
-        require_views(augment)
-        self.augment, self.defect = augment, defect
+    def __init__(self, augment: Callable[..., list[Tensor]], defect: Callable[..., tuple[Tensor, Tensor]]):
+        self.augment, self.defect = require_views(augment), defect
 
     @property
     def views(self) -> list[View]:
@@ -46,7 +45,8 @@ class DefectiveView:
         return [*views, normalize(last), normalize(defective)]
 
 
-def require_views(augment: Callable[..., list[Tensor]]) -> None:
-    """Refuse what is no `Augment`: the patches of a grid, or views that have a defect already."""
+def require_views(augment: Callable[..., list[Tensor]]) -> Augment:
+    """The augmentation, unless it is not an `Augment`: the patches of a grid, or views that have a defect already."""
     if not isinstance(augment, Augment):
         raise UserError("defect and spd each need plain views: set one of the two, and another recipe than patches")
+    return augment

@@ -40,8 +40,8 @@ class SpotTheDifference(DefectiveView):
     views are those of `augment`, bit for bit; like them, the three are functions of (seed, epoch, sample id).
     """
 
-    def __init__(self, augment: Augment, defect: Callable[..., tuple[Tensor, Tensor]]):
-        require_views(augment)
+    def __init__(self, augment: Callable[..., list[Tensor]], defect: Callable[..., tuple[Tensor, Tensor]]):
+        augment = require_views(augment)
         first = augment.views[0]
         more = [View(first.size, interpolation=first.interpolation), weak(first)]
         super().__init__(Augment([*augment.views, *more], augment.seed, augment.sizes), defect)

@@ -1,6 +1,7 @@
 """Pretraining methods by name: a new one is a file here, a row below and a YAML."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from models.ssl.barlow_twins import BarlowTwins
 from models.ssl.byol import BYOL
@@ -17,7 +18,7 @@ from models.ssl.triplet import Triplet
 from models.ssl.vicreg import VICReg
 from runtime.schema import choice
 
-SSL_METHODS = {
+SSL_METHODS: dict[str, Any] = {  # classes of SSLMethod, each with its own options
     "simclr": SimCLR,
     "dino": DINO,
     "revd": RevD,
