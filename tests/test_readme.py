@@ -17,6 +17,7 @@ import train_anomaly
 import train_ssl
 from data import build_augment
 from data.demo.generate import generate
+from evaluation.tasks import knn
 from models.ssl import SSL_METHODS
 from runtime import config
 from runtime.errors import UserError
@@ -93,7 +94,7 @@ def test_every_command_of_the_readme_runs_at_small_size(place, monkeypatch):
     assert "predict.py" in ran
 
 
-SCHEMAS = {"train_ssl.py": train_ssl.Config, "train_anomaly.py": train_anomaly.Config, "eval.py": evaluate.Config,
+SCHEMAS = {"train_ssl.py": train_ssl.Config, "train_anomaly.py": train_anomaly.Config, "eval.py": knn.Config,
            "sweep.py": sweep.Config}  # fmt: skip
 
 
