@@ -22,7 +22,6 @@ import runtime.threads  # before torch
 
 import csv
 import json
-import math
 import os
 import sys
 import time
@@ -30,30 +29,22 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from data import DataConfig, Geometry, build_geometry
 from data.image_files import find_images
-from data.images import REMEDY, decode, image_size
-from data.normalize import normalize
-from evaluation.anomaly.prediction import ahead, write_heatmap
-from evaluation.anomaly.tiling import check_tiling, examine_tiles
-from models.anomaly import DETECTORS, DetectorConfig
-from models.anomaly.detector import Detector, Findings
-from models.backbones.build import BackboneConfig, build_backbone
-from runtime import checkpoint, config, distributed, errors, help
+from evaluation.anomaly.prediction import LoadedImage, ahead, decode_whole, examine, load_image, load_run, predicted
+from evaluation.anomaly.tiling import check_tiling
+from models.anomaly.detector import Findings
+from plots.heatmaps import save, single_heatmap
+from runtime import config, distributed, errors, help
 from runtime.errors import UserError
 from runtime.files import remove_unfinished, whole_file
 from runtime.text import printable
 from runtime.values import PathText
 from runtime.version import another_version
-from training.optim import PRECISIONS
 
 COLUMNS = ("path", "score", "is_anomalous", "threshold", "nearest_training_image", "y", "x")
 USAGE = "usage: python predict.py <run folder> <images: folder or file> [out=results threshold=.. tile=512 ...]"
@@ -73,13 +64,6 @@ class Config:
     precision: Literal["fp32", "bf16", "fp16"] | None = None  # none: the run's own, which its thresholds are of
 
 
-class LoadedImage(NamedTuple):
-    path: str
-    size: tuple[int, int]  # height and width of the original
-    geometry: Geometry  # how it became the image
-    image: Tensor  # uint8 (3, H, W)
-
-
 def main(argv: list[str]) -> None:
     # ---------------------------------------------------------------- configuration, detector, images
     if not help.asked(argv) and (len(argv) < 2 or not all("=" in word for word in argv[2:])):
@@ -93,7 +77,7 @@ def main(argv: list[str]) -> None:
     detector, geometry, state = load_run(Path(cfg.run))
     if other := another_version(state.get("version"), with_script=False):
         say(f"warning: {cfg.run} was made by {other}, so scores may differ from its own")
-    detector.to(device, memory_format=torch.channels_last).eval()
+    detector.to(device)
     cfg.precision = cfg.precision or state["config"]["precision"]
     if cfg.tile:
         check_tiling(detector, cfg.tile, cfg.overlap)
@@ -121,7 +105,9 @@ def main(argv: list[str]) -> None:
         table = csv.writer(file)
         table.writerow(COLUMNS)
         loaded = ahead(load, paths, pool, THREADS if cfg.tile else THREADS + cfg.batch_size)
-        examined = examine(detector, without_broken(loaded, skipped, bar), device, cfg)
+        images = without_broken(loaded, skipped, bar)
+        sizes = {"batch_size": cfg.batch_size, "tile": cfg.tile, "overlap": cfg.overlap}
+        examined = examine(detector, images, device, precision=cfg.precision, **sizes)
         for row, problem in ahead(finish, examined, pool, THREADS):
             table.writerow(row)
             file.flush()
@@ -143,70 +129,24 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
 
 
-def examine(
-    detector: Detector, loaded: Iterator[LoadedImage], device: torch.device, cfg: Config
-) -> Iterator[tuple[LoadedImage, Findings]]:
-    """Each image and the `Findings` (of 1) in its image, on the CPU; batches have images of one input size."""
-    dtype = PRECISIONS[cfg.precision]
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    while group := list(islice(loaded, 1 if cfg.tile else cfg.batch_size)):
-        with torch.inference_mode(), autocast:
-            if cfg.tile:
-                size = {"tile": cfg.tile, "overlap": cfg.overlap, "batch_size": cfg.batch_size}
-                found = examine_tiles(detector, group[0].image, **size, device=device)
-            else:
-                geometry, valid = group[0].geometry, None
-                if geometry.fit == "pad":
-                    sizes = torch.tensor([item.size for item in group])
-                    valid = geometry.valid(geometry.regions(sizes).to(device))
-                found = detector.examine(normalize(torch.stack([p.image for p in group]).to(device)), valid)
-                found = Findings(*(None if values is None else values.cpu() for values in found))
-        for i, item in enumerate(group):
-            yield item, Findings(*(None if values is None else values[i : i + 1] for values in found))
-
-
 def row_and_heatmap(
     examined: tuple[LoadedImage, Findings], *, root: Path, out: Path, threshold: float | None, state: dict
 ) -> tuple[list, UserError | None]:
     """Draw an image's heat map, if its detector has maps; returns its row of the table, and why it is not drawn."""
-    (path, size, geometry, _), found = examined
-    score, name, (y, x), problem = float(found.scores), "", ("", ""), None
-    if not math.isfinite(score):
-        raise UserError(f"the score of {path} is {score}: use precision=fp32; if it is, the run has diverged")
-    if found.nearest_image is not None:
-        name = state["names"][int(found.nearest_image)]
-    if found.peaks is not None:
-        point = geometry.to_original_point(found.peaks, torch.tensor([size]))[0].tolist()
-        y, x = (min(max(int(p), 0), side - 1) for p, side in zip(point, size))  # a patch may stick out
-    if found.maps is not None and state["calibration"]["low"] is not None:
-        target = out / "heatmaps" / f"{os.path.relpath(path, root)}.png"  # of a.jpg and of a.png: two files
-        said = {"score": score, "threshold": threshold, "peak": None if found.peaks is None else (y, x)}
-        heat = geometry.to_original(found.maps[0], size)
+    item, found = examined
+    said, name, problem = predicted(item, found, state, threshold), os.path.relpath(item.path, root), None
+    if said.map is not None and state["calibration"]["low"] is not None:
+        about = {"score": said.score, "threshold": threshold, "peak": said.peak}
         try:
-            write_heatmap(path, heat, target, state["calibration"], geometry.white, **said)
+            # read again, so that no more images than those being drawn are held at full size
+            whole = decode_whole(item.path, item.geometry.white)
+            drawn = single_heatmap(whole, said.map, state["calibration"], **about)
+            save(drawn, out / "heatmaps" / f"{name}.png")  # of a.jpg and of a.png: two files
         except UserError as error:
             problem = error
-    alarm = "" if threshold is None else int(score > threshold)
-    limit = "" if threshold is None else threshold
-    return [os.path.relpath(path, root), score, alarm, limit, name, y, x], problem
-
-
-def load_run(folder: Path) -> tuple[Detector, Geometry, dict]:
-    """The detector of a run folder, how its images become inputs, and the checkpoint's other values."""
-    file = checkpoint.file_of(folder)
-    if not file.exists():
-        raise UserError(f"{folder} has no {checkpoint.LAST}: name the folder of a finished run of train_anomaly.py")
-    state = checkpoint.load(file)
-    if "detector" not in state["config"]:
-        raise UserError(f"{folder} holds a run without a detector: name a run folder of train_anomaly.py")
-    if "calibration" not in state:
-        raise UserError(f"the run in {folder} has not finished: the command that began it goes on with it")
-    sections = state["config"]
-    backbone = config.build(BackboneConfig, sections["backbone"] | {"weights": None}, "backbone.")  # all in "model"
-    settings = config.build(DetectorConfig, sections["detector"], "detector.")
-    detector = DETECTORS[settings.name](build_backbone(backbone)[0], **settings.options)
-    detector.load_state_dict(state.pop("model"))
-    return detector, build_geometry(config.build(DataConfig, sections["data"], "data.")), state
+    alarm = None if said.is_anomalous is None else int(said.is_anomalous)
+    row = [name, said.score, alarm, threshold, said.nearest_training_image, *(said.peak or (None, None))]
+    return row, problem  # None is written as an empty cell
 
 
 def list_images(place: Path, out: Path) -> tuple[Path, list[str]]:
@@ -219,16 +159,6 @@ def list_images(place: Path, out: Path) -> tuple[Path, list[str]]:
     return place, paths
 
 
-def load_image(path: str, geometry: Geometry, whole: bool) -> tuple[str, LoadedImage | UserError]:
-    """The image fitted into the input, or `whole`, as large as it is; of a broken one the error."""
-    try:
-        size = image_size(path)
-        geometry = Geometry(*size, white=geometry.white) if whole else geometry
-        return path, LoadedImage(path, size, geometry, decode(path, geometry))
-    except UserError as error:
-        return path, error
-
-
 def without_broken(
     loaded: Iterator[tuple[str, LoadedImage | UserError]], skipped: list[str], bar: tqdm
 ) -> Iterator[LoadedImage]:
@@ -238,7 +168,7 @@ def without_broken(
             yield item
         else:
             skipped.append(path)
-            say(f"skipped: {' '.join(str(item).removesuffix(REMEDY).split())}")  # predict.py has no data.on_error
+            say(f"skipped: {' '.join(str(item).split())}")
             bar.update()
 
 

@@ -30,6 +30,7 @@ from models.anomaly.detector import Batch, Detector
 from models.backbones.build import BackboneConfig, build_backbone
 from runtime import checkpoint, config
 from runtime.version import commit
+from training.optim import PRECISIONS
 
 CASES = [("wide_resnet50_2", 224), ("wide_resnet50_2", 256), ("mobilenet_v2", 224), ("mobilenet_v2", 256)]
 PATCHES = 16_000  # at least so many in the bank, which holds every patch of enough images
@@ -94,7 +95,7 @@ def script_seconds(detector: Detector, sections: dict, n_images: int, *words: st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--precision", choices=list(predict.PRECISIONS), default="fp32")
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
     parser.add_argument("--turns", type=int, default=3, help="runs of `examine`, the fastest counts")
     parser.add_argument("--images", type=int, default=32, help="images for the whole script; a quarter for tiles")
     parser.add_argument("--only", choices=sorted({name for name, _ in CASES}), help="one of the backbones")
@@ -118,7 +119,7 @@ def main() -> None:
         if options.only not in (None, name):
             continue
         detector, sections = fitted(name, size, device)
-        dtype = predict.PRECISIONS[options.precision]
+        dtype = PRECISIONS[options.precision]
         one, many = (examine_seconds(detector, size, batch, options.turns, device, dtype) for batch in (1, 16))
         script = script_seconds(detector, sections, options.images, *words)
         tile = -(-size // 32) * 32

@@ -1,13 +1,30 @@
 """Frozen features of a data set: what kNN, the linear probe and every other measurement on a checkpoint start from."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.loading import Loader
 from data.normalize import normalize
+from runtime import checkpoint
 from runtime.distributed import gather_rows, is_main
 from runtime.errors import UserError
+
+
+def stored_sections(path: str | Path) -> dict[str, dict]:
+    """The raw `data` and `backbone` sections of a run's config, the latter with the checkpoint itself as its weights.
+
+    Args:
+        path: a checkpoint, or a run folder, whose last.pt is meant.
+
+    Raises:
+        UserError: it is none of our checkpoints.
+    """
+    sections = checkpoint.load(path)["config"]
+    weights = {"weights": str(checkpoint.file_of(path)), "part": "auto"}
+    return {"data": sections["data"], "backbone": sections["backbone"] | weights}
 
 
 @torch.no_grad()

@@ -4,13 +4,15 @@ Grey is usual, orange is what the threshold calls anomalous.
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
+from torch import Tensor
 
-from evaluation.anomaly.metrics import Array, image_metrics, real_numbers, to_numpy
 from plots.heatmaps import MARGIN
 from plots.style import ALARM, GRID, INK, PAPER, SOFT, USUAL, font, write
+from runtime.errors import UserError
 
 PANEL, LEFT, TOP, DOT = 400, 44, 134, 7  # pixels: side of a plot, room for its numbers, above it, radius of the dot
 ROW, BAR, NAMES, PLOT, NOTES, BINS = 48, 38, 250, 640, 160, 60  # pixels of the histograms, and how many bars
@@ -18,66 +20,80 @@ ROW, BAR, NAMES, PLOT, NOTES, BINS = 48, 38, 250, 640, 160, 60  # pixels of the 
 Box = tuple[int, int, int, int]  # left, top, width, height of a plot, pixels
 
 
-def roc_pr_image(scores: Array, labels: Array, title: str, threshold: float | None = None) -> Image.Image:
+@dataclass(kw_only=True)
+class RankingCurves:
+    """What ROC and precision-recall curves are drawn from, at each distinct score from the highest on."""
+
+    false_alarm_rate: np.ndarray  # (P,) share of the normal images that score at least as high
+    recall: np.ndarray  # (P,) share of the anomalous images that do
+    precision: np.ndarray  # (P,) share of anomalous ones among the images that do
+    auroc: float | None  # None without an image of either class
+    ap: float | None  # likewise
+    n_normal: int
+    n_anomalous: int
+    threshold: float | None
+    hits: int  # anomalous images above the threshold
+    false_alarms: int  # normal images above it
+
+
+def roc_pr_image(curves: RankingCurves, title: str) -> Image.Image:
     """ROC and precision-recall curve side by side, 1008 x 640, AUROC and AP in words, a dot where the threshold is.
 
-    `scores` (N,), `labels` (N,) 0/1; an image is called anomalous above `threshold`. The ROC is straight between
-    distinct scores, precision is a step as in AP. Without an image of either class the plots say so and stay empty.
-    Raises UserError on NaN scores.
+    The ROC is straight between distinct scores, precision is a step as in AP. Without an image of either class the
+    plots say so and stay empty.
     """
-    metrics = image_metrics(scores, labels)
-    scores, labels = to_numpy(scores), to_numpy(labels).astype(bool)
     boxes = [(MARGIN + LEFT + i * (PANEL + LEFT + 2 * MARGIN), TOP, PANEL, PANEL) for i in (0, 1)]
     paper = Image.new("RGB", (boxes[1][0] + PANEL + 2 * MARGIN, TOP + PANEL + 106), PAPER)
     draw = ImageDraw.Draw(paper)
     write(draw, (MARGIN, 18), title, INK, 24, width=paper.width - 2 * MARGIN)
     headings = [
-        f"{name} undefined" if metrics[key] is None else f"{name} {metrics[key]:.3f}"
-        for name, key in (("ROC: AUROC", "image_auroc"), ("Precision-recall: AP", "image_ap"))
+        f"{name} undefined" if value is None else f"{name} {value:.3f}"
+        for name, value in (("ROC: AUROC", curves.auroc), ("Precision-recall: AP", curves.ap))
     ]
     unit_axes(draw, boxes[0], headings[0], "false-alarm rate (normal images)", "detection rate (anomalous images)")
     unit_axes(draw, boxes[1], headings[1], "recall (detection rate)", "precision (share of alarms that are right)")
-    if metrics["image_auroc"] is None:
-        missing = "no image" if not len(labels) else "no normal image" if labels.all() else "no anomalous image"
+    normal, anomalous = curves.n_normal, curves.n_anomalous
+    if not (normal and anomalous):
+        missing = "no image" if not (normal or anomalous) else f"no {'anomalous' if normal else 'normal'} image"
         for left, top, width, height in boxes:
             draw.text((left + width / 2, top + height / 2), missing, SOFT, font(20), anchor="mm")
         return paper
 
-    order = np.argsort(-scores, kind="stable")
-    last = np.append(np.diff(scores[order]) != 0, True)  # (N,) of its ties
-    found, alarms = labels[order].cumsum()[last], np.arange(1, len(labels) + 1)[last]
-    recall, precision = found / labels.sum(), found / alarms
-    rate = (alarms - found) / (~labels).sum()
+    share = anomalous / (normal + anomalous)
     dashed(draw, [place(boxes[0], x, x) for x in (0, 1)])
-    dashed(draw, [place(boxes[1], x, labels.mean()) for x in (0, 1)])
-    draw.line([place(boxes[0], x, y) for x, y in [(0, 0), *zip(rate, recall)]], USUAL, 3, joint="curve")
-    starts = np.append(0, recall[:-1])
-    steps = [point for a, b, y in zip(starts, recall, precision) for point in ((a, y), (b, y))]
+    dashed(draw, [place(boxes[1], x, share) for x in (0, 1)])
+    points = [(0, 0), *zip(curves.false_alarm_rate, curves.recall)]
+    draw.line([place(boxes[0], x, y) for x, y in points], USUAL, 3, joint="curve")
+    starts = np.append(0, curves.recall[:-1])
+    steps = [point for a, b, y in zip(starts, curves.recall, curves.precision) for point in ((a, y), (b, y))]
     draw.line([place(boxes[1], x, y) for x, y in steps], USUAL, 3, joint="curve")
     y = TOP + PANEL + 78
     dashed(draw, [(MARGIN + LEFT - 12, y), (MARGIN + LEFT + 12, y)])
     draw.text((MARGIN + LEFT + 22, y), "chance", INK, font(16), anchor="lm")
-    if threshold is not None:
-        hits, false = int((scores[labels] > threshold).sum()), int((scores[~labels] > threshold).sum())
-        counts = f"finds {hits} of {labels.sum()} anomalous, calls {false} of {(~labels).sum()} normal anomalous"
+    if curves.threshold is not None:
+        hits, false = curves.hits, curves.false_alarms
+        counts = f"finds {hits} of {anomalous} anomalous, calls {false} of {normal} normal anomalous"
         x = MARGIN + LEFT + 120
         dot(draw, (x, y))
-        draw.text((x + 16, y), f"threshold {threshold:.6g}: {counts}", INK, font(16), anchor="lm")
-        dot(draw, place(boxes[0], false / (~labels).sum(), hits / labels.sum()))
+        draw.text((x + 16, y), f"threshold {curves.threshold:.6g}: {counts}", INK, font(16), anchor="lm")
+        dot(draw, place(boxes[0], false / normal, hits / anomalous))
         if hits + false:  # without an alarm there is no precision
-            dot(draw, place(boxes[1], hits / labels.sum(), hits / (hits + false)))
+            dot(draw, place(boxes[1], hits / anomalous, hits / (hits + false)))
     return paper
 
 
-def histogram_image(groups: dict[str, Array], threshold: float | None) -> Image.Image:
-    """Score histograms of `groups` {name: (N_i,)} in rows over one axis, 1098 x (164 + 48 a group).
+def histogram_image(groups: dict[str, np.ndarray | Tensor], threshold: float | None) -> Image.Image:
+    """Score histograms of `groups` {name: (N_i,)} in rows over one axis, 1098 x (164 + 48 per group) pixels.
 
     The threshold is a line between two bars: what is above it is orange. Each row is as high as its fullest bar. On the
-    right stands how many images of the group are above the threshold. Infinite scores are drawn at the ends. Raises
-    UserError on NaN scores.
+    right stands how many images of the group are above the threshold. Infinite scores are drawn at the ends.
+
+    Raises:
+        UserError: a score is NaN.
     """
-    scores = {name: real_numbers(to_numpy(values), f"scores of {name}") for name, values in groups.items()}
-    scores = {name: values.astype(np.float64) for name, values in scores.items()}
+    scores = {name: np.asarray(values, dtype=np.float64) for name, values in groups.items()}
+    if wrong := [name for name, values in scores.items() if np.isnan(values).any()]:
+        raise UserError(f"some scores of {', '.join(wrong)} are not a number: look for a loss that diverged")
     edges = bar_edges(np.concatenate([np.empty(0), *scores.values()]), threshold)
     left, top, bottom = MARGIN + NAMES, 104, 104 + ROW * len(scores)
     box = (left, top, PLOT, bottom - top)

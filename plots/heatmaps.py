@@ -4,13 +4,11 @@ detector finds, misses and wrongly reports. Images are uint8 (3, H, W); Pillow d
 import os
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from evaluation.anomaly.metrics import Array, real_numbers, to_numpy
-from plots.style import ABOVE, INK, PAPER, PEAK, RIGHT, RIM, TRUE_DEFECT, WRONG, font, write
+from plots.style import ABOVE, ALARM, GRID, INK, PAPER, PEAK, RIGHT, RIM, TRUE_DEFECT, WRONG, font, write
 from runtime.files import whole_file
 
 # Matplotlib's "inferno" (Smith and van der Walt 2015, public domain) at 0, 1/8 .. 1: lightness rises evenly, so it also
@@ -30,6 +28,7 @@ INFERNO = torch.tensor(
     dtype=torch.float32,
 )
 TILE, GAP, MARGIN, CAPTION, TOP = 208, 8, 24, 240, 104  # pixels; TOP: room for title and legend
+NARROWEST = 420  # pixels: room for the widest line below a single image
 
 
 @dataclass
@@ -116,51 +115,6 @@ def mark_peak(draw: ImageDraw.ImageDraw, at: tuple[float, float], size: float) -
     for color, more in ((RIM, max(1, width // 2)), (PEAK, 0)):
         for ends in ((x - half - more, y, x + half + more, y), (x, y - half - more, x, y + half + more)):
             draw.line(ends, color, width + 2 * more)
-
-
-def heat_range(maps: Array | list[Array]) -> tuple[float, float]:
-    """(low, high) of one color scale for all images, from maps of normal images only, (N, H, W) or a list.
-
-    low = median pixel, so that half of a normal image stays bare; high = low + 1.5 (q - low), q the 99.9 % quantile:
-    the hottest spots of normal images come out at two thirds of the ramp, and only what lies beyond them glows. The
-    normals should not be those the detector memorized, whose maps are too cold. Never use test defects here: a scale
-    stretched per image paints an alarm on every good one.
-    """
-    pixels = np.concatenate([to_numpy(m).ravel() for m in maps])
-    low, q = np.quantile(real_numbers(pixels, "pixels of normal anomaly maps"), (0.5, 0.999)).tolist()
-    return low, low + 1.5 * (q - low) if q > low else low + 1
-
-
-def pick(scores: Array, labels: Array, defects: list[str], threshold: float | None, *, each: int = 3) -> list[Caption]:
-    """Choose the images that tell most about a detector; every image at most once.
-
-    In this order: the `each` defects that scored lowest (misses, if not above the threshold), the `each` good images
-    that scored highest (false alarms, if above it), then of every defect type the highest and the median image, and
-    the median good one. `scores` (N,), `labels` (N,) 0/1, `defects` N names, "good" for the normal ones. Without a
-    threshold there is no verdict.
-    """
-    scores, labels = real_numbers(to_numpy(scores), "image scores"), to_numpy(labels).astype(bool)
-    rank = np.empty(len(scores), dtype=np.int64)
-    rank[np.argsort(-scores, kind="stable")] = np.arange(1, len(scores) + 1)
-    by_score = np.argsort(scores, kind="stable")
-    bad, good = by_score[labels[by_score]], by_score[~labels[by_score]]
-    chosen = [(i, "low for a defect") for i in bad[:each]] + [(i, "high for a good one") for i in good[::-1][:each]]
-    for name in sorted(set(defects), key=lambda name: (name == "good", name)):
-        members = [i for i in by_score if defects[i] == name]
-        if name != "good":
-            chosen.append((members[-1], "highest of its kind"))
-        chosen.append((members[(len(members) - 1) // 2], "median of its kind"))
-    captions: dict[int, Caption] = {}
-    for i, reason in chosen:
-        heading, correct, verdict, limit = "no threshold", None, [], ""
-        if threshold is not None:
-            alarm = bool(scores[i] > threshold)
-            correct = alarm == bool(labels[i])
-            heading = "correct" if correct else "false alarm" if alarm else "missed"
-            verdict, limit = [f"called {'anomalous' if alarm else 'normal'}"], f" (threshold {threshold:.4g})"
-        lines = [defects[i], *verdict, f"score {scores[i]:.4g}{limit}", f"rank {rank[i]} of {len(scores)}", reason]
-        captions.setdefault(int(i), Caption(int(i), heading, lines, correct))
-    return list(captions.values())
 
 
 def sheet(
@@ -270,6 +224,50 @@ def legend(
         draw.text((x + swatch.width + 0.5 * size, y + side / 2), text, INK, font(size), anchor="lm")
         x += round(needed + 1.5 * size)
     return y + round(1.75 * size)
+
+
+def single_heatmap(
+    image: torch.Tensor,
+    heat: torch.Tensor,
+    calibration: dict,
+    *,
+    score: float,
+    threshold: float | None,
+    peak: tuple[int, int] | None,
+) -> Image.Image:
+    """One image uint8 (3, h, w) at full size with its anomaly map `heat` (h, w) over it: what lies above the pixel
+    threshold is outlined and the peak (y, x) marked; below it stand verdict, score, threshold and legend. The pixels
+    stay where they are. `calibration`: low, high and pixel_threshold."""
+    low, high = calibration["low"], calibration["high"]
+    # in strips, because an overlay needs 60 bytes per pixel while it is made
+    strips = [overlay(some, own, low, high) for some, own in zip(image.split(256, dim=1), heat.split(256))]
+    drawn = to_pil(outline_above(torch.cat(strips, dim=1), heat, calibration["pixel_threshold"]))
+    if peak is not None:
+        mark_peak(ImageDraw.Draw(drawn), peak, max(12, min(drawn.size) / 20))
+    return captioned(drawn, calibration, score, threshold, peaked=peak is not None)
+
+
+def captioned(
+    drawn: Image.Image, calibration: dict, score: float, threshold: float | None, *, peaked: bool = True
+) -> Image.Image:
+    """`drawn` with a band below it, of letters that grow with the image; one that is narrow gets white at its right."""
+    size = min(max(16, round(drawn.width / 50)), 48)
+    width, pad, low, high = max(drawn.width, NARROWEST), size // 2, calibration["low"], calibration["high"]
+    paper = Image.new("RGB", (width, drawn.height + 10 * size), PAPER)
+    paper.paste(drawn, (0, 0))
+    draw, y = ImageDraw.Draw(paper), drawn.height + pad
+    verdict, fill = ("ANOMALOUS", ALARM) if threshold is not None and score > threshold else ("NORMAL", GRID)
+    limit = "no threshold" if threshold is None else f"threshold {threshold:.4g}"
+    x = pad
+    if threshold is not None:
+        end = x + font(size).getlength(verdict) + 2 * pad
+        draw.rectangle((x, y, end, y + 1.5 * size), fill)
+        draw.text((x + pad, y + 0.75 * size), verdict, INK, font(size), anchor="lm")
+        x = end + size
+    draw.text((x, y + 0.75 * size), f"score {score:.4g}, {limit}", INK, font(size), anchor="lm")
+    at, shown = (pad, y + 2 * size), calibration["pixel_threshold"]
+    bottom = legend(paper, at, low, high, shown, masked=False, peaked=peaked, width=width - 2 * pad, size=size)
+    return paper.crop((0, 0, width, min(bottom + pad, paper.height)))
 
 
 def to_pil(image: torch.Tensor) -> Image.Image:

@@ -29,6 +29,8 @@ from runtime.schema import chooser_of, option_types, options_of, section_of
 from runtime.values import NULL, coerce, path_text
 from runtime.yaml_text import read_yaml
 
+RENAMED = {"pictures": "images"}  # keys of earlier versions, of which the error says what they are now
+
 
 def load(schema: type, argv: list[str], *lower: dict):
     """The config of a script's command line: `[file.yaml] [key=value ...] [--help]`, checked and converted to `schema`.
@@ -224,6 +226,9 @@ def required(default, where: str):
 
 
 def suggest(key: str, known) -> str:
+    """What to write in place of an unknown key, as the end of an error."""
+    if RENAMED.get(key) in known:
+        return f": it is now '{RENAMED[key]}'"
     near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     return f", did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}"
 

@@ -18,6 +18,7 @@ import train_anomaly
 import train_ssl
 from data import build_augment
 from data.demo.generate import generate
+from evaluation.tasks import knn
 from models.ssl import SSL_METHODS
 from runtime import config
 from runtime.errors import UserError
@@ -207,7 +208,7 @@ def test_every_table_says_where_it_comes_from(page):
     assert f"({page.name})" in (page.parent / "README.md").read_text()
 
 
-SCHEMAS = {"train_ssl.py": train_ssl.Config, "train_anomaly.py": train_anomaly.Config, "eval.py": evaluate.Config,
+SCHEMAS = {"train_ssl.py": train_ssl.Config, "train_anomaly.py": train_anomaly.Config, "eval.py": knn.Config,
            "sweep.py": sweep.Config}  # fmt: skip
 MAINS = {"train_ssl.py": train_ssl, "train_anomaly.py": train_anomaly, "eval.py": evaluate, "predict.py": predict}
 

@@ -1,32 +1,90 @@
-"""What predict.py does with files: threads that work ahead, full-size images, heat maps over them."""
+"""A run's detector on new images: what predict.py and scavenge.load_detector have in common.
 
+    detector, geometry, state = load_run(folder)
+    for image, found in examine(detector, images, device, batch_size=16, precision="fp32"):
+        prediction = predicted(image, found, state, threshold)
+
+Images are examined in the size of the input; a `Prediction` is in the pixels of the original.
+"""
+
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
+from data import DataConfig, Geometry, build_geometry
 from data.depth import WHITE
-from data.geometry import Geometry
-from data.images import decode, image_size
-from plots.heatmaps import legend, mark_peak, outline_above, overlay, save, to_pil
-from plots.style import ALARM, GRID, INK, PAPER, font
+from data.images import REMEDY, decode, image_size
+from data.normalize import normalize
+from evaluation.anomaly.tiling import examine_tiles
+from models.anomaly import DETECTORS, DetectorConfig
+from models.anomaly.detector import Detector, Findings
+from models.backbones.build import BackboneConfig, build_backbone
+from runtime import checkpoint, config
+from runtime.errors import UserError
+from training.optim import PRECISIONS
 
-NARROWEST = 420  # pixels: room for the widest line of a caption
+
+class LoadedImage(NamedTuple):
+    path: str  # or what else it is called
+    size: tuple[int, int]  # height and width of the original
+    geometry: Geometry  # how it became the image
+    image: Tensor  # uint8 (3, H, W)
 
 
-def ahead(function: Callable, items: Iterable, pool: Executor, count: int) -> Iterator:
-    """function(item) of each item, in order, by the pool's threads; at most `count` results lie ready at a time."""
-    waiting = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) >= count:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+@dataclass(kw_only=True, eq=False)
+class Prediction:
+    """What a detector says of one image; h and w are the original's height and width."""
+
+    path: str  # of the file
+    score: float  # how anomalous it is
+    threshold: float | None  # of the score; None: the run has none
+    is_anomalous: bool | None  # whether the score is above the threshold; None without one
+    p_value: float | None  # `p_value` by the run's normal images; None: the run has none to spare, or does not say
+    map: Tensor | None = field(repr=False)  # float32 (h, w), how anomalous each pixel is; None: the detector has no map
+    peak: tuple[int, int] | None  # y, x of the most anomalous pixel; None: the detector names none
+    nearest_training_image: str | None  # its path below data.root; None: the detector remembers none
+
+
+def load_run(folder: Path) -> tuple[Detector, Geometry, dict]:
+    """The detector of a run folder in eval mode on the CPU, how its images become inputs, and the checkpoint's other
+    values.
+
+    Raises:
+        UserError: there is no finished run of train_anomaly.py.
+    """
+    file = checkpoint.file_of(folder)
+    if not file.exists():
+        raise UserError(f"{folder} has no {checkpoint.LAST}: name the folder of a finished run of train_anomaly.py")
+    state = checkpoint.load(file)
+    if "detector" not in state["config"]:
+        raise UserError(f"{folder} holds a run without a detector: name a run folder of train_anomaly.py")
+    if "calibration" not in state:
+        raise UserError(f"the run in {folder} has not finished: the command that began it resumes it")
+    sections = state["config"]
+    backbone = config.build(BackboneConfig, sections["backbone"] | {"weights": None}, "backbone.")  # all in "model"
+    settings = config.build(DetectorConfig, sections["detector"], "detector.")
+    detector = DETECTORS[settings.name](build_backbone(backbone)[0], **settings.options)
+    detector.load_state_dict(state.pop("model"))
+    detector.to(memory_format=torch.channels_last).eval()
+    return detector, build_geometry(config.build(DataConfig, sections["data"], "data.")), state
+
+
+def load_image(path: str, geometry: Geometry, *, whole: bool = False) -> tuple[str, LoadedImage | UserError]:
+    """A path and its image fitted into the input, or `whole`, as large as it is; of a broken one the error."""
+    try:
+        size = image_size(path)
+        geometry = Geometry(*size, white=geometry.white) if whole else geometry
+        return path, LoadedImage(path, size, geometry, decode(path, geometry))
+    except UserError as error:
+        return path, UserError(str(error).removesuffix(REMEDY))  # there is no data.on_error here
 
 
 def decode_whole(path: str, white: int = WHITE) -> Tensor:
@@ -34,47 +92,77 @@ def decode_whole(path: str, white: int = WHITE) -> Tensor:
     return decode(path, Geometry(*image_size(path), white=white))
 
 
-def write_heatmap(
-    path: str,
-    heat: Tensor,
-    target: Path,
-    calibration: dict,
-    white: int = WHITE,
+def examine(
+    detector: Detector,
+    loaded: Iterator[LoadedImage],
+    device: torch.device,
     *,
-    score: float,
-    threshold: float | None,
-    peak: tuple[int, int] | None,
-) -> None:
-    """Write the image at `path` with its anomaly map `heat` (h, w) over it, what lies above the pixel threshold
-    outlined and the peak (y, x) marked, as a PNG; below it stand verdict, score, threshold and legend. Its pixels stay
-    where they are. The image is read again, so that no more than those being drawn are held at full size."""
-    image, low, high = decode_whole(path, white), calibration["low"], calibration["high"]
-    # in strips, because an overlay needs 60 bytes per pixel while it is made
-    strips = [overlay(some, own, low, high) for some, own in zip(image.split(256, dim=1), heat.split(256))]
-    drawn = to_pil(outline_above(torch.cat(strips, dim=1), heat, calibration["pixel_threshold"]))
-    if peak is not None:
-        mark_peak(ImageDraw.Draw(drawn), peak, max(12, min(drawn.size) / 20))
-    save(captioned(drawn, calibration, score, threshold, peaked=peak is not None), target)
+    batch_size: int,
+    precision: str,
+    tile: int = 0,
+    overlap: int = 0,
+) -> Iterator[tuple[LoadedImage, Findings]]:
+    """Each image and its `Findings` (of 1), on the CPU. Without tiles all inputs are of one size, with them each image
+    is a batch of its own."""
+    dtype = PRECISIONS[precision]
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    while group := list(islice(loaded, 1 if tile else batch_size)):
+        with torch.inference_mode(), autocast:
+            if tile:
+                size = {"tile": tile, "overlap": overlap, "batch_size": batch_size}
+                found = examine_tiles(detector, group[0].image, **size, device=device)
+            else:
+                geometry, valid = group[0].geometry, None
+                if geometry.fit == "pad":
+                    sizes = torch.tensor([item.size for item in group])
+                    valid = geometry.valid(geometry.regions(sizes).to(device))
+                found = detector.examine(normalize(torch.stack([p.image for p in group]).to(device)), valid)
+                found = Findings(*(None if values is None else values.cpu() for values in found))
+        for i, item in enumerate(group):
+            yield item, Findings(*(None if values is None else values[i : i + 1] for values in found))
 
 
-def captioned(
-    drawn: Image.Image, calibration: dict, score: float, threshold: float | None, *, peaked: bool = True
-) -> Image.Image:
-    """`drawn` with a band below it, of letters that grow with the image; one that is narrow gets white at its right."""
-    size = min(max(16, round(drawn.width / 50)), 48)
-    width, pad, low, high = max(drawn.width, NARROWEST), size // 2, calibration["low"], calibration["high"]
-    paper = Image.new("RGB", (width, drawn.height + 10 * size), PAPER)
-    paper.paste(drawn, (0, 0))
-    draw, y = ImageDraw.Draw(paper), drawn.height + pad
-    verdict, fill = ("ANOMALOUS", ALARM) if threshold is not None and score > threshold else ("NORMAL", GRID)
-    limit = "no threshold" if threshold is None else f"threshold {threshold:.4g}"
-    x = pad
-    if threshold is not None:
-        end = x + font(size).getlength(verdict) + 2 * pad
-        draw.rectangle((x, y, end, y + 1.5 * size), fill)
-        draw.text((x + pad, y + 0.75 * size), verdict, INK, font(size), anchor="lm")
-        x = end + size
-    draw.text((x, y + 0.75 * size), f"score {score:.4g}, {limit}", INK, font(size), anchor="lm")
-    at, shown = (pad, y + 2 * size), calibration["pixel_threshold"]
-    bottom = legend(paper, at, low, high, shown, masked=False, peaked=peaked, width=width - 2 * pad, size=size)
-    return paper.crop((0, 0, width, min(bottom + pad, paper.height)))
+def predicted(item: LoadedImage, found: Findings, state: dict, threshold: float | None) -> Prediction:
+    """The `Prediction` of an image from its `Findings` (of 1) and the values of `load_run`.
+
+    Raises:
+        UserError: the score is not finite.
+    """
+    path, size, geometry, _ = item
+    score, names, normals = float(found.scores), state["names"], state["calibration"].get("scores")
+    if not math.isfinite(score):
+        raise UserError(f"the score of {path} is {score}: use precision=fp32; if it is, the run has diverged")
+    peak = None
+    if found.peaks is not None:
+        point = geometry.to_original_point(found.peaks, torch.tensor([size]))[0].tolist()
+        peak = tuple(min(max(int(p), 0), side - 1) for p, side in zip(point, size))  # a patch may stick out
+    return Prediction(
+        path=path,
+        score=score,
+        threshold=threshold,
+        is_anomalous=None if threshold is None else score > threshold,
+        p_value=None if normals is None else p_value(score, normals),
+        map=None if found.maps is None else geometry.to_original(found.maps[0], size),
+        peak=peak,
+        nearest_training_image=None if found.nearest_image is None else names[int(found.nearest_image)],
+    )
+
+
+def p_value(score: float, normals: list[float]) -> float:
+    """How likely a normal image scores at least as high, by n normal images that the detector was not fitted on.
+
+    The conformal p-value (Vovk et al. 2005): (1 + how many of them do) / (n + 1), never below 1 / (n + 1). It is at
+    most a with probability a at most for a new normal image, under the conditions of `thresholds.normal_threshold`.
+    """
+    return (1 + sum(normal >= score for normal in normals)) / (len(normals) + 1)
+
+
+def ahead(function: Callable, items: Iterable, pool: Executor, count: int) -> Iterator:
+    """function(item) of each item, in order, by the pool's threads; at most `count` results wait at a time."""
+    waiting = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) >= count:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

@@ -18,11 +18,12 @@ from torchvision.transforms.functional import pil_to_tensor
 from evaluation.anomaly.bootstrap import pixel_histograms
 from evaluation.anomaly.compare import save_scores
 from evaluation.anomaly.detection import anomaly_results, region_maps, region_masks, without_pixels
+from evaluation.anomaly.display import heat_range, pick, ranking_curves
 from evaluation.anomaly.unseen import crop_line, crop_results
 from evaluation.tables import csv_table, markdown_table, with_interval
 from models.anomaly.detector import Findings
 from plots.curves import histogram_image, roc_pr_image
-from plots.heatmaps import Caption, Row, heat_range, pick, save, sheet
+from plots.heatmaps import Caption, Row, save, sheet
 from plots.neighbors import Pair, neighbor_sheet
 from runtime.files import whole_file
 from runtime.log import Log
@@ -70,7 +71,8 @@ def report(
         log.histogram(f"scores/{name}", scores)
     show(log, "scores", histogram_image(groups, threshold))
     if results["image_auroc"] is not None:
-        show(log, "curves", roc_pr_image(found.scores, test_set.labels, log.config["run_name"], threshold))
+        curves = ranking_curves(found.scores, test_set.labels, results, threshold)
+        show(log, "curves", roc_pr_image(curves, log.config["run_name"]))
         least, most = found.scores.min(), found.scores.max()
         share = (found.scores - least) / (most - least).clamp(min=1e-12)
         log.precision_recall("precision_recall", test_set.labels, share)

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 
-import eval as evaluate
 from data.datasets.folder import ClassFolder
 from data.loading import Loader
-from evaluation import knn
+from evaluation import frozen, knn
 from evaluation.classification import classification_report
 from evaluation.features import extract
 from evaluation.knn import KNN_SETTINGS, few_neighbors, knn_accuracy, knn_scores
@@ -142,7 +141,7 @@ def test_top5_of_noise_counts_the_classes_that_were_voted_for(k):
     torch.manual_seed(0)
     train, test = torch.randn(200, 8), torch.randn(300, 8)
     labels, truth = torch.arange(200) % 10, torch.arange(300) % 10
-    scores, metrics = evaluate.knn((train, labels), (test, truth), list("abcdefghij"), None, k=k)
+    scores, metrics = frozen.knn((train, labels), (test, truth), list("abcdefghij"), None, k=k)
     report = classification_report(scores, truth, list("abcdefghij"))
     hits = 0
     unit_train, unit_test = F.normalize(train.double()), F.normalize(test.double())

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from evaluation.anomaly.display import ranking_curves
+from evaluation.anomaly.metrics import image_metrics
 from plots.curves import (
     ALARM,
     GRID,
@@ -26,6 +28,11 @@ BOXES = [(MARGIN + LEFT, TOP, PANEL, PANEL), (MARGIN + 2 * LEFT + PANEL + 2 * MA
 SCORES, LABELS = [0.1, 0.2, 0.3, 0.9, 0.25, 0.6, 0.7, 0.8], [0, 0, 0, 0, 1, 1, 1, 1]
 
 
+def drawn(scores, labels, title: str, threshold: float | None = None):
+    scores, labels = np.array(scores), np.array(labels)
+    return roc_pr_image(ranking_curves(scores, labels, image_metrics(scores, labels), threshold), title)
+
+
 def pixel(box, x: float, y: float) -> tuple[int, int]:
     left, top, width, height = box
     return round(left + x * width), round(top + height - y * height)
@@ -43,7 +50,7 @@ def middle(where: np.ndarray) -> tuple[float, float]:
 
 def test_the_dot_is_where_the_threshold_is():
     """At 0.65 two of four anomalous images are found with one false alarm of four: precision 2/3."""
-    image = roc_pr_image(torch.tensor(SCORES), torch.tensor(LABELS), "a run", 0.65)
+    image = drawn(SCORES, LABELS, "a run", 0.65)
     orange = colored(image, ALARM)
     assert image.size == (1008, 640)
     for box, (x, y) in zip(BOXES, [(0.25, 0.5), (0.5, 2 / 3)]):
@@ -52,11 +59,11 @@ def test_the_dot_is_where_the_threshold_is():
         panel[top - 10 : top + height + 10, left - 10 : left + width + 10] = True
         assert middle(orange & panel) == pytest.approx(pixel(box, x, y), abs=1)
     assert orange[TOP + PANEL + 40 :].any()  # and in the key
-    assert not colored(roc_pr_image(SCORES, LABELS, "a run"), ALARM).any()
+    assert not colored(drawn(SCORES, LABELS, "a run"), ALARM).any()
 
 
 def test_the_curves_go_through_their_points():
-    blue = colored(roc_pr_image(SCORES, LABELS, "a run"), USUAL)
+    blue = colored(drawn(SCORES, LABELS, "a run"), USUAL)
     for box, points in zip(
         BOXES, [[(0, 0), (0.25, 0.4), (0.25, 0.75), (0.4, 0.75), (1, 1)], [(0.5, 2 / 3), (0.75, 3 / 4), (1, 4 / 6)]]
     ):
@@ -69,12 +76,12 @@ def test_the_curves_go_through_their_points():
 
 @pytest.mark.parametrize(("scores", "labels"), [([], []), ([1.0], [0]), ([1.0], [1]), ([1.0, 2.0], [1, 1])])
 def test_plots_without_a_class_stay_empty(scores, labels):
-    image = roc_pr_image(np.array(scores), np.array(labels), "one class", 0.5)
+    image = drawn(scores, labels, "one class", 0.5)
     assert not colored(image, USUAL).any() and not colored(image, ALARM).any()
 
 
 def test_no_alarm_has_no_precision():
-    orange = colored(roc_pr_image(SCORES, LABELS, "a run", 5.0), ALARM)[: TOP + PANEL + 10]
+    orange = colored(drawn(SCORES, LABELS, "a run", 5.0), ALARM)[: TOP + PANEL + 10]
     assert orange[:, : BOXES[1][0] - 60].any() and not orange[:, BOXES[1][0] - 20 :].any()
 
 

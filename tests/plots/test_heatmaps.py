@@ -8,16 +8,15 @@ from plots.heatmaps import (
     INFERNO,
     Caption,
     Row,
+    captioned,
     colorize,
-    heat_range,
     outline,
     outline_above,
     overlay,
-    pick,
     sheet,
+    single_heatmap,
 )
-from plots.style import ABOVE, PEAK, TRUE_DEFECT, WRONG
-from runtime.errors import UserError
+from plots.style import ABOVE, ALARM, GRID, PEAK, TRUE_DEFECT, WRONG
 
 BLUE = torch.tensor(TRUE_DEFECT, dtype=torch.uint8)
 
@@ -61,15 +60,6 @@ def test_the_outline_lies_around_the_mask_only():
     assert torch.equal(outline(image, torch.ones_like(mask)), image)
 
 
-def test_heat_range_comes_from_the_quantiles_of_normal_maps():
-    maps = torch.arange(1001.0)[torch.randperm(1001)].reshape(1, 7, 143)
-    assert heat_range(maps) == pytest.approx((500, 500 + 1.5 * 499))
-    low, high = heat_range(torch.full((2, 3, 3), 4.0))
-    assert low == 4 and high > low
-    with pytest.raises(UserError, match="not a number"):
-        heat_range(torch.full((1, 2, 2), float("nan")))
-
-
 @pytest.mark.parametrize(("width", "rim"), [(2, 0), (2, 1), (9, 4)])
 @pytest.mark.parametrize("size", [(40, 50), (1, 7), (6, 1)])
 def test_outlines_against_scipy(size, width, rim):
@@ -98,47 +88,6 @@ def test_what_lies_above_the_pixel_threshold_is_outlined_and_a_tie_does_not():
     assert not drawn[9:21, 9:21].any()
     assert torch.equal(outline_above(image, heat, None), image)
     assert torch.equal(outline_above(image, heat, 2.0), image)
-
-
-def test_pick_by_hand():
-    #          0     1     2     3     4     5     6     7     8
-    scores = [0.10, 0.20, 0.30, 0.60, 0.40, 0.45, 0.70, 0.90, 0.80]
-    defects = ["good"] * 4 + ["hole", "hole", "hole", "crack", "crack"]
-    captions = pick(torch.tensor(scores), torch.tensor([0] * 4 + [1] * 5), defects, 0.5, each=2)
-    got = [(c.index, c.heading, c.correct, c.lines[-1]) for c in captions]
-    assert got == [
-        (4, "missed", False, "low for a defect"),
-        (5, "missed", False, "low for a defect"),
-        (3, "false alarm", False, "high for a good one"),
-        (2, "correct", True, "high for a good one"),
-        (7, "correct", True, "highest of its kind"),
-        (8, "correct", True, "median of its kind"),  # the lower of two
-        (6, "correct", True, "highest of its kind"),  # the median hole stands above as a miss
-        (1, "correct", True, "median of its kind"),
-    ]
-    assert captions[0].lines[:4] == ["hole", "called normal", "score 0.4 (threshold 0.5)", "rank 6 of 9"]
-    assert captions[4].lines[:4] == ["crack", "called anomalous", "score 0.9 (threshold 0.5)", "rank 1 of 9"]
-
-
-def test_pick_without_a_threshold_gives_no_verdict():
-    (caption,) = pick([0.5], [1], ["hole"], None)
-    assert (caption.heading, caption.correct) == ("no threshold", None)
-    assert caption.lines == ["hole", "score 0.5", "rank 1 of 1", "low for a defect"]
-
-
-def test_pick_shows_every_image_once_and_lives_without_a_class():
-    labels = torch.tensor([0, 1] * 20)
-    defects = ["good", "hole"] * 20
-    captions = pick(torch.rand(40), labels, defects, 0.5)
-    assert len({c.index for c in captions}) == len(captions) <= 3 + 3 + 3
-    assert all(c.correct == ((c.lines[1] == "called anomalous") == (c.lines[0] == "hole")) for c in captions)
-    normals = pick(torch.zeros(4), torch.zeros(4), ["good"] * 4, 0.5)
-    assert {c.lines[-1] for c in normals} <= {"high for a good one", "median of its kind"}
-    assert [c.lines[-1] for c in pick(torch.ones(1), torch.ones(1), ["hole"], 0.5)] == ["low for a defect"]
-
-
-def test_a_tie_with_the_threshold_is_no_alarm():
-    assert pick([0.5], [1], ["hole"], 0.5)[0].heading == "missed"
 
 
 def spots(drawn, color):
@@ -194,3 +143,41 @@ def test_the_sheet_says_where_the_peak_is_and_names_both_thresholds(monkeypatch)
     assert said(mask, (8.0, 3.5))[-1] == "peak outside the true defect"  # the centre of a patch that sticks out
     assert said(torch.zeros_like(mask), (2.5, 3.5)) == ["t", (0.25, True), "hole"]
     assert said(None, (2.5, 3.5)) == ["t", (0.25, False), "hole"]
+
+
+CALIBRATION = {"low": 0.0, "high": 2.0, "pixel_threshold": 1.0}
+
+
+def has(pixels, color):
+    return (pixels == np.array(color)).all(-1).any()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (30, 40), (300, 500), (2000, 1500)])
+def test_the_heat_map_keeps_its_pixels_and_says_everything_below(size):
+    height, width = size
+    image = torch.full((3, height, width), 90, dtype=torch.uint8)
+    heat, peak = torch.zeros(size), (height // 2, width // 2)
+    heat[height // 3 : height // 2, width // 3 : width // 2] = 1.5
+    said = {"score": 3.5, "threshold": 2.0, "peak": peak}
+    drawn = np.asarray(single_heatmap(image, heat, CALIBRATION, **said))
+    image, below = drawn[:height, :width], drawn[height:]
+    assert drawn.shape[1] == max(width, 420) and 60 < len(below) <= 160 * max(1, width / 800)
+    assert (drawn[:height, width:] == 255).all()
+    assert tuple(image[peak]) == PEAK
+    if height > 20:
+        assert has(image, ABOVE) and (image[0, 0] == 90).all()
+    for color in (ALARM, ABOVE, PEAK):
+        assert has(below, color)
+    assert not has(drawn, TRUE_DEFECT)  # nobody knows it
+
+
+def test_the_verdict_is_that_of_the_table():
+    drawn = Image.new("RGB", (600, 50))
+    below = {score: np.asarray(captioned(drawn, CALIBRATION, score, 2.0))[50:] for score in (1.0, 2.0, 2.1)}
+    badge = [tuple(pixels[11, 11]) for pixels in below.values()]
+    assert badge == [GRID, GRID, ALARM]  # at the threshold it is normal
+    assert has(below[2.1], ALARM) and not has(below[2.0], ALARM)
+    without = np.asarray(captioned(drawn, CALIBRATION | {"pixel_threshold": None}, 3.0, None))[50:]
+    assert tuple(without[11, 11]) == (255, 255, 255) and not has(without, ALARM)
+    assert has(without, PEAK)
+    assert not has(np.asarray(captioned(drawn, CALIBRATION, 3.0, None, peaked=False)), PEAK)

@@ -15,6 +15,8 @@ import train_ssl
 from data import DATASETS
 from data.augment.recipes import RECIPES
 from data.defects import DEFECTS
+from evaluation.frozen import MEASURES
+from evaluation.tasks import TASKS, module_of
 from models.anomaly import DETECTORS
 from models.backbones import BACKBONES
 from models.ssl import SSL_METHODS
@@ -31,17 +33,14 @@ TABLES = {
     "augment": RECIPES,
     "defect": DEFECTS,
     "optim": OPTIMIZERS,
-    "task": evaluate.MEASURES,
+    "task": MEASURES,
 }
 SCHEMAS = [
     train_ssl.Config,
     train_anomaly.Config,
     predict.Config,
     sweep.Config,
-    evaluate.Config,
-    evaluate.CompareConfig,
-    evaluate.DefectsConfig,
-    evaluate.DescribeConfig,
+    *(module_of(task).Config for task in TASKS),
 ]
 
 
@@ -136,7 +135,7 @@ def test_help_does_nothing_else(printed, tmp_path):
 
 def test_eval_lists_its_tasks_and_the_keys_of_one(printed):
     text = printed(evaluate.main, "--help")
-    assert all(any(line.startswith(f"  {task} ") for line in text.splitlines()) for task in evaluate.TASKS)
+    assert all(any(line.startswith(f"  {task} ") for line in text.splitlines()) for task in TASKS)
     assert {"task.k", "checkpoint"} <= {*rows(printed(evaluate.main, "--help", "task=knn"))}
     assert "task.epochs" in rows(printed(evaluate.main, "task=linear", "-h"))
     compare = rows(printed(evaluate.main, "task=compare", "-h"))

@@ -13,6 +13,7 @@ import eval as evaluate
 import sweep
 import train_anomaly
 import train_ssl
+from evaluation.tasks import knn
 from runtime.config import as_dict, build, load, merge, overlay
 from runtime.errors import UserError
 from runtime.schema import choice
@@ -221,7 +222,7 @@ def test_eval_keeps_what_a_checkpoint_says_about_the_data(tmp_path, capsys):
     stored = ssl("configs/demo/simclr_demo.yaml", "data.test_fraction=0.3", "data.size=48")
     torch.save({"config": as_dict(stored)}, tmp_path / "last.pt")
     typed = {"checkpoint": str(tmp_path / "last.pt"), "task": "knn", "data": {"": "mvtec", "category": "01"}}
-    cfg = build(evaluate.Config, merge(evaluate.Config, *evaluate.stored([{}, typed]), {}, typed))
+    cfg = build(knn.Config, merge(knn.Config, *evaluate.stored(knn.Config, [{}, typed]), {}, typed))
     assert (cfg.data.name, cfg.data.size, cfg.data.options["root"]) == (
         "mvtec",
         (48,),

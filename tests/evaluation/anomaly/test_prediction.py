@@ -1,4 +1,4 @@
-"""Work ahead in threads, images at full size."""
+"""Work ahead in threads, images at full size, p-values."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from data.geometry import Geometry
-from evaluation.anomaly.prediction import ahead, captioned, decode_whole, write_heatmap
-from plots.style import ABOVE, ALARM, GRID, PEAK, TRUE_DEFECT
+from evaluation.anomaly.prediction import ahead, decode_whole, p_value
+from evaluation.anomaly.thresholds import normal_threshold
 
 
 def test_work_is_done_ahead_but_only_so_far():
@@ -45,40 +45,16 @@ def test_a_whole_image_is_upright_and_not_resampled(tmp_path):
     assert np.array_equal(whole.permute(1, 2, 0).numpy(), np.rot90(pixels, -1))
 
 
-CALIBRATION = {"low": 0.0, "high": 2.0, "pixel_threshold": 1.0}
+def test_the_p_value_is_the_share_of_normals_that_score_as_high_and_the_image_itself():
+    normals = [1.0, 2.0, 2.0, 5.0]
+    found = [p_value(score, normals) for score in (0.5, 1.0, 2.0, 2.1, 5.0, 9.0)]
+    assert found == [1.0, 1.0, 4 / 5, 2 / 5, 2 / 5, 1 / 5]
+    assert p_value(3.0, []) == 1.0
 
 
-def has(pixels, color):
-    return (pixels == np.array(color)).all(-1).any()
-
-
-@pytest.mark.parametrize("size", [(1, 1), (30, 40), (300, 500), (2000, 1500)])
-def test_the_heat_map_keeps_its_pixels_and_says_everything_below(tmp_path, size):
-    height, width = size
-    Image.fromarray(np.full((height, width, 3), 90, np.uint8)).save(tmp_path / "a.png")
-    heat, peak = torch.zeros(size), (height // 2, width // 2)
-    heat[height // 3 : height // 2, width // 3 : width // 2] = 1.5
-    said = {"score": 3.5, "threshold": 2.0, "peak": peak}
-    write_heatmap(str(tmp_path / "a.png"), heat, tmp_path / "b.png", CALIBRATION, **said)
-    drawn = np.asarray(Image.open(tmp_path / "b.png"))
-    image, below = drawn[:height, :width], drawn[height:]
-    assert drawn.shape[1] == max(width, 420) and 60 < len(below) <= 160 * max(1, width / 800)
-    assert (drawn[:height, width:] == 255).all()
-    assert tuple(image[peak]) == PEAK
-    if height > 20:
-        assert has(image, ABOVE) and (image[0, 0] == 90).all()
-    for color in (ALARM, ABOVE, PEAK):
-        assert has(below, color)
-    assert not has(drawn, TRUE_DEFECT)  # nobody knows it
-
-
-def test_the_verdict_is_that_of_the_table():
-    drawn = Image.new("RGB", (600, 50))
-    below = {score: np.asarray(captioned(drawn, CALIBRATION, score, 2.0))[50:] for score in (1.0, 2.0, 2.1)}
-    badge = [tuple(pixels[11, 11]) for pixels in below.values()]
-    assert badge == [GRID, GRID, ALARM]  # at the threshold it is normal
-    assert has(below[2.1], ALARM) and not has(below[2.0], ALARM)
-    without = np.asarray(captioned(drawn, CALIBRATION | {"pixel_threshold": None}, 3.0, None))[50:]
-    assert tuple(without[11, 11]) == (255, 255, 255) and not has(without, ALARM)
-    assert has(without, PEAK)
-    assert not has(np.asarray(captioned(drawn, CALIBRATION, 3.0, None, peaked=False)), PEAK)
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.3])
+def test_what_is_above_the_threshold_has_a_p_value_of_at_most_the_rate(rate):
+    normals = np.random.default_rng(0).normal(size=99)
+    threshold = normal_threshold(normals, false_alarm_rate=rate)
+    for score in np.linspace(-3, 3, 101):
+        assert (p_value(score, normals.tolist()) <= rate) == (score > threshold)

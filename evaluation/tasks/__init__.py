@@ -1,0 +1,28 @@
+"""The tasks of eval.py by name. A task is one module: a dataclass `Config` with its keys, and `run(cfg)`.
+
+The module's docstring begins the `--help` of the task, and its first sentence stands in the list of all tasks. Where
+the `Config` has a key `checkpoint`, the data and backbone that this run was trained with are the defaults of these
+sections.
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+from runtime.config import pick
+
+TASKS = {  # modules, of which eval.py imports only the one that runs
+    "knn": "evaluation.tasks.knn",
+    "linear": "evaluation.tasks.linear",
+    "compare": "evaluation.tasks.compare",
+    "defects": "evaluation.tasks.defects",
+    "describe": "evaluation.tasks.describe",
+}
+
+
+def module_of(task: str) -> ModuleType:
+    """The module of a task.
+
+    Raises:
+        UserError: there is no such task.
+    """
+    return import_module(pick(TASKS, task, "task"))

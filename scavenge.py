@@ -1,0 +1,225 @@
+"""Backbones and detectors for notebooks and other programs: images in, features or verdicts out.
+
+    import scavenge
+
+    backbone = scavenge.load_backbone("runs/simclr_own")
+    features = backbone(["a.png", "b.png"])  # (2, D)
+    detector = scavenge.load_detector("runs/patchcore_own")
+    for result in detector(["a.png", "b.png"]):
+        print(result.path, result.score, result.is_anomalous, result.p_value)
+
+Images are a list of paths (files of any sizes), a uint8 array (N, H, W, 3) or a uint8 tensor (N, 3, H, W), all in RGB;
+they are fitted into the input as in the run. Results lie on the CPU. Nothing is printed; what is doubtful is a Python
+warning, mistakes are a `UserError` or `ValueError`. docs/python.md has more.
+"""
+
+import runtime.threads  # before torch
+
+import os
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from data import DataConfig, Geometry, build_geometry
+from data.images import fitted
+from data.normalize import normalize
+from evaluation.anomaly.prediction import LoadedImage, Prediction, ahead, examine, load_image, load_run, predicted
+from evaluation.features import stored_sections
+from models.anomaly.detector import Detector
+from models.backbones.build import BackboneConfig, build_backbone
+from runtime import config, distributed
+from runtime.errors import UserError
+from runtime.values import coerce
+from runtime.version import another_version
+
+Images = list[str | Path] | np.ndarray | Tensor
+Precision = Literal["fp32", "bf16", "fp16"]
+THREADS = min(16, os.cpu_count() or 1)  # that decode
+
+
+@dataclass(repr=False, eq=False)
+class LoadedBackbone:
+    """A backbone with its weights; calling it gives features."""
+
+    network: nn.Module  # in eval mode
+    geometry: Geometry  # fits images into its input
+    device: torch.device
+    batch_size: int
+
+    @torch.no_grad()
+    def __call__(self, images: Images) -> Tensor:
+        """Features of N images: float32 (N, D)."""
+        return torch.cat([self.network(batch).float().cpu() for batch in self._batches(images)])
+
+    @torch.no_grad()
+    def stages(self, images: Images) -> list[Tensor]:
+        """The maps of the four stages, the finest first: float32 [(N, C_i, H_i, W_i)] * 4."""
+        parts = [[s.float().cpu() for s in self.network.forward_stages(batch)] for batch in self._batches(images)]
+        return [torch.cat(stage) for stage in zip(*parts)]
+
+    def _batches(self, images: Images) -> Iterator[Tensor]:
+        loaded = load(images, self.geometry, self.batch_size)
+        while batch := list(islice(loaded, self.batch_size)):
+            yield normalize(torch.stack([item.image for item in batch]).to(self.device))  # (B, 3, H, W)
+
+
+@dataclass(repr=False, eq=False)
+class LoadedDetector:
+    """The detector of a run; calling it gives a `Prediction` per image (evaluation/anomaly/prediction.py)."""
+
+    network: Detector  # in eval mode
+    geometry: Geometry  # fits images into its input
+    state: dict  # of the run: config, calibration, names of the training images
+    threshold: float | None  # of the score
+    device: torch.device
+    precision: Precision
+    batch_size: int
+
+    def __call__(self, images: Images) -> list[Prediction]:
+        """What predict.py says of the images. Every result holds a map of its image's size, so give a few at a time.
+
+        Raises:
+            UserError: a file that cannot be read, a score that is not finite.
+        """
+        loaded = load(images, self.geometry, self.batch_size)
+        about = {"batch_size": self.batch_size, "precision": self.precision}
+        examined = examine(self.network, loaded, self.device, **about)
+        return [predicted(item, found, self.state, self.threshold) for item, found in examined]
+
+
+def load_backbone(
+    path: str | Path,
+    *,
+    name: str | None = None,
+    size: int | tuple[int, int] | None = None,
+    device: str = "auto",
+    batch_size: int = 64,
+    **options,
+) -> LoadedBackbone:
+    """The backbone of a run, or one with published weights.
+
+    Args:
+        path: a run folder or a checkpoint in it; with `name` any file that `backbone.weights` takes.
+        name: which backbone the weights are of, if they are not a run's.
+        size: side of the input in pixels, or (height, width); None: the run's `data.size`, with `name` 224.
+        device: auto, cpu, cuda or cuda:1; auto: CUDA where there is one.
+        batch_size: images per forward.
+        options: further keys of the `backbone` section, such as part="target".
+
+    Raises:
+        UserError: a file that cannot be read or does not fit, an unknown backbone or option.
+    """
+    if name is None:
+        try:
+            sections = stored_sections(path)
+        except UserError as error:
+            raise UserError(f"{error} (of weights that are not a run's, give the backbone: name='resnet50')") from None
+        backbone, data = sections["backbone"], sections["data"]
+        data = config.build(DataConfig, data if size is None else data | {"size": size}, "data.")
+        geometry = build_geometry(data)
+    else:
+        backbone = {"name": name, "weights": str(path)}
+        geometry = Geometry(*np.broadcast_to(size or 224, 2).tolist())
+    network, _ = build_backbone(config.build(BackboneConfig, backbone | options, "backbone."))
+    device = find_device(device)
+    network.to(device, memory_format=torch.channels_last).eval()
+    return LoadedBackbone(network, geometry, device, batch_size)
+
+
+def load_detector(
+    run: str | Path,
+    *,
+    threshold: float | None = None,
+    device: str = "auto",
+    precision: Precision | None = None,
+    batch_size: int = 16,
+) -> LoadedDetector:
+    """The detector of a finished run of train_anomaly.py.
+
+    Args:
+        run: its folder, or the last.pt in it.
+        threshold: of the score; None: the run's own.
+        device: auto, cpu, cuda or cuda:1; auto: CUDA where there is one.
+        precision: None: the run's own, with which its thresholds were measured.
+        batch_size: images per forward.
+
+    Raises:
+        UserError: there is no such run, or this is one process of several.
+    """
+    if distributed.world_size() > 1:
+        raise UserError("load_detector works in one process: call it without torchrun")
+    network, geometry, state = load_run(Path(run))
+    if other := another_version(state.get("version"), with_script=False):
+        warnings.warn(f"{run} was made by {other}, so scores may differ from its own", stacklevel=2)
+    root = state["config"]["data"]["root"]
+    state["names"] = [os.path.join(root, name) for name in state["names"]]
+    threshold = state["calibration"]["threshold"] if threshold is None else threshold
+    precision = coerce(precision or state["config"]["precision"], Precision, "precision")
+    device = find_device(device)
+    return LoadedDetector(network.to(device), geometry, state, threshold, device, precision, batch_size)
+
+
+# -------------------------------------------------------------------- what is given
+
+
+def load(images: Images, geometry: Geometry, batch_size: int) -> Iterator[LoadedImage]:
+    """The images fitted into the input, in order; threads decode somewhat more than a batch ahead.
+
+    Raises:
+        ValueError: what is given is no images. UserError: a file that cannot be read.
+    """
+    if isinstance(images, list | tuple) and all(isinstance(path, str | os.PathLike) for path in images):
+        items, one = [os.fspath(path) for path in images], partial(from_file, geometry=geometry)
+    else:
+        pixels = as_array(images)
+        items, one = range(len(pixels)), partial(from_array, pixels=pixels, geometry=geometry)
+    if not len(items) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1" if len(items) else "there are no images")
+    with ThreadPoolExecutor(THREADS) as pool:
+        yield from ahead(one, items, pool, THREADS + batch_size)
+
+
+def from_file(path: str, geometry: Geometry) -> LoadedImage:
+    _, item = load_image(path, geometry)
+    if isinstance(item, UserError):
+        raise item
+    return item
+
+
+def from_array(number: int, pixels: np.ndarray, geometry: Geometry) -> LoadedImage:
+    image = Image.fromarray(pixels[number])
+    return LoadedImage(f"images[{number}]", (image.height, image.width), geometry, fitted(image, geometry))
+
+
+def as_array(images: np.ndarray | Tensor) -> np.ndarray:
+    """uint8 (N, H, W, 3)."""
+    if isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3:
+        return images.permute(0, 2, 3, 1).cpu().numpy()  # (N, H, W, 3)
+    if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3:
+        return images
+    given = f"{getattr(images, 'dtype', '')} {tuple(getattr(images, 'shape', ()))}".removesuffix(" ()")
+    raise ValueError(
+        "images must be a list of paths, a uint8 array (N, H, W, 3) or a uint8 tensor (N, 3, H, W), not "
+        f"{type(images).__name__} {given}".rstrip()
+    )
+
+
+def find_device(name: str) -> torch.device:
+    """Unlike `distributed.setup` it joins no process group and leaves CUDA's current device alone."""
+    if name.partition(":")[0] not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device={name!r} is not known: choose auto, cpu, cuda or cuda:1")
+    there = torch.cuda.is_available()
+    device = torch.device(("cuda" if there else "cpu") if name == "auto" else name)
+    if device.type == "cuda" and not there:
+        raise UserError(f"device={name}, but torch finds no CUDA device here; use device='cpu'")
+    return device
