@@ -153,8 +153,7 @@ def test_every_command_is_understood(page, monkeypatch):
             if any(word.startswith("checkpoint=") for word in words):  # data and backbone are that run's
                 words = [word for word in words if not word.startswith("checkpoint=")]
                 words += ["data.name=folder", "data.root=/path/to/images", "data.size=32", "backbone.name=resnet18"]
-            if kind := evaluate.schema(words):
-                config.load(kind, words)
+            config.load(evaluate.schema(words), words)
         elif name == "sweep.py":
             assert sweep.check(sweep.plan(sweep.load(words))[1])
         else:
