@@ -60,7 +60,8 @@ def test_without_a_network_it_says_what_to_fetch(tmp_path, monkeypatch):
     message = str(error.value)
     assert "cannot download torchvision's IMAGENET1K_V1 for mobilenet_v3_small (<urlopen error" in message
     assert (
-        "download https://download.pytorch.org/models/mobilenet_v3_small-047dcff4.pth on a machine with network access" in message
+        "download https://download.pytorch.org/models/mobilenet_v3_small-047dcff4.pth on a machine with network access"
+        in message
     )
     assert "\n" not in message
 
