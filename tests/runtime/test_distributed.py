@@ -54,5 +54,5 @@ def test_devices_that_do_not_do(monkeypatch):
             distributed.setup(device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="device=cuda gives each its own"):
+    with pytest.raises(UserError, match="use device=cuda, which gives each its own"):
         distributed.setup("cuda:1")

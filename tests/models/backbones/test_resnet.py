@@ -9,7 +9,6 @@ from torch import nn
 
 from models.backbones import BACKBONES
 from models.backbones.resnet import ResNet18, ResNet50
-from runtime.errors import UserError
 
 NAMES = ["resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet50_2"]
 
@@ -130,11 +129,6 @@ def test_stages_are_not_overwritten_by_what_follows(name):
     with torch.no_grad():
         maps = backbone.forward_stages(torch.randn(1, 3, 64, 64))
     assert all(torch.equal(m, k) for m, k in zip(maps, kept, strict=True))
-
-
-def test_unknown_stem_is_a_user_error():
-    with pytest.raises(UserError, match="one of: imagenet, cifar, cifar_solo"):
-        ResNet18(stem="tiny")
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

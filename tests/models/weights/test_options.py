@@ -41,7 +41,7 @@ def test_solo_learns_cifar_resnets_have_padding_2(tmp_path, form):
     assert "120 tensors loaded from part " + ("encoder" if form == "2021" else "backbone") in report
     for stem in ("cifar", "imagenet"):
         with pytest.raises(
-            UserError, match=r"solo-learn's CIFAR ResNets pad .*: set backbone\.stem=cifar_solo; .*out$"
+            UserError, match=r"solo-learn's CIFAR ResNets pad .*: set backbone\.stem=cifar_solo; .* from the file$"
         ):
             load(tmp_path, SOLOS[form], "resnet18", stem=stem)
 
