@@ -8,10 +8,10 @@ demo: .venv/installed # from a fresh clone to a results table
 	$(PY) sweep.py configs/sweeps/demo.yaml
 
 test: .venv/developer # the tests, but for the slow ones
-	$(THREADS) $(PY) -m pytest -n 2 -m "not slow"
+	$(THREADS) $(PY) -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: .venv/developer # all tests
-	$(THREADS) $(PY) -m pytest -n 2
+	$(THREADS) $(PY) -m pytest -n 2 --dist worksteal
 
 lint: .venv/developer # rules and format of the code
 	.venv/bin/ruff check .

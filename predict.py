@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -136,7 +136,7 @@ def row_and_heatmap(
     item, found = examined
     said, name, problem = predicted(item, found, state, threshold), os.path.relpath(item.path, root), None
     if said.map is not None and state["calibration"]["low"] is not None:
-        about = {"score": said.score, "threshold": threshold, "peak": said.peak}
+        about: dict[str, Any] = {"score": said.score, "threshold": threshold, "peak": said.peak}
         try:
             # read again, so that no more images than those being drawn are held at full size
             whole = decode_whole(item.path, item.geometry.white)

@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from data import DataConfig, Geometry, build_geometry
 from data.images import fitted
@@ -51,7 +51,7 @@ THREADS = min(16, os.cpu_count() or 1)  # that decode
 class LoadedBackbone:
     """A backbone with its weights; calling it gives features."""
 
-    network: nn.Module  # in eval mode
+    network: Any  # a backbone, in eval mode
     geometry: Geometry  # fits images into its input
     device: torch.device
     batch_size: int
@@ -92,7 +92,7 @@ class LoadedDetector:
             UserError: a file that cannot be read, a score that is not finite.
         """
         loaded = load(images, self.geometry, self.batch_size)
-        about = {"batch_size": self.batch_size, "precision": self.precision}
+        about: dict[str, Any] = {"batch_size": self.batch_size, "precision": self.precision}
         examined = examine(self.network, loaded, self.device, **about)
         return [predicted(item, found, self.state, self.threshold) for item, found in examined]
 
@@ -132,7 +132,7 @@ def load_backbone(
         geometry = Geometry(*np.broadcast_to(size or 224, 2).tolist())
     network, _ = build_backbone(config.build(BackboneConfig, backbone | options, "backbone."))
     device = find_device(device)
-    network.to(device, memory_format=torch.channels_last).eval()
+    network.to(device).to(memory_format=torch.channels_last).eval()
     return LoadedBackbone(network, geometry, device, batch_size)
 
 
@@ -201,7 +201,7 @@ def from_array(number: int, pixels: np.ndarray, geometry: Geometry) -> LoadedIma
     return LoadedImage(f"images[{number}]", (image.height, image.width), geometry, fitted(image, geometry))
 
 
-def as_array(images: np.ndarray | Tensor) -> np.ndarray:
+def as_array(images: Images) -> np.ndarray:
     """uint8 (N, H, W, 3)."""
     if isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3:
         return images.permute(0, 2, 3, 1).cpu().numpy()  # (N, H, W, 3)

@@ -15,7 +15,7 @@ import runtime.threads  # before torch
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -74,8 +74,9 @@ def main(argv: list[str]) -> None:
     data = prepare_data(cfg, run, detector)
     old = load_memory(cfg.update, config.as_dict(cfg), detector) if cfg.update else None
     autocast, scaler = mixed_precision(cfg.precision, run.device)
-    parts, total = {"model": detector}, 1  # a detector without gradients is fitted in one step
-    if detector.by_gradient:
+    parts: dict[str, Any] = {"model": detector}
+    total = 1  # a detector without gradients is fitted in one step
+    if data.lessons is not None:
         optimizer = build_optimizer(cfg.optim, detector)
         parts |= {"optimizer": optimizer, "scaler": scaler}
         total = cfg.epochs * len(data.lessons) if cfg.epochs else 0
@@ -84,7 +85,7 @@ def main(argv: list[str]) -> None:
         training = detector.by_gradient and total > 0
         detector.rehearse(image, batch_size=data.learned.batch_size, training=training, seed=cfg.seed)
 
-    state = run.open(parts, total, data.names, {"fitted": False, "seconds_fit": 0.0})
+    state: dict = run.open(parts, total, data.names, {"fitted": False, "seconds_fit": 0.0})
     run.log.say(f"{cfg.run_name}: {cfg.detector.name}{weights}, {len(data.learned.indices)} normals to learn from")
     run.log.say(data.note)
     if run.is_finished():
@@ -110,6 +111,7 @@ def train(
     autocast: Callable,
 ) -> None:
     """Train the detector by gradients: the loop."""
+    assert cfg.optim is not None and data.lessons is not None  # every detector by gradient has both
     model = torch.compile(detector) if cfg.compile else detector
     model = DistributedDataParallel(model, find_unused_parameters=detector.partial) if run.world > 1 else model
     epoch_steps = len(data.lessons)
@@ -200,7 +202,7 @@ def check(cfg: Config, run: Run) -> None:
         raise UserError(f"holdout={cfg.holdout} must be at least 0 and below 1")
     if kind.by_gradient and cfg.optim is None:
         raise UserError(f"detector {name} is trained by gradients: the config needs an optim section")
-    if kind.by_gradient and cfg.epochs:
+    if cfg.optim is not None and kind.by_gradient and cfg.epochs:
         check_lengths(cfg.epochs, {"optim.warmup_epochs": cfg.optim.warmup_epochs})
     if cfg.epochs < (1 if cfg.detector.weights is None else 0):
         raise UserError(f"epochs={cfg.epochs}: at least 1, or 0 to test detector.weights as they are")
@@ -214,7 +216,7 @@ def build_networks(cfg: Config, run: Run) -> tuple[Detector, str]:
     backbone, weights = build_backbone(cfg.backbone)
     detector, trained = build_detector(cfg.detector, backbone)
     detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector) if cfg.sync_bn else detector
-    detector.to(run.device, memory_format=torch.channels_last)
+    detector.to(run.device).to(memory_format=torch.channels_last)
     return detector, f"{trained}, {cfg.backbone.name} ({weights})"
 
 
@@ -248,13 +250,13 @@ def prepare_data(cfg: Config, run: Run, detector: Detector) -> Data:
     train_ids, held_out = holdout(train_set, share, cfg.seed)
     detector.check_count(len(train_ids))
 
-    load = {"batch_size": cfg.batch_size // run.world, "device": run.device, "seed": cfg.seed}
+    load: dict[str, Any] = {"batch_size": cfg.batch_size // run.world, "device": run.device, "seed": cfg.seed}
     load |= {"cache": cfg.data.cache, "workers": cfg.data.workers}
     learned, tested = Loader(train_set, indices=train_ids, **load), Loader(test_set, **load)
     normals = Loader(train_set, indices=held_out, **load) if len(held_out) else learned
     lessons = None
     if detector.by_gradient:
-        order = {"shuffle": True, "drop_last": True, "by_label": detector.by_label}
+        order: dict[str, Any] = {"shuffle": True, "drop_last": True, "by_label": detector.by_label}
         lessons = Loader(lesson_set, indices=None if elsewhere else train_ids, **order, **load)
 
     names = {"names": train_set.names, "learned": train_ids.tolist(), "tested": test_set.names}

@@ -6,7 +6,7 @@ Letters: N images, h and w the original height and width.
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -54,7 +54,7 @@ def masks_of(images: list[str], top: Path, needed: Masks) -> list[str | None]:
     return masks
 
 
-def names_with_sizes(masks: list[str | None], root: str) -> list[str]:
+def names_with_sizes(masks: Sequence[str | None], root: str) -> list[str]:
     """Each mask as `<path below root>, <n> bytes`: what tells that the ground truth of a finished run has changed."""
     return [f"{os.path.relpath(mask, root)}, {os.path.getsize(mask)} bytes" for mask in masks if mask is not None]
 

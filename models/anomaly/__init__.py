@@ -20,7 +20,7 @@ from runtime.errors import UserError
 from runtime.schema import choice
 from runtime.values import PathText
 
-DETECTORS = {
+DETECTORS: dict[str, type[Detector]] = {
     "cdo": CDO,
     "cflow": CFlow,
     "cutpaste": CutPaste,

@@ -1,6 +1,6 @@
 """What all detectors share: a frozen backbone, scoring without gradients, fitted state that loads at any size."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -75,6 +75,7 @@ class Detector(nn.Module):
     by_label = False  # all images of a batch that an optimizer trains it on have one label
     partial = False  # an optimizer step leaves some of its parameters without gradient
     fitted_on = "train"  # split that `fit` gets: the normal images, or "test", where a score depends on all of them
+    fit: Callable[..., None]  # only of a detector that `fits`
     trained_with: tuple[str, ...] = ()  # options that its trained weights need again, though no shape shows them
 
     def __init__(self, backbone: nn.Module, stages: tuple[int, ...]):
