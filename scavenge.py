@@ -17,7 +17,7 @@ import runtime.threads  # before torch
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -176,7 +176,8 @@ def load(images: Images, geometry: Geometry, batch_size: int) -> Iterator[Loaded
     """The images fitted into the input, in order; threads decode somewhat more than a batch ahead.
 
     Raises:
-        ValueError: what is given is no images. UserError: a file that cannot be read.
+        ValueError: what is given is no images.
+        UserError: while they are taken, a file that cannot be read.
     """
     if isinstance(images, list | tuple) and all(isinstance(path, str | os.PathLike) for path in images):
         items, one = [os.fspath(path) for path in images], partial(from_file, geometry=geometry)
@@ -185,8 +186,12 @@ def load(images: Images, geometry: Geometry, batch_size: int) -> Iterator[Loaded
         items, one = range(len(pixels)), partial(from_array, pixels=pixels, geometry=geometry)
     if not len(items) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1" if len(items) else "there are no images")
+    return in_threads(one, items, THREADS + batch_size)
+
+
+def in_threads(one: Callable, items: Sequence, count: int) -> Iterator[LoadedImage]:
     with ThreadPoolExecutor(THREADS) as pool:
-        yield from ahead(one, items, pool, THREADS + batch_size)
+        yield from ahead(one, items, pool, count)
 
 
 def from_file(path: str, geometry: Geometry) -> LoadedImage:
