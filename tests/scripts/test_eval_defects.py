@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 import eval as evaluate
+import predict
 from data.defects import DEFECTS
 from runtime.errors import UserError
 from tests.images import write_mvtec
@@ -42,3 +43,10 @@ def test_a_sheet_of_all_kinds(words, tmp_path, capsys):
 def test_mistakes(words, more, match):
     with pytest.raises(UserError, match=match):
         evaluate.main([*words, *more])
+
+
+@pytest.mark.parametrize("main", [evaluate.main, predict.main])
+def test_the_key_of_earlier_versions_names_the_new_one(main, words):
+    words = ["run", "images"] if main is predict.main else words
+    with pytest.raises(UserError, match="unknown key 'pictures': it is now 'images'"):
+        main([*words, "pictures=3"])
