@@ -48,7 +48,7 @@ from runtime.version import another_version
 
 COLUMNS = ("path", "score", "is_anomalous", "threshold", "nearest_training_image", "y", "x")
 USAGE = "usage: python predict.py <run folder> <images: folder or file> [out=results threshold=.. tile=512 ...]"
-THREADS = min(16, os.cpu_count() or 1)  # that decode and draw; each holds an image at full size
+THREADS = min(16, runtime.threads.cpu_count())  # that decode and draw; each holds an image at full size
 
 
 @dataclass(kw_only=True)

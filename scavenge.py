@@ -44,7 +44,7 @@ from runtime.version import another_version
 
 Images = list[str | Path] | np.ndarray | Tensor
 Precision = Literal["fp32", "bf16", "fp16"]
-THREADS = min(16, os.cpu_count() or 1)  # that decode
+THREADS = min(16, runtime.threads.cpu_count())  # that decode
 
 
 @dataclass(repr=False, eq=False)

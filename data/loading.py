@@ -16,7 +16,7 @@ from data.images import in_threads
 from data.prefetch import prefetch
 from runtime.distributed import rank, world_size
 from runtime.errors import UserError
-from runtime.memory import free_memory
+from runtime.memory import free_memory, gib
 
 Cache = Literal["auto", "device", "ram", "none"]
 
@@ -209,7 +209,7 @@ def _store(dataset, device: torch.device, cache: Cache) -> _Store | None:
             return stores[place]
     if cache != "auto":
         raise UserError(
-            f"data.cache={cache} needs {needed / 2**30:.1f} GiB for {len(dataset)} images, "
-            f"{free / 2**30:.1f} GiB are free on {place}: use data.cache=none with data.workers, or a smaller data.size"
+            f"data.cache={cache} needs {gib(needed)} for {len(dataset)} images, "
+            f"{gib(free)} are free on {place}: use data.cache=none with data.workers, or a smaller data.size"
         )
     return None

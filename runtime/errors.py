@@ -70,7 +70,7 @@ def explain(error: BaseException) -> tuple[str | None, int]:
         return f"error: {' '.join(printable(str(error)).split())}", 2
     if isinstance(error, KeyboardInterrupt):
         return "stopped; if there is a checkpoint, the same command resumes from it", 130
-    if isinstance(error, ValueError) and str(error).startswith("Expected more than 1 value per channel"):
+    if one_value_per_channel(error):
         return "error: batch norm cannot train on one value per channel: raise batch_size or data.size", 2
     if type(error).__name__ == "OutOfMemoryError":  # torch's
         how = "lower batch_size, data.size or predict.py's tile, or set precision=bf16"
@@ -79,6 +79,11 @@ def explain(error: BaseException) -> tuple[str | None, int]:
         what = f"cannot use {cut(str(error.filename or 'a file'))}: {error.strerror}"
         return f"error: {what}; {ADVICE[error.errno]}", 2
     return None, 1
+
+
+def one_value_per_channel(error: BaseException) -> bool:
+    """Whether torch's batch norm raised it, which has no type of its own for what it cannot train on."""
+    return isinstance(error, ValueError) and str(error).startswith("Expected more than 1 value per channel")
 
 
 def _leave_together(error: BaseException, line: str | None, status: int) -> NoReturn:

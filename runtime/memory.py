@@ -95,6 +95,6 @@ def _map_file(nbytes: int) -> mmap.mmap:
             return mmap.mmap(file.fileno(), nbytes)
     except OSError as error:
         raise UserError(
-            f"{nbytes / 2**30:.2f} GiB needed in {folder}, {shutil.disk_usage(folder).free / 2**30:.2f} GiB free "
+            f"{gib(nbytes)} needed in {folder}, {gib(shutil.disk_usage(folder).free)} free "
             f"({error.strerror}): set TMPDIR to a folder on a larger disk, or raise memory_limit"
         ) from None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from runtime.distributed import all_reduce_sum, gather_rows
-from runtime.memory import Workspace
+from runtime.memory import Workspace, gib
 
 DIRECT = "donot_use_mm_for_euclid_dist"  # a product's last digits depend on how many rows there are
 
@@ -60,9 +60,5 @@ def memory_plan(grid: tuple[int, int], width: int, narrow: int, n_rows: int, kep
     patches, search, bank = 4 * n_rows * width, 8 * n_rows * narrow, 8 * kept * width  # the last two with a copy
     return (
         f"memory of each process: {n_rows} patches ({grid[0]} x {grid[1]} an image) x {width} channels: "
-        f"{_gib(patches)} in {work.place(patches)} (limit {_gib(work.limit)}), search {_gib(search)}, bank {_gib(bank)}"
+        f"{gib(patches)} in {work.place(patches)} (limit {gib(work.limit)}), search {gib(search)}, bank {gib(bank)}"
     )
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from runtime.errors import UserError
+from runtime.errors import UserError, one_value_per_channel
 from training.sam import frozen_statistics
 
 
@@ -41,7 +41,7 @@ def batch_norm_needs_more(batch_size: int) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if not str(error).startswith("Expected more than 1 value per channel"):
+        if not one_value_per_channel(error):
             raise
         raise UserError(
             f"batch_size={batch_size} leaves one image per process and pass, and a batch norm one value per channel: "

@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from runtime.precision import at_least_float32
+
 
 def sines(inner: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """DST-I of `inner` (B,) pixels that lie at 1 .. inner of an axis of `size`: matrices (B, size, size), eigenvalues
@@ -58,6 +60,7 @@ def mixed_divergence(source: Tensor, target: Tensor) -> Tensor:
     return result
 
 
+@at_least_float32
 def solve(target: Tensor, divergence: Tensor, extents: Tensor | None = None) -> Tensor:
     """u with laplacian(u) = divergence inside each rectangle and u = target on its border and beyond.
 
@@ -77,6 +80,5 @@ def solve(target: Tensor, divergence: Tensor, extents: Tensor | None = None) -> 
     # u = target + e, and e is 0 on the border
     rest = laplacian(target) - divergence  # of -e
     rows, columns = rows[:, None], columns[:, None]  # (B, 1, N, N), (B, 1, M, M); symmetric
-    with torch.autocast(target.device.type, enabled=False):
-        spectrum = (rows @ rest @ columns) / (of_rows[:, :, None] + of_columns[:, None])[:, None]  # (B, C, N, M)
-        return target + rows @ spectrum @ columns
+    spectrum = (rows @ rest @ columns) / (of_rows[:, :, None] + of_columns[:, None])[:, None]  # (B, C, N, M)
+    return target + rows @ spectrum @ columns

@@ -18,6 +18,7 @@ from models.weights.options import wrong_options
 from runtime import checkpoint
 from runtime.errors import UserError
 from runtime.schema import choice
+from runtime.text import first_few
 from runtime.values import PathText
 
 DETECTORS: dict[str, type[Detector]] = {
@@ -70,6 +71,5 @@ def build_detector(config: DetectorConfig, backbone: nn.Module) -> tuple[Detecto
     unused = detector.load_trained(state, config.weights)
     where = f" from {config.weights}"
     if unused:
-        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
-        where += f" without {', '.join(unused[:3])}{more}, which its code does not use either"
+        where += f" without {first_few(unused)}, which its code does not use either"
     return detector, where

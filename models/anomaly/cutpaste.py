@@ -20,6 +20,7 @@ from models.gradcam import grad_cam
 from models.heads import normed_mlp
 from runtime.config import pick
 from runtime.errors import UserError
+from runtime.precision import at_least_float32
 from runtime.values import coerce
 from search.bounds import require_finite
 
@@ -123,8 +124,7 @@ class CutPaste(Detector):
     def forward(self, images: Tensor, classes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy on what `steps` gives; stats: the share of images whose class is the likeliest."""
         logits = self.out(self.head(pool(*self.networks(images), None)))  # (V B, classes)
-        with torch.autocast(images.device.type, enabled=False):
-            loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), classes)
+        loss = at_least_float32(F.cross_entropy)(logits, classes)
         return loss, {"accuracy": (logits.argmax(1) == classes).float().mean()}
 
     def check_count(self, n_images: int) -> None:

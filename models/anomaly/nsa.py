@@ -16,6 +16,7 @@ from models.anomaly.maps import ImageScore, image_score, peak
 from models.backbones.stages import stage_shapes, train_stages
 from runtime.distributed import gather, rank
 from runtime.errors import UserError
+from runtime.precision import at_least_float32
 
 ENCODER = ("conv1.", "bn1.", "layer")  # how names of the ResNet's parameters begin in an official checkpoint
 
@@ -197,8 +198,7 @@ class NSA(Detector):
         """Loss on what `steps` gives; stats: the mean probability of pixels that are defects and of those that are not,
         0 where there are none."""
         logits = self.networks(images)
-        with torch.autocast(images.device.type, enabled=False):
-            loss = F.binary_cross_entropy_with_logits(logits, labels)
+        loss = at_least_float32(F.binary_cross_entropy_with_logits)(logits, labels)
         probability, stats = logits.detach().sigmoid(), {}
         for name, pixels in (("normal", labels == 0), ("defect", labels > 0)):
             stats[f"probability_{name}"] = (probability * pixels).sum() / pixels.sum().clamp(min=1)

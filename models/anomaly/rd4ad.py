@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from losses.feature_distance import flattened_cosine
 from models.anomaly.detector import Detector, Findings
 from models.anomaly.maps import ImageScore, image_score, peak, smooth_inside, upsample
-from models.reverse_distillation import build_student
+from models.reverse_distillation import Student, build_student
 from runtime.errors import UserError
 
 
@@ -31,7 +31,7 @@ class RD4AD(Detector):
 
     by_gradient = True
 
-    def __init__(self, backbone: nn.Module, *, student: str = "auto", image_score: ImageScore = "max"):
+    def __init__(self, backbone: nn.Module, *, student: Student = "auto", image_score: ImageScore = "max"):
         super().__init__(backbone, (1, 2, 3))
         self.image_score = image_score
         self.bn, self.decoder = build_student(backbone, student)

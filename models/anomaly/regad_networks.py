@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from data.augment.color import to_gray
 from models.backbones.resnet import conv3x3
+from runtime.precision import at_least_float32
 
 
 class SpatialTransformer(nn.Module):
@@ -60,20 +61,20 @@ class SpatialTransformer(nn.Module):
         return warp(x, theta), theta
 
 
+@at_least_float32
 def warp(x: Tensor, theta: Tensor) -> Tensor:
-    """Maps (B, C, H, W) sampled at theta (B, 2, 3) or (2, 3), in theta's precision with autocast off: the same shape.
+    """Maps (B, C, H, W) sampled at theta (B, 2, 3) or (2, 3), in at least float32 with autocast off: the same shape.
 
     A map whose theta is not finite becomes NaN. Under autocast even affine_grid would multiply in half precision, which
     knows 128 places between 0.5 and 1.
     """
     if len(x) == 0:  # a process may have nothing left to score, and affine_grid refuses that
-        return x.to(theta.dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        grid = F.affine_grid(theta.expand(len(x), 2, 3), list(x.shape), align_corners=False)  # (B, H, W, 2)
-        # on a CPU the backward of grid_sample writes outside its memory for a NaN: take NaN from x, not from the grid
-        lost = ~grid.isfinite().all(3).all(2).all(1)[:, None, None, None]  # (B, 1, 1, 1)
-        x = x.to(theta.dtype).masked_fill(lost, torch.nan)
-        return F.grid_sample(x, grid.masked_fill(lost, 0), padding_mode="reflection", align_corners=False)
+        return x
+    grid = F.affine_grid(theta.expand(len(x), 2, 3), list(x.shape), align_corners=False)  # (B, H, W, 2)
+    # on a CPU the backward of grid_sample writes outside its memory for a NaN: take NaN from x, not from the grid
+    lost = ~grid.isfinite().all(3).all(2).all(1)[:, None, None, None]  # (B, 1, 1, 1)
+    x = x.masked_fill(lost, torch.nan)
+    return F.grid_sample(x, grid.masked_fill(lost, 0), padding_mode="reflection", align_corners=False)
 
 
 def inverse(theta: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from models.heads import mlp
 from models.ssl.method import Encoder, SSLMethod, all_views
+from runtime.precision import at_least_float32
 
 
 class PatchPosition(SSLMethod):
@@ -42,10 +43,9 @@ class PatchPosition(SSLMethod):
 
     def criterion(self, embeddings: tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
         logits, features = embeddings
-        with torch.autocast(logits.device.type, enabled=False):
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)  # (8 B, 8)
-            positions = torch.arange(8, device=logits.device).repeat(len(features))  # (8 B,)
-            loss = F.cross_entropy(logits, positions)
+        logits = logits.flatten(0, 1)  # (8 B, 8)
+        positions = torch.arange(8, device=logits.device).repeat(len(features))  # (8 B,)
+        loss = at_least_float32(F.cross_entropy)(logits, positions)
         accuracy = (logits.detach().argmax(1) == positions).float().mean()
         stats = {"position_accuracy": accuracy, "chance_loss": torch.tensor(math.log(8))}
         return loss, stats | {"embeddings": features}

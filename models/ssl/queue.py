@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from runtime.distributed import gather, world_size
 from runtime.errors import UserError
+from runtime.precision import at_least_float32
 
 SUITABLE = {  # lightly-train's: up to so many training images, a queue of this length
     50: 16,
@@ -58,8 +59,7 @@ class Queue(nn.Module):
             return
         if labels is None:
             labels = torch.full((len(embeddings),), -1, device=embeddings.device)
-        with torch.autocast(embeddings.device.type, enabled=False):
-            rows = self._gather(F.normalize(embeddings.detach().to(self.rows.dtype), dim=1))  # (W N, D)
+        rows = self._gather(at_least_float32(F.normalize)(embeddings.detach().to(self.rows.dtype), dim=1))  # (W N, D)
         self.require_room(len(rows))
         self.held = rows, self._gather(labels)
 

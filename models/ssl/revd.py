@@ -5,14 +5,14 @@ from torch import Tensor, nn
 
 from losses.feature_distance import flattened_cosine
 from models.backbones.stages import train_stages
-from models.reverse_distillation import build_student
+from models.reverse_distillation import Student, build_student
 from models.ssl.method import MANY, Encoder, SSLMethod
 
 
 class TeacherStudent(Encoder):
     """The teacher and, as its head, the student that rebuilds the teacher's stages 1-3 from a narrow embedding."""
 
-    def __init__(self, teacher: nn.Module, student: str):
+    def __init__(self, teacher: nn.Module, student: Student):
         bn, decoder = build_student(teacher, student)
         super().__init__(teacher, nn.ModuleDict({"bn": bn, "decoder": decoder}))
 
@@ -47,7 +47,7 @@ class RevD(SSLMethod):
     projects = False
     takes = (1, MANY, "none")
 
-    def __init__(self, backbone: nn.Module, *, student: str = "auto"):
+    def __init__(self, backbone: nn.Module, *, student: Student = "auto"):
         super().__init__()
         self.online = TeacherStudent(backbone, student)
         train_stages(backbone, last=3)

@@ -113,7 +113,7 @@ def test_mistakes_are_one_line(images, tmp_path):
     assert "did you mean 'coreset'" in error("patchcore", "detector.corset=0.1")
     assert f"one of: {', '.join(DETECTORS)}" in error("patchcore", "detector.name=pdm")
     assert "nothing" in error("patchcore", "data.category=nothing")
-    assert "student=vgg: it is auto, resnet18" in error("rd4ad", "detector.student=vgg")
+    assert "detector.student='vgg' is unknown; one of: auto, resnet18" in error("rd4ad", "detector.student=vgg")
     assert "epochs=0: at least 1" in error("rd4ad", "epochs=0")
     assert "needs an optim section" in error("patchcore", "detector=rd4ad", "detector.image_score=max")
     sgd, best = ["optim.name=sgd", "optim.lr=0.1"], "detector.image_score=max"  # not PatchCore's own

@@ -205,7 +205,7 @@ def test_cflow_with_a_mobilenet_v3(tmp_path, size):
     contents, images = official_file(encoder, flows), torch.randn(2, 3, 64, 48)
     ours, left = load(tmp_path, "cflow", contents, build(), blocks=BLOCKS, before_norm=True)
     assert left.startswith(" without flows.0.module_list.0.w_perm_inv, ") and left.endswith(
-        " and 3 more, which its code does not use either"
+        ", and 3 more, which its code does not use either"
     )
     with torch.no_grad():
         encoder(images)

@@ -49,7 +49,7 @@ def test_an_official_checkpoint_loads_and_a_part_of_one_does_not(tmp_path):
     torch.save(official_checkpoint(theirs), path)
     loaded, where = build_detector(DetectorConfig(name="regad", weights=str(path)), ResNet18())
     unused = (
-        " without encoder.bn3.weight, encoder.bn3.bias, encoder.bn3.running_mean and 2 more, which its code does not"
+        " without encoder.bn3.weight, encoder.bn3.bias, encoder.bn3.running_mean, and 2 more, which its code does not"
     )
     assert where == f" from {path}{unused} use either" and len(loaded.mean) == 0
     for name, value in theirs.state_dict().items():
