@@ -16,7 +16,7 @@ from tests.images import TOP, write_mvtec
 from tests.models.anomaly.test_by_gradient import OPTIONS
 from tests.processes import kill_script, script
 
-TINY = {  # a detector without a line here has its first config and the options of the other tests
+TINY = {
     "embedding": ["configs/demo/embedding_demo.yaml"],
     "patchcore": ["configs/demo/patchcore_demo.yaml"],
     "padim": ["configs/demo/padim_demo.yaml"],
@@ -29,16 +29,11 @@ TINY = {  # a detector without a line here has its first config and the options 
     "regad": ["configs/demo/regad_demo.yaml", "backbone=resnet18", "epochs=3", "save_every=3", "log_every=1"],
 }
 SENSES_A_SQUARE = {*TINY} - {"embedding", "cutpaste", "nsa"}  # no map; one of 2 x 2 patches; no gray in its own patches
-for name in [name for name in DETECTORS if name not in TINY]:
+for name in [name for name in DETECTORS if name not in TINY]:  # a new one has its first config
     loop = ["epochs=4", "save_every=3", "log_every=1"] if DETECTORS[name].by_gradient else []
     small = [f"detector.{key}={value}" for key, value in OPTIONS.get(name, {}).items()]
-    TINY[name] = [
-        str(min((TOP / "configs").glob(f"{name}_*.yaml"))),
-        "backbone=resnet18",
-        "data.fit=squash",
-        *loop,
-        *small,
-    ]
+    first = min((TOP / "configs").glob(f"{name}_*.yaml"))
+    TINY[name] = [str(first), "backbone=resnet18", "data.fit=squash", "data.resize=null", *loop, *small]
 BY_GRADIENT = tuple(name for name in TINY if DETECTORS[name].by_gradient)
 QUICK = ("patchcore", "rd4ad")  # what needs processes of its own is for `make test-all` with the others
 WITH_PROCESSES = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ("patchcore", *BY_GRADIENT)]

@@ -20,7 +20,7 @@ from tests.images import TOP, command, write_classes
 from tests.models.ssl.test_methods import SMALL
 from tests.processes import kill_script, script
 
-TINY = {  # a method without a line here has its first config; four at 33 pixels: at 24 MobileNetV2 ends in single pixels, whose batch norms made gradients of 1e5 to inf
+TINY = {  # four at 33 pixels: at 24 MobileNetV2 ends in single pixels, whose batch norms made gradients of 1e5 to inf
     "simclr": ["configs/demo/simclr_demo.yaml", "augment.size=24", "method.out=8"],
     "supcon": ["configs/supcon_neu.yaml", "augment.size=24", "method.out=8"],
     "revd": ["configs/revd_neu.yaml", "augment.size=32"],
@@ -35,7 +35,7 @@ TINY = {  # a method without a line here has its first config; four at 33 pixels
     "psco": ["configs/psco_scavport.yaml", "augment.size=24", "method.out=8", "method.hidden=16", "method.queue=40"],
     "patch_position": ["configs/patch_position_scavport.yaml", "augment.size=11", "augment.gap=1", "augment.jitter=0"],
 }
-for name in [name for name in SSL_METHODS if name not in TINY]:
+for name in [name for name in SSL_METHODS if name not in TINY]:  # a new one has its first config
     config_of_it = str(min((TOP / "configs").glob(f"{name}_*.yaml")))
     small_head = [f"method.{key}={value}" for key, value in SMALL.get(name, {}).items()]
     TINY[name] = [config_of_it, "data=folder", "augment.size=24", *small_head]
