@@ -72,25 +72,31 @@ def assert_processes_equal_one(function, world_size: int) -> None:
             torch.testing.assert_close(grad, gradient, rtol=0, atol=1e-12)
 
 
-def _script(words: list[str], environment: dict, out: str) -> None:
+def _script(words: list[str], environment: dict, out: str, top: Path) -> None:
     for number, path in enumerate((out, f"{out}.err"), 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     _take(environment)
-    os.chdir(TOP)
+    os.chdir(top)
+    if top != TOP:  # the server has loaded the modules of TOP, and the path is the parent's
+        ours = {path.stem for path in TOP.iterdir() if path.is_dir() or path.suffix == ".py"}
+        for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
+            del sys.modules[name]
+        sys.path[:] = [str(top), *(path for path in sys.path if path != str(TOP))]
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
 
 
-def start_script(words: list[str], out: Path, environment: dict | None = None) -> BaseProcess:
-    """`python words` from the repository's folder, not waited for; it prints into the files `out` and `out`.err."""
+def start_script(words: list[str], out: Path, environment: dict | None = None, top: Path = TOP) -> BaseProcess:
+    """`python words` from the folder of the repository or a copy of it, not waited for; it prints into the files `out`
+    and `out`.err."""
     _start_server()
-    args = words, os.environ | (environment or {}), str(out)
+    args = words, os.environ | (environment or {}), str(out), top
     process = multiprocessing.get_context("forkserver").Process(target=_script, args=args)
     process.start()
     return process
 
 
-def script(words: list[str], *, processes: int = 1) -> dict:
+def script(words: list[str], *, processes: int = 1, top: Path = TOP) -> dict:
     """Run a script, or several processes of it as torchrun does; the JSON of its last line on stdout."""
     environments: list[dict] = [{}]
     if processes > 1:
@@ -103,7 +109,7 @@ def script(words: list[str], *, processes: int = 1) -> dict:
         ]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        running = {p.sentinel: p for p in (start_script(words, out, each) for each in environments)}
+        running = {p.sentinel: p for p in (start_script(words, out, each, top) for each in environments)}
         status = 0
         while running:
             for sentinel in connection.wait(running):

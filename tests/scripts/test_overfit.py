@@ -11,6 +11,7 @@ from evaluation.collapse import LEAST_STD
 from models.ssl import SSL_METHODS
 from runtime.config import overlay
 from tests.models.ssl.test_floors import CASES
+from tests.models.ssl.test_methods import SMALL
 from tests.scripts.test_train_ssl import TINY
 
 RECIPE = ["optim=adam", "optim.lr=1e-3", "ema.start=0.9", "ema.end=0.9"]
@@ -40,7 +41,7 @@ def write_patterns(root):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SSL_METHODS)
 def test_overfit_reaches_the_floor(name, tmp_path, capsys):
-    options, floor, near = CASES[name]
+    options, floor, near = CASES.get(name, (SMALL.get(name, {}), None, None))
     near = 0.12 if name == "moco_v2" else near  # it ends at 0.015 to 0.066; two images taken for one cost 0.124
     backbone = ["backbone.stem=cifar"] if name == "revd" else ["backbone=mobilenet_v2", "backbone.width=0.25"]
     words = [TINY[name][0], *(word for word in TINY[name] if word.startswith("augment."))]
@@ -53,6 +54,9 @@ def test_overfit_reaches_the_floor(name, tmp_path, capsys):
     losses = [point["loss"] for point in curve if "loss" in point]
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (results["steps"], results["loss"]) == (len(losses), losses[-1]) and len(losses) >= 200
-    assert max(losses) > floor + 5 * near
-    assert floor - 1e-4 <= losses[-1] <= floor + near
+    if floor is None:
+        assert losses[-1] < 0.5 * losses[0] or losses[-1] < 0 < losses[0]
+    else:
+        assert max(losses) > floor + 5 * near
+        assert floor - 1e-4 <= losses[-1] <= floor + near
     assert curve[-1]["embedding/std"] > 2 * LEAST_STD  # a collapse, too, is at the floor of BYOL, SimSiam and RevD

@@ -12,10 +12,12 @@ from PIL import Image
 
 import train_ssl
 from models.backbones import BACKBONES
+from models.ssl import SSL_METHODS
 from models.weights.load import load_weights
 from runtime import config
 from runtime.errors import UserError
 from tests.images import TOP, command, write_classes
+from tests.models.ssl.test_methods import SMALL
 from tests.processes import kill_script, script
 
 TINY = {  # four at 33 pixels: at 24 MobileNetV2 ends in single pixels, whose batch norms made gradients of 1e5 to inf
@@ -33,6 +35,10 @@ TINY = {  # four at 33 pixels: at 24 MobileNetV2 ends in single pixels, whose ba
     "psco": ["configs/psco_scavport.yaml", "augment.size=24", "method.out=8", "method.hidden=16", "method.queue=40"],
     "patch_position": ["configs/patch_position_scavport.yaml", "augment.size=11", "augment.gap=1", "augment.jitter=0"],
 }
+for name in [name for name in SSL_METHODS if name not in TINY]:  # a new one has its first config
+    config_of_it = str(min((TOP / "configs").glob(f"{name}_*.yaml")))
+    small_head = [f"method.{key}={value}" for key, value in SMALL.get(name, {}).items()]
+    TINY[name] = [config_of_it, "data=folder", "augment.size=24", *small_head]
 TINY["simclr with spd"] = [*TINY["simclr"], "spd=smooth_blend"]
 TINY["byol with sam"] = [*TINY["byol"], "sam.rho=0.1"]
 WITH_PROCESSES = [n if n in ("simclr", "dino") else pytest.param(n, marks=pytest.mark.slow) for n in TINY]

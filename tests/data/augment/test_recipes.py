@@ -21,6 +21,8 @@ VIEWS = [name for name in RECIPES if name != "patches"]
 FLIPPED = ["simclr", "moco", "byol", "psco", "dino"]
 SMALL = {"dino": {"size": 48, "local_size": 24, "local_crops": 1, "strips": 1, "strip_size": (40, 12)}}
 
+COUNTS = {"simclr": 2, "moco": 2, "byol": 2, "psco": 2, "aligned": 2, "dino": 11, "patches": 9, "none": 1}
+
 # recipe, options: for each view crop, jitter, gray_p, blur_p, solarize_p, interpolation (reference: official files)
 OFFICIAL = {
     ("simclr", ()): [((0.08, 1.0), (0.8, 0.8, 0.8, 0.2), 0.2, 0.5, 0.0, "bicubic")] * 2,
@@ -185,7 +187,7 @@ def test_built_from_a_config(name):
     augment = build_augment(section, 7, sizes)
     images, ids = raw_images(3, 80), torch.arange(3)
     views = augment(images, ids, 1)
-    assert len(augment.views) == len(views) == {"patches": 9, "none": 1, "dino": 11}.get(name, 2)
+    assert len(augment.views) == len(views) == COUNTS.get(name, len(views))
     assert [(3, 3, *view.shape) for view in augment.views] == [tuple(view.shape) for view in views]
     assert augment.views[0].size == 16 and {view.dtype for view in views} == {torch.float32}
     if name == "patches":

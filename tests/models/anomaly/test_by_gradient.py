@@ -11,7 +11,7 @@ from models.backbones.resnet import ResNet18
 from runtime.errors import UserError
 from tests.processes import run_processes
 
-OPTIONS: dict[str, dict] = {  # of every such detector: what makes it small, or nothing
+OPTIONS: dict[str, dict] = {  # what makes such a detector small; one without a line here has its defaults
     "cdo": {},
     "cutpaste": {},
     "cflow": {"stages": (2, 3), "blocks": 2, "fiber": 4},
@@ -27,7 +27,7 @@ NAMES = [name for name, detector in DETECTORS.items() if detector.by_gradient]
 
 def build(name: str) -> Detector:
     torch.manual_seed(2)
-    return DETECTORS[name](ResNet18(), **OPTIONS[name])
+    return DETECTORS[name](ResNet18(), **OPTIONS.get(name, {}))
 
 
 def raw_images(name: str, count: int = 4) -> Tensor:
@@ -127,7 +127,7 @@ def test_trained_weights_load_and_others_are_refused(name, tmp_path):
     for inputs in steps(name, detector):
         detector(*inputs)
     torch.save({"config": {"detector": {"name": name}}, "model": detector.state_dict()}, tmp_path / "last.pt")
-    config = DetectorConfig(name=name, weights=str(tmp_path / "last.pt"), options=OPTIONS[name])
+    config = DetectorConfig(name=name, weights=str(tmp_path / "last.pt"), options=OPTIONS.get(name, {}))
     fresh, where = build_detector(config, ResNet18())
     assert where == f" from {tmp_path}/last.pt"
     for key, value in detector.state_dict().items():

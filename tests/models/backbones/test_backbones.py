@@ -1,5 +1,7 @@
 """What every backbone promises: shapes, gradients, precisions, and a place in pretraining and in detectors."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -17,7 +19,7 @@ from models.ssl.dino import DINO
 from models.ssl.simclr import SimCLR
 from runtime.errors import UserError
 from tests.images import batches
-from tests.models.ssl.test_methods import SMALL as SMALL_METHODS
+from tests.models.ssl.test_methods import CASES
 from tests.processes import run_processes
 
 SMALL = {  # one of each family and version, made small where it can be
@@ -112,7 +114,7 @@ def test_channels_last_bf16_and_float64_agree(name):
 @smoke
 @pytest.mark.parametrize("method", ["simclr", "dino"])
 def test_pretraining_changes_it(name, method):
-    net = build(name, **({"drop_path": 0.1} if "mobilenet" not in name else {}))
+    net = build(name, **({"drop_path": 0.1} if "drop_path" in inspect.signature(BACKBONES[name]).parameters else {}))
     method = SimCLR(net, out=8) if method == "simclr" else DINO(net, prototypes=16, hidden=16, bottleneck=8)
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01)
     images = torch.randn(4, 3, 64, 64)
@@ -132,7 +134,7 @@ def test_pretraining_changes_it(name, method):
 @pytest.mark.parametrize(
     "name", ["cbam_resnet18", "mobilenet_v3_small", "convnextv2_atto", "vit_tiny", "unet_resnet18"]
 )
-@pytest.mark.parametrize("method", [method for method in SMALL_METHODS if method not in ("simclr", "dino")])
+@pytest.mark.parametrize("method", [method for method in SSL_METHODS if method not in ("simclr", "dino")])
 def test_every_method_takes_it(method, name):
     """RevD, which needs maps that halve each other, says so to a ViT."""
     net = build(name)
@@ -140,7 +142,7 @@ def test_every_method_takes_it(method, name):
         with pytest.raises(UserError, match="maps that halve each other"):
             SSL_METHODS[method](net)
         return
-    model = SSL_METHODS[method](net, **SMALL_METHODS[method])
+    model = SSL_METHODS[method](net, **CASES[method])
     number = 9 if method == "patch_position" else model.takes[0]
     size = 32 if method == "patch_position" else 64
     loss, _ = model([torch.randn(8, 3, size, size) for _ in range(number)], torch.tensor([0, 1, 2, 0, 3, 1, 0, 2]))

@@ -12,7 +12,7 @@ from torch import nn
 
 from evaluation.collapse import LEAST_STD, embedding_health
 from models.ssl import SSL_METHODS
-from tests.models.ssl.test_methods import Staged
+from tests.models.ssl.test_methods import SMALL, Staged
 
 N = 8
 APART = -1 / (N - 1)  # cosine of two images on the simplex
@@ -30,7 +30,7 @@ TASK = math.log(QUEUE * (1 + 7 * math.exp(APART - 1)) / 8)  # the shots are each
 # what two images taken for one cost moco_v3 (0.13) and revd (0.12). Rounding alone moves where the methods with a
 # stopped gradient come to rest, which is no minimum of the loss: on twelve seeds here simsiam at 0.001 to 0.019 above
 # its floor, moco_v3 at 0.028 to 0.084, psco at 0.011 to 0.028.
-CASES = {  # options, floor, how near
+CASES = {  # options, floor, how near; a method without a row here only has to come far below where it begins
     "simclr": ({"out": 8, "temperature": 0.5}, nce(0.5, 1, 2 * N - 2), 0.01),
     "supcon": ({"out": 8}, SUPCON, 0.02),
     "triplet": ({"out": 8}, 0.0, 0.001),
@@ -66,7 +66,7 @@ class Pixels(nn.Module):
 
 @pytest.mark.parametrize("name", SSL_METHODS)
 def test_eight_images_bring_the_loss_to_its_floor(name):
-    options, floor, near = CASES[name]
+    options, floor, near = CASES.get(name, (SMALL.get(name, {}), None, None))
     torch.manual_seed(0)
     method = SSL_METHODS[name](Staged() if name == "revd" else Pixels(), **options)
     raw_images, size = torch.randn(N, 3, 16, 16), 16 if name == "revd" else 8
@@ -83,8 +83,11 @@ def test_eight_images_bring_the_loss_to_its_floor(name):
         optimizer.step()
         method.after_step(0.9)
         losses.append(loss.item())
-    assert max(losses) > floor + 5 * near  # a queue of random rows repels less
-    assert losses[-1] == pytest.approx(floor, abs=near)
-    assert losses[-1] >= floor - 1e-4
+    if floor is None:
+        assert losses[-1] < 0.5 * losses[0] or losses[-1] < 0 < losses[0]
+    else:
+        assert max(losses) > floor + 5 * near  # a queue of random rows repels less
+        assert losses[-1] == pytest.approx(floor, abs=near)
+        assert losses[-1] >= floor - 1e-4
     if name != "revd":  # whose teacher goes to meet so small a student: its features become alike
         assert embedding_health(stats["embeddings"])["embedding/std"] > 2 * LEAST_STD

@@ -18,7 +18,7 @@ from runtime.errors import UserError
 from tests.processes import run_processes
 from training.optim import clip_gradients, parameter_groups
 
-SMALL = {
+SMALL = {  # a method without a line here has its defaults
     "barlow_twins": {"hidden": 12, "out": 5},
     "byol": {"hidden": 12, "out": 8},
     "dino": {"prototypes": 16, "hidden": 12, "bottleneck": 6},
@@ -45,7 +45,7 @@ VARIANTS = {  # a method with other options, by a name of its own
     "vicreg of three views": {"hidden": 12, "out": 5},
     "simclr of three views": {"out": 8, "head": "linear"},
 }
-CASES = SMALL | VARIANTS
+CASES = {name: SMALL.get(name, {}) for name in SSL_METHODS} | VARIANTS
 LABELS = torch.tensor([0, 1, 2, 0, 3, 1, 0, 2])
 
 
@@ -96,8 +96,8 @@ def build(name):
 
 def views(name):
     torch.manual_seed(4)
-    counted = 3 if "three views" in name or name == "triplet" else 2
-    sizes = {"dino": [8, 8, 5, 5, 5], "revd": [16], "patch_position": [8] * 9}.get(name, [8] * counted)
+    counted = 3 if "three views" in name else max(2, SSL_METHODS[name.split()[0]].takes[0])
+    sizes = {"dino": [8, 8, 5, 5, 5], "revd": [16]}.get(name, [8] * counted)
     return [torch.randn(8, 3, size, size, dtype=torch.float64) for size in sizes]
 
 

@@ -9,7 +9,7 @@ from losses.spd import spd
 from models.ssl import SSL_METHODS
 from models.ssl.spd import SPD
 from runtime.errors import UserError
-from tests.models.ssl.test_methods import SMALL, build, views
+from tests.models.ssl.test_methods import CASES, build, views
 from tests.processes import run_processes
 
 CONTRASTIVE = [
@@ -111,7 +111,7 @@ class Normed(nn.Module):
 
 def normed(name):
     torch.manual_seed(2)
-    return SSL_METHODS[name](Normed(), **SMALL[name]).double()
+    return SSL_METHODS[name](Normed(), **CASES[name]).double()
 
 
 @pytest.mark.parametrize("name", CONTRASTIVE)
