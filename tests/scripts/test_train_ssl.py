@@ -37,8 +37,9 @@ TINY = {  # four at 33 pixels: at 24 MobileNetV2 ends in single pixels, whose ba
 }
 for name in [name for name in SSL_METHODS if name not in TINY]:  # a new one has its first config
     config_of_it = str(min((TOP / "configs").glob(f"{name}_*.yaml")))
-    small_head = [f"method.{key}={value}" for key, value in SMALL.get(name, {}).items()]
-    TINY[name] = [config_of_it, "data=folder", "augment.size=24", *small_head]
+    options = SMALL.get(name, {}) | dict.fromkeys(SSL_METHODS[name].in_epochs, 0)
+    small = [f"method.{key}={value}" for key, value in options.items()]
+    TINY[name] = [config_of_it, "data=folder", "augment.size=24", *small]
 TINY["simclr with spd"] = [*TINY["simclr"], "spd=smooth_blend"]
 TINY["byol with sam"] = [*TINY["byol"], "sam.rho=0.1"]
 WITH_PROCESSES = [n if n in ("simclr", "dino") else pytest.param(n, marks=pytest.mark.slow) for n in TINY]
