@@ -83,9 +83,8 @@ def main(argv: list[str]) -> None:
     began, outcomes = time.perf_counter(), {}
     for number, (name, words, needs, _) in enumerate(cells, 1):
         folder, script = top / name, scripts.path_of(words[0])
-        note = (
-            top / ".cells" / f"{name}.json"
-        )  # says what is in the folder; not inside it, because resume=never removes that
+        # says what is in the folder; not inside it, because resume=never removes that
+        note = top / ".cells" / f"{name}.json"
         keys = config.flatten(configs[name])
         if needs and "error" in outcomes[needs].results:
             outcomes[name] = Outcome({"error": f"its pretraining {needs} failed"}, keys)

@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
     state: dict = run.open(parts, total, data.names, {"fitted": False, "seconds_fit": 0.0})
     run.log.say(f"{cfg.run_name}: {cfg.detector.name}{weights}, {len(data.learned.indices)} normals to learn from")
     run.log.say(data.note)
-    if run.is_finished():
+    if state["fitted"] and run.is_finished():  # results without a fitted checkpoint are of an earlier run
         return
 
     if not state["fitted"]:

@@ -116,9 +116,8 @@ class DINOHead(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        self.last_layer = WeightNormLinear(
-            bottleneck, prototypes
-        )  # keeps Linear's own initialization, as in the official code
+        # keeps Linear's own initialization, as in the official code
+        self.last_layer = WeightNormLinear(bottleneck, prototypes)
         self.last_layer.weight_g.requires_grad = not norm_last_layer
 
     def forward(self, x: Tensor) -> Tensor:

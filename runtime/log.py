@@ -161,7 +161,7 @@ class Log:
         if path.exists() and self.writer:
             other = another_version(json.loads(path.read_text()).get("version"))
             other = other and f", by {other}"
-            self.say(f"done before{other}: these are the results in {path} (resume=never starts afresh)")
+            self.say(f"done before{other}: these are the results in {path} (resume=never starts from the beginning)")
             print(path.read_text().strip(), flush=True)
         return path.exists()
 

@@ -64,9 +64,8 @@ def adjust_hue_(images: Tensor, turns: Tensor) -> Tensor:
     sixths = (green + blue).sub_(red).sub_(least).div_(chroma.clamp(min=1e-12)).add_(1)  # [0, 3]
     hue = sixths.copysign_(green - blue).div_(6).add_(send(turns.float(), images.device)[:, None, None])  # [-1, 1]
 
-    middles = send(
-        torch.tensor([2, 5 / 3, 4 / 3]), images.device
-    )  # (n - 2) / 6 + 1/2, and a turn to keep the sum positive
+    # (n - 2) / 6 + 1/2, and a turn to keep the sum positive
+    middles = send(torch.tensor([2, 5 / 3, 4 / 3]), images.device)
     distance = torch.add(hue[:, None], middles[:, None, None], out=images).frac_().sub_(0.5).abs_()  # (B, 3, H, W)
     dip = distance.mul_(-6).add_(2).clamp_(0, 1)
     return dip.mul_(chroma.neg_()[:, None]).add_(value[:, None])

@@ -18,7 +18,7 @@ class OneAgainstAll(Dataset):
     """Images of the class `normal` to learn from, and images of all classes to test on.
 
     The training set is the training images of `normal`, the test set all test images: label 0 if they are of that
-    class, else 1 (Ruff et al. 2018, "Deep One-Class Classification", section 4.3). The published metric is the mean of
+    class, else 1 (Ruff et al. 2018, "Deep One-Class Classification", section 4.3). The published number is the mean of
     the AUROC over the classes, each in turn the normal one: one run per class, see configs/sweeps/cifar10_anomaly.yaml.
 
     `defects` says for each image "good" or its class. There are no masks, for another class fills all of an image.

@@ -8,10 +8,10 @@ from scipy.ndimage import binary_dilation
 
 from data.demo.condition import CONDITIONS
 from data.demo.parts import PARTS
-from plots.style import TRUE_DEFECT
 from runtime.errors import UserError, run
 
 COLUMNS, WIDTH, HEIGHT, MARGIN, LINE = 8, 122, 100, 2, 17  # tiles of the sheet in pixels; LINE: one label
+OUTLINE = (0, 160, 255)  # of a defect's mask: TRUE_DEFECT in plots/style.py, which data/ must not import
 
 
 def contact_sheet(root: str | Path) -> Image.Image:
@@ -55,7 +55,7 @@ def _images(folder: Path, count: int, *, masks: Path | None = None) -> list[Imag
         if masks is not None:
             with Image.open(masks / f"{path.stem}_mask.png") as image:
                 mask = np.array(image.resize((WIDTH, HEIGHT), Image.Resampling.NEAREST)) > 0
-            tile[binary_dilation(mask, iterations=2) & ~binary_dilation(mask)] = TRUE_DEFECT
+            tile[binary_dilation(mask, iterations=2) & ~binary_dilation(mask)] = OUTLINE
         tiles.append(Image.fromarray(tile))
     return tiles
 

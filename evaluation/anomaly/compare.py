@@ -79,6 +79,8 @@ def load_scores(path: str | os.PathLike) -> Scores:
     state = checkpoint.read(path)
     keys = ("paths", "labels", "scores", "metrics", "histograms")
     if not isinstance(state, dict) or not set(keys) <= set(state):
+        if isinstance(state, dict) and "figures" in state:
+            raise UserError(f"{path} is of an earlier version: run train_anomaly.py again with another run_name")
         raise UserError(f"{path} holds no test scores; name a run folder's test_scores.pt, written by train_anomaly.py")
     paths, labels, scores, metrics, histograms = (state[key] for key in keys)
     if histograms is not None:

@@ -60,8 +60,9 @@ class Embedding(Detector):
         super().__init__(backbone, stages)
         if k < 1:
             raise UserError(f"embedding k={k}: the number of neighbors is at least 1")
-        self.distance, self.combine = coerce(distance, Distance, "distance"), coerce(combine, Combine, "combine")
-        self.source, self.k, self.normalize = coerce(source, Source, "source"), k, normalize
+        self.distance = coerce(distance, Distance, "embedding distance")
+        self.combine = coerce(combine, Combine, "embedding combine")
+        self.source, self.k, self.normalize = coerce(source, Source, "embedding source"), k, normalize
         self.register_buffer("numbers", torch.empty(0, dtype=torch.int64))  # (N,) of the fitted images, ascending
         if distance != "mahalanobis":
             self.register_buffer("bank", torch.empty(0, 0))  # (N, D), the stages side by side also with combine=sum

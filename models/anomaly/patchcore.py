@@ -179,6 +179,7 @@ class PatchCore(Detector):
         """Two images or more have patches in the bank: of a thinned one, all may be of one."""
         return count > 1 and len(self.bank.origins[:, 0].unique()) > 1
 
+    @torch.no_grad()
     def add(self, batches: Iterable[Batch], n_images: int) -> None:
         """Extend the bank by more images, whose numbers it does not hold: of their patches, the greedy picks that it
         takes until none is farther from the bank than the radius it was fitted with (under the projection); all of them
@@ -195,6 +196,7 @@ class PatchCore(Detector):
             picks = self._greedy(points, n_patches, patches.ids, work, least=least, radius=radius).picks
         self._hold(patches, picks, work, beside=True)
 
+    @torch.no_grad()
     def keep(self, numbers: Tensor) -> None:
         """Renumber the training images, numbers[old] = new, and forget those at -1 with their patches.
 
@@ -241,6 +243,8 @@ class PatchCore(Detector):
             ids.append(numbers)
         self.require_images(features is not None)
         patches = Patches(features[:n_rows], torch.cat(ids), grid, cell)
+        if (patches.ids.diff() <= 0).any():
+            raise ValueError("training images must come in ascending order, each once")
         finite = all(some.sum(dtype=torch.float64).isfinite() for some in patches.features.split(2**14))
         if all_reduce_sum(torch.tensor(float(not finite), device=self.radius.device)) > 0:  # told on every process
             raise UserError(

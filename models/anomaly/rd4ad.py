@@ -70,9 +70,8 @@ class RD4AD(Detector):
         valid: Tensor | None = None,
         leave_out: None = None,  # noqa: ARG002
     ) -> Findings:
-        distances = [
-            1 - F.cosine_similarity(teacher, student) for teacher, student in zip(*outputs)
-        ]  # 3 x (B, H_i, W_i)
+        # 3 x (B, H_i, W_i)
+        distances = [1 - F.cosine_similarity(teacher, student) for teacher, student in zip(*outputs)]
         maps = sum(upsample(distance, size, align_corners=True) for distance in distances)  # (B, H, W)
         maps = smooth_inside(maps, valid)  # what convolutions saw of padding is in the features
         return Findings(image_score(maps, valid, self.image_score), maps, peak(maps, valid))

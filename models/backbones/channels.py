@@ -13,7 +13,7 @@ OneChannel = Literal["copy", "learned"]
 def take_channel(backbone: nn.Module, channel: Channel, how: OneChannel) -> None:
     """Let every stem of `backbone`, a convolution of the images (B, 3, H, W), see one of their channels alone.
 
-    A stem of one channel (`in_channels=1`) sees it as it is; for it, weights/load.py sums the weights of the
+    A stem of one channel (`in_channels=1`) sees it as it is; for it, models/weights/load.py sums the weights of the
     three, which gives the output of `copy` with a third of the stem's work. A stem of three sees it as
 
         copy: repeated three times;

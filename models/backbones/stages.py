@@ -17,9 +17,8 @@ def stage_shapes(backbone: nn.Module, last: int, size: int = 64) -> list[tuple[i
 def train_stages(backbone: nn.Module, last: int) -> None:
     """Leave trainable what stages 1 to `last` depend on and nothing else, since DistributedDataParallel waits for every
     trainable parameter. BatchNorm's statistics stay as they are."""
-    parameters = [
-        p for p in backbone.requires_grad_(True).parameters() if p.requires_grad
-    ]  # without those that are never trained
+    # asked again, because some parameters are never trained and stay without
+    parameters = [p for p in backbone.requires_grad_(True).parameters() if p.requires_grad]
     with torch.enable_grad(), _stages(backbone, last, 64) as maps:
         gradients = torch.autograd.grad(sum(feature.sum() for feature in maps), parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients):

@@ -143,9 +143,8 @@ class ViT(nn.Module):
         self.patch, self.interpolation = patch, interpolation
         self.num_features, self.stage_channels = self.width, [self.width] * len(STAGE_ENDS)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.width))
-        self.pos_embed = nn.Parameter(
-            torch.zeros(1, 1 + (size // patch) ** 2, self.width)
-        )  # the class token's comes first
+        # the class token's comes first
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (size // patch) ** 2, self.width))
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, self.width)) if registers else None
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_channels, self.width, patch, stride=patch)})
         rates = drop_rates(drop_path, DEPTH)

@@ -134,3 +134,14 @@ def test_other_categories_and_a_fit_on_the_test_images_belong_to_the_run(images,
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             interrupt_at(1, patch)  # it would go on
             train_anomaly.main(run)
+
+
+def test_results_without_a_fitted_checkpoint_are_not_repeated(images, tmp_path, monkeypatch):
+    """With epochs=0 there is no step to do, so a folder whose last.pt was removed looks finished by its steps alone."""
+    monkeypatch.setattr(train_anomaly, "report", lambda *_, **__: {})
+    train_anomaly.main(words("rd4ad", images, tmp_path / "trained", "epochs=1"))
+    run = words("rd4ad", images, tmp_path, "epochs=0", f"detector.weights={tmp_path}/trained/run/last.pt")
+    train_anomaly.main(run)
+    (tmp_path / "run" / "last.pt").unlink()
+    train_anomaly.main(run)
+    assert (tmp_path / "run" / "last.pt").exists()

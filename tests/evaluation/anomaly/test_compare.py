@@ -138,6 +138,9 @@ def test_files_that_hold_no_scores(tmp_path):
     torch.save({"config": {}}, tmp_path / "last.pt")
     with pytest.raises(UserError, match=r"last.pt holds no test scores"):
         load_scores(tmp_path / "last.pt")
+    torch.save({"figures": {}}, tmp_path / "old.pt")  # the key of earlier versions
+    with pytest.raises(UserError, match=r"old.pt is of an earlier version: run train_anomaly.py again"):
+        load_scores(tmp_path / "old.pt")
     with pytest.raises(UserError, match="not a number"):
         save_scores(tmp_path / "nan.pt", ["a", "b"], [0, 1], [0.0, float("nan")], NOTHING, None)
     (tmp_path / "no").write_text("a file")

@@ -261,3 +261,11 @@ def test_two_processes_share_the_bank_of_one(mode):
     for field, value in one["found"]._asdict().items():
         torch.testing.assert_close(torch.cat([getattr(result["found"], field) for result in two]), value)
     torch.testing.assert_close(torch.stack([two[i % 2]["left"][i // 2] for i in range(7)]), one["left"])
+
+
+@pytest.mark.parametrize("order", [[1, 0], [0, 0]])
+def test_images_out_of_order_are_refused(order):
+    """Patches are found by their ascending ids, so a bank of unsorted ones would lack some without a word."""
+    images, numbers = textures(2), torch.tensor(order)
+    with pytest.raises(ValueError, match="must come in ascending order, each once"):
+        detector(coreset=1.0).fit([Batch(images, None, numbers)], 2)
