@@ -26,7 +26,7 @@ Resample = Literal["bilinear", "bicubic", "lanczos"]
 # A resized image of more pixels, and of far more than the crop, is not made whole: of 2 x 40000 pixels that took 6 GB.
 # Pillow rounds a part's edges to 24 bits, so levels may differ by rounding; all others are torchvision's bit for bit.
 LONG = 2**22
-FILL = tuple(round(255 * channel) for channel in MEAN)  # normalised it is about 0, with which convolutions pad
+FILL = tuple(round(255 * channel) for channel in MEAN)  # normalized it is about 0, with which convolutions pad
 
 
 @dataclass(frozen=True)

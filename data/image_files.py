@@ -15,7 +15,7 @@ from runtime.errors import UserError
 from runtime.text import say_once
 
 NO_IMAGES = {  # formats that Pillow opens, but that are no photographs it can decode
-    *("BUFR", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"),  # only recognised (WMF is drawn on Windows alone)
+    *("BUFR", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"),  # only recognized (WMF is drawn on Windows alone)
     "EPS",  # a PostScript program, which Ghostscript would run
     *("CUR", "GBR", "ICNS", "ICO"),  # icons and brushes; .gbr are also the drawings of circuit boards
 }

@@ -25,7 +25,7 @@ def masks_of(images: list[str], top: Path, needed: Masks) -> list[str | None]:
     """The mask of each image `<top>/test/<defect>/[...]/<stem>.<any>`: the file `<stem>_mask.<any>` or `<stem>.<any>`
     at the same place below `<top>/ground_truth`, None without one (`needed="some"`).
 
-    Names are compared after Unicode normalisation (NFC): copied from a Mac, "ü" is two characters.
+    Names are compared after Unicode normalization (NFC): copied from a Mac, "ü" is two characters.
 
     Raises:
         UserError: an image with two masks, or with none (`needed="all"`).

@@ -12,7 +12,7 @@ def normalize(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) -> a new float32 tensor with ImageNet's mean 0 and standard deviation 1 per channel.
 
     Raises:
-        ValueError: another dtype. Floats may be normalised already, or in [0, 1], and would be changed in place.
+        ValueError: another dtype. Floats may be normalized already, or in [0, 1], and would be changed in place.
     """
     if images.dtype != torch.uint8:
         raise ValueError(f"normalize takes uint8 images, got {images.dtype} {tuple(images.shape)}")

@@ -1,6 +1,6 @@
 """Is pretraining collapsing? Metrics of the embeddings for the curves, and a warning in words.
 
-What to read from each curve (`embedding_health`; B images, their V views, D dimensions, rows L2-normalised):
+What to read from each curve (`embedding_health`; B images, their V views, D dimensions, rows L2-normalized):
 
 - embedding/std: 1 healthy; 0: every image has the same embedding. Lower `optim.lr`, lengthen its warm-up, look at the
   head's BatchNorm and the EMA momentum.
@@ -40,7 +40,7 @@ LEAST_DISTINCT = 8  # with fewer things to tell apart, a rank below 2 may be all
 def embedding_health(z: Tensor) -> dict[str, float]:
     """Metrics of the embeddings z (B, V, D) of B images, V views each, of this process alone: no collective.
 
-    Rows are L2-normalised first (zeros stay), so their scale plays no part: the losses with a cosine do not see it.
+    Rows are L2-normalized first (zeros stay), so their scale plays no part: the losses with a cosine do not see it.
     With images i, j and views v, w:
 
         embedding/std              sqrt(D) mean over v, d of the standard deviation over i of z_ivd
@@ -51,7 +51,7 @@ def embedding_health(z: Tensor) -> dict[str, float]:
         embedding/negative_cosine  mean over i != j, v, w of z_iv . z_jw
 
     std is SimSiam's (Chen & He 2021, section 4.1), within each view, as views of several sizes differ even if images
-    do not. The rank is RankMe (Garrido et al. 2023) of normalised rows, without its epsilon, as 0 ln 0 = 0 here. Rows
+    do not. The rank is RankMe (Garrido et al. 2023) of normalized rows, without its epsilon, as 0 ln 0 = 0 here. Rows
     are not centred, as there: equal rows have rank 1 instead of 0 / 0. Alignment (alpha 2) and uniformity (t 2) are
     Wang & Isola's (2020, section 4.1), the latter over pairs of different images in any views.
 

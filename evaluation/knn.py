@@ -26,7 +26,7 @@ def knn_scores(
 ) -> Tensor:
     """Class scores (N_test, n_classes) float32; each row sums to 1, and a class that got no vote has 0.
 
-    The vote of DINO (Caron et al. 2021, eval_knn.py; InstDisc, Wu et al. 2018): features (N, D) are L2-normalised,
+    The vote of DINO (Caron et al. 2021, eval_knn.py; InstDisc, Wu et al. 2018): features (N, D) are L2-normalized,
     the k training images of highest cosine similarity s vote for their class with weight exp(s / temperature). The
     votes are divided by their sum (a softmax over the neighbors, as in DINOv2): the same order, and no overflow at
     small temperatures. `argmax` and `classification_report` settle equal scores for the lowest class index.

@@ -60,7 +60,7 @@ def test_imports_run_one_way(room):
     for module in members:
         met = {room_of(other) for other in imports_of(module)} - {room}
         wrong = {other for other in met - below if (room, other) not in BESIDE}
-        assert not wrong, f"{module} imports of {wrong}"
+        assert not wrong, f"{module} imports {wrong}"
 
 
 def test_every_module_is_in_a_room():

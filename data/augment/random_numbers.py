@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Increment and finaliser of splitmix64 (Steele, Lea & Flood, OOPSLA 2014; the constants of S. Vigna's splitmix64.c).
+# Increment and finalizer of splitmix64 (Steele, Lea & Flood, OOPSLA 2014; the constants of S. Vigna's splitmix64.c).
 GOLDEN, FIRST, SECOND = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 # Kinds: what follows (seed, epoch, view, sample id) in a key, so that no two parts of a run draw the same numbers. A
@@ -32,7 +32,7 @@ KINDS: dict[str, tuple[int, ...]] = {
 
 
 def mix(state: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser, a bijection of uint64 arrays in which every bit of the input moves every bit."""
+    """splitmix64's finalizer, a bijection of uint64 arrays in which every bit of the input moves every bit."""
     state = (state ^ (state >> np.uint64(30))) * FIRST
     state = (state ^ (state >> np.uint64(27))) * SECOND
     return state ^ (state >> np.uint64(31))

@@ -190,7 +190,7 @@ def aligned(
 
 
 def none(*, size: int = 224) -> list[View]:
-    """One view, resized and normalised and nothing else."""
+    """One view, resized and normalized and nothing else."""
     return [View(size)]
 
 

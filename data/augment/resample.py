@@ -87,7 +87,7 @@ def resampling_matrix(edges: Tensor, stored: int, size: int, *, interpolation: s
 def blur_matrix(sigma: Tensor, size: int, *, kernel: int) -> Tensor:
     """Gaussian blur along an axis of `size` pixels with reflected borders: sigma (B,) in pixels -> (B, size, size).
 
-    torchvision's kernel: `kernel` (odd) taps exp(-d^2 / 2 sigma^2), normalised. Pixel j takes the tap at distance
+    torchvision's kernel: `kernel` (odd) taps exp(-d^2 / 2 sigma^2), normalized. Pixel j takes the tap at distance
     |i - j| of output i and, as its mirror image, those at i + j and 2 (size - 1) - i - j.
     """
     radius = kernel // 2

@@ -1,4 +1,4 @@
-"""Batched augmentation on the device: uint8 images in, normalised float views out, each image with its own draws.
+"""Batched augmentation on the device: uint8 images in, normalized float views out, each image with its own draws.
 
     augment = Augment(RECIPES["simclr"](size=32, strength=0.5, blur_p=0.0), seed=0, sizes=dataset.sizes)
     views = augment(images, sample_ids, epoch)  # V x (B, 3, h, w)
@@ -86,7 +86,7 @@ class View:
 
 
 class Augment:
-    """Turns a batch of uint8 images into one normalised float32 batch per view.
+    """Turns a batch of uint8 images into one normalized float32 batch per view.
 
     sizes (N, 2) int64: heights and widths of the original images, by sample id. Crops are drawn in the original's
     geometry, though the stored image is squashed to H x W; None takes the stored size for the original's.

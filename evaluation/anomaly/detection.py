@@ -15,7 +15,7 @@ from runtime import distributed
 
 
 def batches_of(loader, text: str) -> Iterator[Batch]:
-    """An epoch of a Loader as a detector takes it, normalised; `text` labels the progress bar."""
+    """An epoch of a Loader as a detector takes it, normalized; `text` labels the progress bar."""
     geometry, bar = loader.dataset.geometry, {"unit": "batch", "leave": False, "disable": not distributed.is_main()}
     regions = geometry.regions(loader.dataset.sizes) if geometry.fit == "pad" else None  # (N, 4)
     for images, *_, indices in tqdm(loader.epoch(0), text, len(loader), **bar):

@@ -98,7 +98,7 @@ class CDO(Detector):
         return self.features(images), [f.float() for f in self.apprentice.forward_stages(images, last=3)]
 
     def steps(self, batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images with patches of noise on them, normalised, and where: (B, 3, H, W) and bool (B, H, W)."""
+        """The images with patches of noise on them, normalized, and where: (B, 3, H, W) and bool (B, H, W)."""
         noisy, abnormal = self.noise(batch.images, batch.ids, batch.epoch, seed=batch.seed)
         yield normalize(noisy), abnormal
 

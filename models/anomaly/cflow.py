@@ -62,7 +62,7 @@ class CFlow(Detector):
         fiber: vectors of an optimizer step, at most: rounded down to equally many of every image, at least one.
         rotation: training images are turned by up to so many degrees, black where nothing is left.
         reflect: the backbone's convolutions continue a map by its mirror image, not by zeros, as the official ResNets
-            do though ImageNet's weights learnt with zeros; with `backbone.padding=tensorflow` on TensorFlow's sides.
+            do though ImageNet's weights learned with zeros; with `backbone.padding=tensorflow` on TensorFlow's sides.
             Needs maps of at least 2 x 2.
         before_norm: the flows see what the last convolution of each stage gives, before its batch norm and the
             shortcut, as behind the official MobileNetV3s; for a MobileNetV3.

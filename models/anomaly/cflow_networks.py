@@ -16,7 +16,7 @@ CLAMP = 1.9  # largest |log scale| of a coupling
 
 class CouplingBlock(nn.Module):
     """One invertible step. A network sees half of the vector and its place, and scales and shifts the other half; then
-    every channel has its learnt scale and offset; then a fixed random rotation mixes them. With x = (x1, x2):
+    every channel has its learned scale and offset; then a fixed random rotation mixes them. With x = (x1, x2):
 
         s, t = subnet(x1, place) / 10
         y = R (scale * (x1, x2 * exp(1.9 tanh s) + t) + offset),  scale = 0.2 log(1 + exp(global_scale / 2)), at first 1

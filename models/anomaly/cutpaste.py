@@ -109,7 +109,7 @@ class CutPaste(Detector):
         return [stage.to(torch.promote_types(stage.dtype, torch.float32))]
 
     def steps(self, batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor]]:
-        """The good images, then those with each defect, normalised, (V B, 3, H, W), and their classes (V B,)."""
+        """The good images, then those with each defect, normalized, (V B, 3, H, W), and their classes (V B,)."""
         images, ids = batch.images, batch.ids
         numbers = draw(images, (batch.seed, batch.epoch, 0, ids, *KINDS["cutpaste_good"]), JITTER_DRAWS + 1)
         everywhere = torch.ones_like(images[:, 0], dtype=torch.bool)

@@ -16,7 +16,7 @@ from training.rehearsal import batch_norm_needs_more, naming, no_trace
 class Batch(NamedTuple):
     """Training images of this process, as `fit` receives them."""
 
-    images: Tensor  # (B, 3, H, W) normalised
+    images: Tensor  # (B, 3, H, W) normalized
     valid: Tensor | None  # bool (B, H, W), False in padding; None: no padding
     indices: Tensor  # (B,) int64 on the images' device: the images' numbers in the training set
 
@@ -101,7 +101,7 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> list[Tensor]:
-        """The chosen stages of (B, 3, H, W) normalised images in float32, [(B, C_i, H_i, W_i)], without gradients."""
+        """The chosen stages of (B, 3, H, W) normalized images in float32, [(B, C_i, H_i, W_i)], without gradients."""
         outputs = self.backbone.forward_stages(images, last=max(self.stages))
         return [outputs[stage - 1].float() for stage in self.stages]
 
@@ -113,7 +113,7 @@ class Detector(nn.Module):
         state is spread over processes this is a collective: all call it equally often, with B = 0 if need be.
 
         Args:
-            images: (B, 3, H, W) normalised. valid: bool (B, H, W), False in padding; maps are 0 there.
+            images: (B, 3, H, W) normalized. valid: bool (B, H, W), False in padding; maps are 0 there.
             leave_out: (B,) int64, numbers of training images: each result is as if that image had not been fitted;
                 the method's file says how exactly.
         """

@@ -1,6 +1,6 @@
 """Gaussians fitted to few images, many at once, and their distances as if one of the images had not been fitted.
 
-All is float64. A left-out distance is that of a refit to the others, from one factorisation for all images: without
+All is float64. A left-out distance is that of a refit to the others, from one factorization for all images: without
 image i, at distance delta from the mean of n, the mean is further away by delta / (n - 1), the scatter matrix is
 S - n / (n - 1) delta delta^T, and the inverse follows by Sherman and Morrison (1950).
 """

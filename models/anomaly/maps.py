@@ -39,7 +39,7 @@ def render(
     """Patch scores (B, h, w) -> smooth maps (B, *size): upsampled, sigma 4.
 
     `valid` bool (B, h, w), False for patches in padding: pixels are means over the valid patches alone, with the
-    weights that upsampling and blur give them (normalised convolution, Knutsson and Westin 1993); 0 out of their reach.
+    weights that upsampling and blur give them (normalized convolution, Knutsson and Westin 1993); 0 out of their reach.
     """
 
     def spread(x: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class TransposedBlock(nn.Module):
 class LocalizationDecoder(nn.Module):
     """The half of the official resnet18_enc_dec (model/resnet.py, `pool=True`, `preact=False`) behind its ResNet.
 
-    Convolutions start by He initialisation, fan out; transposed ones keep PyTorch's default, as there. The sigmoid is
+    Convolutions start by He initialization, fan out; transposed ones keep PyTorch's default, as there. The sigmoid is
     left to the caller.
 
     Args:
@@ -164,7 +164,7 @@ class NSA(Detector):
         return super().load_trained(state, path)
 
     def steps(self, batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images with patches blended in, normalised, and soft labels: (B, 3, H, W) and (B, H, W) in [0, 1)."""
+        """The images with patches blended in, normalized, and soft labels: (B, 3, H, W) and (B, H, W) in [0, 1)."""
         before = gather(batch.images[-1:])[rank() - 1][None]  # the last image of the process before this one
         sources = self.varied(torch.cat([before, batch.images[:-1]]), batch, 1)
         images = self.varied(batch.images, batch, 0)

@@ -169,7 +169,7 @@ class PaDiM(Detector):
     def distances(self, rows: Tensor) -> Tensor:
         """(B, h, w, d) -> Mahalanobis distances (B, h, w), float32.
 
-        The low-rank form takes the training images' deviations X (n, d) with the weights a that minimise
+        The low-rank form takes the training images' deviations X (n, d) with the weights a that minimize
         |delta - X^T a|^2 + ridge |a|^2: the minimum is regularization times the squared distance. A sum of squares
         does not cancel as |delta|^2 - delta^T X^T a would, and rounding in a counts by its square only.
         """

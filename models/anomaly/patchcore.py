@@ -37,7 +37,7 @@ class PatchCore(Detector):
 
     `mode` takes one of the published forms as a whole; `MODES` lists what differs. Deviations: random
     numbers are torch's; nothing is projected that would not become narrower; a picked patch is not picked twice (in
-    amazon's code it can be, once all distances are 0); images are normalised and resized by data/, the same for all.
+    amazon's code it can be, once all distances are 0); images are normalized and resized by data/, the same for all.
 
     Under torchrun patches and bank are spread over the processes, with the picks and scores of one process. Patches
     beyond `memory_limit` lie in a memory-mapped file. `keep` and `add` change the images of a fitted bank.

@@ -13,7 +13,7 @@ from runtime.errors import UserError
 class RD4AD(Detector):
     """A decoder learns to rebuild a frozen teacher's features from a narrow embedding; where it fails is anomalous.
 
-    Networks, initialisation, loss and score of the official code. `bn` and `decoder` carry its parameter names, so that
+    Networks, initialization, loss and score of the official code. `bn` and `decoder` carry its parameter names, so that
     `detector.weights=<an official checkpoint> epochs=0` tests one. One difference: the teacher is detached, which
     changes no number (the official one computes gradients that it never applies).
     The official recipe: 256 x 256 images, batch 16, Adam with learning rate 5e-3 and betas (0.5, 0.999), 200 epochs.
@@ -59,7 +59,7 @@ class RD4AD(Detector):
         return teacher, student
 
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss on normalised (B, 3, S, S) normal images: flattened cosine summed over stages 1-3; stats name each."""
+        """Loss on normalized (B, 3, S, S) normal images: flattened cosine summed over stages 1-3; stats name each."""
         losses = flattened_cosine(*self.networks(images))  # (3,)
         return losses.sum(), {f"loss_stage{stage}": loss for stage, loss in zip(self.stages, losses.detach())}
 

@@ -25,13 +25,13 @@ SIDES = (14, 7, 4)  # of what the transformers' linear layers see behind stages 
 class RegAD(PaDiM):
     """Learns on other categories to align images of one category, then is PaDiM on the aligned features of few.
 
-    Networks, initialisation, loss and score of the official code (github.com/MediaBrain-SJTU/RegAD). A spatial
+    Networks, initialization, loss and score of the official code (github.com/MediaBrain-SJTU/RegAD). A spatial
     transformer behind each of the stages 1 to 3 turns and scales its maps for the next one; all is trained, the
     backbone too. Loss: the last maps of a query image and the mean of those of K others of its category, encoded,
     predict each other. `fit`: Gaussians at every position over 22 views of each support image, whose maps of every
     stage are warped back by the inverses of all thetas so far; all channels, sigma 4. The map of cosines between query
     and supports, which the official test computes, enters no score there; here it is not computed. Images are in
-    [0, 1]: what the caller normalised is undone, since the official code leaves that step out.
+    [0, 1]: what the caller normalized is undone, since the official code leaves that step out.
 
     Different from it: images are resized by `data.resample`, there by Lanczos; the supports of a query are drawn from
     the other images of its batch (all processes), there from all of its category; both with repetition, so each
@@ -116,7 +116,7 @@ class RegAD(PaDiM):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) normalised -> stages 1 to 3 as they lie in the image [(B, C_i, H_i, W_i)], float32."""
+        """(B, 3, H, W) normalized -> stages 1 to 3 as they lie in the image [(B, C_i, H_i, W_i)], float32."""
         maps, thetas = self.register(unnormalize(images))
         for stage in range(3):
             maps[stage] = maps[stage].float()

@@ -103,7 +103,7 @@ def test_pad_keeps_the_proportions_and_fills_the_rest(size, geometry):
         assert np.array_equal(result, expected) and result.shape[:2] == (geometry.height, geometry.width)
 
 
-def test_padding_is_about_zero_when_normalised():
+def test_padding_is_about_zero_when_normalized():
     fill = torch.tensor(FILL, dtype=torch.uint8)[None, :, None, None]
     assert FILL == (124, 116, 104) and normalize(fill).abs().max() < 0.01
 

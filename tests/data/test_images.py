@@ -60,7 +60,7 @@ def seen(stored, orientation):
 
 
 def triangle_resize(rows, size):
-    """Antialiased bilinear resampling of axis 0 in float64: a triangle as wide as one output pixel, normalised."""
+    """Antialiased bilinear resampling of axis 0 in float64: a triangle as wide as one output pixel, normalized."""
     scale = len(rows) / size
     support = max(scale, 1.0)
     out = np.zeros((size, *rows.shape[1:]))

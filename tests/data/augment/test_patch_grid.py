@@ -22,7 +22,7 @@ def raw_images(count: int, size: int = EXTENT + 9) -> torch.Tensor:
 
 
 def pixels(patches: list[torch.Tensor]) -> torch.Tensor:
-    """9 x (B, 3, p, p) normalised -> (9, B, 3, p, p) float64 in [0, 1] but for the mean that was subtracted."""
+    """9 x (B, 3, p, p) normalized -> (9, B, 3, p, p) float64 in [0, 1] but for the mean that was subtracted."""
     return torch.stack(patches).double() * torch.tensor(STD).double()[:, None, None]
 
 

@@ -187,7 +187,7 @@ def test_crops_are_drawn_in_the_original_geometry():
     assert not torch.equal(square, views)
 
 
-def test_a_view_of_nothing_only_normalises_and_resizes():
+def test_a_view_of_nothing_only_normalizes_and_resizes():
     images, ids = raw_images(3, 24), torch.arange(3)
     (same,) = Augment([View(24)], 0)(images, ids, 0)
     torch.testing.assert_close(same, F.normalize(images.float() / 255, MEAN, STD))

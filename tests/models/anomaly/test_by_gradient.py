@@ -1,4 +1,4 @@
-"""What every detector that is trained by gradients has to do: two processes train as one, one image is learnt by
+"""What every detector that is trained by gradients has to do: two processes train as one, one image is learned by
 heart, a batch of one trains, trained weights load, and a checkpoint of something else is one line."""
 
 import pytest

@@ -95,7 +95,7 @@ def test_patches_keep_off_the_background():
 
 def official_loss(version: str, expert: list[Tensor], apprentice: list[Tensor], mask: Tensor) -> Tensor:
     """caoyunkang/CDO with gamma 2: v2's model/cdo.py and loss/cdo_loss.py, v1's models/CDO.py, which has the same loss
-    and no normalisation in its forward pass. mask (B, H, W), 1 on noise."""
+    and no normalization in its forward pass. mask (B, H, W), 1 on noise."""
     if version == "v2":
         expert, apprentice = ([F.normalize(f, p=2, dim=1) for f in side] for side in (expert, apprentice))
     size, total = expert[0].shape[-2:], 0
@@ -112,7 +112,7 @@ def official_loss(version: str, expert: list[Tensor], apprentice: list[Tensor], 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_loss_and_gradient_are_the_versions(version):
-    """Lengths that differ between positions, as after a ReLU: there the order of normalising and enlarging matters."""
+    """Lengths that differ between positions, as after a ReLU: there the order of normalizing and enlarging matters."""
     torch.manual_seed(7)
     sides = [
         [torch.randn(2, c, s, s, dtype=torch.float64).relu() for c, s in ((8, 16), (12, 8), (20, 4))] for _ in "ea"

@@ -179,11 +179,11 @@ def test_a_flow_learns_a_distribution_at_each_place_and_no_better_than_there_is_
         optimizer.step()
     with torch.no_grad():
         x, places = sample(10_000)
-        learnt = log_density(*flow(x, places)).mean().item()
+        learned = log_density(*flow(x, places)).mean().item()
         elsewhere = log_density(*flow(x, places.flip(1))).mean().item()
     best = -0.5 * math.log(2 * math.pi * math.e) - math.log(0.5)  # minus the entropy of a channel, on average
-    assert best - 0.1 < learnt < best + 0.02
-    assert elsewhere < learnt - 2
+    assert best - 0.1 < learned < best + 0.02
+    assert elsewhere < learned - 2
 
 
 def test_bfloat16_touches_the_subnets_alone():

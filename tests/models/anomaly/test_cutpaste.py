@@ -100,7 +100,7 @@ def test_a_step_has_every_image_good_and_with_each_defect(variant):
     good, *bad = made.split(40)
     assert classes.tolist() == sorted([*range(len(bad) + 1)] * 40) and len(bad) == (2 if variant == "3way" else 1)
     raw = jitter_by_torchvision(images, ids, 2)
-    byte = 1.01 / 255 / 0.224  # between the two roundings, in normalised units
+    byte = 1.01 / 255 / 0.224  # between the two roundings, in normalized units
     assert ((good - normalize(raw)).abs() > byte).float().mean() < 0.02
     whole = (good * torch.tensor((0.229, 0.224, 0.225))[:, None, None] * 255).round()  # up to the mean of ImageNet
     raw = (whole + torch.tensor((0.485, 0.456, 0.406))[:, None, None] * 255).round().to(torch.uint8)

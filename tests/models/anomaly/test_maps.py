@@ -71,7 +71,7 @@ def test_one_value_becomes_a_flat_map():
 
 
 def test_render_averages_over_valid_patches_alone():
-    """Normalised convolution, every weight of upsampling and blur written out: what padding holds has no influence."""
+    """Normalized convolution, every weight of upsampling and blur written out: what padding holds has no influence."""
     grid, valid = torch.rand(2, 5, 6), torch.rand(2, 5, 6) > 0.4
     size, spread = (20, 24), []
     for cell in range(30):  # the weight of every patch in every pixel

@@ -1,4 +1,4 @@
-"""RD4AD's networks, score and training behaviour; the loss has its own test (tests/losses)."""
+"""RD4AD's networks, score and training behavior; the loss has its own test (tests/losses)."""
 
 import numpy as np
 import pytest
@@ -71,7 +71,7 @@ def test_parameters_are_named_as_in_the_official_code():
     assert "decoder.layer3.5.bn3.bias" in shapes and "decoder.layer3.6.bn3.bias" not in shapes
 
 
-def test_initialisation_is_the_official_one():
+def test_initialization_is_the_official_one():
     model = detector()
     conv, up = model.bn.conv2.weight, model.decoder.layer1[0].conv1.weight
     assert abs(conv.std().item() / (2 / (256 * 9)) ** 0.5 - 1) < 0.01  # He, fan out

@@ -126,7 +126,7 @@ def test_features_are_the_official_ones():
     model, images = detector().eval(), raw_images(2, size=224)
     official = Official(model).eval()
     with torch.no_grad():
-        official(images / 255)  # not normalised
+        official(images / 255)  # not normalized
     for ours, theirs in zip(model.features(normalize(images)), official.outputs):
         torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-3)
 

@@ -63,7 +63,7 @@ def test_tiny_is_torchvisions(tmp_path):
     assert logits.std() > 1e-2
 
 
-def test_response_normalisation_is_the_papers_algorithm():
+def test_response_normalization_is_the_papers_algorithm():
     torch.manual_seed(0)
     norm = GlobalResponseNorm(5).double()
     torch.nn.init.normal_(norm.weight)
@@ -81,7 +81,7 @@ def test_response_normalisation_is_the_papers_algorithm():
     assert norm(torch.zeros(1, 5, 2, 2, dtype=torch.float64)).isfinite().all()
 
 
-def test_response_normalisation_in_half_precision_does_not_overflow():
+def test_response_normalization_in_half_precision_does_not_overflow():
     """1024 * 200^2 is beyond float16's 65504, and so is 80 * 1106, one channel times its share of 1280."""
     few, many = torch.full((1, 2, 32, 32), 200.0), torch.full((1, 1280, 2, 2), 0.01)
     many[:, 0] = 80
