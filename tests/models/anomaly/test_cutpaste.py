@@ -145,6 +145,7 @@ def test_the_loss_is_the_mean_log_probability_and_full_precision_in_autocast():
         assert model.float()(images, classes)[0].dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_it_learns_to_tell_pasted_images_and_scores_them_higher():
     stripes = 128 + 50 * torch.sin(torch.arange(32) / 2).expand(36, 3, 32, 32)
     train, test = (stripes + 10 * torch.randn(36, 3, 32, 32)).to(torch.uint8).split([12, 24])

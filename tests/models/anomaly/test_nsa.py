@@ -210,6 +210,7 @@ def test_map_score_and_peak():
     np.testing.assert_allclose(found.scores, found.maps[:, :40, :70].mean((1, 2)), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_it_learns_to_find_patches_in_images_that_it_has_not_seen():
     """Dark on the left, bright on the right: a patch with an edge elsewhere does not belong."""
     torch.manual_seed(0)

@@ -56,6 +56,7 @@ def watched(**options) -> list[float]:
     return [float(word) for word in done.stdout.split()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's own memory, in /proc")
 def test_a_bank_of_all_patches_does_not_need_to_fit_into_memory():
     """320 MiB of patches, all kept: two copies of them in RAM; within a limit of 10 MiB neither, only what a search

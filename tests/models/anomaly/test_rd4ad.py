@@ -94,7 +94,12 @@ def test_a_student_of_another_depth_has_its_own_blocks(teacher, student, kind):
 
 @pytest.mark.parametrize(
     ("teacher", "student"),
-    [(MobileNetV2, "auto"), (MobileNetV2, "resnet50"), (ResNet18, "resnet50"), (ResNet101, "auto")],
+    [
+        (MobileNetV2, "auto"),
+        (MobileNetV2, "resnet50"),
+        (ResNet18, "resnet50"),
+        pytest.param(ResNet101, "auto", marks=pytest.mark.slow),
+    ],
 )
 def test_any_teacher_whose_stages_halve_has_a_student(teacher, student):
     torch.manual_seed(0)

@@ -213,6 +213,7 @@ def test_mocos_start_and_what_stays_as_it_is():
     assert net(torch.randn(1, 3, 48, 64)).shape == (1, 384)  # its positions take other sizes, too
 
 
+@pytest.mark.slow
 def test_mocos_small_one_does_not_pass_for_dinos(tmp_path):
     """Both have the same names and shapes, and other heads."""
     state = {f"module.base_encoder.{n}": t for n, t in ViTMoCoSmall(size=64).state_dict().items()}
