@@ -8,7 +8,7 @@ The run folder is all it needs. Images are those in a folder and below, or one f
 predictions.csv: a row per image: path (below the folder), score, is_anomalous (1 if the score is above the threshold,
     else 0), threshold, nearest_training_image (of detectors with a memory), and y, x: row and column of the most
     anomalous pixel of the original. What is not known is empty.
-heatmaps/<path>.png: the original in grey under its anomaly map, pixel for pixel, regions above the pixel threshold
+heatmaps/<path>.png: the original in gray under its anomaly map, pixel for pixel, regions above the pixel threshold
     outlined and the peak marked; below it the verdict, the score and a legend. None for detectors without maps, and for
     runs that had no normal images to take the color scale from.
 

@@ -2,7 +2,7 @@
 
     import scavenge
 
-    backbone = scavenge.load_backbone("runs/simclr_own")
+    backbone = scavenge.load_backbone("runs/simclr")
     features = backbone(["a.png", "b.png"])  # (2, D)
     detector = scavenge.load_detector("runs/patchcore_own")
     for result in detector(["a.png", "b.png"]):

@@ -41,7 +41,7 @@ class DataConfig:
     name: str = choice(DATASETS)
     size: tuple[int, ...] | Literal["native"]  # pixels: 256 for a square; 256,384: height, width; native: as the files
     fit: Fit = "squash"  # how images of other proportions are made to fit it; data/geometry.py
-    resize: int | None = None  # fit=crop only: the short side before the centre crop
+    resize: int | None = None  # fit=crop only: the short side before the center crop
     resample: Resample = "bilinear"  # Pillow's filter, antialiased
     white: int | Literal["auto"] = WHITE  # full white of 16-bit files: 1023, 4095 of 10, 12-bit cameras; auto: find it
     cache: Cache = "auto"  # where decoded images stay; auto: where they fit

@@ -48,7 +48,7 @@ class Geometry:
     height: int
     width: int
     fit: Fit = "squash"
-    resize: int | None = None  # short side before the centre crop, in pixels
+    resize: int | None = None  # short side before the center crop, in pixels
     resample: Resample = "bilinear"
     white: int = WHITE
 

@@ -128,7 +128,7 @@ def _kind(kind) -> str:
     elif origin in (tuple, list):
         text = f"{_kind(args[0])}s"
     else:
-        text = "map" if origin is dict else KINDS.get(inner, str(inner))
+        text = "map" if dict in (origin, inner) else KINDS.get(inner, str(inner))
     others = [other for other in typing.get_args(kind) if inner is not kind and other is not inner]
     return "|".join([text, *(str(word) for other in others for word in typing.get_args(other) or ["none"])])
 

@@ -59,6 +59,6 @@ def memory_plan(grid: tuple[int, int], width: int, narrow: int, n_rows: int, kep
     them here, searched under `narrow` channels, of which `kept` go into the bank."""
     patches, search, bank = 4 * n_rows * width, 8 * n_rows * narrow, 8 * kept * width  # the last two with a copy
     return (
-        f"memory of each process: {n_rows} patches ({grid[0]} x {grid[1]} an image) x {width} channels: "
+        f"memory of each process: {n_rows} patches ({grid[0]} x {grid[1]} per image) x {width} channels: "
         f"{gib(patches)} in {work.place(patches)} (limit {gib(work.limit)}), search {gib(search)}, bank {gib(bank)}"
     )

@@ -135,7 +135,7 @@ def is_there(root: Path, identity: dict) -> bool:
 
 
 def main(argv: list[str]) -> None:
-    if not argv or "=" in argv[0]:
+    if not argv or "=" in argv[0] or argv[0].startswith("-"):
         raise UserError("no folder given: python -m data.demo ROOT [seed=0] [scale=1.0]")
     options = {"seed": 0, "scale": 1.0}
     for word in argv[1:]:

@@ -148,6 +148,10 @@ def test_only_the_first_process_prints(monkeypatch, printed):
         printed(train_ssl.main, "--help")
 
 
+def test_kinds_are_words_and_no_python_classes(printed):
+    assert rows(printed(sweep.main, "--help"))["grid"][0] == "map"
+
+
 def test_a_reader_that_closes_early():
     program = "from runtime import help; help.show('word ' * 9 + chr(10) * 300_000)"
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -37,7 +37,7 @@ def place(tmp_path_factory):
     for number, path in enumerate(sorted((place / "mvtec/part/test").rglob("*.png"))):
         os.link(path, place / "images" / f"{number}.png")
     about = [f"runs={place}/runs", "data.size=32", "device=cpu", "batch_size=4"]
-    ssl = [f"data.root={place}/classes", "augment.size=24", "epochs=1", "run_name=simclr_own"]
+    ssl = [f"data.root={place}/classes", "augment.size=24", "epochs=1", "run_name=simclr"]
     train_ssl.main([f"{TOP}/configs/demo/simclr_demo.yaml", *about, *ssl])
     anomaly = [f"data.root={place}/mvtec", "data.category=part"]
     train_anomaly.main([f"{TOP}/configs/demo/patchcore_demo.yaml", *about, *anomaly, "run_name=patchcore_own"])
@@ -103,9 +103,9 @@ def test_a_run_without_the_scores_of_its_normals_has_no_p_value(place, paths, tm
 
 
 def test_features_are_those_of_eval(place):
-    stored = checkpoint.load(place / "runs/simclr_own")["config"]
+    stored = checkpoint.load(place / "runs/simclr")["config"]
     dataset = build_dataset(config.build(DataConfig, stored["data"], "data."), "test")
-    backbone = scavenge.load_backbone(place / "runs/simclr_own", device="cpu", batch_size=5)
+    backbone = scavenge.load_backbone(place / "runs/simclr", device="cpu", batch_size=5)
     expected, _ = extract(backbone.network, Loader(dataset, 5, "cpu"))
     assert torch.equal(backbone(dataset.paths), expected)
     assert not backbone.network.training and not expected.requires_grad
@@ -114,7 +114,7 @@ def test_features_are_those_of_eval(place):
 
 
 def test_arrays_and_tensors_are_the_files(place, paths):
-    backbone = scavenge.load_backbone(place / "runs/simclr_own", device="cpu")
+    backbone = scavenge.load_backbone(place / "runs/simclr", device="cpu")
     detector = scavenge.load_detector(place / "runs/patchcore_own", device="cpu")
     array = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])  # (8, 48, 48, 3)
     expected, results = backbone(paths), detector(paths)
@@ -140,7 +140,7 @@ def test_published_weights_need_a_name(paths, tmp_path):
 
 
 def test_mistakes(place, paths, monkeypatch):
-    backbone = scavenge.load_backbone(place / "runs/simclr_own", device="cpu")
+    backbone = scavenge.load_backbone(place / "runs/simclr", device="cpu")
     array = np.zeros((2, 8, 8, 3), np.uint8)
     for images in (str(paths[0]), array[0], array.astype(np.float32), torch.zeros(2, 3, 8, 8), [array[0]], [1], None):
         with pytest.raises(ValueError, match=r"images must be a list of paths, a uint8 array \(N, H, W, 3\) or"):
@@ -156,7 +156,7 @@ def test_mistakes(place, paths, monkeypatch):
         (lambda: load_backbone(run, sise=3), "unknown key 'backbone.sise'"),
         (lambda: load_backbone(run, name="resnet81"), "did you mean 'resnet18'"),
         (lambda: load_detector(run / "nothing"), "has no last.pt"),
-        (lambda: load_detector(place / "runs/simclr_own"), "without a detector"),
+        (lambda: load_detector(place / "runs/simclr"), "without a detector"),
         (lambda: load_detector(run, precision="fp8"), "one of: fp32, bf16, fp16"),
         (lambda: load_detector(run, device="gpu"), "choose auto, cpu, cuda"),
         (lambda: load_detector(run, batch_size=0)(paths), "batch_size=0 must be at least 1"),
@@ -184,7 +184,7 @@ def test_another_version_of_the_code_is_a_warning(place, monkeypatch, capsys):
 def test_a_program_elsewhere_has_it_on_its_path(place, tmp_path):
     (tmp_path / "program.py").write_text(
         "import scavenge, sys\n"
-        f"backbone = scavenge.load_backbone({str(place / 'runs/simclr_own')!r}, device='cpu')\n"
+        f"backbone = scavenge.load_backbone({str(place / 'runs/simclr')!r}, device='cpu')\n"
         f"print(tuple(backbone([{str(place / 'images/0.png')!r}]).shape))\n"
         "assert not any(name.startswith('models.ssl') for name in sys.modules)\n"
     )

@@ -183,7 +183,8 @@ def test_an_empty_folder_is_filled(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("argv", "message"),
-    [([], "no folder"), (["seed=1"], "no folder"), (["x", "sede=1"], "unknown option"), (["x", "seed=a"], "type int"),
+    [([], "no folder"), (["seed=1"], "no folder"), (["--help"], "no folder"),
+     (["x", "sede=1"], "unknown option"), (["x", "seed=a"], "type int"),
      (["x", "seed=-1"], "at least 0"), (["x", "scale=0"], "above 0")],
 )  # fmt: skip
 def test_command_line_mistakes(argv, message, tmp_path, monkeypatch):
