@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
     elif cfg.tile and cfg.threshold is None:
         say("warning: the run's thresholds were measured on whole images, not on tiles: give threshold=")
     out = Path(cfg.out)
-    root, paths = list_images(Path(cfg.images), out)
+    root, paths = images_of(Path(cfg.images), out)
     if os.path.isfile(out / "heatmaps"):
         raise UserError(f"{out / 'heatmaps'} is no folder: remove it or choose another out=")
     remove_unfinished(out)
@@ -149,7 +149,7 @@ def row_and_heatmap(
     return row, problem  # None is written as an empty cell
 
 
-def list_images(place: Path, out: Path) -> tuple[Path, list[str]]:
+def images_of(place: Path, out: Path) -> tuple[Path, list[str]]:
     """The folder that paths in the table are relative to, and the images, without heat maps of this or other runs."""
     if place.is_file():
         return place.parent, [str(place)]

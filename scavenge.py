@@ -186,10 +186,10 @@ def load(images: Images, geometry: Geometry, batch_size: int) -> Iterator[Loaded
         items, one = range(len(pixels)), partial(from_array, pixels=pixels, geometry=geometry)
     if not len(items) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1" if len(items) else "there are no images")
-    return in_threads(one, items, THREADS + batch_size)
+    return decoded(one, items, THREADS + batch_size)
 
 
-def in_threads(one: Callable, items: Sequence, count: int) -> Iterator[LoadedImage]:
+def decoded(one: Callable, items: Sequence, count: int) -> Iterator[LoadedImage]:
     with ThreadPoolExecutor(THREADS) as pool:
         yield from ahead(one, items, pool, count)
 

@@ -23,7 +23,9 @@ def heat_range(maps: Array | list[Array]) -> tuple[float, float]:
     return low, low + 1.5 * (q - low) if q > low else low + 1
 
 
-def pick(scores: Array, labels: Array, defects: list[str], threshold: float | None, *, each: int = 3) -> list[Caption]:
+def pick_images(
+    scores: Array, labels: Array, defects: list[str], threshold: float | None, *, each: int = 3
+) -> list[Caption]:
     """Choose the images that tell most about a detector; every image at most once.
 
     In this order: the `each` defects that scored lowest (misses, if not above the threshold), the `each` good images

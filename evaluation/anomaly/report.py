@@ -18,7 +18,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from evaluation.anomaly.bootstrap import pixel_histograms
 from evaluation.anomaly.compare import save_scores
 from evaluation.anomaly.detection import anomaly_results, region_maps, region_masks, without_pixels
-from evaluation.anomaly.display import heat_range, pick, ranking_curves
+from evaluation.anomaly.display import heat_range, pick_images, ranking_curves
 from evaluation.anomaly.unseen import crop_line, crop_results
 from evaluation.tables import csv_table, markdown_table, with_interval
 from models.anomaly.detector import Findings
@@ -77,7 +77,7 @@ def report(
         share = (found.scores - least) / (most - least).clamp(min=1e-12)
         log.precision_recall("precision_recall", test_set.labels, share)
 
-    chosen = pick(found.scores, test_set.labels, test_set.defects, threshold)
+    chosen = pick_images(found.scores, test_set.labels, test_set.defects, threshold)
     title = f"{log.config['detector']['name']}, {log.config['backbone']['name']}, {log.config['run_name']}"
     low, high = calibration["low"], calibration["high"]
     if maps is not None and low is None and (defects == "good").any():  # no normals to spare

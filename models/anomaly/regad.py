@@ -79,7 +79,7 @@ class RegAD(PaDiM):
         channels = [shape[0] for shape in stage_shapes(backbone, last=3)]
         train_stages(backbone, last=3)
         self.transformers = nn.ModuleList(SpatialTransformer(c, side) for c, side in zip(channels, SIDES))
-        self.encoder, self.predictor = Encoder(channels[-1]), Predictor(channels[-1])
+        self.encoder, self.predictor = RegADEncoder(channels[-1]), Predictor(channels[-1])
 
     def register(self, pixels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """(B, 3, H, W) in [0, 1] -> transformed stages 1 to 3 [(B, C_i, H_i, W_i)] and their thetas [(B, 2, 3)]."""
@@ -166,7 +166,7 @@ class RegAD(PaDiM):
         return super().load_trained(state, path) + unused
 
 
-class Encoder(nn.Module):
+class RegADEncoder(nn.Module):
     """Three 1x1 convolutions: (B, C, H, W) -> the same; official models/siamese.py."""
 
     def __init__(self, channels: int):

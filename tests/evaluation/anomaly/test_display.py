@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from evaluation.anomaly.display import heat_range, pick, ranking_curves
+from evaluation.anomaly.display import heat_range, pick_images, ranking_curves
 from evaluation.anomaly.metrics import image_metrics
 from runtime.errors import UserError
 
@@ -23,7 +23,7 @@ def test_pick_by_hand():
     #          0     1     2     3     4     5     6     7     8
     scores = [0.10, 0.20, 0.30, 0.60, 0.40, 0.45, 0.70, 0.90, 0.80]
     defects = ["good"] * 4 + ["hole", "hole", "hole", "crack", "crack"]
-    captions = pick(torch.tensor(scores), torch.tensor([0] * 4 + [1] * 5), defects, 0.5, each=2)
+    captions = pick_images(torch.tensor(scores), torch.tensor([0] * 4 + [1] * 5), defects, 0.5, each=2)
     got = [(c.index, c.heading, c.correct, c.lines[-1]) for c in captions]
     assert got == [
         (4, "missed", False, "low for a defect"),
@@ -40,7 +40,7 @@ def test_pick_by_hand():
 
 
 def test_pick_without_a_threshold_gives_no_verdict():
-    (caption,) = pick([0.5], [1], ["hole"], None)
+    (caption,) = pick_images([0.5], [1], ["hole"], None)
     assert (caption.heading, caption.correct) == ("no threshold", None)
     assert caption.lines == ["hole", "score 0.5", "rank 1 of 1", "low for a defect"]
 
@@ -48,16 +48,16 @@ def test_pick_without_a_threshold_gives_no_verdict():
 def test_pick_shows_every_image_once_and_lives_without_a_class():
     labels = torch.tensor([0, 1] * 20)
     defects = ["good", "hole"] * 20
-    captions = pick(torch.rand(40), labels, defects, 0.5)
+    captions = pick_images(torch.rand(40), labels, defects, 0.5)
     assert len({c.index for c in captions}) == len(captions) <= 3 + 3 + 3
     assert all(c.correct == ((c.lines[1] == "called anomalous") == (c.lines[0] == "hole")) for c in captions)
-    normals = pick(torch.zeros(4), torch.zeros(4), ["good"] * 4, 0.5)
+    normals = pick_images(torch.zeros(4), torch.zeros(4), ["good"] * 4, 0.5)
     assert {c.lines[-1] for c in normals} <= {"high for a good one", "median of its kind"}
-    assert [c.lines[-1] for c in pick(torch.ones(1), torch.ones(1), ["hole"], 0.5)] == ["low for a defect"]
+    assert [c.lines[-1] for c in pick_images(torch.ones(1), torch.ones(1), ["hole"], 0.5)] == ["low for a defect"]
 
 
 def test_a_tie_with_the_threshold_is_no_alarm():
-    assert pick([0.5], [1], ["hole"], 0.5)[0].heading == "missed"
+    assert pick_images([0.5], [1], ["hole"], 0.5)[0].heading == "missed"
 
 
 @pytest.mark.parametrize("decimals", [8, 1])  # 1: many ties
