@@ -44,7 +44,7 @@ def test_overfit_reaches_the_floor(name, tmp_path, capsys):
     options, floor, near = CASES.get(name, (SMALL.get(name, {}), None, None))
     near = 0.12 if name == "moco_v2" else near  # it ends at 0.015 to 0.066; two images taken for one cost 0.124
     backbone = ["backbone.stem=cifar"] if name == "revd" else ["backbone=mobilenet_v2", "backbone.width=0.25"]
-    words = [TINY[name][0], *(word for word in TINY[name] if word.startswith("augment."))]
+    words = [TINY[name][0], *(word for word in TINY[name] if word.startswith(("augment.", "data=")))]
     words += [f"data.root={write_patterns(tmp_path / 'images')}", "data.size=36", *backbone, *RECIPE]
     words += [*(f"method.{key}={value}" for key, value in options.items()), "overfit=8", "epochs=400"]
     words += ["save.every=1000", "log_every=1", "device=cpu", "precision=fp32", "sync_bn=false"]
