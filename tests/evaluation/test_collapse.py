@@ -217,7 +217,7 @@ def test_loss_at_chance():
         )
     assert warning(LN_K * 1.0011) is None and warning(LN_K * 0.9989) is None
     assert warning(LN_K, chance=None) is None
-    assert "same of every image, -1:" in warning(-1.0, chance=-1.0) and warning(-0.9, chance=-1.0) is None
+    assert "constant embeddings, -1:" in warning(-1.0, chance=-1.0) and warning(-0.9, chance=-1.0) is None
 
 
 def test_point():
