@@ -143,7 +143,7 @@ def collapse_warning(
 ) -> str | None:
     """One line that says what has collapsed and what to do, or None: all is well, it is early, or something is NaN.
 
-    Nothing is said in the first epoch, which is warm-up: there a loss near chance is no news.
+    Nothing is reported in the first epoch, which is warm-up: there a loss near chance is no news.
 
     Args:
         loss: of the method alone, a mean over some steps.

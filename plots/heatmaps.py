@@ -33,7 +33,7 @@ NARROWEST = 420  # pixels: room for the widest line below a single image
 
 @dataclass
 class Caption:
-    """What is said beside an image of the test set: the verdict, and what the detector made of it."""
+    """The text beside an image of the test set: the verdict, and what it is based on."""
 
     index: int  # of the image in the test set
     heading: str  # correct, missed, false alarm or no threshold

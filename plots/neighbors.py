@@ -28,7 +28,7 @@ class Pair:
 
 def neighbor_sheet(pairs: list[Pair], *, title: str) -> Image.Image:
     """A sheet with a row for each pair: the test image with its most anomalous place marked, that place
-    enlarged, the nearest training patch enlarged, its image with the place marked, and what is said about it."""
+    enlarged, the nearest training patch enlarged, its image with the position marked, and a caption."""
     heads = ["test image", "its most anomalous patch", "nearest training patch", "training image"]
     top, block = 104, TILE + GAP
     paper = Image.new("RGB", (2 * MARGIN + 4 * block + 320, top + len(pairs) * block + MARGIN), PAPER)
