@@ -109,14 +109,14 @@ def test_memory_stays_small_while_a_large_tensor_is_filled_and_read():
         "mib = lambda: int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) // 1024\n"
         "work = m.Workspace(2**24)\n"
         "before, most = mib(), 0\n"
-        "x = work.empty(2**18, 256)  # 256 MiB\n"
+        "x = work.empty(2**19, 256)  # 512 MiB\n"
         "for i, part in enumerate(x.split(2**14)):\n"
         "    part.copy_(torch.full_like(part, i)); most = max(most, mib())\n"
         "total = sum(float(part.sum(dtype=torch.float64)) for part in x.split(2**14))\n"
-        "print(max(most, mib()) - before, total == 2**22 * sum(range(16)), work.used)"
+        "print(max(most, mib()) - before, total == 2**22 * sum(range(32)), work.used)"
     )
     grown, right, used = done.stdout.split()
-    assert int(grown) < 128 and right == "True" and used == "0", done.stdout
+    assert int(grown) < 256 and right == "True" and used == "0", done.stdout  # the allocator alone may keep 128 MiB
 
 
 def test_the_greedy_search_reads_a_mapped_tensor_in_pieces():
