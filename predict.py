@@ -81,11 +81,7 @@ def main(argv: list[str]) -> None:
     cfg.precision = cfg.precision or state["config"]["precision"]
     if cfg.tile:
         check_tiling(detector, cfg.tile, cfg.overlap)
-    threshold = state["calibration"]["threshold"] if cfg.threshold is None else cfg.threshold
-    if threshold is None:
-        say(f"warning: {cfg.run} has no threshold, so nothing is called anomalous or normal: give threshold=")
-    elif cfg.tile and cfg.threshold is None:
-        say("warning: the run's thresholds were measured on whole images, not on tiles: give threshold=")
+    threshold = threshold_of(cfg, state)
     out = Path(cfg.out)
     root, paths = images_of(Path(cfg.images), out)
     if os.path.isfile(out / "heatmaps"):
@@ -127,6 +123,16 @@ def main(argv: list[str]) -> None:
     print(json.dumps(results), flush=True)
     if not_drawn:
         sys.exit(1)
+
+
+def threshold_of(cfg: Config, state: dict) -> float | None:
+    """The threshold of the score, given or the run's, with a warning where there is none or it promises nothing."""
+    threshold = state["calibration"]["threshold"] if cfg.threshold is None else cfg.threshold
+    if threshold is None:
+        say(f"warning: {cfg.run} has no threshold, so nothing is called anomalous or normal: give threshold=")
+    elif cfg.tile and cfg.threshold is None:
+        say("warning: the run's thresholds were measured on whole images, not on tiles: give threshold=")
+    return threshold
 
 
 def row_and_heatmap(

@@ -283,7 +283,7 @@ def test_simplenet_scores_the_worst_patch_and_finds_it_beside_padding(simplenet)
     detector, grid = simplenet.SimpleNet(ResNet18(), width=8, hidden=8), torch.full((2, 8, 8), -0.5)
     grid[0, 2, 5], grid[1, 6, 1], grid[1, 0, 7] = 0.3, -0.1, 2.0
     valid = torch.ones(2, 64, 64, dtype=torch.bool)
-    valid[1, :, 48:] = False  # what is said of padding does not count
+    valid[1, :, 48:] = False  # scores in the padding do not count
     found = detector.measure(grid, (64, 64), valid)
     assert found.scores.tolist() == pytest.approx([0.3, -0.1])
     assert (found.peaks - torch.tensor([[20.0, 44.0], [52.0, 12.0]])).abs().max() < 4
