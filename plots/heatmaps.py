@@ -48,7 +48,7 @@ class Row:
     image: torch.Tensor  # uint8 (3, H, W)
     map: torch.Tensor  # float (H, W), raw scores
     mask: torch.Tensor | None  # bool (H, W)
-    peak: tuple[float, float] | None  # (y, x) of the most anomalous place in the map; None: the detector names none
+    peak: tuple[float, float] | None  # (y, x) of the most anomalous position in the map; None: the detector names none
     caption: Caption
 
 
@@ -213,7 +213,7 @@ def legend(
     if pixel_threshold is not None:
         swatch = to_pil(outline(grey, box, ABOVE, width=2 * rim, rim=rim))
         items.append((swatch, f"above the pixel threshold {pixel_threshold:.4g}"))
-    items += [(cross, "most anomalous place")] if peaked else []
+    items += [(cross, "most anomalous position")] if peaked else []
     ramp = overlay(torch.full((3, *ramp.shape), 128, dtype=torch.uint8), ramp, low, high)
     items.append((to_pil(ramp), f"{low:.3g} (usual) to {high:.3g} and more"))
     for swatch, text in items:

@@ -15,19 +15,19 @@ ZOOM = 0.25  # side of the patch that is shown enlarged, of the image's shorter 
 
 @dataclass
 class Pair:
-    """A test image and the training image that it was compared with; places are (y, x) in their pixels, None
+    """A test image and the training image that it was compared with; positions are (y, x) in their pixels, None
     for methods that compare whole images."""
 
     image: Tensor  # uint8 (3, H, W)
     peak: tuple[float, float] | None
     neighbor: Tensor  # uint8 (3, H', W')
-    place: tuple[float, float] | None
+    position: tuple[float, float] | None
     lines: list[str]  # the first is the heading
     correct: bool | None = None  # the verdict, for the heading's color
 
 
 def neighbor_sheet(pairs: list[Pair], *, title: str) -> Image.Image:
-    """A sheet with a row for each pair: the test image with its most anomalous place marked, that place
+    """A sheet with a row for each pair: the test image with its most anomalous position marked, that position
     enlarged, the nearest training patch enlarged, its image with the position marked, and a caption."""
     heads = ["test image", "its most anomalous patch", "nearest training patch", "training image"]
     top, block = 104, TILE + GAP
@@ -38,7 +38,7 @@ def neighbor_sheet(pairs: list[Pair], *, title: str) -> Image.Image:
         draw.text((MARGIN + column * block, 74), head, SOFT, font(16))
     for row, pair in enumerate(pairs):
         y = top + row * block
-        tiles = [*_whole_and_part(pair.image, pair.peak), *_whole_and_part(pair.neighbor, pair.place)[::-1]]
+        tiles = [*_whole_and_part(pair.image, pair.peak), *_whole_and_part(pair.neighbor, pair.position)[::-1]]
         for column, tile in enumerate(tiles):
             paper.paste(tile, (MARGIN + column * block, y))
         x = MARGIN + 4 * block + 4
@@ -48,13 +48,13 @@ def neighbor_sheet(pairs: list[Pair], *, title: str) -> Image.Image:
     return paper
 
 
-def _whole_and_part(image: Tensor, place: tuple[float, float] | None) -> tuple[Image.Image, Image.Image]:
-    """The image (3, H, W) with a square around `place`, and what is in the square, both TILE x TILE."""
-    if place is None:  # whole images were compared
+def _whole_and_part(image: Tensor, position: tuple[float, float] | None) -> tuple[Image.Image, Image.Image]:
+    """The image (3, H, W) with a square around `position`, and what is in the square, both TILE x TILE."""
+    if position is None:  # whole images were compared
         return _tile(image), _tile(image)
     height, width = image.shape[1:]
     side = max(8, round(ZOOM * min(height, width)))
-    top, left = (round(min(max(p - side / 2, 0), n - side)) for p, n in zip(place, (height, width)))
+    top, left = (round(min(max(p - side / 2, 0), n - side)) for p, n in zip(position, (height, width)))
     whole = _tile(image)
     corners = [left * TILE / width, top * TILE / height, (left + side) * TILE / width, (top + side) * TILE / height]
     for color, width in ((RIM, 5), (PEAK, 3)):

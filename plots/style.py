@@ -18,7 +18,7 @@ from runtime.text import printable
 
 TRUE_DEFECT = (0, 160, 255)  # outline: the ground truth
 ABOVE = (255, 255, 255)  # outline with a black rim: pixels above the pixel threshold
-PEAK = (0, 255, 0)  # cross or square with a black rim: the most anomalous place
+PEAK = (0, 255, 0)  # cross or square with a black rim: the most anomalous position
 ALARM = (230, 159, 0)  # image scores above the threshold: called anomalous
 USUAL = (95, 105, 115)  # image scores that are not, and curves
 RIGHT, WRONG = (8, 81, 156), (190, 30, 30)  # a verdict or prediction that the ground truth confirms, or does not
@@ -38,7 +38,7 @@ NO_CHARACTER = "\U0010ffff"  # no font has it, so this is how a font draws what 
 
 def write(
     draw: ImageDraw.ImageDraw,
-    place: tuple[float, float],
+    position: tuple[float, float],
     text: str,
     ink: str | tuple[int, int, int],
     size: int,
@@ -46,9 +46,9 @@ def write(
     anchor: str | None = None,
     width: float | None = None,
 ) -> None:
-    """Draw a line of any `text` at `place` (x, y), `size` pixels high; longer than `width` its middle is left out."""
+    """Draw a line of any `text` at `position` (x, y), `size` pixels high; longer than `width`, without its middle."""
     shown, face = lettered(text, size, width)
-    draw.text(place, shown, ink, face, anchor)
+    draw.text(position, shown, ink, face, anchor)
 
 
 def lettered(text: str, size: int, width: float | None = None) -> tuple[str, ImageFont.FreeTypeFont]:

@@ -120,7 +120,7 @@ def image_row(found: Findings, dataset, caption: Caption) -> Row:
 def neighbor_pair(found: Findings, test_set, train_set, caption: Caption) -> Pair:
     """The image of a caption beside the training image that its most anomalous patch is nearest to."""
     number = int(found.nearest_image[caption.index])
-    places = [None if p is None else tuple(p[caption.index].tolist()) for p in (found.peaks, found.places)]
+    places = [None if p is None else tuple(p[caption.index].tolist()) for p in (found.peaks, found.nearest_positions)]
     lines = [caption.heading, *caption.lines, "nearest:", os.path.basename(train_set.paths[number])]
     return Pair(test_set[caption.index][0], places[0], train_set[number][0], places[1], lines, caption.correct)
 

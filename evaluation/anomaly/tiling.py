@@ -61,9 +61,9 @@ def examine_tiles(
 ) -> Findings:
     """`Findings` of one image, uint8 (3, h, w), on the CPU: (1,) scores, (1, h, w) maps, peaks in its pixels.
 
-    The score is the largest of all tiles' scores; peak, training image and place are that tile's. Below and to the
-    right the image is padded with the mean color to multiples of 32 and to one tile at least; `valid` keeps padding
-    out of map and score.
+    The score is the largest of all tiles' scores; peak, training image and its position are that tile's. Below and
+    to the right the image is padded with the mean color to multiples of 32 and to one tile at least; `valid` keeps
+    padding out of map and score.
 
     A pixel's value is what the whole image would give, up to rounding, if the tile goes on as far as the pixel's
     patches see: with PatchCore on a ResNet-18's stages 2 and 3 that is 161 pixels, so overlap=352 makes all equal. With

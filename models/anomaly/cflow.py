@@ -12,7 +12,7 @@ from data.augment.random_numbers import KINDS, between, stream
 from data.defects.blend import draw, moved
 from data.normalize import normalize
 from losses.flow_likelihood import flow_likelihood, log_density
-from models.anomaly.cflow_networks import ConditionalFlow, encode_places
+from models.anomaly.cflow_networks import ConditionalFlow, encode_positions
 from models.anomaly.detector import Batch, Detector, Findings, TrainingBatch
 from models.anomaly.maps import ImageScore, grid_valid, image_score, peak, upsample
 from models.backbones.mobilenet_v3 import MobileNetV3
@@ -21,13 +21,13 @@ from runtime.errors import UserError
 from runtime.values import coerce
 from search.bounds import require_finite
 
-PLACES = 128  # numbers that describe a place, the official condition_vec
+ENCODING = 128  # numbers that describe a position, the official condition_vec
 Split = Literal["train", "test"]
 ROWS = 2**14  # vectors that are scored at a time
 
 
 class CFlow(Detector):
-    """A normalizing flow per stage learns how likely a feature vector is at its place in a normal image.
+    """A normalizing flow per stage learns how likely a feature vector is at its position in a normal image.
 
     **Score.** With log p the log-likelihood of a position of stage l, C its channels and m_l a constant of the stage:
 
@@ -44,8 +44,8 @@ class CFlow(Detector):
     **Training.** In the official code every stage's vectors of a batch, shuffled, make fibers of 256, and each fiber an
     optimizer step of its flow. Here a fiber has equally many positions of every image of the batch, each image's in a
     random order of its own, so that processes train as one: a stratified draw instead of a uniform one. What is left
-    over is dropped, as in the official code. Padding is trained on like the image; no map shows it. Places count from
-    the top left corner, so whole images of the trained size alone make sense.
+    over is dropped, as in the official code. Padding is trained on like the image; no map shows it. Positions count
+    from the top left corner, so whole images of the trained size alone make sense.
 
     **Different from the official code**, beside that: images are resized by `data.resample`, there by Lanczos. A flow
     rests while others train; with torch before 2.0 Adam's momentum went on moving it, as zeroed gradients are
@@ -119,7 +119,7 @@ class CFlow(Detector):
                 f"cflow needs stages that are maps (B, C, H, W) of 2 channels or more, but stages {list(stages)} of "
                 f"this backbone give {shapes}: set detector.stages or backbone.name"
             )
-        self.flows = nn.ModuleList(ConditionalFlow(shape[1], PLACES, blocks) for shape in shapes)
+        self.flows = nn.ModuleList(ConditionalFlow(shape[1], ENCODING, blocks) for shape in shapes)
         self.register_buffer("likeliest", torch.empty(0))  # m_l, (L,)
 
     def load_trained(self, state: dict, path: str) -> list[str]:
@@ -176,7 +176,7 @@ class CFlow(Detector):
         return [seen[stage] for stage in self.stages]
 
     def steps(self, batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Fiber by fiber, stage by stage: vectors (n, C), their places (n, P), the number of their flow.
+        """Fiber by fiber, stage by stage: vectors (n, C), their positions (n, P), the number of their flow.
 
         The encoder sees the batch once, before this returns.
         """
@@ -197,23 +197,23 @@ class CFlow(Detector):
     def fibers(self, features: list[Tensor], batch: TrainingBatch, share: int) -> Iterator[tuple[Tensor, Tensor, int]]:
         for number, (stage, feature) in enumerate(zip(self.stages, features)):
             key = batch.seed, batch.epoch, 0, batch.ids, *KINDS["cflow"], stage
-            vectors, places = rows_of(feature)  # (B, H W, C), (H W, P)
-            order = stream(key, len(places), feature.device).argsort(dim=1, stable=True)  # (B, H W)
-            for chosen in order.split(share, dim=1)[: len(places) // share]:  # (B, share)
+            vectors, positions = rows_of(feature)  # (B, H W, C), (H W, P)
+            order = stream(key, len(positions), feature.device).argsort(dim=1, stable=True)  # (B, H W)
+            for chosen in order.split(share, dim=1)[: len(positions) // share]:  # (B, share)
                 taken = vectors.gather(1, chosen[..., None].expand(-1, -1, vectors.shape[2]))  # (B, share, C)
-                yield taken.flatten(0, 1), places[chosen].flatten(0, 1), number
+                yield taken.flatten(0, 1), positions[chosen].flatten(0, 1), number
 
-    def forward(self, vectors: Tensor, places: Tensor, number: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, vectors: Tensor, positions: Tensor, number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a flow on what `steps` gives; stats: the stage's mean log p / C."""
-        density = log_density(*self.flows[number](vectors, places))  # (n,)
+        density = log_density(*self.flows[number](vectors, positions))  # (n,)
         return flow_likelihood(density), {f"log_density_stage{self.stages[number]}": density.detach().mean()}
 
     def networks(self, images: Tensor) -> list[Tensor]:
         """log p / C of every position of the stages, [(B, H_l, W_l)] in float32."""
         grids = []
         for flow, feature in zip(self.flows, self.features(images)):
-            vectors, places = rows_of(feature)  # (B, H W, C), (H W, P)
-            pairs = zip(vectors.flatten(0, 1).split(ROWS), places.repeat(len(images), 1).split(ROWS))
+            vectors, positions = rows_of(feature)  # (B, H W, C), (H W, P)
+            pairs = zip(vectors.flatten(0, 1).split(ROWS), positions.repeat(len(images), 1).split(ROWS))
             found = torch.cat([log_density(*flow(*pair)) for pair in pairs])  # (B H W,)
             grids.append(found.view(len(images), *feature.shape[-2:]))  # (B, H, W)
         return grids
@@ -254,9 +254,9 @@ class CFlow(Detector):
 
 
 def rows_of(feature: Tensor) -> tuple[Tensor, Tensor]:
-    """A map (B, C, H, W) as vectors (B, H W, C), and their places (H W, P)."""
-    places = encode_places(feature.shape[-2:], PLACES, feature.device).flatten(0, 1)  # (H W, P)
-    return feature.flatten(2).mT, places.to(feature.dtype)
+    """A map (B, C, H, W) as vectors (B, H W, C), and their positions (H W, P)."""
+    positions = encode_positions(feature.shape[-2:], ENCODING, feature.device).flatten(0, 1)  # (H W, P)
+    return feature.flatten(2).mT, positions.to(feature.dtype)
 
 
 def turn(images: Tensor, ids: Tensor, epoch: int, *, seed: int, degrees: float) -> Tensor:

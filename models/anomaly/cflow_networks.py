@@ -1,8 +1,8 @@
-"""CFlow-AD's decoders: normalizing flows of affine couplings, conditioned on the place in the image.
+"""CFlow-AD's decoders: normalizing flows of affine couplings, conditioned on the position in the image.
 
 The official code builds them from FrEIA (SequenceINN of AllInOneBlocks, github.com/vislearn/FrEIA); these have its
 arithmetic and its parameter names, of the settings that CFlow-AD uses. Letters: N vectors of C channels, P numbers that
-describe a place.
+describe a position.
 """
 
 import math
@@ -15,10 +15,10 @@ CLAMP = 1.9  # largest |log scale| of a coupling
 
 
 class CouplingBlock(nn.Module):
-    """One invertible step. A network sees half of the vector and its place, and scales and shifts the other half; then
-    every channel has its learned scale and offset; then a fixed random rotation mixes them. With x = (x1, x2):
+    """One invertible step. A network sees half of the vector and its position, and scales and shifts the other half;
+    then every channel has its learned scale and offset; then a fixed random rotation mixes them. With x = (x1, x2):
 
-        s, t = subnet(x1, place) / 10
+        s, t = subnet(x1, position) / 10
         y = R (scale * (x1, x2 * exp(1.9 tanh s) + t) + offset),  scale = 0.2 log(1 + exp(global_scale / 2)), at first 1
         log |det dy/dx| = sum 1.9 tanh s + sum log scale
 
@@ -28,19 +28,19 @@ class CouplingBlock(nn.Module):
     bfloat16 in a row are not a density.
     """
 
-    def __init__(self, channels: int, places: int):
+    def __init__(self, channels: int, encoding: int):
         super().__init__()
         self.splits = [channels - channels // 2, channels // 2]
-        inner = self.splits[0] + places
+        inner = self.splits[0] + encoding
         self.subnet = nn.Sequential(nn.Linear(inner, 2 * inner), nn.ReLU(), nn.Linear(2 * inner, 2 * self.splits[1]))
         self.global_scale = nn.Parameter(torch.full((1, channels), 2 * math.log(math.exp(5) - 1)))
         self.global_offset = nn.Parameter(torch.zeros(1, channels))
         self.w_perm = nn.Parameter(random_rotation(channels), requires_grad=False)  # a buffer would be sent every step
 
-    def forward(self, x: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """(N, C) and (N, P) -> (N, C) and log |det| (N,)."""
         x1, x2 = x.split(self.splits, dim=1)
-        s, t = (0.1 * self.subnet(torch.cat([x1, place], dim=1)).to(x.dtype)).chunk(2, dim=1)  # (N, C // 2) each
+        s, t = (0.1 * self.subnet(torch.cat([x1, position], dim=1)).to(x.dtype)).chunk(2, dim=1)  # (N, C // 2) each
         with torch.autocast(x.device.type, enabled=False):
             log_scale = CLAMP * s.tanh()
             scale = 0.1 * F.softplus(self.global_scale, beta=0.5)  # (1, C)
@@ -51,15 +51,15 @@ class CouplingBlock(nn.Module):
 class ConditionalFlow(nn.Module):
     """`blocks` couplings one after the other."""
 
-    def __init__(self, channels: int, places: int, blocks: int):
+    def __init__(self, channels: int, encoding: int, blocks: int):
         super().__init__()
-        self.module_list = nn.ModuleList(CouplingBlock(channels, places) for _ in range(blocks))  # FrEIA's name
+        self.module_list = nn.ModuleList(CouplingBlock(channels, encoding) for _ in range(blocks))  # FrEIA's name
 
-    def forward(self, x: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        """Vectors (N, C) at places (N, P) -> z (N, C), standard normal once it is trained, and log |det dz/dx| (N,)."""
+    def forward(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors (N, C) at positions (N, P) -> z (N, C), standard normal once trained, and log |det dz/dx| (N,)."""
         log_det = x.new_zeros(len(x))
         for block in self.module_list:
-            x, each = block(x, place)
+            x, each = block(x, position)
             log_det = log_det + each
         return x, log_det
 
@@ -77,16 +77,16 @@ def random_rotation(n: int) -> Tensor:
     return q.float()
 
 
-def encode_places(size: tuple[int, int], places: int, device: torch.device) -> Tensor:
+def encode_positions(size: tuple[int, int], encoding: int, device: torch.device) -> Tensor:
     """Sines and cosines of every position of an H x W grid, as the official `positionalencoding2d`: (H, W, P) float32.
 
     Of P numbers the first half is of the column x, the second of the row y: sin(x w_0), cos(x w_0), sin(x w_1), ...
     with w_k = 10000^(-2k / (P/2)).
 
     Args:
-        places: P, a multiple of 4.
+        encoding: P, a multiple of 4.
     """
-    half = places // 2
+    half = encoding // 2
     frequencies = torch.exp(torch.arange(0, half, 2, device=device) * (-math.log(1e4) / half))  # (P / 4,)
     waves = []
     for count in size:

@@ -38,7 +38,7 @@ class Findings(NamedTuple):
     maps: Tensor | None = None  # (B, H, W) float32, how anomalous each pixel is; None when the method has none
     peaks: Tensor | None = None  # (B, 2) float: the most anomalous patch
     nearest_image: Tensor | None = None  # (B,) int64: the training image that comes nearest, where one is remembered
-    places: Tensor | None = None  # (B, 2) float: its patch nearest to the most anomalous one
+    nearest_positions: Tensor | None = None  # (B, 2) float: its patch nearest to the most anomalous one
 
 
 class Detector(nn.Module):

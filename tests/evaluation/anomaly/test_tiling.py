@@ -80,7 +80,7 @@ def test_a_detector_of_single_pixels_sees_every_pixel_where_it_is(size, batch_si
     assert found.scores.shape == (1,) and found.scores[0] == expected.max()  # though padding may be brighter
     y, x = found.peaks[0].floor().long().tolist()
     assert expected[y, x] == expected.max()
-    assert found.nearest_image.shape == (1,) and found.places.shape == (1, 2)
+    assert found.nearest_image.shape == (1,) and found.nearest_positions.shape == (1, 2)
     assert max(len(tiles) for tiles in detector.seen) <= batch_size
     fill = normalize(torch.tensor(FILL, dtype=torch.uint8)[None, :, None, None])[0]  # (3, 1, 1)
     last = detector.seen[-1][-1]
@@ -93,7 +93,7 @@ def test_image_and_place_are_those_of_the_tile_with_the_largest_score():
     image[:, 10, 150] = 255  # in the last of three tiles
     found = examine_tiles(Brightness(), image, tile=64, overlap=0, batch_size=8, device=CPU)
     assert found.peaks.tolist() == [[10.5, 150.5]] and found.nearest_image.tolist() == [2]
-    assert found.places.tolist() == [[110.5, 122.5]]  # of the training image: not moved
+    assert found.nearest_positions.tolist() == [[110.5, 122.5]]  # of the training image: not moved
 
 
 def test_without_maps_there_is_a_score_all_the_same():

@@ -9,7 +9,7 @@ from torchvision.transforms.functional import rotate
 
 from data.normalize import normalize
 from models.anomaly.cflow import CFlow, rows_of, turn
-from models.anomaly.cflow_networks import encode_places
+from models.anomaly.cflow_networks import encode_positions
 from models.anomaly.detector import TrainingBatch
 from models.backbones.mobilenet import MobileNetV2
 from models.backbones.mobilenet_v3 import MobileNetV3Large
@@ -49,17 +49,17 @@ def train(model: CFlow, images: Tensor, epochs: int, lr: float = 1e-2) -> list[f
 
 
 def drawn(model: CFlow, work: TrainingBatch) -> list[list[tuple[int, int, int, int]]]:
-    """(stage, image, y, x) of every vector of every fiber, found by its features; its place must be beside it."""
+    """(stage, image, y, x) of every vector of every fiber, found by its features; its position must be beside it."""
     features, fibers = model.features(normalize(work.images)), []
-    for vectors, places, number in model.steps(work):
+    for vectors, positions, number in model.steps(work):
         feature, found = features[number], []
         table = feature.permute(0, 2, 3, 1).flatten(0, 2)  # (B H W, C)
-        encoded = encode_places(feature.shape[-2:], 128, torch.device("cpu"))
-        for vector, place in zip(vectors, places):
+        encoded = encode_positions(feature.shape[-2:], 128, torch.device("cpu"))
+        for vector, position in zip(vectors, positions):
             at = (table == vector).all(1).nonzero()
             assert len(at) == 1
             b, y, x = np.unravel_index(int(at), (len(feature), *feature.shape[-2:]))
-            assert torch.equal(place, encoded[y, x])
+            assert torch.equal(position, encoded[y, x])
             found.append((model.stages[number], int(b), int(y), int(x)))
         fibers.append(found)
     return fibers
@@ -71,10 +71,10 @@ def test_a_fiber_has_equally_many_positions_of_every_image_and_none_comes_twice(
     assert [len(fiber) for fiber in fibers] == [12] * 26  # 3 of each image: 21 of 64 positions' threes, 5 of 16's
     assert [fiber[0][0] for fiber in fibers] == [2] * 21 + [3] * 5
     for fiber in fibers:
-        assert [place[1] for place in fiber] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-    everywhere = [place for fiber in fibers for place in fiber]
+        assert [position[1] for position in fiber] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    everywhere = [position for fiber in fibers for position in fiber]
     assert len(set(everywhere)) == len(everywhere) == 4 * 3 * 26
-    orders = {b: [place[2:] for place in everywhere if place[:2] == (2, b)] for b in range(4)}
+    orders = {b: [position[2:] for position in everywhere if position[:2] == (2, b)] for b in range(4)}
     assert len({tuple(order) for order in orders.values()}) == 4 and orders[0] != sorted(orders[0])
     for other in (batch(images, 1), batch(images, seed=1)):
         assert drawn(model, other) != fibers

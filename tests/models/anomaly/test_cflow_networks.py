@@ -9,13 +9,13 @@ from scipy.stats import kstest
 from torch import Tensor
 
 from losses.flow_likelihood import flow_likelihood, log_density
-from models.anomaly.cflow_networks import ConditionalFlow, CouplingBlock, encode_places, random_rotation
+from models.anomaly.cflow_networks import ConditionalFlow, CouplingBlock, encode_positions, random_rotation
 
 
-def stirred(channels: int, places: int = 4, blocks: int = 1) -> ConditionalFlow:
+def stirred(channels: int, encoding: int = 4, blocks: int = 1) -> ConditionalFlow:
     """A flow in float64 whose parameters are far from where they start, and whose rotations are exact."""
     torch.manual_seed(channels)
-    flow = ConditionalFlow(channels, places, blocks).double()
+    flow = ConditionalFlow(channels, encoding, blocks).double()
     with torch.no_grad():
         for block in flow.module_list:
             for parameter in (block.global_scale, block.global_offset, *block.subnet.parameters()):
@@ -26,11 +26,11 @@ def stirred(channels: int, places: int = 4, blocks: int = 1) -> ConditionalFlow:
     return flow
 
 
-def by_hand(block: CouplingBlock, x: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, float]:
+def by_hand(block: CouplingBlock, x: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, float]:
     """One vector through FrEIA's AllInOneBlock (clamping 1.9, SOFTPLUS, soft permutation), as its formulas read."""
     state = {name: value.numpy() for name, value in block.state_dict().items()}
     first = len(x) - len(x) // 2
-    hidden = state["subnet.0.weight"] @ np.concatenate([x[:first], place]) + state["subnet.0.bias"]
+    hidden = state["subnet.0.weight"] @ np.concatenate([x[:first], position]) + state["subnet.0.bias"]
     a = 0.1 * (state["subnet.2.weight"] @ np.maximum(hidden, 0) + state["subnet.2.bias"])
     s, t = 1.9 * np.tanh(a[: len(x) // 2]), a[len(x) // 2 :]
     scale = 0.1 / 0.5 * np.log1p(np.exp(0.5 * state["global_scale"][0]))
@@ -41,39 +41,39 @@ def by_hand(block: CouplingBlock, x: np.ndarray, place: np.ndarray) -> tuple[np.
 @pytest.mark.parametrize("channels", [2, 3, 6])
 def test_a_block_is_freias(channels):
     block = stirred(channels).module_list[0]
-    x, places = torch.randn(5, channels, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    x, positions = torch.randn(5, channels, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
     with torch.no_grad():
-        y, log_det = block(x, places)
+        y, log_det = block(x, positions)
     for i in range(5):
-        expected, determinant = by_hand(block, x[i].numpy(), places[i].numpy())
+        expected, determinant = by_hand(block, x[i].numpy(), positions[i].numpy())
         np.testing.assert_allclose(y[i].numpy(), expected, rtol=1e-12)
         assert log_det[i].item() == pytest.approx(determinant, rel=1e-12)
 
 
 @pytest.mark.parametrize("channels", [2, 3, 8])
 def test_the_log_determinant_is_the_jacobians(channels):
-    flow, places = stirred(channels, blocks=3), torch.randn(4, 4, dtype=torch.float64)
+    flow, positions = stirred(channels, blocks=3), torch.randn(4, 4, dtype=torch.float64)
     x = torch.randn(4, channels, dtype=torch.float64)
-    _, log_det = flow(x, places)
+    _, log_det = flow(x, positions)
     for i in range(4):
-        jacobian = torch.autograd.functional.jacobian(lambda v, p=places[i : i + 1]: flow(v[None], p)[0][0], x[i])
+        jacobian = torch.autograd.functional.jacobian(lambda v, p=positions[i : i + 1]: flow(v[None], p)[0][0], x[i])
         assert log_det[i].item() == pytest.approx(torch.linalg.slogdet(jacobian).logabsdet.item(), abs=1e-10)
 
 
-def inverted(flow: ConditionalFlow, z: Tensor, places: Tensor) -> Tensor:
+def inverted(flow: ConditionalFlow, z: Tensor, positions: Tensor) -> Tensor:
     for block in reversed(flow.module_list):
         scale = 0.2 * torch.log1p(torch.exp(block.global_scale / 2))
         x1, u2 = ((z @ block.w_perm - block.global_offset) / scale).split(block.splits, dim=1)
-        s, t = (block.subnet(torch.cat([x1, places], 1)) / 10).chunk(2, dim=1)
+        s, t = (block.subnet(torch.cat([x1, positions], 1)) / 10).chunk(2, dim=1)
         z = torch.cat([x1, (u2 - t) * torch.exp(-1.9 * torch.tanh(s))], 1)
     return z
 
 
 @pytest.mark.parametrize("channels", [2, 5, 32])
 def test_a_flow_loses_nothing(channels):
-    flow, places = stirred(channels, blocks=4), torch.randn(6, 4, dtype=torch.float64)
+    flow, positions = stirred(channels, blocks=4), torch.randn(6, 4, dtype=torch.float64)
     x = torch.randn(6, channels, dtype=torch.float64)
-    torch.testing.assert_close(inverted(flow, flow(x, places)[0], places), x, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(inverted(flow, flow(x, positions)[0], positions), x, rtol=1e-6, atol=1e-6)
 
 
 @torch.no_grad()
@@ -145,20 +145,20 @@ def test_rotations_are_uniform():
 
 
 def test_places_are_the_official_ones():
-    height, width, places = 3, 5, 16
-    found = encode_places((height, width), places, torch.device("cpu"))
-    assert found.shape == (height, width, places)
+    height, width, positions = 3, 5, 16
+    found = encode_positions((height, width), positions, torch.device("cpu"))
+    assert found.shape == (height, width, positions)
     for y in range(height):
         for x in range(width):
-            for k in range(places // 4):
-                frequency = 10000 ** (-2 * k / (places / 2))
+            for k in range(positions // 4):
+                frequency = 10000 ** (-2 * k / (positions / 2))
                 wanted = [
                     math.sin(x * frequency),
                     math.cos(x * frequency),
                     math.sin(y * frequency),
                     math.cos(y * frequency),
                 ]
-                half = places // 2
+                half = positions // 2
                 got = found[y, x, [2 * k, 2 * k + 1, half + 2 * k, half + 2 * k + 1]]
                 np.testing.assert_allclose(got.numpy(), wanted, atol=1e-6)
 
@@ -169,8 +169,8 @@ def test_a_flow_learns_a_distribution_at_each_place_and_no_better_than_there_is_
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
 
     def sample(n: int) -> tuple[Tensor, Tensor]:
-        places = torch.randn(n, 4)
-        return places.flip(1) + 0.5 * torch.randn(n, 4) * torch.tensor([1.0, 2.0, 0.5, 1.0]), places
+        positions = torch.randn(n, 4)
+        return positions.flip(1) + 0.5 * torch.randn(n, 4) * torch.tensor([1.0, 2.0, 0.5, 1.0]), positions
 
     for _ in range(200):
         loss = flow_likelihood(log_density(*flow(*sample(256))))
@@ -178,21 +178,21 @@ def test_a_flow_learns_a_distribution_at_each_place_and_no_better_than_there_is_
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        x, places = sample(10_000)
-        learned = log_density(*flow(x, places)).mean().item()
-        elsewhere = log_density(*flow(x, places.flip(1))).mean().item()
+        x, positions = sample(10_000)
+        learned = log_density(*flow(x, positions)).mean().item()
+        elsewhere = log_density(*flow(x, positions.flip(1))).mean().item()
     best = -0.5 * math.log(2 * math.pi * math.e) - math.log(0.5)  # minus the entropy of a channel, on average
     assert best - 0.1 < learned < best + 0.02
     assert elsewhere < learned - 2
 
 
 def test_bfloat16_touches_the_subnets_alone():
-    flow = stirred(32, places=8, blocks=8).float()
-    x, places = torch.randn(200, 32), torch.randn(200, 8)
+    flow = stirred(32, encoding=8, blocks=8).float()
+    x, positions = torch.randn(200, 32), torch.randn(200, 8)
     with torch.no_grad():
-        exact = log_density(*flow(x, places))
+        exact = log_density(*flow(x, positions))
         with torch.autocast("cpu", torch.bfloat16):
-            z, log_det = flow(x, places)
+            z, log_det = flow(x, positions)
         found = log_density(z, log_det)
     assert z.dtype == log_det.dtype == torch.float32
     assert not torch.equal(found, exact)

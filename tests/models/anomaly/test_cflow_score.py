@@ -24,8 +24,8 @@ def densities(model: CFlow, images: Tensor) -> list[np.ndarray]:
     found = []
     with torch.no_grad():
         for flow, feature in zip(model.flows, model.features(images)):
-            vectors, places = rows_of(feature)
-            z, log_det = flow(vectors.flatten(0, 1), places.repeat(len(images), 1))
+            vectors, positions = rows_of(feature)
+            z, log_det = flow(vectors.flatten(0, 1), positions.repeat(len(images), 1))
             channels = z.shape[1]
             logp = channels * -0.9189385332046727 - 0.5 * torch.sum(z**2, 1) + log_det
             found.append((logp / channels).double().numpy().reshape(len(images), *feature.shape[-2:]))

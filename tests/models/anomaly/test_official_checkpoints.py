@@ -130,17 +130,17 @@ def test_nsa_of_another_network_is_an_error(tmp_path):
 BLOCKS = 2
 
 
-def official_places(height: int, width: int, count: int = 128) -> np.ndarray:
+def official_positions(height: int, width: int, count: int = 128) -> np.ndarray:
     """positionalencoding2d of model.py: (H, W, P)."""
     half = count // 2
-    places = np.zeros((height, width, count))
+    positions = np.zeros((height, width, count))
     for k in range(half // 2):
         rate = 10000 ** (-2 * k / half)
-        places[..., 2 * k] = np.sin(np.arange(width) * rate)
-        places[..., 2 * k + 1] = np.cos(np.arange(width) * rate)
-        places[..., half + 2 * k] = np.sin(np.arange(height) * rate)[:, None]
-        places[..., half + 2 * k + 1] = np.cos(np.arange(height) * rate)[:, None]
-    return places
+        positions[..., 2 * k] = np.sin(np.arange(width) * rate)
+        positions[..., 2 * k + 1] = np.cos(np.arange(width) * rate)
+        positions[..., half + 2 * k] = np.sin(np.arange(height) * rate)[:, None]
+        positions[..., half + 2 * k + 1] = np.cos(np.arange(height) * rate)[:, None]
+    return positions
 
 
 def decoders(channels: list[int]) -> list[ConditionalFlow]:
@@ -165,11 +165,11 @@ def official_densities(features: list[Tensor], flows: list[ConditionalFlow]) -> 
     grids = []
     for feature, flow in zip(features, [flow.double() for flow in flows]):
         count, channels, height, width = feature.shape
-        places, grid = official_places(height, width), np.zeros((count, height, width))
+        positions, grid = official_positions(height, width), np.zeros((count, height, width))
         for i, y, x in np.ndindex(grid.shape):
             z, log_det = feature[i, :, y, x].double().numpy(), 0.0
             for block in flow.module_list:
-                z, more = by_hand(block, z, places[y, x])
+                z, more = by_hand(block, z, positions[y, x])
                 log_det += more
             grid[i, y, x] = (-channels * 0.9189385332046727 - 0.5 * (z**2).sum() + log_det) / channels
         grids.append(grid)
@@ -200,8 +200,8 @@ def test_cflow_with_a_mobilenet_v3(tmp_path, size):
     official, build, hooked, channels = MOBILE[size]
     encoder, seen, flows = official().features.eval(), [], decoders(channels)
     encoder.load_state_dict(stirred(encoder.state_dict()))
-    for place in hooked:
-        encoder[place].block[-1][0].register_forward_hook(lambda *about: seen.append(about[2]))
+    for position in hooked:
+        encoder[position].block[-1][0].register_forward_hook(lambda *about: seen.append(about[2]))
     contents, images = official_file(encoder, flows), torch.randn(2, 3, 64, 48)
     ours, left = load(tmp_path, "cflow", contents, build(), blocks=BLOCKS, before_norm=True)
     assert left.startswith(" without flows.0.module_list.0.w_perm_inv, ") and left.endswith(
