@@ -1,9 +1,9 @@
-"""Batches of a dataset: the order of an epoch, its split over processes, and images decoded once and kept.
+"""Batches of a dataset: the order of an epoch, its split over processes, images decoded once and kept, copies ahead.
 
 Letters: N items, B batch of this process, W processes, h and w an image's height and width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.images import in_threads
-from data.prefetch import prefetch
 from runtime.distributed import rank, world_size
 from runtime.errors import UserError
 from runtime.memory import free_memory, gib
@@ -213,3 +212,36 @@ def _store(dataset, device: torch.device, cache: Cache) -> _Store | None:
             f"{gib(free)} are free on {place}: use data.cache=none with data.workers, or a smaller data.size"
         )
     return None
+
+
+def prefetch(batches: Iterable[tuple[Tensor, ...]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """The batches in their order with all but the last tensor (the indices) copied to the device, one batch ahead.
+
+    On the CPU the batches as they are. On CUDA batch k + 1 is asked for, and its copy started on a stream of its own,
+    before batch k is handed over: so an error of batch k + 1 comes one step early. Copies run beside the step only
+    from pinned memory, which torch does not use again before they are done.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream, ready = torch.cuda.Stream(device), None
+    for batch in batches:
+        if ready is not None:
+            _await(ready, stream, device)  # before the next copy starts, so that nobody waits for that one
+        with torch.cuda.stream(stream):
+            following = (*(column.to(device, non_blocking=True) for column in batch[:-1]), batch[-1])
+        if ready is not None:
+            yield ready
+        ready = following
+    if ready is not None:
+        _await(ready, stream, device)
+        yield ready
+
+
+def _await(batch: tuple[Tensor, ...], stream: torch.cuda.Stream, device: torch.device) -> None:
+    """What the caller's stream does from now on waits for the copies, and their memory, which is `stream`'s, is given
+    away only after what the caller's stream did with it."""
+    current = torch.cuda.current_stream(device)
+    current.wait_stream(stream)
+    for column in batch[:-1]:
+        column.record_stream(current)

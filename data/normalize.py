@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from data.augment.random_numbers import send
+from runtime.memory import send
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1]
 

@@ -1,4 +1,4 @@
-"""How much memory is free, amounts of it in words, and tensors larger than it: in RAM up to a limit, then in files."""
+"""Memory that is free, amounts of it in words, copies to the device, and tensors that are larger than the RAM."""
 
 import math
 import mmap
@@ -34,6 +34,13 @@ def free_memory(place: torch.device) -> int:
 def gib(size: float) -> str:
     """Bytes, as `1.25 GiB`."""
     return f"{size / 2**30:.2f} GiB"
+
+
+def send(numbers: Tensor, device: torch.device) -> Tensor:
+    """Start the copy of a CPU tensor to `device` and return at once: only from pinned memory need the host not wait."""
+    if device.type == "cuda":
+        numbers = numbers.pin_memory()
+    return numbers.to(device, non_blocking=True)
 
 
 def _fields(path: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ needs them: so the host can sort by them without waiting for the device.
 import torch
 from torch import Tensor
 
-from data.augment.random_numbers import send
+from runtime.memory import send
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from data.augment import resample
-from data.augment.random_numbers import KINDS, send, stream, uniform, whole
+from data.augment.random_numbers import KINDS, stream, uniform, whole
 from data.augment.views import View, in_pieces, on_rows
 from data.normalize import STD, standardize_
 from runtime.errors import UserError
+from runtime.memory import send
 
 CELLS = 9
 DRAWS = 5  # random numbers of a patch: two of its jitter, two of its shrinking, one of its color

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runtime.memory import send
+
 # Increment and finalizer of splitmix64 (Steele, Lea & Flood, OOPSLA 2014; the constants of S. Vigna's splitmix64.c).
 GOLDEN, FIRST, SECOND = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -82,10 +84,3 @@ def between(numbers: Tensor, bounds: tuple[float, float]) -> Tensor:
 def whole(numbers: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
     """Uniform numbers in [0, 1) -> uniform whole numbers from low to high, both included; float64."""
     return low + (numbers * (high - low + 1)).floor()
-
-
-def send(numbers: Tensor, device: torch.device) -> Tensor:
-    """Start the copy of a CPU tensor to `device` and return at once: only from pinned memory need the host not wait."""
-    if device.type == "cuda":
-        numbers = numbers.pin_memory()
-    return numbers.to(device, non_blocking=True)

@@ -7,7 +7,7 @@ and columns (w, W): batched, unlike calls image by image, and antialiased, unlik
 import torch
 from torch import Tensor
 
-from data.augment.random_numbers import send
+from runtime.memory import send
 
 TRIES = 10
 CROP_DRAWS = 2 * TRIES + 2

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from data.augment import color, resample
-from data.augment.random_numbers import send, uniform
+from data.augment.random_numbers import uniform
 from data.normalize import MEAN, STD, standardize_
 from runtime.errors import UserError
+from runtime.memory import send
 
 DRAWS = (resample.CROP_DRAWS, 1, 9, 1, 2, 1)  # random numbers of crop, flip, jitter, gray, blur, solarize
 

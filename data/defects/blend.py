@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from data.augment import color
-from data.augment.random_numbers import between, send, uniform
+from data.augment.random_numbers import between, uniform
 from runtime.errors import UserError
+from runtime.memory import send
 
 JITTER_DRAWS = 8
 MIDDLE = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)  # factors and turn that change nothing

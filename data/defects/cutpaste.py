@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.augment.random_numbers import KINDS, between, send, whole
+from data.augment.random_numbers import KINDS, between, whole
 from data.defects.blend import JITTER_DRAWS, blend, draw, draw_extents, jittered, large_enough, moved, require
+from runtime.memory import send
 
 
 def _rules(defect, *ranges: str) -> dict[str, bool]:

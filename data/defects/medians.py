@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.augment.random_numbers import send
+from runtime.memory import send
 
 
 def majority(where: Tensor, size: int) -> Tensor:

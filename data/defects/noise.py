@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.augment.random_numbers import KINDS, send, stream, uniform, whole
+from data.augment.random_numbers import KINDS, stream, uniform, whole
 from data.defects.blend import draw, large_enough, require
 from data.defects.medians import majority
+from runtime.memory import send
 
 TRIES = 200  # rectangles that are drawn to find one off the background
 

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from scipy.special import gammaincinv
 from torch import Tensor
 
-from data.augment.random_numbers import KINDS, send, uniform, whole
+from data.augment.random_numbers import KINDS, uniform, whole
 from data.defects import poisson
 from data.defects.blend import draw, large_enough, require, resized, take
 from data.defects.medians import disk_median, majority
+from runtime.memory import send
 
 PATCH_DRAWS = 8  # two sizes, place in the source (2), scale, place in the image (2), whether there is one at all
 LEAST = 50  # pixels that must change, as in the authors' code: smaller patches are left out

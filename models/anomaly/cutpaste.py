@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.augment.random_numbers import KINDS, send
+from data.augment.random_numbers import KINDS
 from data.defects import DEFECTS
 from data.defects.blend import JITTER_DRAWS, blend, draw, jittered
 from data.normalize import normalize
@@ -20,6 +20,7 @@ from models.gradcam import grad_cam
 from models.heads import normed_mlp
 from runtime.config import pick
 from runtime.errors import UserError
+from runtime.memory import send
 from runtime.precision import at_least_float32
 from runtime.values import coerce
 from search.bounds import require_finite

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.augment.random_numbers import KINDS, send, uniform, whole
+from data.augment.random_numbers import KINDS, uniform, whole
 from data.defects.blend import moved
 from data.defects.nsa import NSADefect
 from data.normalize import normalize
@@ -16,6 +16,7 @@ from models.anomaly.maps import ImageScore, image_score, peak
 from models.backbones.stages import stage_shapes, train_stages
 from runtime.distributed import gather, rank
 from runtime.errors import UserError
+from runtime.memory import send
 from runtime.precision import at_least_float32
 
 ENCODER = ("conv1.", "bn1.", "layer")  # how names of the ResNet's parameters begin in an official checkpoint

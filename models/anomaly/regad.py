@@ -7,7 +7,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from data.augment.random_numbers import send, uniform
+from data.augment.random_numbers import uniform
 from data.normalize import MEAN, STD, standardize_, unnormalize
 from losses.registration import symmetric_negative_cosine
 from models.anomaly.detector import Batch, TrainingBatch
@@ -18,6 +18,7 @@ from models.backbones.resnet import conv1x1
 from models.backbones.stages import stage_shapes, train_stages
 from runtime.distributed import gather_rows, rank, world_size
 from runtime.errors import UserError
+from runtime.memory import send
 
 SIDES = (14, 7, 4)  # of what the transformers' linear layers see behind stages 1 to 3
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from data.prefetch import prefetch
+from data.loading import prefetch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 

@@ -6,12 +6,13 @@ from scipy import stats
 
 from data.augment import random_numbers
 from data.augment.patch_grid import PatchGrid
-from data.augment.random_numbers import KINDS, send, stream, uniform
+from data.augment.random_numbers import KINDS, stream, uniform
 from data.augment.views import Augment, View
 from data.defects import DEFECTS
 from models.anomaly.detector import TrainingBatch
 from models.anomaly.nsa import NSA
 from models.backbones.resnet import ResNet18
+from runtime.memory import send
 from tests.models.anomaly import test_by_gradient as detectors
 
 MASK = (1 << 64) - 1
