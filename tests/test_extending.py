@@ -130,6 +130,7 @@ def words_of(line: str, place: Path) -> list[str]:
     return [name, *config.overlay(words, SMALL[name], FURTHER.get(words[0], []), ["device=cpu"])]
 
 
+@pytest.mark.slow
 def test_every_command_runs_at_small_size(copy, place, tmp_path):
     """In the order of the page, for a later one needs the checkpoint of an earlier one."""
     assert {shlex.split(line)[1] for line in COMMANDS} == {*SMALL}
@@ -150,6 +151,7 @@ def generic_tests(copy: Path, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_tests_of_every_method_detector_and_backbone_pass(copy):
     """The quickest ones that each is in."""
     files = ["models/ssl/test_methods.py", "models/anomaly/test_by_gradient.py", "models/backbones/test_backbones.py"]

@@ -132,6 +132,7 @@ run_name: grid
 """
 
 
+@pytest.mark.slow
 def test_sweep(images, tmp_path, capfd):
     write_mvtec(tmp_path / "mvtec")
     path = tmp_path / "grid.yaml"

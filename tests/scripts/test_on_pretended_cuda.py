@@ -17,6 +17,7 @@ from tests.images import write_classes, write_mvtec
 from tests.networks import FourStages
 from tests.pretended_cuda import pretended_cuda
 from tests.scripts import test_train_anomaly, test_train_ssl
+from tests.slow import leaving
 
 # Files that read values of the device by design, none of them in every step: run.py, log.py and collapse.py read when a
 # point of the curves is due, sheets.py after the first step, knn.py and features.py when it is evaluated.
@@ -87,7 +88,7 @@ def test_what_a_gpu_would_refuse_is_refused_and_what_it_would_wait_for_is_counte
     assert torch.ones(1).device.type == "cpu" and type(torch.nn.Linear(1, 1).weight) is torch.nn.Parameter
 
 
-@pytest.mark.parametrize("name", test_train_ssl.TINY)
+@pytest.mark.parametrize("name", leaving(test_train_ssl.HEAVY, test_train_ssl.TINY))
 def test_a_step_of_pretraining_reads_nothing(name, classes, small_backbone, tmp_path, capsys):
     """Four steps with a point of the curves and a kNN evaluation at the end, checkpoint and all."""
     words = test_train_ssl.words(name, classes, tmp_path)
@@ -98,7 +99,7 @@ def test_a_step_of_pretraining_reads_nothing(name, classes, small_backbone, tmp_
     assert reads["run.py", "read"] == 1
 
 
-@pytest.mark.parametrize("name", test_train_anomaly.TINY)
+@pytest.mark.parametrize("name", leaving(test_train_anomaly.HEAVY, test_train_anomaly.TINY))
 def test_a_detector_reads_what_it_must(name, parts, small_backbone, tmp_path, capsys):
     more = ["epochs=1", "log_every=9"] if name in test_train_anomaly.BY_GRADIENT else []
     words = test_train_anomaly.words(name, parts, tmp_path)

@@ -27,6 +27,7 @@ from plots.style import PEAK
 from runtime import checkpoint, config
 from runtime.errors import UserError
 from tests.images import TOP, write_mvtec
+from tests.slow import leaving
 
 OPTIONS = {"patchcore": {"coreset": 0.2}, "padim": {"stages": [1], "channels": 8}}
 CALIBRATION = {"threshold": None, "pixel_threshold": None, "low": None, "high": None, "false_alarm_rate": 0.1}
@@ -130,7 +131,7 @@ CROP, PAD = {"size": 64, "fit": "crop", "resize": 72}, {"size": "64,96", "fit": 
 SHAPES = [(data, n) for data in ({}, CROP, PAD) for n in DETECTORS if data != PAD or not DETECTORS[n].positional]
 
 
-@pytest.mark.parametrize(("data", "name"), SHAPES)
+@pytest.mark.parametrize(("data", "name"), leaving([(CROP, "regad"), ({}, "regad")], SHAPES))
 def test_rows_and_heat_maps_are_what_the_detector_says(name, data, normals, raw_images, tmp_path, capsys):
     run_folder = write_run(tmp_path / "run", normals, name, **data)
     results, rows, err = run(capsys, run_folder, raw_images, f"out={tmp_path}/out", "batch_size=4")

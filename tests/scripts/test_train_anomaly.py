@@ -15,6 +15,7 @@ from runtime.errors import UserError
 from tests.images import TOP, write_mvtec
 from tests.models.anomaly.test_by_gradient import OPTIONS
 from tests.processes import kill_script, script
+from tests.slow import leaving
 
 TINY = {
     "embedding": ["configs/demo/embedding_demo.yaml"],
@@ -36,8 +37,8 @@ for name in [name for name in DETECTORS if name not in TINY]:  # a new one has i
     first = min((TOP / "configs").glob(f"{name}_*.yaml"))
     TINY[name] = [str(first), "backbone=resnet18", "data.fit=squash", "data.resize=null", *loop, *small]
 BY_GRADIENT = tuple(name for name in TINY if DETECTORS[name].by_gradient)
-QUICK = ("patchcore", "rd4ad")  # what needs processes of its own is for `make test-all` with the others
-WITH_PROCESSES = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ("patchcore", *BY_GRADIENT)]
+WITH_PROCESSES = leaving({*BY_GRADIENT} - {"nsa"}, ("patchcore", *BY_GRADIENT))
+HEAVY = ("rd4ad", "cdo", "cutpaste", "regad")
 FEW_SHOT = ("regad",)  # they learn from other categories and get 5 of the normal images, or all that there are
 METRICS = ["image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro", "aupro_005", "aupro_001"]
 METRICS += ["threshold", "pixel_threshold"]
@@ -60,7 +61,7 @@ def words(name, images, runs, *more):
     return config.overlay(TINY[name], about + ["batch_size=4", "holdout=0.2", "device=cpu"], list(more))
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", leaving(HEAVY, TINY))
 def test_a_run_leaves_everything_behind(name, images, tmp_path, capsys):
     run = words(name, images, tmp_path)
     train_anomaly.main(run)
@@ -160,7 +161,7 @@ def test_two_processes(name, images, tmp_path):
             assert results[key] == pytest.approx(one[key], abs=1e-5)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", leaving(HEAVY, TINY))
 def test_without_held_out_normals_each_is_left_out_in_turn(name, images, tmp_path, capsys):
     train_anomaly.main(words(name, images, tmp_path, "holdout=0"))
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -184,6 +185,7 @@ def test_where_no_image_can_be_left_out_there_is_no_threshold(shots, options, im
     assert 0 <= results["image_auroc"] <= 1 and err.count("no threshold: ") == 1
 
 
+@pytest.mark.slow
 def test_few_shots_learn_elsewhere_once_and_keep_every_support(images, tmp_path, capsys):
     """Another draw needs neither training nor other categories; nothing is held out unless it is said."""
 

@@ -13,7 +13,8 @@ from models.anomaly import DETECTORS
 from runtime.errors import UserError
 from runtime.run import Window
 from tests.images import write_mvtec
-from tests.scripts.test_train_anomaly import BY_GRADIENT, TINY, words
+from tests.scripts.test_train_anomaly import BY_GRADIENT, HEAVY, TINY, words
+from tests.slow import leaving
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_bad_images_are_one_line(change, message, tmp_path):
         train_anomaly.main(words("patchcore", images, tmp_path))
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", leaving(HEAVY, TINY))
 @pytest.mark.parametrize("count", [1, 2])
 def test_one_training_image_or_identical_ones(name, count, tmp_path, capsys):
     """Results, with a threshold where one can be had, or a line that says what to do; never a traceback."""

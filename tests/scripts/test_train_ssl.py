@@ -19,6 +19,7 @@ from runtime.errors import UserError
 from tests.images import TOP, command, write_classes
 from tests.models.ssl.test_methods import SMALL
 from tests.processes import kill_script, script
+from tests.slow import leaving
 
 TINY = {  # four at 33 pixels: at 24 MobileNetV2 ends in single pixels, whose batch norms made gradients of 1e5 to inf
     "simclr": ["configs/demo/simclr_demo.yaml", "augment.size=24", "method.out=8"],
@@ -42,7 +43,8 @@ for name in [name for name in SSL_METHODS if name not in TINY]:  # a new one has
     TINY[name] = [config_of_it, "data=folder", "augment.size=24", *small]
 TINY["simclr with spd"] = [*TINY["simclr"], "spd=smooth_blend"]
 TINY["byol with sam"] = [*TINY["byol"], "sam.rho=0.1"]
-WITH_PROCESSES = [n if n in ("simclr", "dino") else pytest.param(n, marks=pytest.mark.slow) for n in TINY]
+WITH_PROCESSES = leaving({*TINY} - {"simclr", "dino"}, TINY)
+HEAVY = ("revd", "byol with sam", "patch_position")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def words(name, images, runs, *more):
     return config.overlay(TINY[name], about + ["optim.warmup_epochs=0"], list(more))
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", leaving(HEAVY, TINY))
 def test_a_run_leaves_everything_behind(name, images, tmp_path, capsys):
     train_ssl.main(words(name, images, tmp_path, "save.best=true", "save.keep_last=2", "accumulate=2"))
     folder = tmp_path / "run"
