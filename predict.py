@@ -145,7 +145,7 @@ def row_and_heatmap(
         about: dict[str, Any] = {"score": said.score, "threshold": threshold, "peak": said.peak}
         try:
             # read again, so that no more images than those being drawn are held at full size
-            whole = decode_whole(item.path, item.geometry.white)
+            whole = decode_whole(item.path, item.geometry)
             drawn = single_heatmap(whole, said.map, state["calibration"], **about)
             save(drawn, out / "heatmaps" / f"{name}.png")  # of a.jpg and of a.png: two files
         except UserError as error:

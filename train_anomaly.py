@@ -27,7 +27,7 @@ from data import DataConfig, build_dataset, settled, what_is_used
 from data.loading import Loader
 from data.masks import names_with_sizes
 from data.splits import holdout
-from evaluation.anomaly.bank_updates import load_memory, update_memory, white_of
+from evaluation.anomaly.bank_updates import load_memory, update_memory, with_range_of
 from evaluation.anomaly.calibration import calibrate, promise
 from evaluation.anomaly.detection import batches_of, examine_set
 from evaluation.anomaly.report import report
@@ -234,8 +234,7 @@ class Data(NamedTuple):
 
 def prepare_data(cfg: Config, run: Run, detector: Detector) -> Data:
     """Read the training and test set, and hold normal images out for the thresholds. Settles `cfg.data`."""
-    if cfg.update and cfg.data.white == "auto":
-        cfg.data.white = white_of(cfg.update)
+    cfg.data = with_range_of(cfg.update, cfg.data) if cfg.update else cfg.data
     cfg.data = settled(cfg.data)
     train_set, test_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "test")
     elsewhere = cfg.epochs and detector.learns_from != "train"

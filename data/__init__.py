@@ -21,7 +21,7 @@ from data.defects import DefectConfig as DefectConfig
 from data.depth import WHITE
 from data.geometry import Fit, Geometry, Resample
 from data.loading import Cache
-from data.white import find_white, warn_if_dark
+from data.white import find_range, warn_if_dark
 from runtime.errors import UserError
 from runtime.schema import choice
 
@@ -43,14 +43,19 @@ class DataConfig:
     fit: Fit = "squash"  # how images of other proportions are made to fit it; data/geometry.py
     resize: int | None = None  # fit=crop only: the short side before the center crop
     resample: Resample = "bilinear"  # Pillow's filter, antialiased
-    white: int | Literal["auto"] = WHITE  # full white of 16-bit files: 1023, 4095 of 10, 12-bit cameras; auto: find it
+    white: float | Literal["auto"] = WHITE  # of deep files: 1023, 4095 of 10, 12-bit cameras; auto: find it
+    black: float | Literal["auto"] = 0  # likewise; both of a thermal camera, to show what lies between
+    percentiles: tuple[float, float] = (0, 100)  # black and white that auto takes of the training set's values
+    units: tuple[float, float] | None = None  # what a 16-bit file's 0 and 65535 stand for, as -80,2000 degrees; black
+    # and white are then given in it
+    gray: bool = False  # keep one channel, of colors their luma; a network gets it three times
     cache: Cache = "auto"  # where decoded images stay; auto: where they fit
     workers: int = 4  # processes that decode when nothing is cached
     options: dict = field(default_factory=dict)
 
 
 def settled(config: DataConfig) -> DataConfig:
-    """The section with numbers for `size: native` and `white: auto`, found from the training set.
+    """The section with numbers for `size: native` and for `white` and `black` of `auto`, found from the training set.
 
     A run stores the numbers, so that its test set, predict.py and `update=` have the same. One that resumes finds them
     again, and is refused when they changed.
@@ -58,12 +63,27 @@ def settled(config: DataConfig) -> DataConfig:
     Raises:
         UserError: `native` with training images of several sizes.
     """
-    if config.size != "native" and config.white != "auto":
+    if "auto" not in (config.white, config.black) and config.size != "native":
         return config
     train_set = DATASETS[config.name]("train", 8, **config.options)  # for its files and their headers
     if config.size == "native":
         config = replace(config, size=native_size(train_set))
-    return config if config.white != "auto" else replace(config, white=find_white(train_set.paths))
+    if "auto" not in (config.white, config.black):
+        return config
+    found = dict(zip(("black", "white"), find_range(train_set.paths, config.percentiles)))
+    return replace(config, **{end: in_units(found[end], config) for end in found if getattr(config, end) == "auto"})
+
+
+def in_units(value: float, config: DataConfig) -> float:
+    """A stored value in `data.units`."""
+    low, high = config.units or (0, WHITE)
+    return value if config.units is None else low + value / WHITE * (high - low)
+
+
+def stored(value: float, config: DataConfig) -> float:
+    """The inverse."""
+    low, high = config.units or (0, WHITE)
+    return value if config.units is None else (value - low) / (high - low) * WHITE
 
 
 def native_size(dataset: Dataset) -> tuple[int, int]:
@@ -81,7 +101,8 @@ def build_geometry(config: DataConfig) -> Geometry:
     if len(config.size) not in (1, 2):
         numbers = ",".join(map(str, config.size))
         raise UserError(f"data.size={numbers} must be one number for a square, or two: height,width")
-    return Geometry(config.size[0], config.size[-1], config.fit, config.resize, config.resample, config.white)
+    ends = {"white": stored(config.white, config), "black": stored(config.black, config), "gray": config.gray}
+    return Geometry(config.size[0], config.size[-1], config.fit, config.resize, config.resample, **ends)
 
 
 def build_dataset(config: DataConfig, split: str) -> Dataset:
@@ -95,7 +116,7 @@ def build_dataset(config: DataConfig, split: str) -> Dataset:
         raise UserError(f"data.name={config.name} has no split '{split}', which this needs: use {' or '.join(having)}")
     dataset = DATASETS[config.name](split, build_geometry(config), **config.options)
     if split == "train":
-        warn_if_dark(dataset.paths, config.white)
+        warn_if_dark(dataset.paths, dataset.geometry.white)
     return dataset
 
 

@@ -8,7 +8,7 @@ Letters: H and W the input's height and width, h and w those of an original imag
 pixels, y before x, and pixel i reaches from i to i + 1, so its centre is i + 0.5.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,6 +27,7 @@ Resample = Literal["bilinear", "bicubic", "lanczos"]
 # Pillow rounds a part's edges to 24 bits, so levels may differ by rounding; all others are torchvision's bit for bit.
 LONG = 2**22
 FILL = tuple(round(255 * channel) for channel in MEAN)  # normalized it is about 0, with which convolutions pad
+GRAY = Image.new("RGB", (1, 1), FILL).convert("L").getpixel((0, 0))
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,12 @@ class Geometry:
     proportions stay, and the centre is cut out (torchvision's Resize and CenterCrop): what lies outside is not seen.
     `pad`: as large as fits with its proportions kept, centred, and the rest filled with ImageNet's mean color.
 
-    `resample` is Pillow's filter, antialiased. `white` is the value of full white in files of more than 8 bits
-    (`data/depth.py`).
+    `resample` is Pillow's filter, antialiased. `black` and `white` are the values that become 0 and 255 in files of
+    more than 8 bits (`data/depth.py`). With `gray` the three channels are equal, so that one of them can be kept.
 
     Raises:
         UserError: a size below 1, `crop` without a `resize` that covers the input, `resize` with another fit, a
-            white below 1.
+            white that is not above black.
     """
 
     height: int
@@ -50,7 +51,9 @@ class Geometry:
     fit: Fit = "squash"
     resize: int | None = None  # short side before the center crop, in pixels
     resample: Resample = "bilinear"
-    white: int = WHITE
+    white: float = WHITE
+    black: float = 0
+    gray: bool = False
 
     def __post_init__(self):
         size = f"{self.height},{self.width}"
@@ -67,13 +70,14 @@ class Geometry:
             raise UserError(
                 f"data.resize={self.resize} is for data.fit=crop, and data.fit is {self.fit}: set data.resize=none"
             )
-        if not 1 <= self.white < 2**32:
-            raise UserError(f"data.white={self.white} must be the value of full white, 1 to {2**32 - 1}")
+        if not self.black < self.white:
+            raise UserError(f"data.white={self.white:.10g} must be above data.black={self.black:.10g}")
 
     def apply(self, image: Image.Image, resample: Image.Resampling | None = None) -> Image.Image:
         """An 8-bit Pillow image (L or RGB) in the input's size, by the geometry's filter unless another is given.
 
-        NEAREST is for masks of mode L: their padding is 0, that of images the mean color, which makes them RGB.
+        NEAREST is for masks of mode L: their padding is 0, that of images the mean color, which makes them RGB
+        unless the geometry is `gray`.
         """
         resample = Image.Resampling[self.resample.upper()] if resample is None else resample
         if self.fit == "squash":
@@ -89,10 +93,14 @@ class Geometry:
         if self.fit == "crop":
             return image.crop((-left, -top, self.width - left, self.height - top))
         is_mask = resample == Image.Resampling.NEAREST
-        mode, fill = ("L", 0) if is_mask else ("RGB", FILL)
+        mode, fill = ("L", 0) if is_mask else ("L", GRAY) if self.gray else ("RGB", FILL)
         canvas = Image.new(mode, (self.width, self.height), fill)
         canvas.paste(image, (left, top))
         return canvas
+
+    def whole(self, size: tuple[int, int]) -> "Geometry":
+        """The same of an image's values, at its own size (h, w)."""
+        return replace(self, height=size[0], width=size[1], fit="squash", resize=None)
 
     def regions(self, sizes: Tensor) -> Tensor:
         """Where the input shows an image and no padding, by the originals' `sizes` (N, 2) h, w, int64.

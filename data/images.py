@@ -44,7 +44,7 @@ _UPRIGHT = {
 def decode(path: str | Path, geometry: int | Geometry) -> Tensor:
     """The image upright, in 8-bit RGB, fitted into the input: uint8 (3, H, W); an int is the side of a square.
 
-    Grey becomes three equal channels; of 16 and 32 bits the geometry's `white` becomes 255 (`depth.to_8_bit`);
+    Grey becomes three equal channels; of more than 8 bits the geometry's range becomes 0 to 255 (`depth.to_8_bit`);
     transparency lies on black; of several frames or pages the first counts. Resized by Pillow's filters, which
     antialias.
 
@@ -53,12 +53,15 @@ def decode(path: str | Path, geometry: int | Geometry) -> Tensor:
     """
     geometry = as_geometry(geometry)
     with naming(path), Image.open(path) as stored:
-        return fitted(_upright(stored, partial(to_8_bit, white=geometry.white)), geometry)
+        return fitted(_upright(stored, partial(to_8_bit, white=geometry.white, black=geometry.black)), geometry)
 
 
 def fitted(image: Image.Image, geometry: int | Geometry) -> Tensor:
-    """An 8-bit Pillow image as uint8 (3, H, W)."""
-    pixels = np.array(as_geometry(geometry).apply(image).convert("RGB"))
+    """An 8-bit Pillow image as uint8 (3, H, W); of a `gray` geometry the three channels are one in memory."""
+    geometry = as_geometry(geometry)
+    if geometry.gray:
+        return torch.from_numpy(np.array(geometry.apply(image.convert("L")))).expand(3, -1, -1)
+    pixels = np.array(geometry.apply(image).convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
 
 

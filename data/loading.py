@@ -137,7 +137,7 @@ class Loader:
         for batch in decoded:
             if isinstance(batch, UserError):
                 raise batch
-            yield tuple(batch)
+            yield (_three_channels(batch[0]), *batch[1:])
 
 
 class _Batches(torch.utils.data.Dataset):
@@ -151,14 +151,15 @@ class _Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, k: int) -> list[Tensor] | UserError:
         try:
-            items = [self.dataset[i] for i in self.batches[k].tolist()]
+            items = [_slim(self.dataset[i]) for i in self.batches[k].tolist()]
         except UserError as error:
             return error
         return [torch.stack([torch.as_tensor(value) for value in column]) for column in zip(*items)]
 
 
 class _Store:
-    """The decoded images (and masks) of one dataset in one memory, filled as epochs ask for them."""
+    """The decoded images (and masks) of one dataset in one memory, filled as epochs ask for them; of gray images one
+    channel."""
 
     def __init__(self, dataset, example: tuple[Tensor, ...], where: torch.device):
         self.columns = [torch.empty((len(dataset), *x.shape), dtype=x.dtype, device=where) for x in example]
@@ -169,7 +170,7 @@ class _Store:
         """Decode those of the wanted items that are not here yet."""
         missing = wanted[~self.filled[wanted]].unique()
         for item, i in zip(in_threads(dataset.__getitem__, missing.tolist(), "decoding"), missing.tolist()):
-            for column, value in zip(self.columns, item):
+            for column, value in zip(self.columns, _slim(item)):
                 column[i] = value
             self.filled[i] = True
 
@@ -182,7 +183,18 @@ class _Store:
         for column in [*self.columns, self.labels]:
             out = torch.empty((len(rows), *column.shape[1:]), dtype=column.dtype, device=where, pin_memory=pin)
             batch.append(torch.index_select(column, 0, rows, out=out))
-        return (*batch, indices)
+        return (_three_channels(batch[0]), *batch[1:], indices)
+
+
+def _slim(item: tuple) -> tuple:
+    """A dataset's item; of an image whose three channels are one in memory, this one: (1, H, W)."""
+    image = item[0]
+    return (image[:1], *item[1:]) if image.ndim == 3 and image.stride(0) == 0 else item
+
+
+def _three_channels(images: Tensor) -> Tensor:
+    """(B, 1, H, W) -> (B, 3, H, W), a view; others as they are."""
+    return images.expand(-1, 3, -1, -1) if images.ndim == 4 and images.shape[1] == 1 else images
 
 
 _STORES: WeakKeyDictionary = WeakKeyDictionary()  # dataset -> {memory: _Store}; goes with the dataset
@@ -198,7 +210,7 @@ def _store(dataset, device: torch.device, cache: Cache) -> _Store | None:
     for place in places:
         if place in stores:
             return stores[place]
-    example = tuple(x for x in dataset[0] if isinstance(x, Tensor))  # image[, mask]
+    example = tuple(x for x in _slim(dataset[0]) if isinstance(x, Tensor))  # image[, mask]
     needed = len(dataset) * sum(x.nbytes for x in example)
     for place in places:
         free = free_memory(place)

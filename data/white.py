@@ -1,8 +1,9 @@
-"""What is white in files of more than 8 bits: found from the training set for `data.white=auto`, or doubted."""
+"""What is black and white in files of more than 8 bits: found from the training set for `auto`, or doubted."""
 
 import os
 import struct
 
+import numpy as np
 from PIL import Image
 
 from data.depth import WHITE, deep_values, is_deep
@@ -17,23 +18,40 @@ BITS_PER_SAMPLE, MAX_SAMPLE, S_MAX_SAMPLE = 258, 281, 341  # TIFF tags
 LOOKED_AT = 100  # images, for the warning
 
 
-def find_white(paths: list[str]) -> int:
-    """The white of a training set's deep files; that of 16 bits if there are none. 8-bit files do not count.
+def find_range(paths: list[str], percentiles: tuple[float, float] = (0, 100)) -> tuple[float, float]:
+    """Black and white of a training set's deep files; those of 16 bits if there are none. 8-bit files do not count.
 
-    It is the largest that the files declare (PNG's sBIT, TIFF's SMaxSampleValue, MaxSampleValue or a BitsPerSample
-    below 16), unless a value lies above it: PNG's standard has sBIT beside values that were scaled up to 16 bits. Else
-    it is the largest value.
+    They are these percentiles of all values: the smallest value that so large a share of the pixels does not exceed. Of
+    files of 16 bits they are exact; of others each image's 1,001 quantiles stand for its values.
+
+    White at 100 is the largest that the files declare (PNG's sBIT, TIFF's SMaxSampleValue, MaxSampleValue or a
+    BitsPerSample below 16), unless a value lies above it: PNG's standard has sBIT beside values that were scaled up to
+    16 bits. Else it is the largest value.
 
     Raises:
         UserError: a file that cannot be read.
     """
     paths = [path for path in paths if _may_be_deep(path)]
-    found = [pair for pair in in_threads(_declared_and_largest, paths, "looking for white") if pair is not None]
-    declared, largest = (max((pair[i] for pair in found), default=0) for i in (0, 1))
-    return max(declared, largest, 1) if found else WHITE
+    declared, histogram, others = 0, np.zeros(WHITE + 1), [np.zeros((2, 0))]
+    for found in in_threads(_declared_and_values, paths, "looking for black and white"):
+        if found is not None:
+            declared, values, counts = max(declared, found[0]), *found[1:]
+            if values.dtype == np.uint16:
+                histogram[values] += counts
+            else:
+                others.append(np.stack([values, counts]))
+    values, counts = np.concatenate([np.stack([np.arange(WHITE + 1), histogram])[:, histogram > 0], *others], axis=1)
+    if not len(values):
+        return 0, WHITE
+    order = values.argsort()
+    values, reached = values[order], counts[order].cumsum() / counts.sum()
+    low, high = (values[min(np.searchsorted(reached, p / 100 - 1e-12), len(values) - 1)].item() for p in percentiles)
+    if percentiles[1] == 100:
+        high = max(declared, high)
+    return low, high if high > low else low + 1
 
 
-def warn_if_dark(paths: list[str], white: int) -> None:
+def warn_if_dark(paths: list[str], white: float) -> None:
     """One line on stderr when the deep ones of the first hundred images have no value above a quarter of the range."""
     if not is_main():
         return
@@ -45,7 +63,7 @@ def warn_if_dark(paths: list[str], white: int) -> None:
         likely = next((camera for camera in CAMERAS if most <= camera), most)
         say_once(
             f"warning: no value of the first {len(largest)} images of 16 bits is above {most}, so that at "
-            f"data.white={white} they are nearly black: set data.white={likely} if that is the camera's white, or "
+            f"data.white={white:.10g} they are nearly black: set data.white={likely} if that is the camera's white, or "
             "data.white=auto"
         )
 
@@ -55,10 +73,10 @@ def _may_be_deep(path: str) -> bool:
 
 
 def _is_deep(path: str) -> bool:
-    """From the header; a broken file is none, for decoding will name it."""
+    """From the header, but for floating point, which needs a range; a broken file is none, for decoding names it."""
     try:
         with naming(path), Image.open(path) as image:
-            return is_deep(image)
+            return is_deep(image) and image.mode != "F"
     except UserError:
         return False
 
@@ -72,13 +90,17 @@ def _largest(path: str) -> int:
         return 0
 
 
-def _declared_and_largest(path: str) -> tuple[int, int] | None:
-    """The white that a deep file declares, 0 if none, and its largest value; None of a file of 8 bits."""
+def _declared_and_values(path: str) -> tuple[int, np.ndarray, np.ndarray] | None:
+    """The white that a deep file declares, 0 if none; its values and how many pixels have each. None of 8 bits."""
     with naming(path), Image.open(path) as image:
         if not is_deep(image):
             return None
         declared = _significant_white(path) if image.format == "PNG" else _tagged_white(image)
-        return declared, int(deep_values(image).max())
+        values = deep_values(image)
+        if values.dtype == np.uint16:
+            return declared, *np.unique(values, return_counts=True)
+        steps = np.quantile(values.astype(float), np.linspace(0, 1, 1001), method="inverted_cdf")
+        return declared, steps, np.full(1001, values.size / 1001)
 
 
 def _tagged_white(image: Image.Image) -> int:

@@ -1,5 +1,7 @@
 """Change the training images of a fitted detector: learn what was added, forget what is gone, leave the rest."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -18,9 +20,11 @@ SECTIONS = {"backbone": BackboneConfig, "detector": DetectorConfig, "data": Data
 FREE = ("backbone.weights", "backbone.part", "detector.image_score", "data.masks")  # but for what changes no memory
 
 
-def white_of(path: str) -> int:
-    """The white that the run to update was fitted with: `data.white=auto` must not find another one."""
-    return checkpoint.load(path)["config"]["data"].get("white", WHITE)
+def with_range_of(path: str, config: DataConfig) -> DataConfig:
+    """The section with the black and white that the run to update was fitted with: `auto` must not find others."""
+    old = checkpoint.load(path)["config"]["data"]
+    ends = {"white": WHITE, "black": 0}
+    return replace(config, **{k: old.get(k, v) for k, v in ends.items() if getattr(config, k) == "auto"})
 
 
 def load_memory(path: str, resolved: dict, detector: nn.Module) -> dict:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from data import DataConfig, Geometry, build_geometry
-from data.depth import WHITE
+from data.geometry import as_geometry
 from data.images import REMEDY, decode, image_size
 from data.normalize import normalize
 from evaluation.anomaly.tiling import examine_tiles
@@ -81,15 +81,16 @@ def load_image(path: str, geometry: Geometry, *, whole: bool = False) -> tuple[s
     """A path and its image fitted into the input, or `whole`, as large as it is; of a broken one the error."""
     try:
         size = image_size(path)
-        geometry = Geometry(*size, white=geometry.white) if whole else geometry
+        geometry = geometry.whole(size) if whole else geometry
         return path, LoadedImage(path, size, geometry, decode(path, geometry))
     except UserError as error:
         return path, UserError(str(error).removesuffix(REMEDY))  # there is no data.on_error here
 
 
-def decode_whole(path: str, white: int = WHITE) -> Tensor:
-    """The upright image with all its pixels, uint8 (3, h, w); errors as data.images.decode."""
-    return decode(path, Geometry(*image_size(path), white=white))
+def decode_whole(path: str, geometry: int | Geometry = 1) -> Tensor:
+    """The upright image with all its pixels, uint8 (3, h, w), black and white as the geometry has them; errors as
+    data.images.decode."""
+    return decode(path, as_geometry(geometry).whole(image_size(path)))
 
 
 def examine(

@@ -12,7 +12,8 @@ from data import DataConfig, build_dataset, settled
 from data.depth import WHITE
 from data.geometry import Geometry
 from data.images import decode, decode_mask
-from data.white import find_white
+from data.loading import _STORES, Loader
+from data.white import find_range
 from runtime import config
 from runtime.errors import UserError
 
@@ -97,7 +98,7 @@ def test_16_bit_colors(tmp_path, kind):
     path.write_bytes(png(colors, color=2) if kind == "png" else tiff(colors, photometric=2, order=order))
     assert np.array_equal(seen(path, 1023), scaled(colors, 1023))
     assert np.array_equal(seen(path), colors >> 8)
-    assert find_white([str(path)]) == colors.max()
+    assert find_range([str(path)])[1] == colors.max()
     assert np.array_equal(decode_mask(path, None), (colors > 0).any(2))  # a value below 256 counts, too
 
 
@@ -126,7 +127,7 @@ def test_a_pgm_of_12_bits_has_its_own_white(tmp_path):
     (tmp_path / "a.pgm").write_bytes(b"P5 2 1 4095\n" + struct.pack(">HH", 4095, 2048))
     for white in (4095, WHITE):
         assert seen(tmp_path / "a.pgm", white)[0, :, 0].tolist() == [255, 128]
-    assert find_white([str(tmp_path / "a.pgm")]) == WHITE
+    assert find_range([str(tmp_path / "a.pgm")])[1] == WHITE
 
 
 def test_32_bit_integers(tmp_path):
@@ -191,7 +192,7 @@ def test_found_white(tmp_path):
     (tmp_path / "8.jpg").write_bytes(b"is not opened")
 
     def found(*names):
-        return find_white([str(tmp_path / name) for name in names])
+        return find_range([str(tmp_path / name) for name in names])[1]
 
     assert found("plain.png") == found("plain.png", "8.png", "8.jpg") == 2999
     assert found("tagged.png") == found("smax.tif") == found("12.tif") == found("color.png") == 4095
@@ -245,7 +246,7 @@ def test_auto_and_native_become_numbers(tmp_path):
     with Image.open(tmp_path / "train" / "a" / "0.png") as stored:
         assert np.array_equal(image[0], scaled(np.asarray(stored), 3000))
     assert torch.equal(build_dataset(found, "test")[0][0], torch.full((3, 6, 10), 255, dtype=torch.uint8))
-    with pytest.raises(UserError, match="white='bright' is not a valid whole number or auto"):
+    with pytest.raises(UserError, match="white='bright' is not a valid number or auto"):
         section(tmp_path, white="bright")
     with pytest.raises(UserError, match="size='big' is not a valid list of numbers or native"):
         section(tmp_path, size="big")
@@ -257,3 +258,102 @@ def test_native_names_two_images_of_different_size(tmp_path):
     with pytest.raises(UserError) as error:
         settled(section(tmp_path, size="native", test_fraction=0))
     assert f"{tmp_path}/a.png has 5 x 4, {tmp_path}/c.png has 4 x 5" in str(error.value)
+
+
+def degrees(stored: np.ndarray, low=-80, high=2000) -> np.ndarray:
+    return low + stored.astype(np.float64) / 65535 * (high - low)
+
+
+def mapped(values: np.ndarray, black: float, white: float) -> np.ndarray:
+    """To the nearest; halves up."""
+    return np.floor((values.astype(np.float64).clip(black, white) - black) * 255 / (white - black) + 0.5)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_a_thermal_camera_shows_ten_to_fifty_degrees(tmp_path, name, capsys):
+    stored = np.arange(2500, 4500, dtype=np.uint16).reshape(40, 50)  # -0.7 to 62.8 degrees, and more
+    stored[0, :3] = 0, 65535, 2836
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    Image.fromarray(stored).save(tmp_path / "train" / "a" / name)
+    chosen = section(tmp_path, size="native", units="-80,2000", black=10, white=50)
+    image = build_dataset(settled(chosen), "train")[0][0]
+    expected = mapped(degrees(stored), 10, 50)
+    assert np.abs(image[0].numpy() - expected).max() <= 1 and (image[0].numpy() != expected).mean() < 0.01  # at ties
+    assert {0, 255} <= {*image[0].unique().tolist()} and len(image[0].unique()) == 256
+    assert "clipped" not in capsys.readouterr().err  # it was asked for
+
+
+def test_degrees_in_floating_point_need_a_range(tmp_path):
+    values = np.linspace(-20, 60, 60, dtype=np.float32).reshape(6, 10)
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match=r"a\.tif: floating-point .* set data\.black and data\.white"):
+        decode(tmp_path / "a.tif", 8)
+    for black, white in ((0, 30), (-20, 60), (10, 11.5)):
+        image = decode(tmp_path / "a.tif", Geometry(6, 10, black=black, white=white))
+        assert np.array_equal(image[2].numpy(), mapped(values, black, white))
+    values[3, 4] = np.nan
+    Image.fromarray(values).save(tmp_path / "b.tif")
+    with pytest.raises(UserError, match=r"b\.tif: 1 of its 60 values are not finite numbers"):
+        decode(tmp_path / "b.tif", Geometry(6, 10, black=0, white=30))
+
+
+def test_signed_values_have_a_black_below_zero(tmp_path):
+    values = np.arange(-30, 30, dtype=np.int16).reshape(6, 10)
+    (tmp_path / "a.tif").write_bytes(tiff(values, t339=2))
+    image = decode(tmp_path / "a.tif", Geometry(6, 10, black=-20, white=25))
+    assert np.array_equal(image[0].numpy(), mapped(values, -20, 25))
+    assert find_range([str(tmp_path / "a.tif")]) == (-30, 29)
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.float32])
+def test_percentiles_of_all_pixels(tmp_path, kind):
+    """Of images that differ in size: a pixel counts, not an image."""
+    rng = np.random.default_rng(0)
+    images = [rng.gamma(2, 300, size).astype(kind) for size in ((30, 40), (7, 9), (1, 1))]
+    paths = []
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{i}.tif")
+        paths.append(str(tmp_path / f"{i}.tif"))
+    every = np.concatenate([image.ravel() for image in images])
+    for percentiles in ((0, 100), (2, 98), (50, 99.9), (0.01, 50)):
+        exact = [np.percentile(every, p, method="inverted_cdf") for p in percentiles]
+        if kind is np.uint16:
+            assert find_range(paths, percentiles) == tuple(exact)
+        else:
+            for value, p in zip(find_range(paths, percentiles), percentiles):
+                assert abs((every <= value).mean() - p / 100) < 0.002
+
+
+def test_auto_finds_black_and_white_in_their_units_from_the_training_set(tmp_path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    stored = np.random.default_rng(0).integers(2000, 5000, (20, 30)).astype(np.uint16)
+    Image.fromarray(stored).save(tmp_path / "train" / "a" / "0.png")
+    chosen = section(tmp_path, size="native", units="-80,2000", black="auto", white="auto", percentiles="1,99")
+    found = settled(chosen)
+    ends = degrees(np.percentile(stored, [1, 99], method="inverted_cdf"))
+    assert (found.black, found.white) == pytest.approx(tuple(ends)) and settled(found) is found
+    image = build_dataset(found, "train")[0][0][0].numpy()
+    assert np.abs(image - mapped(degrees(stored), *ends)).max() <= 1
+    assert 0 < (image == 0).mean() < 0.02 and 0 < (image == 255).mean() < 0.02
+    with pytest.raises(UserError, match=r"data\.white=5 must be above data\.black=7"):
+        build_dataset(settled(section(tmp_path, size=8, black=7, white=5)), "train")
+
+
+@pytest.mark.parametrize("cache", ["ram", "none"])
+@pytest.mark.parametrize("fit", [{}, {"fit": "pad"}])
+def test_a_gray_set_keeps_one_channel(tmp_path, cache, fit):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for i in range(3):
+        colors = np.random.default_rng(i).integers(0, 256, (6, 10, 3)).astype(np.uint8)
+        Image.fromarray(colors).save(tmp_path / "train" / "a" / f"{i}.png")
+    gray, colored = (build_dataset(section(tmp_path, size=8, gray=gray, **fit), "train") for gray in (True, False))
+    batch = next(Loader(gray, 3, "cpu", cache=cache).epoch(0))
+    assert batch[0].shape == (3, 3, 8, 8) and batch[0].stride(1) == 0  # one in memory
+    for i, image in enumerate(batch[0]):
+        assert torch.equal(image, gray[i][0]) and torch.equal(image[0], image[2])
+        colors = colored[i][0].float()
+        luma = 0.299 * colors[0] + 0.587 * colors[1] + 0.114 * colors[2]  # Pillow's, ITU-R 601
+        assert (image[0] - luma).abs().max() <= 2
+    if cache == "ram":
+        (store,) = _STORES[gray].values()
+        assert store.columns[0].shape == (3, 1, 8, 8)

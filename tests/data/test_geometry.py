@@ -239,7 +239,7 @@ def test_window():
         ("size: 8,12\nfit: crop\nresize: 11", "at least 12, not data.resize=11"),
         ("size: 8\nresize: 9", "data.resize=9 is for data.fit=crop"),
         ("size: 8\nresample: nearest", "one of: bilinear, bicubic, lanczos"),
-        ("size: 8\nwhite: 0", "data.white=0 must be the value of full white"),
+        ("size: 8\nwhite: 0", "data.white=0 must be above data.black=0"),
         ("size: 8\nfit: stretch", "one of: squash, crop, pad"),
     ],
 )

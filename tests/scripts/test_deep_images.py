@@ -1,4 +1,4 @@
-"""12-bit images in files of 16, from training to predict.py and an update; runs that crop or keep the native size."""
+"""12-bit and thermal images, from training to predict.py and an update; runs that crop or keep the native size."""
 
 import csv
 import json
@@ -89,3 +89,24 @@ def test_native_size_and_filter_are_stored(roots, tmp_path, capsys):
     state = torch.load(tmp_path / "native" / "last.pt", weights_only=True)
     assert predict.load_run(tmp_path / "native")[1].resample == state["config"]["data"]["resample"] == "lanczos"
     assert "crop_share_seen" not in json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_degrees_are_found_and_kept_with_the_run(roots, tmp_path):
+    """A thermal set whose parts lie between 10 and 50 of -80 to 2000 degrees; predict.py shows them the same."""
+    for path in sorted((roots / "shallow").glob("part/t*/*/*.png")):
+        with Image.open(path) as image:
+            warm = 10 + np.array(image) / 255 * 40
+        to = tmp_path / "warm" / path.relative_to(roots / "shallow")
+        to.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.rint((warm + 80) / 2080 * 65535).astype(np.uint16)).save(to)
+    expected, _ = run(roots / "shallow", tmp_path, "shallow")
+    scores, data = run(tmp_path / "warm", tmp_path, "fixed", "data.units=-80,2000", "data.black=10", "data.white=50")
+    assert scores == pytest.approx(expected, rel=0.02) and (data["black"], data["white"]) == (10, 50)
+    auto = ["data.units=-80,2000", "data.black=auto", "data.white=auto", "data.gray=true"]
+    scores, data = run(tmp_path / "warm", tmp_path, "auto", *auto)
+    train = np.stack([np.array(Image.open(path)) for path in (tmp_path / "warm").glob("part/train/*/*.png")])
+    coldest, warmest = (value / 65535 * 2080 - 80 for value in (int(train.min()), int(train.max())))
+    assert (data["black"], data["white"]) == pytest.approx((coldest, warmest)) and len({*scores}) > 1
+    predict.main([str(tmp_path / "auto"), str(tmp_path / "warm" / "part" / "test"), f"out={tmp_path / 'out'}"])
+    with open(tmp_path / "out" / "predictions.csv") as file:
+        assert [float(row["score"]) for row in csv.DictReader(file)] == pytest.approx(scores, rel=1e-5)
