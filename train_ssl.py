@@ -223,7 +223,8 @@ def prepare_data(cfg: Config, run: Run) -> Data:
 
     load: dict[str, Any] = {"seed": cfg.seed, "cache": cfg.data.cache, "workers": cfg.data.workers}
     micro_batch = cfg.batch_size // (run.world * cfg.accumulate)
-    loader = Loader(train_set, micro_batch, run.device, shuffle=True, drop_last=True, indices=train_ids, **load)
+    order: dict[str, Any] = {"shuffle": True, "drop_last": True, "balanced": cfg.data.balanced}
+    loader = Loader(train_set, micro_batch, run.device, indices=train_ids, **order, **load)
     if len(loader) < cfg.accumulate:
         raise errors.UserError(f"accumulate={cfg.accumulate} is more than the {len(loader)} batches of an epoch")
     augment = build_augment(cfg.augment, cfg.seed, train_set.sizes)

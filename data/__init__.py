@@ -15,6 +15,7 @@ from data.dataset import Dataset
 from data.datasets.cifar10 import CIFAR10
 from data.datasets.few_shot import FewShot
 from data.datasets.folder import ClassFolder
+from data.datasets.mixed import KINDS, Mixed
 from data.datasets.mvtec import MVTec
 from data.datasets.one_against_all import OneAgainstAll
 from data.defects import DefectConfig as DefectConfig
@@ -31,7 +32,9 @@ DATASETS: dict[str, type[Dataset]] = {
     "mvtec": MVTec,
     "few_shot": FewShot,
     "one_against_all": OneAgainstAll,
+    "mixed": Mixed,
 }
+KINDS.update(DATASETS)  # of which a mixed set is made
 
 
 @dataclass(kw_only=True)
@@ -51,6 +54,7 @@ class DataConfig:
     gray: bool = False  # keep one channel, of colors their luma; a network gets it three times
     cache: Cache = "auto"  # where decoded images stay; auto: where they fit
     workers: int = 4  # processes that decode when nothing is cached
+    balanced: bool = False  # pretraining sees each class equally often: images of rare ones repeat within an epoch
     options: dict = field(default_factory=dict)
 
 

@@ -29,6 +29,9 @@ class Loader:
     **Order.** With `shuffle` the permutation of (seed, epoch), else as they stand. Items k*G to (k+1)*G of it, G = B*W,
     are global batch k, and rank r has its r-th contiguous part: W processes with B/W see one process's batches of B.
 
+    **Balanced.** With `balanced` and `shuffle` an epoch of N items has N / C of each of C classes, one more of some
+    where that is no whole number. A class's items come in random order, all of them once before any comes again.
+
     **By label.** With `by_label` a batch is of one label: the order is cut into batches label by label, and with
     `shuffle` the batches come in an order drawn anew each epoch. Each label's last batch may be smaller; with
     `drop_last` only those are left out that have fewer than 2 items, or fewer than W.
@@ -63,6 +66,7 @@ class Loader:
         seed: int = 0,
         drop_last: bool = False,
         by_label: bool = False,
+        balanced: bool = False,
         indices: Tensor | None = None,
         cache: Cache = "auto",
         workers: int = 0,
@@ -72,7 +76,7 @@ class Loader:
         self.dataset, self.batch_size, self.device = dataset, batch_size, torch.device(device)
         self.shuffle, self.seed, self.drop_last, self.by_label = shuffle, seed, drop_last, by_label
         self.indices = torch.arange(len(dataset)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
-        self.cache, self.workers = cache, workers
+        self.cache, self.workers, self.balanced = cache, workers, balanced
 
     def __len__(self) -> int:
         """Batches in an epoch of this process."""
@@ -101,6 +105,8 @@ class Loader:
             # torch's CPU generator uses 32 bits of its seed, so (seed, epoch) is hashed into 32
             mixed = int(np.random.SeedSequence(self.seed, spawn_key=(epoch,)).generate_state(1)[0])
             generator = torch.Generator().manual_seed(mixed)
+            if self.balanced:
+                order = _equally_many(order, self.dataset.labels[order], generator)
             order = order[torch.randperm(len(order), generator=generator)]
         if self.by_label:
             labels = self.dataset.labels[order]
@@ -138,6 +144,19 @@ class Loader:
             if isinstance(batch, UserError):
                 raise batch
             yield (_three_channels(batch[0]), *batch[1:])
+
+
+def _equally_many(items: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """As many items as there are, equally many of each class."""
+    classes = labels.unique()
+    classes = classes[torch.randperm(len(classes), generator=generator)]  # who has one more
+    chosen = []
+    for label, part in zip(classes, torch.arange(len(items)).tensor_split(len(classes))):
+        members = items[labels == label]
+        rounds = -(-len(part) // len(members))
+        again = [members[torch.randperm(len(members), generator=generator)] for _ in range(rounds)]
+        chosen.append(torch.cat(again)[: len(part)])
+    return torch.cat(chosen)
 
 
 class _Batches(torch.utils.data.Dataset):
