@@ -52,7 +52,7 @@ class DataConfig:
     units: tuple[float, float] | None = None  # what a 16-bit file's 0 and 65535 stand for, as -80,2000 degrees; black
     # and white are then given in it
     gray: bool = False  # keep one channel, of colors their luma; a network gets it three times
-    cache: Cache = "auto"  # where decoded images stay; auto: where they fit
+    cache: Cache = "auto"  # where decoded images stay; auto: where they fit; file: on the disk, for later runs
     workers: int = 4  # processes that decode when nothing is cached
     balanced: bool = False  # pretraining sees each class equally often: images of rare ones repeat within an epoch
     options: dict = field(default_factory=dict)

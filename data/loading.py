@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from data.cache_file import open_columns
 from data.images import in_threads
 from runtime.distributed import rank, world_size
 from runtime.errors import UserError
 from runtime.memory import free_memory, gib
+from runtime.text import say_once
 
-Cache = Literal["auto", "device", "ram", "none"]
+Cache = Literal["auto", "device", "ram", "file", "none"]
 
 
 class Loader:
@@ -44,7 +46,8 @@ class Loader:
         rows = rows[indices.argsort()]                                                 # in dataset order
 
     **Cache.** `device` and `ram` decode an item once, in threads, when an epoch first asks for it; then a batch is an
-    index. Loaders of one dataset object share what is decoded. `none` decodes every time, in `workers` processes.
+    index. Loaders of one dataset object share what is decoded. `file` keeps it on the disk, for all processes of this
+    machine and for later runs (`data.cache_file`). `none` decodes every time, in `workers` processes.
     `auto` takes the device (if CUDA) when the whole set needs under a quarter of its free memory, else RAM when under
     half of what is free (for each process of this machine), else none. Batches are the same in all cases.
 
@@ -180,18 +183,26 @@ class _Store:
     """The decoded images (and masks) of one dataset in one memory, filled as epochs ask for them; of gray images one
     channel."""
 
-    def __init__(self, dataset, example: tuple[Tensor, ...], where: torch.device):
-        self.columns = [torch.empty((len(dataset), *x.shape), dtype=x.dtype, device=where) for x in example]
+    def __init__(self, dataset, example: tuple[Tensor, ...], where: torch.device | Literal["file"]):
+        if where == "file":
+            where = torch.device("cpu")
+            self.filled, self.columns, self.sync = open_columns(dataset, example)
+        else:
+            self.columns = [torch.empty((len(dataset), *x.shape), dtype=x.dtype, device=where) for x in example]
+            self.filled, self.sync = torch.zeros(len(dataset), dtype=torch.uint8), lambda: None
         self.labels = dataset.labels.to(where)
-        self.filled = torch.zeros(len(dataset), dtype=torch.bool)
 
     def fill(self, dataset, wanted: Tensor) -> None:
         """Decode those of the wanted items that are not here yet."""
-        missing = wanted[~self.filled[wanted]].unique()
-        for item, i in zip(in_threads(dataset.__getitem__, missing.tolist(), "decoding"), missing.tolist()):
+        missing, written = wanted[self.filled[wanted] == 0].unique().tolist(), []
+        for item, i in zip(in_threads(dataset.__getitem__, missing, "decoding"), missing):
             for column, value in zip(self.columns, _slim(item)):
                 column[i] = value
-            self.filled[i] = True
+            written.append(i)
+            if len(written) == 256 or i == missing[-1]:
+                self.sync()
+                self.filled[written] = 1
+                written = []
 
     def take(self, indices: Tensor, pin: bool = False) -> tuple[Tensor, ...]:
         """Rows of images, [masks,] and labels in the store's memory, or pinned in RAM; and the indices on the CPU."""
@@ -216,7 +227,7 @@ def _three_channels(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1) if images.ndim == 4 and images.shape[1] == 1 else images
 
 
-_STORES: WeakKeyDictionary = WeakKeyDictionary()  # dataset -> {memory: _Store}; goes with the dataset
+_STORES: WeakKeyDictionary = WeakKeyDictionary()  # dataset -> {memory or "file": _Store}; goes with the dataset
 
 
 def _store(dataset, device: torch.device, cache: Cache) -> _Store | None:
@@ -224,7 +235,7 @@ def _store(dataset, device: torch.device, cache: Cache) -> _Store | None:
     if cache == "none":
         return None
     ram = torch.device("cpu")
-    places = {"device": [device], "ram": [ram], "auto": [device, ram]}[cache]
+    places = {"device": [device], "ram": [ram], "file": ["file"], "auto": [device, ram]}[cache]
     stores = _STORES.setdefault(dataset, {})
     for place in places:
         if place in stores:
@@ -232,6 +243,9 @@ def _store(dataset, device: torch.device, cache: Cache) -> _Store | None:
     example = tuple(x for x in _slim(dataset[0]) if isinstance(x, Tensor))  # image[, mask]
     needed = len(dataset) * sum(x.nbytes for x in example)
     for place in places:
+        if place == "file":
+            stores[place] = _Store(dataset, example, place)
+            return stores[place]
         free = free_memory(place)
         share = 1 if cache != "auto" else 1 / 2 if place == ram else 1 / 4
         if needed < free * share:
@@ -242,6 +256,10 @@ def _store(dataset, device: torch.device, cache: Cache) -> _Store | None:
             f"data.cache={cache} needs {gib(needed)} for {len(dataset)} images, "
             f"{gib(free)} are free on {place}: use data.cache=none with data.workers, or a smaller data.size"
         )
+    say_once(
+        f"decoding anew in each epoch: {len(dataset)} images need {gib(needed)}, and {gib(free)} of memory are free; "
+        "data.cache=file keeps them on the disk"
+    )
     return None
 
 

@@ -1,6 +1,7 @@
 """Class folders: layouts, the fixed split, and what a user may have got wrong."""
 
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -204,3 +205,17 @@ def test_neu_steel(real_data):
     assert (test.sizes == 200).all()
     image, label, _ = test[0]
     assert image.shape == (3, 64, 64) and label == 0 and image.float().std() > 5
+
+
+def test_memory_of_a_large_tree_is_bounded(tmp_path):
+    """20,000 images take under 250 bytes each while they are listed, with paths of 60 characters; so a million take
+    under 250 MB."""
+    for name in "abcd":
+        (tmp_path / name).mkdir()
+        for i in range(5_000):
+            (tmp_path / name / f"{i:06d}.jpg").touch()
+    tracemalloc.start()
+    dataset = ClassFolder("train", 8, root=str(tmp_path), test_fraction=0.0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(dataset) == 20_000 and peak < 250 * 20_000
