@@ -13,9 +13,10 @@ heatmaps/<path>.png: the original in gray under its anomaly map, pixel for pixel
     runs that had no normal images to take the color scale from.
 
 `tile`: images are not fitted into the input but cut into squares at their own resolution; the score is the largest of
-all tiles' scores. The stored thresholds were measured on whole images in the input's size, so with tiles they promise
-nothing: give one. An image that cannot be read is named on stderr and in the JSON on the last line, and skipped. One
-whose heat map cannot be written is named in the same way and keeps its row; the exit status is then 1.
+all tiles' scores. A run that was fitted with `data.tile` has thresholds for that; those of another run were measured on
+whole images in the input's size and promise nothing: give one. An image that cannot be read is named on stderr and in
+the JSON on the last line, and skipped. One whose heat map cannot be written is named in the same way and keeps its row;
+the exit status is then 1.
 """
 
 import runtime.threads  # before torch
@@ -57,8 +58,8 @@ class Config:
     images: PathText  # a folder or a file
     out: PathText = "results"  # folder of the table and the heat maps
     threshold: float | None = None  # of the score; none: the run's own
-    tile: int = 0  # side of square tiles in pixels; 0: whole images, as in training
-    overlap: int = 64  # pixels that neighboring tiles share
+    tile: int | None = None  # side of square tiles in pixels; 0: whole images; none: as the run was fitted
+    overlap: int | None = None  # pixels that neighboring tiles share; none: as the run was fitted, 64 of whole images
     batch_size: int = 16  # images, or tiles of one image
     device: str = "auto"  # auto, cpu, cuda or cuda:1; auto: CUDA where there is one
     precision: Literal["fp32", "bf16", "fp16"] | None = None  # none: the run's own, which its thresholds are of
@@ -79,6 +80,7 @@ def main(argv: list[str]) -> None:
         say(f"warning: {cfg.run} was made by {other}, so scores may differ from its own")
     detector.to(device)
     cfg.precision = cfg.precision or state["config"]["precision"]
+    settle_tiles(cfg, state)
     if cfg.tile:
         check_tiling(detector, cfg.tile, cfg.overlap)
     threshold = threshold_of(cfg, state)
@@ -125,13 +127,21 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
 
 
+def settle_tiles(cfg: Config, state: dict) -> None:
+    """Tiles as the run was fitted, unless they are given."""
+    for key, without in (("tile", 0), ("overlap", 64)):
+        if getattr(cfg, key) is None:
+            setattr(cfg, key, state["config"]["data"].get(key, without))
+
+
 def threshold_of(cfg: Config, state: dict) -> float | None:
     """The threshold of the score, given or the run's, with a warning where there is none or it promises nothing."""
     threshold = state["calibration"]["threshold"] if cfg.threshold is None else cfg.threshold
     if threshold is None:
         say(f"warning: {cfg.run} has no threshold, so nothing is called anomalous or normal: give threshold=")
-    elif cfg.tile and cfg.threshold is None:
-        say("warning: the run's thresholds were measured on whole images, not on tiles: give threshold=")
+    elif cfg.threshold is None and cfg.tile != (fitted := state["config"]["data"].get("tile", 0)):
+        measured = f"tiles of {fitted}" if fitted else "whole images"
+        say(f"warning: the run's thresholds were measured on {measured}, not at tile={cfg.tile}: give threshold=")
     return threshold
 
 

@@ -91,8 +91,9 @@ class LoadedDetector:
         Raises:
             UserError: a file that cannot be read, a score that is not finite.
         """
-        loaded = load(images, self.geometry, self.batch_size)
-        about: dict[str, Any] = {"batch_size": self.batch_size, "precision": self.precision}
+        tiles = {key: self.state["config"]["data"].get(key, 0) for key in ("tile", "overlap")}
+        loaded = load(images, self.geometry, self.batch_size, whole=bool(tiles["tile"]))
+        about: dict[str, Any] = {"batch_size": self.batch_size, "precision": self.precision, **tiles}
         examined = examine(self.network, loaded, self.device, **about)
         return [predicted(item, found, self.state, self.threshold) for item, found in examined]
 
@@ -172,18 +173,18 @@ def load_detector(
 # -------------------------------------------------------------------- what is given
 
 
-def load(images: Images, geometry: Geometry, batch_size: int) -> Iterator[LoadedImage]:
-    """The images fitted into the input, in order; threads decode somewhat more than a batch ahead.
+def load(images: Images, geometry: Geometry, batch_size: int, *, whole: bool = False) -> Iterator[LoadedImage]:
+    """The images fitted into the input, or `whole`, in order; threads decode somewhat more than a batch ahead.
 
     Raises:
         ValueError: what is given is no images.
         UserError: while they are taken, a file that cannot be read.
     """
     if isinstance(images, list | tuple) and all(isinstance(path, str | os.PathLike) for path in images):
-        items, one = [os.fspath(path) for path in images], partial(from_file, geometry=geometry)
+        items, one = [os.fspath(path) for path in images], partial(from_file, geometry=geometry, whole=whole)
     else:
         pixels = as_array(images)
-        items, one = range(len(pixels)), partial(from_array, pixels=pixels, geometry=geometry)
+        items, one = range(len(pixels)), partial(from_array, pixels=pixels, geometry=geometry, whole=whole)
     if not len(items) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1" if len(items) else "there are no images")
     return decoded(one, items, THREADS + batch_size)
@@ -194,15 +195,16 @@ def decoded(one: Callable, items: Sequence, count: int) -> Iterator[LoadedImage]
         yield from ahead(one, items, pool, count)
 
 
-def from_file(path: str, geometry: Geometry) -> LoadedImage:
-    _, item = load_image(path, geometry)
+def from_file(path: str, geometry: Geometry, whole: bool) -> LoadedImage:
+    _, item = load_image(path, geometry, whole=whole)
     if isinstance(item, UserError):
         raise item
     return item
 
 
-def from_array(number: int, pixels: np.ndarray, geometry: Geometry) -> LoadedImage:
+def from_array(number: int, pixels: np.ndarray, geometry: Geometry, whole: bool) -> LoadedImage:
     image = Image.fromarray(pixels[number])
+    geometry = geometry.whole((image.height, image.width)) if whole else geometry
     return LoadedImage(f"images[{number}]", (image.height, image.width), geometry, fitted(image, geometry))
 
 

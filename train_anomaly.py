@@ -15,6 +15,7 @@ import runtime.threads  # before torch
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -27,10 +28,12 @@ from data import DataConfig, build_dataset, settled, what_is_used
 from data.loading import Loader
 from data.masks import names_with_sizes
 from data.splits import holdout
+from data.tiles import Tiles
 from evaluation.anomaly.bank_updates import load_memory, update_memory, with_range_of
 from evaluation.anomaly.calibration import calibrate, promise
 from evaluation.anomaly.detection import batches_of, examine_set
 from evaluation.anomaly.report import report
+from evaluation.anomaly.tiling import check_tiling, examine_set_in_tiles
 from models.anomaly import DETECTORS, DetectorConfig, build_detector
 from models.anomaly.detector import Detector, TrainingBatch
 from models.backbones.build import BackboneConfig, build_backbone
@@ -168,15 +171,18 @@ def calibrate_and_test(
 ) -> None:
     """Thresholds from normal images that the detector does not know, then the test, once."""
     began, normal, n_learned = time.perf_counter(), None, len(data.learned.indices)
+    tiles = {"tile": cfg.data.tile, "overlap": cfg.data.overlap}
+    examine = partial(examine_set_in_tiles, **tiles) if cfg.data.tile else examine_set
     with autocast():
         if data.held_out or detector.can_leave_out(n_learned):
-            normal = examine_set(detector, data.normals, "normal images", leave_out=not data.held_out)
+            left_out = {} if data.held_out else {"leave_out": True}
+            normal = examine(detector, data.normals, "normal images", **left_out)
         calibration = calibrate(normal, data.normals, cfg.false_alarm_rate)
         if calibration["promised_false_alarm_rate"] != cfg.false_alarm_rate:
             run.log.say(promise(calibration))
         run.save(run.total, **state, calibration=calibration)
         calibrated = time.perf_counter()
-        found = examine_set(detector, data.tested, "test images")
+        found = examine(detector, data.tested, "test images")
     seconds = {"seconds_fit": state["seconds_fit"], "seconds_threshold": calibrated - began}
     seconds["images_per_second"] = len(found.scores) / (time.perf_counter() - calibrated)
     results = {}
@@ -184,7 +190,8 @@ def calibrate_and_test(
         results = {"detector": cfg.detector.name, "backbone": cfg.backbone.name, "n_train": n_learned}
         results |= detector.facts() | seconds
         about = {"original": cfg.pixels == "original"}
-        results |= report(run.log, found, data.tested.dataset, normal, data.normals, calibration, **about)
+        sets = data.tested.dataset, data.learned.dataset
+        results |= report(run.log, found, *sets, normal, calibration, **about)
     run.finish(results)
 
 
@@ -206,6 +213,8 @@ def check(cfg: Config, run: Run) -> None:
         check_lengths(cfg.epochs, {"optim.warmup_epochs": cfg.optim.warmup_epochs})
     if cfg.epochs < (1 if cfg.detector.weights is None else 0):
         raise UserError(f"epochs={cfg.epochs}: at least 1, or 0 to test detector.weights as they are")
+    if cfg.data.tile and (kind.learns_from, kind.fitted_on, cfg.data.fit) != ("train", "train", "squash"):
+        raise UserError(f"data.tile={cfg.data.tile}: {name} takes whole images, or data.fit is not squash: remove it")
     if cfg.update and not kind.updates:
         raise UserError(f"detector {name} cannot be updated, only fitted anew: remove update")
 
@@ -236,23 +245,31 @@ def prepare_data(cfg: Config, run: Run, detector: Detector) -> Data:
     """Read the training and test set, and hold normal images out for the thresholds. Settles `cfg.data`."""
     cfg.data = with_range_of(cfg.update, cfg.data) if cfg.update else cfg.data
     cfg.data = settled(cfg.data)
-    train_set, test_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "test")
+    train_set, test_set = (build_dataset(cfg.data, split, tiled=True) for split in ("train", "test"))
     elsewhere = cfg.epochs and detector.learns_from != "train"
-    lesson_set = build_dataset(cfg.data, detector.learns_from) if elsewhere else train_set
     if test_set.defects is None:
         raise UserError(
             f"data.name={cfg.data.name} has no defects to find; use mvtec (MVTec layout) or one_against_all"
         )
     share = cfg.holdout
     if share is None:
-        share = 0.0 if detector.leaves_out or train_set.few else 0.1
+        share = 0.0 if (detector.leaves_out or train_set.few) and not cfg.data.tile else 0.1
     train_ids, held_out = holdout(train_set, share, cfg.seed)
+    note = what_is_used(train_set, len(train_ids), {f"held out for thresholds (holdout={share})": len(held_out)})
+    whole_set = train_set
+    if cfg.data.tile:
+        check_tiling(detector, cfg.data.tile, cfg.data.overlap)
+        if not len(held_out):
+            raise UserError("data.tile takes thresholds from whole images that are not learned: set holdout=0.1")
+        train_set = Tiles(train_set, train_ids.tolist(), cfg.data.tile, cfg.data.overlap)
+        note, train_ids = f"{note}, in {len(train_set)} tiles", torch.arange(len(train_set))
+    lesson_set = build_dataset(cfg.data, detector.learns_from) if elsewhere else train_set
     detector.check_count(len(train_ids))
 
     load: dict[str, Any] = {"batch_size": cfg.batch_size // run.world, "device": run.device, "seed": cfg.seed}
     load |= {"cache": cfg.data.cache, "workers": cfg.data.workers}
     learned, tested = Loader(train_set, indices=train_ids, **load), Loader(test_set, **load)
-    normals = Loader(train_set, indices=held_out, **load) if len(held_out) else learned
+    normals = Loader(whole_set, indices=held_out, **load) if len(held_out) else learned
     lessons = None
     if detector.by_gradient:
         order: dict[str, Any] = {"shuffle": True, "drop_last": True, "by_label": detector.by_label}
@@ -264,7 +281,6 @@ def prepare_data(cfg: Config, run: Run, detector: Detector) -> Data:
         names["elsewhere"] = lesson_set.names
     elif detector.fits and detector.fitted_on == "test":
         names["elsewhere"] = names["tested"]
-    note = what_is_used(train_set, len(train_ids), {f"held out for thresholds (holdout={share})": len(held_out)})
     return Data(learned, lessons, normals, len(held_out) > 0, tested, names, note)
 
 

@@ -52,6 +52,8 @@ class DataConfig:
     units: tuple[float, float] | None = None  # what a 16-bit file's 0 and 65535 stand for, as -80,2000 degrees; black
     # and white are then given in it
     gray: bool = False  # keep one channel, of colors their luma; a network gets it three times
+    tile: int = 0  # train_anomaly.py: fit and examine squares of the files' own pixels; `size` is that of the maps then
+    overlap: int = 64  # pixels that neighboring tiles share
     cache: Cache = "auto"  # where decoded images stay; auto: where they fit; file: on the disk, for later runs
     workers: int = 4  # processes that decode when nothing is cached
     balanced: bool = False  # pretraining sees each class equally often: images of rare ones repeat within an epoch
@@ -109,12 +111,15 @@ def build_geometry(config: DataConfig) -> Geometry:
     return Geometry(config.size[0], config.size[-1], config.fit, config.resize, config.resample, **ends)
 
 
-def build_dataset(config: DataConfig, split: str) -> Dataset:
-    """The `train` or `test` set of a settled `data` section, or another of its class's `splits`.
+def build_dataset(config: DataConfig, split: str, *, tiled: bool = False) -> Dataset:
+    """The `train` or `test` set of a settled `data` section, or another of its class's `splits`; always whole images.
 
     Raises:
-        UserError: it does not know the split, or what the data set has to say.
+        UserError: it does not know the split, the section asks for tiles and the caller is not `tiled`, or what the
+            data set has to say.
     """
+    if config.tile and not tiled:
+        raise UserError("data.tile is for detectors, which train_anomaly.py fits: remove it")
     having = [name for name, kind in DATASETS.items() if split in kind.splits]
     if config.name not in having:
         raise UserError(f"data.name={config.name} has no split '{split}', which this needs: use {' or '.join(having)}")

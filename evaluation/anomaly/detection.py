@@ -39,10 +39,17 @@ def examine_set(detector: nn.Module, loader, text: str, *, leave_out: bool = Fal
         none = torch.empty(0, dtype=torch.int64, device=device)
         parts.append(detector.examine(torch.empty(0, 3, *size, device=device), None, none if leave_out else None))
         numbers.append(none)
+    return gathered(parts, numbers, device)
+
+
+def gathered(parts: list[Findings], numbers: list[Tensor], device: torch.device) -> Findings:
+    """The findings of all processes on the CPU, in ascending order of the images' numbers."""
     order = distributed.gather_rows(torch.cat(numbers)).argsort()
 
     def joined(values: tuple) -> Tensor | None:
-        return None if values[0] is None else distributed.gather_rows(torch.cat(values))[order].cpu()
+        if values[0] is None:
+            return None
+        return distributed.gather_rows(torch.cat([value.to(device) for value in values]))[order].cpu()
 
     return Findings(*(joined(values) for values in zip(*parts)))
 

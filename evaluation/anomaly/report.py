@@ -33,12 +33,13 @@ ROWS = 4  # of a sheet in TensorBoard; the files in the run folder have all
 
 
 def report(
-    log: Log, found: Findings, test_set, normal: Findings | None, normals, calibration: dict, *, original: bool
+    log: Log, found: Findings, test_set, learned_set, normal: Findings | None, calibration: dict, *, original: bool
 ) -> dict:
     """Write and log everything on the test images; returns what results.json gets of it.
 
     Args:
-        found: findings of `test_set`. normal: of the images of the Loader `normals`, which the thresholds are from.
+        found: findings of `test_set`. learned_set: the images that its `nearest_image` counts.
+        normal: findings of the images that the thresholds are from.
         original: pixel metrics at the original files' resolution.
     """
     threshold, folder, seed = calibration["threshold"], log.folder, log.config["seed"]
@@ -58,7 +59,7 @@ def report(
         log.say(crop_line(results))
     for line in calibration["suspicious"]:
         log.say(f"suspicious normal, look at it: {line['path']} (score {line['score']:.4g})")
-    write_scores(folder, found, test_set, normals.dataset, threshold)
+    write_scores(folder, found, test_set, learned_set, threshold)
     save_scores(folder / "test_scores.pt", test_set.names, test_set.labels, found.scores, results, histograms)
 
     table = defect_table(results)
@@ -89,7 +90,7 @@ def report(
         save(drawn(rows, title=title), folder / "heatmaps.png")
         show_pages(log, "heatmaps", partial(drawn, columns=1), rows, title)
     if found.nearest_image is not None:
-        pairs = [neighbor_pair(found, test_set, normals.dataset, caption) for caption in chosen]
+        pairs = [neighbor_pair(found, test_set, learned_set, caption) for caption in chosen]
         title += ": what comes nearest"
         save(neighbor_sheet(pairs, title=title), folder / "neighbors.png")
         show_pages(log, "neighbors", neighbor_sheet, pairs, title)

@@ -3,14 +3,20 @@
 Letters: h and w the image's height and width, H and W the same with padding, T tiles of S x S pixels.
 """
 
-from itertools import pairwise, product
+from itertools import product
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from data.geometry import FILL
+from data.images import decode
 from data.normalize import normalize
+from data.tiles import spans
+from evaluation.anomaly.detection import gathered
 from models.anomaly.detector import Detector, Findings
+from runtime import distributed
 from runtime.errors import UserError
 
 GRID = 32  # pixels: the coarsest stride of a backbone; at its multiples the patch grids of all tiles coincide
@@ -43,16 +49,8 @@ def takes(detector: Detector, tile: int) -> bool:
     return True
 
 
-def spans(length: int, tile: int, overlap: int) -> list[tuple[int, int, int]]:
-    """(start, low, high) of the tiles along a side of `length` >= `tile`: pixels low to high of the side are taken from
-    the tile that begins at `start`, for nowhere else do they lie farther from a tile's end.
-
-    Tiles begin every `tile - overlap` pixels, the last one so that it ends with the side. Two neighbors meet in the
-    middle of what they share.
-    """
-    starts = [*range(0, length - tile, tile - overlap), length - tile]
-    cuts = [0, *((a + tile + b) // 2 for a, b in pairwise(starts)), length]
-    return [(start, low, high) for start, (low, high) in zip(starts, pairwise(cuts))]
+def padded_side(length: int, tile: int) -> int:
+    return max(tile, -(-length // GRID) * GRID)
 
 
 @torch.no_grad()
@@ -73,7 +71,7 @@ def examine_tiles(
     48 %; with tile=512 0, 13 % and 32 %. Scores were equal or up to 4 % higher: a tile's score counts its margins too.
     """
     height, width = image.shape[1:]
-    padded = [max(tile, -(-length // GRID) * GRID) for length in (height, width)]
+    padded = [padded_side(length, tile) for length in (height, width)]
     canvas = torch.tensor(FILL, dtype=torch.uint8)[:, None, None].expand(3, *padded).clone()  # (3, H, W)
     canvas[:, :height, :width] = image
     inside = torch.zeros(padded, dtype=torch.bool)
@@ -100,3 +98,42 @@ def examine_tiles(
         (top, *_), (left, *_) = places[best]
         found = found._replace(peaks=found.peaks + found.peaks.new_tensor([top, left]))
     return found._replace(maps=heat[None, :height, :width]) if has_maps else found
+
+
+@torch.no_grad()
+def examine_set_in_tiles(detector: Detector, loader, text: str, *, tile: int, overlap: int) -> Findings:
+    """`detection.examine_set` of whole images at their own resolution: scores as `examine_tiles` gives them, maps and
+    peaks brought to the size of the Loader's images, at which masks are compared and heat maps drawn."""
+    dataset, device, geometry = loader.dataset, loader.device, loader.dataset.geometry
+    own = [i for *_, indices in loader.epoch(0) for i in indices.tolist()]
+    sizes = dataset.sizes.tolist()
+    about = {"tile": tile, "overlap": overlap, "batch_size": loader.batch_size, "device": device}
+    left = sum(-(-_count(sizes[i], tile, overlap) // loader.batch_size) for i in own)  # calls of the detector
+    most = max(int(distributed.gather_rows(torch.tensor([left], device=device)).max()), 1)
+    parts, numbers = [], []
+    for i in tqdm(own, text, unit="image", leave=False, disable=not distributed.is_main()):
+        found = examine_tiles(detector, decode(dataset.paths[i], geometry.whole(sizes[i])), **about)
+        parts.append(_at_size(found, sizes[i], (geometry.height, geometry.width)))
+        numbers.append(torch.tensor([i], device=device))
+    for _ in range(most - left):  # a detector that is spread over processes needs all of them at every batch
+        none = detector.examine(torch.empty(0, 3, tile, tile, device=device), None)
+        maps = None if none.maps is None else torch.empty(0, geometry.height, geometry.width)
+        parts.append(none._replace(maps=maps))
+        numbers.append(torch.empty(0, dtype=torch.int64, device=device))
+    return gathered(parts, numbers, device)
+
+
+def _count(size: list[int], tile: int, overlap: int) -> int:
+    """Tiles of an image of `size` (h, w)."""
+    rows, columns = (len(spans(padded_side(length, tile), tile, overlap)) for length in size)
+    return rows * columns
+
+
+def _at_size(found: Findings, size: list[int], to: tuple[int, int]) -> Findings:
+    """Findings of one image of `size` (h, w) in an image of size `to`; shrunken maps are averages."""
+    maps, peaks = found.maps, found.peaks
+    if maps is not None:
+        maps = F.interpolate(maps[None], to, mode="bilinear", antialias=True, align_corners=False)[0]
+    if peaks is not None:
+        peaks = peaks * torch.tensor([new / old for new, old in zip(to, size)], dtype=peaks.dtype)
+    return found._replace(maps=maps, peaks=peaks)

@@ -9,7 +9,8 @@ from torch import nn
 
 from data.geometry import FILL
 from data.normalize import normalize
-from evaluation.anomaly.tiling import check_tiling, examine_tiles, spans
+from data.tiles import spans
+from evaluation.anomaly.tiling import check_tiling, examine_tiles
 from models.anomaly.detector import Batch, Detector, Findings
 from models.anomaly.patchcore import PatchCore
 from models.backbones.resnet import ResNet18
