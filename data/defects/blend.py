@@ -17,13 +17,6 @@ JITTER_DRAWS = 8
 MIDDLE = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)  # factors and turn that change nothing
 
 
-def require(defect: Any, rules: dict[str, bool]) -> None:
-    """Refuse a kind of defect whose options break a rule."""
-    for rule, holds in rules.items():
-        if not holds:
-            raise UserError(f"synthetic defects: {rule}, but the options are {defect}")
-
-
 def large_enough(defect: Any, images: Tensor, enough: bool, needs: str) -> None:
     """Refuse images in which the defect finds no room."""
     if not enough:
