@@ -4,7 +4,6 @@
 the keyword-only arguments of a constructor. A key of type `int` or `float` takes every finite number.
 """
 
-import contextlib
 import math
 import os
 import types
@@ -13,6 +12,10 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from runtime.errors import UserError, cut, shown
+
+
+class OutOfRange(UserError):
+    """A value of the right type that its range does not have."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def coerce(value, kind, where: str):
         found = coerce(value, args[0], where)
         for rule in args[1:]:
             if found not in rule:
-                raise UserError(f"{where}={_given(value)} must be {rule}")
+                raise OutOfRange(f"{where}={_given(value)} must be {rule}")
         return found
     if origin in (typing.Union, types.UnionType):
         if type(None) in args and (value is None or (isinstance(value, str) and value.lower() in NULL)):
@@ -86,8 +89,12 @@ def coerce(value, kind, where: str):
         if len(kinds) == 1:
             return coerce(value, kinds[0], where)
         for kind in kinds:  # the first that fits, of `int | Literal["auto"]`
-            with contextlib.suppress(UserError):
+            try:
                 return coerce(value, kind, where)
+            except OutOfRange:
+                raise
+            except UserError:
+                continue
         raise wrong
     if origin is typing.Literal:
         match = [a for a in args if not isinstance(value, dict | list | tuple) and str(a) == str(value)]
@@ -177,7 +184,7 @@ def path_text(path: str, where: str) -> str:
 def _words(kind) -> str:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
-        return f"{_words(args[0])} ({', '.join(map(str, args[1:]))})"
+        return _words(args[0])
     if origin in (typing.Union, types.UnionType):
         kinds = [_words(a) for a in args if a is not type(None)]
         return " or ".join(kinds + ["none"] * (type(None) in args))

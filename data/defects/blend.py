@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.augment import color
 from data.augment.random_numbers import between, uniform
-from runtime.errors import UserError
+from runtime.errors import UserError, cut
 from runtime.memory import send
 
 JITTER_DRAWS = 8
@@ -22,7 +22,7 @@ def large_enough(defect: Any, images: Tensor, enough: bool, needs: str) -> None:
     if not enough:
         size = " x ".join(map(str, images.shape[2:]))
         larger = "use a larger data.size, or for spd and defect a larger augment.size"
-        raise UserError(f"images of {size} pixels are too small for {defect}: {needs}; {larger}")
+        raise UserError(f"images of {size} pixels are too small for {cut(str(defect))}: {needs}; {larger}")
 
 
 def draw(images: Tensor, key: tuple[int | Tensor, ...], draws: int) -> Tensor:
