@@ -23,7 +23,7 @@ SETTINGS = (
     (6, 320, 1, 1),
 )
 
-WidthFactor = Annotated[float, Range(above=0, most=100)]  # of all channels; 1.0 is the standard network
+WidthFactor = Annotated[float, Range(above=0, most=4)]  # of all channels; 1.0 is the standard network
 
 
 def scaled(channels: int, width: float) -> int:

@@ -1,7 +1,8 @@
-"""Config files as nobody should write them: the shipped ones, each with one thing changed, as a function of a number."""
+"""Config files as nobody should write them: the shipped ones, each with one thing changed, by a number."""
 
 import dataclasses
 import json
+import math
 import random
 import typing
 from pathlib import Path
@@ -14,26 +15,66 @@ import sweep
 import train_anomaly
 import train_ssl
 from evaluation.tasks import module_of
-from runtime.schema import chooser_of, options_of, section_of
+from runtime.schema import chooser_of, hints_of, options_of, section_of
+from runtime.values import Range
 from tests.images import TOP
 
 FILES = sorted((TOP / "configs").rglob("*.yaml"))
 BOMB = ", ".join(f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))  # 9 ** 11 values
-NUMBERS = ["-1", "0", "-0.0", "1", "2", "0.5", "1.5", "-1e-9", "1e-300", "1e300", "1e400", "-1e400", "nan", ".inf", "-.inf"]
-NUMBERS += [str(2**31), str(2**32), str(2**63 - 1), str(2**64), "9" * 400, "-" + "9" * 5000, "1e18", "0x10", "0x" + "f" * 400]
-NUMBERS += ["1_000", "010", "+5", "+-5", "٣", "½", "1e", "1 2", "'0.9,0.1'", "'-1,-2'", "'1,2,3,4,5,6'", "'0,0'", "1e-320"]
-STRUCTURES = ["true", "no", "null", "~", "''", "[]", "{}", "[[]]", "[a]", "[1]", "[0.5, -1]", "{a: 1}", "[1, {a: 2}]", "[null]"]
-STRUCTURES += ["{1: 2}", "{null: 1}", "{[a]: 1}", "{{a: b}: 1}", "{true: 1}", "{'': 1}", "{name: [a]}", "{name: {name: a}}"]
-STRUCTURES += ["[" * 3000, "[" * 3000 + "]" * 3000, "{a: " * 3000, "[" * 25 + "]" * 25, "- - - a", "[a, [b", "{a: 1, a: 2}"]
-STRUCTURES += [f"[&a0 [x], {BOMB}]", f"[&t {'q' * 50_000}, [{', '.join(['*t'] * 5000)}]]", "&a [*a]", "&a {b: *a}", "*nothing"]
-STRUCTURES += [f"[{', '.join('1' * 30_000)}]", f"{{{', '.join(f'k{i}: {i}' for i in range(30_000))}}}", "{<<: 1}", "{<<: [1]}"]
-TAGS = ["!!set {a, b}", "!!python/object/apply:os.system [touch hacked]", "!!binary aGk=", "!!timestamp 2024-01-01", "!own x"]
-TAGS += ["!!float 1", "!!null a", "! x", "!<tag:x,y> z", "2020-01-01", "12:30:45", "!!omap [a: 1]", "!!map [a]"]
-TEXTS = ['"a\\0b"', '"\\e[31mred"', '"a\\nb"', '"\\u202e"', "😀", '"\\ud800"', "../../etc", "/", "$HOME", "'%s%n{0}'", "q" * 20_000]
-TEXTS += ['"\\x85\\u2028"', "a" * 256, "'a/' ", "a/" * 3000, "Infinity", "None", "'[1'", "'(0.1'", "x: y", "'{'", "`x`", "@x", "- x"]
+
+
+def pieces(text: str) -> list[str]:
+    return [piece.strip() for piece in text.replace("\n", "|").split("|") if piece.strip()]
+
+
+NUMBERS = pieces("""
+    -1 | 0 | -0.0 | 1 | 2 | 0.5 | 1.5 | -1e-9 | 1e-300 | 1e300 | 1e400 | -1e400 | nan | .inf | -.inf | 2147483648
+    4294967296 | 9223372036854775807 | 18446744073709551616 | 1e18 | 1e-320 | 0x10 | 010 | +5 | +-5 | ٣ | ½ | 1e | 1 2
+    '0.9,0.1' | '-1,-2' | '1,2,3,4,5,6' | '0,0' | '1,0' | 1_0
+""")
+NUMBERS += ["9" * 400, "-" + "9" * 5000, "0x" + "f" * 400]
+STRUCTURES = pieces("""
+    true | no | null | ~ | '' | [] | {} | [[]] | [a] | [1] | [0.5, -1] | {a: 1} | [1, {a: 2}] | [null] | {1: 2}
+    {null: 1} | {[a]: 1} | {{a: b}: 1} | {true: 1} | {'': 1} | {name: [a]} | {name: {name: a}} | - - a | [a, [b
+    {a: 1, a: 2} | &a [*a] | &a {b: *a} | *nothing | {<<: 1} | {<<: [1]}
+""")
+STRUCTURES += ["[" * 3000, "[" * 3000 + "]" * 3000, "{a: " * 3000, "[" * 25 + "]" * 25, f"[&a0 [x], {BOMB}]"]
+STRUCTURES += [f"[&t {'q' * 50_000}, [{', '.join(['*t'] * 5000)}]]", f"[{', '.join('1' * 30_000)}]"]
+STRUCTURES += [f"{{{', '.join(f'k{i}: {i}' for i in range(30_000))}}}"]
+TAGS = ["!!set {a, b}", "!!python/object/apply:os.system [touch hacked]", "!!binary aGk=", "!!timestamp 2024-01-01"]
+TAGS += [
+    "!own x",
+    "!!float 1",
+    "!!null a",
+    "! x",
+    "!<tag:x,y> z",
+    "2020-01-01",
+    "12:30:45",
+    "!!omap [a: 1]",
+    "!!map [a]",
+]
+TEXTS = ['"a\\0b"', '"\\e[31mred"', '"a\\nb"', '"\\u202e"', "😀", '"\\ud800"', "../../etc", "/", "$HOME", "'%s%n{0}'"]
+TEXTS += ["q" * 20_000, '"\\x85\\u2028"', "a" * 256, "'a/' ", "a/" * 3000, "Infinity", "None", "'[1'", "'(0.1'", "x: y"]
+TEXTS += ["'{'", "`x`", "@x", "- x"]
 VALUES = NUMBERS + STRUCTURES + TAGS + TEXTS
-KEYS = ["1", "null", "[a]", "true", "''", "~", "{a: b}", "😀", '"a\\0b"', '"\\e[31m"', "q" * 20_000, "a.b", "nmae", "options", "<<"]
-KEYS += ['"name "', '"\\n"', "? x", "!!binary aGk=", "__class__", "self", "return"]
+KEYS = [
+    "1",
+    "null",
+    "[a]",
+    "true",
+    "''",
+    "~",
+    "{a: b}",
+    "😀",
+    '"a\\0b"',
+    '"\\e[31m"',
+    "q" * 20_000,
+    "a.b",
+    "nmae",
+    "<<",
+]
+KEYS += ["options", '"name "', '"\\n"', "? x", "!!binary aGk=", "__class__", "self", "return"]
+PIECES = [b"\0", b"\t", b"\xff", b"{", b"]", b":", b"\xef\xbb\xbf", b"&a ", b"\r"]
 
 
 class Raw(str):
@@ -127,7 +168,7 @@ def mutated(raw: dict, schema: type, draw: random.Random, values: list[str] = VA
         text = bytearray(text)
         for _ in range(draw.randint(1, 4)):
             at = draw.randrange(len(text))
-            text[at : at + draw.randint(0, 2)] = draw.choice([b"\0", b"\t", b"\xff", b"{", b"]", b":", b"\xef\xbb\xbf", b"&a ", b"\r"])
+            text[at : at + draw.randint(0, 2)] = draw.choice(PIECES)
         text = bytes(text)
     elif kind == "cut":
         text = text[: draw.randrange(len(text))]
@@ -140,3 +181,37 @@ def mutation(number: int, files: list[Path] = FILES) -> tuple[str, bytes]:
     raw = yaml.load(path.read_text(), yaml.BaseLoader)
     about, text = mutated(raw, schema_of(raw), random.Random(number))
     return f"{number}: {path.name}: {about}", text
+
+
+def kind_of(schema: type, raw: dict, key: tuple[str, ...]):
+    """The type that a key of `keys_of` declares."""
+    kind = hints_of(schema)[key[0]]
+    if len(key) == 1:
+        return kind
+    section = section_of(kind)
+    hints, chooser = hints_of(section), chooser_of(section)
+    return hints[key[1]] if key[1] in hints else options_of(chooser, raw[key[0]][chooser.name])[key[1]][0]
+
+
+def ends(schema: type, raw: dict, key: tuple[str, ...]) -> list[str]:
+    """The outermost numbers that a key allows, of a range without an end a very large one."""
+    found = []
+    for rule, kind in ranges_in(kind_of(schema, raw, key)):
+        low, high = (rule.least, rule.above), (rule.most, rule.below)
+        for closed, open_, away in ((*low, math.inf), (*high, -math.inf)):
+            if math.isfinite(closed):
+                found.append(closed)
+            elif math.isfinite(open_):
+                found.append(open_ + math.copysign(1, away) if kind is int else math.nextafter(open_, away))
+            else:
+                found.append(2**63 - 1 if kind is int else 1e300)
+    return [repr(number) for number in found]
+
+
+def ranges_in(kind):
+    """(range, int or float) of each number in a type."""
+    args = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Annotated:
+        yield from ((rule, args[0]) for rule in args[1:] if isinstance(rule, Range))
+    for arg in args if typing.get_origin(kind) is not typing.Literal else ():
+        yield from ranges_in(arg)
