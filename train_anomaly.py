@@ -31,13 +31,14 @@ from evaluation.anomaly.bank_updates import load_memory, update_memory, with_ran
 from evaluation.anomaly.calibration import calibrate, promise
 from evaluation.anomaly.detection import batches_of, examine_set
 from evaluation.anomaly.report import report
+from evaluation.anomaly.thresholds import FalseAlarmRate
 from models.anomaly import DETECTORS, DetectorConfig, build_detector
 from models.anomaly.detector import Detector, TrainingBatch
 from models.backbones.build import BackboneConfig, build_backbone
 from runtime import checkpoint, config, distributed, errors
 from runtime.errors import UserError
 from runtime.run import Run
-from runtime.values import BelowOne, NonNegativeInt, OpenUnitInterval, PathText, PositiveInt, Seed
+from runtime.values import BelowOne, NonNegativeInt, PathText, PositiveInt, Seed
 from training.optim import OptimConfig, apply_gradients, build_optimizer, mixed_precision, set_rates
 from training.schedule import check_lengths
 
@@ -52,7 +53,7 @@ class Config:
     batch_size: PositiveInt = 16  # images per step, over all processes
     update: PathText | None = None  # last.pt of a fitted run: only learn what was added to its images or taken away
     holdout: BelowOne | None = None  # share of normals kept for thresholds; none: 0.1, 0 if few or each can be left out
-    false_alarm_rate: OpenUnitInterval = 0.01  # what the thresholds promise; below 1 / (normals + 1) nothing can
+    false_alarm_rate: FalseAlarmRate = 0.01  # what the thresholds promise; below 1 / (normals + 1) nothing can
     pixels: Literal["input", "original"] = "input"  # resolution of the pixel metrics
     log_every: PositiveInt = 10  # steps between points of the curves
     save_every: PositiveInt = 500  # steps between checkpoints

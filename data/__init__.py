@@ -27,6 +27,7 @@ from runtime.errors import UserError
 from runtime.schema import choice
 from runtime.values import Pixels, Range, Rising
 
+Scale = Annotated[tuple[float, float], Rising(strict=True)]
 Percentile = Annotated[float, Range(least=0, most=100)]
 Percentiles = Annotated[tuple[Percentile, Percentile], Rising()]
 DATASETS: dict[str, type[Dataset]] = {
@@ -52,7 +53,7 @@ class DataConfig:
     white: float | Literal["auto"] = WHITE  # of deep files: 1023, 4095 of 10, 12-bit cameras; auto: find it
     black: float | Literal["auto"] = 0  # likewise; both of a thermal camera, to show what lies between
     percentiles: Percentiles = (0, 100)  # black and white that auto takes of the training set's values
-    units: tuple[float, float] | None = None  # what a 16-bit file's 0 and 65535 stand for, as -80,2000 degrees; black
+    units: Scale | None = None  # what a 16-bit file's 0 and 65535 stand for, as -80,2000 degrees; black
     # and white are then given in it
     gray: bool = False  # keep one channel, of colors their luma; a network gets it three times
     cache: Cache = "auto"  # where decoded images stay; auto: where they fit; file: on the disk, for later runs

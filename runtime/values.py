@@ -36,11 +36,14 @@ class Range:
         return " and ".join(f"{word} {end:.12g}" for word, end in ends.items() if math.isfinite(end))
 
 
+@dataclass(frozen=True)
 class Rising:
-    """The rule of a pair from between which something is drawn."""
+    """The rule of a pair from between which something is drawn, or with `strict` of the ends of a scale."""
+
+    strict: bool = False
 
     def __contains__(self, pair: tuple[float, float]) -> bool:
-        return pair[0] <= pair[1]
+        return pair[0] < pair[1] if self.strict else pair[0] <= pair[1]
 
     def __str__(self) -> str:
         return "in rising order"
@@ -68,6 +71,7 @@ Pixels = Annotated[int, Range(least=1, most=2**16)]  # side of an image
 PixelsOrZero = Annotated[int, Range(least=0, most=2**16)]
 Width = Annotated[int, Range(least=1, most=2**20)]  # channels, features, rows of a bank
 WidthOrZero = Annotated[int, Range(least=0, most=2**20)]  # where 0 has a meaning of its own
+LARGEST = 1e38  # about what single precision has, in which networks compute
 NULL = ("none", "null", "~", "")  # texts, in any case, that mean None where None is allowed
 BOOLS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 
@@ -150,10 +154,12 @@ def _number(value: str | float, kind: type, wrong: UserError) -> int | float:
         if isinstance(value, str) and value.lower().startswith(("0x", "0o", "0b")):
             value = int(value, 0)
         number = float(value)
+        if kind is float:
+            if not abs(number) < LARGEST:
+                raise UserError(f"{wrong}: it must be finite{' in 32 bits' * math.isfinite(number)}")
+            return number
         if not math.isfinite(number):
             raise UserError(f"{wrong}: it must be finite")
-        if kind is float:
-            return number
         if isinstance(value, str):
             value = int(value) if value.lstrip("+-").isdecimal() else number
         if value != int(value):

@@ -4,16 +4,28 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
 from runtime.errors import UserError
 from runtime.schema import choice
-from runtime.values import BelowOne, NonNegativeFloat, OpenUnitInterval, PositiveFloat, PositiveShare, UnitInterval
+from runtime.values import (
+    BelowOne,
+    NonNegativeFloat,
+    OpenUnitInterval,
+    PositiveFloat,
+    PositiveShare,
+    Range,
+    UnitInterval,
+)
 from training.lars import LARS, Form
 from training.schedule import warmup_constant, warmup_cosine, warmup_exponential, warmup_steps
+
+# Of rates, their factors and decays, whose products single precision must hold
+Factor = Annotated[float, Range(least=0, most=1e6)]
+PositiveFactor = Annotated[float, Range(above=0, most=1e6)]
 
 
 def sgd(groups, *, momentum: UnitInterval = 0.9, nesterov: bool = False):
@@ -53,7 +65,7 @@ def lars(
     groups,
     *,
     momentum: UnitInterval = 0.9,
-    eta: PositiveFloat = 1e-3,
+    eta: PositiveFactor = 1e-3,
     form: Form = "official",
     clip_lr: bool = False,
 ):
@@ -75,20 +87,20 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": sgd, "adam
 @dataclass(kw_only=True)
 class OptimConfig:
     name: str = choice(OPTIMIZERS)
-    lr: PositiveFloat  # learning rate where the warm-up ends
+    lr: PositiveFactor  # learning rate where the warm-up ends
     lr_scaling: Literal["linear", "none"] = "none"  # linear: lr is per 256 images of a step
     schedule: Literal["cosine", "constant", "steps", "exponential"] = "cosine"  # of the rate after the warm-up
     steps: tuple[OpenUnitInterval, ...] = (0.6, 0.8)  # `steps`: a tenth of the rate after each of these parts of a run
     decay: PositiveShare = 0.95  # `exponential`: factor on the rate after every epoch
     warmup_epochs: NonNegativeFloat = 0.0  # the rate rises linearly over so many epochs
-    final_lr: NonNegativeFloat = 0.0  # where the cosine ends
-    weight_decay: NonNegativeFloat = 0.0  # of weights; not of biases and norms, unless decay_norms
-    final_weight_decay: NonNegativeFloat | None = None  # a cosine from weight_decay to this (DINO); none: constant
+    final_lr: Factor = 0.0  # where the cosine ends
+    weight_decay: Factor = 0.0  # of weights; not of biases and norms, unless decay_norms
+    final_weight_decay: Factor | None = None  # a cosine from weight_decay to this (DINO); none: constant
     layer_decay: PositiveShare = 1.0  # learning rate x this per stage (ResNet, ConvNeXt) or block (others) to the head
     decay_norms: bool = False  # decay biases and norms, too (official SGD recipes of MoCo, SimSiam, SupCon, PsCo)
-    bias_lr_scale: NonNegativeFloat = 1.0  # learning rate x this for biases, norms; Barlow Twins: 0.0048 / 0.2 = 0.024
+    bias_lr_scale: Factor = 1.0  # learning rate x this for biases, norms; Barlow Twins: 0.0048 / 0.2 = 0.024
     fix_predictor_lr: bool = False  # a module `predictor` learns at the peak rate throughout (SimSiam)
-    predictor_lr_scale: PositiveFloat = 1.0  # learning rate x this for a module `predictor`; BYOL without target: 10
+    predictor_lr_scale: PositiveFactor = 1.0  # learning rate x this for a module `predictor`; BYOL without target: 10
     clip: PositiveFloat | None = None  # largest gradient norm
     clip_mode: Literal["global", "tensor"] = "global"  # tensor: each parameter by itself, as official DINO does
     options: dict = field(default_factory=dict)

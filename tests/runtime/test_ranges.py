@@ -38,7 +38,7 @@ TABLES = {
 }
 REFUSED = {  # (section, name): {key: (refused values), (taken values)}
     ("optim", "sgd"): {
-        "lr": ("-1 0 -0.0", "1e-9 2"),
+        "lr": ("-1 0 -0.0 1e7", "1e-9 2"),
         "momentum": ("-0.1 1.1", "0 1"),
         "weight_decay": ("-1e-9", "0 0.1"),
         "final_weight_decay": ("-1", "0 none"),
@@ -145,11 +145,14 @@ REFUSED = {  # (section, name): {key: (refused values), (taken values)}
     ("data", "folder"): {
         "size": ("0 -1 1e9 32,0", "32 32,48 native"),
         "resize": ("0", "256 none"),
-        "white": ("0 -1 4294967296", "1023 auto"),
+        "white": ("", "1023 -40.5 auto"),
+        "percentiles": ("-1,50 0,101 99,1", "0,100 2,98"),
+        "units": ("5,5 6,5", "-80,2000"),
         "workers": ("-1 100000", "0"),
         "test_fraction": ("1 -0.1", "0 none"),
     },
     ("data", "few_shot"): {"shots": ("0", "1"), "draw": ("-1", "0")},
+    ("data", "mixed"): {"min_per_class": ("0", "1")},
     ("data", "cifar10"): {"per_class": ("0", "1 none")},
     ("task", "knn"): {"k": ("0 -1", "1"), "temperature": ("0 -1", "0.07")},
     ("task", "linear"): {"epochs": ("0", "1"), "batch_size": ("0", "1"), "seed": ("-1", "0")},
@@ -171,7 +174,7 @@ SCRIPTS = {  # those of a script's own
         "epochs": ("-1", "0"),
         "batch_size": ("0", "1"),
         "holdout": ("1 -0.1", "0 none"),
-        "false_alarm_rate": ("0 1 -1 2", "0.01"),
+        "false_alarm_rate": ("0 1 -1 2 1e-300", "0.01 1e-6"),
         "log_every": ("0", "1"),
         "save_every": ("0", "1"),
         "seed": ("-1", "0"),
@@ -234,7 +237,7 @@ def numbers_in(kind) -> bool:
 
 
 def test_no_number_of_ours_lacks_a_range():
-    """But for the threshold of scores, which are any finite numbers."""
+    """But for what a pixel or a score may be: any finite number."""
     bare = [
         f"{section}={name} {key}"
         for section, table in TABLES.items()
@@ -246,7 +249,7 @@ def test_no_number_of_ours_lacks_a_range():
     sections = [section for schema in schemas for section in map(section_of, hints_of(schema).values()) if section]
     for schema in [*schemas, *sections]:
         bare += [f"{schema.__name__}.{key}" for key, kind in hints_of(schema).items() if numbers_in(kind)]
-    assert bare == ["Config.threshold"]
+    assert {*bare} == {"DataConfig.white", "DataConfig.black", "DataConfig.units", "Config.threshold"}
 
 
 def test_every_default_is_inside_its_range():
@@ -289,7 +292,7 @@ def test_a_message_has_the_key_the_value_and_the_range():
 
 
 def test_a_users_own_plain_numbers_take_what_is_finite():
-    assert coerce("-1", int, "k") == -1 and coerce("-1e300", float, "k") == -1e300 and rules_of(float | None) == []
+    assert coerce("-1", int, "k") == -1 and coerce("-1e30", float, "k") == -1e30 and rules_of(float | None) == []
 
 
 def test_help_shows_the_range():
