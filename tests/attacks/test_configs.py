@@ -150,14 +150,10 @@ ELSEWHERE = {"runs", "run_name", "root", "others", "update", "compile", "name", 
 def one_number(raw: dict, schema: type, draw: random.Random) -> tuple[str, dict]:
     """The config with a number in place of another: half of them at the ends of the key's range, half any."""
     keys = [key for key in keys_of(schema, raw) if not ELSEWHERE & {*key}]
-    keys = [
-        key
-        for key in keys
-        if (len(key) == 2 and isinstance(raw[key[0]], dict)) or not isinstance(raw.get(key[0]), dict)
-    ]
+    keys = [key for key in keys if (len(key) == 2) == isinstance(raw.get(key[0]), dict)]  # no section as a number
     while True:
         key = draw.choice(keys)
-        there = raw.get(key[0]) if len(key) == 1 else (raw.get(key[0]) or {}).get(key[1])
+        there = raw.get(key[0]) if len(key) == 1 else raw[key[0]].get(key[1])
         if values := (ends(schema, raw, key) if draw.random() < 0.5 else [v for v in NUMBERS if len(v) < 30]):
             value = draw.choice(values)
             value = f"[{', '.join([value] * len(there))}]" if isinstance(there, list) else value
