@@ -24,8 +24,8 @@ from training.lars import LARS, Form
 from training.schedule import warmup_constant, warmup_cosine, warmup_exponential, warmup_steps
 
 # Of rates, their factors and decays, whose products single precision must hold
-Factor = Annotated[float, Range(least=0, most=1e6)]
-PositiveFactor = Annotated[float, Range(above=0, most=1e6)]
+Factor = Annotated[float, Range(least=0, most=1e10)]
+PositiveFactor = Annotated[float, Range(above=0, most=1e10)]
 
 
 def sgd(groups, *, momentum: UnitInterval = 0.9, nesterov: bool = False):

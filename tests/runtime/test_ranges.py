@@ -38,7 +38,7 @@ TABLES = {
 }
 REFUSED = {  # (section, name): {key: (refused values), (taken values)}
     ("optim", "sgd"): {
-        "lr": ("-1 0 -0.0 1e7", "1e-9 2"),
+        "lr": ("-1 0 -0.0 1e11", "1e-9 2"),
         "momentum": ("-0.1 1.1", "0 1"),
         "weight_decay": ("-1e-9", "0 0.1"),
         "final_weight_decay": ("-1", "0 none"),
