@@ -209,8 +209,8 @@ def variants(grid: dict) -> list[tuple[str, list[str]]]:
     short = [key.rpartition(".")[2] for key in keys]
     short = [last if short.count(last) == 1 else key for last, key in zip(short, keys)]
     found, lists = [], [spelled(key, values) for key, values in grid.items()]
-    if (number := math.prod(map(len, lists))) > MOST_VARIANTS:
-        raise errors.UserError(f"the grid has {number:.3g} combinations of values, at most {MOST_VARIANTS} can be run")
+    if math.prod(map(len, lists)) > MOST_VARIANTS:
+        raise errors.UserError(f"the grid has more than {MOST_VARIANTS} combinations of values: remove some")
     for values in itertools.product(*lists):
         name = "".join(f"_{key}-{value}" for key, value in zip(short, values))
         found.append((folder_name(name), [f"{key}={value}" for key, value in zip(grid, values)]))
