@@ -176,6 +176,11 @@ def test_a_predictor_that_is_not_there():
     assert OptimConfig(name="sgd", lr=0.3).peak_lr(4096) == 0.3
 
 
+def test_nesterov_needs_momentum():
+    with pytest.raises(UserError, match=r"optim\.nesterov=true needs optim\.momentum above 0"):
+        build_optimizer(OptimConfig(name="sgd", lr=1.0, options={"momentum": 0.0, "nesterov": True}), Tiny())
+
+
 def gradients():
     parameters = [nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(1))]
     parameters[0].grad, parameters[1].grad = torch.randn(3, 2) * 10, torch.randn(4) * 0.01
