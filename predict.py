@@ -44,7 +44,7 @@ from runtime import config, distributed, errors, help
 from runtime.errors import UserError
 from runtime.files import remove_unfinished, whole_file
 from runtime.text import printable
-from runtime.values import PathText
+from runtime.values import PathText, PixelsOrZero, PositiveInt
 from runtime.version import another_version
 
 COLUMNS = ("path", "score", "is_anomalous", "threshold", "nearest_training_image", "y", "x")
@@ -58,9 +58,9 @@ class Config:
     images: PathText  # a folder or a file
     out: PathText = "results"  # folder of the table and the heat maps
     threshold: float | None = None  # of the score; none: the run's own
-    tile: int | None = None  # side of square tiles in pixels; 0: whole images; none: as the run was fitted
-    overlap: int | None = None  # pixels that neighboring tiles share; none: as the run was fitted, 64 of whole images
-    batch_size: int = 16  # images, or tiles of one image
+    tile: PixelsOrZero | None = None  # side of square tiles in pixels; 0: whole images; none: as the run was fitted
+    overlap: PixelsOrZero | None = None  # pixels that neighboring tiles share; none: as the run was fitted, else 64
+    batch_size: PositiveInt = 16  # images, or tiles of one image
     device: str = "auto"  # auto, cpu, cuda or cuda:1; auto: CUDA where there is one
     precision: Literal["fp32", "bf16", "fp16"] | None = None  # none: the run's own, which its thresholds are of
 
@@ -71,7 +71,6 @@ def main(argv: list[str]) -> None:
         raise UserError(USAGE)
     words = [word for word in argv if help.asked([word])] or [f"run={argv[0]}", f"images={argv[1]}", *argv[2:]]
     cfg = config.load(Config, words)
-    config.at_least_one(cfg, "batch_size")
     device = distributed.setup(cfg.device)
     if distributed.world_size() > 1:
         raise UserError("predict.py runs in one process: start it without torchrun, once for each folder")

@@ -28,6 +28,7 @@ import runtime.threads  # before torch
 
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -62,6 +63,9 @@ class Config:
     launcher: str = ""  # for example torchrun --nproc_per_node=4; empty: one process for each cell
     runs: PathText = "runs"  # folder of all runs
     run_name: str  # folder below it; the name of the YAML file unless given
+
+
+MOST_VARIANTS = 10_000  # combinations of a grid's values
 
 
 class Cell(NamedTuple):
@@ -184,7 +188,7 @@ def varied(texts: dict[str, str], which: list[str], grid: dict) -> dict[str, tup
     for name, text in texts.items():
         for end, words in variants(grid if name in which else {}):
             if name + end in found:
-                raise errors.UserError(f"two of the sweep's cells would be called {name + end}: rename one")
+                raise errors.UserError(f"two of the sweep's cells would be called {errors.cut(name + end)}: rename one")
             found[name + end] = split(text), words
     return found
 
@@ -193,7 +197,7 @@ def split(text: str) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise errors.UserError(f"`{text}` cannot be split into words: {error}") from None
+        raise errors.UserError(f"`{errors.cut(text)}` cannot be split into words: {error}") from None
 
 
 def variants(grid: dict) -> list[tuple[str, list[str]]]:
@@ -204,8 +208,10 @@ def variants(grid: dict) -> list[tuple[str, list[str]]]:
     keys = [key.removesuffix(".name") for key in grid]
     short = [key.rpartition(".")[2] for key in keys]
     short = [last if short.count(last) == 1 else key for last, key in zip(short, keys)]
-    found = []
-    for values in itertools.product(*(spelled(key, values) for key, values in grid.items())):
+    found, lists = [], [spelled(key, values) for key, values in grid.items()]
+    if math.prod(map(len, lists)) > MOST_VARIANTS:
+        raise errors.UserError(f"the grid has more than {MOST_VARIANTS} combinations of values: remove some")
+    for values in itertools.product(*lists):
         name = "".join(f"_{key}-{value}" for key, value in zip(short, values))
         found.append((folder_name(name), [f"{key}={value}" for key, value in zip(grid, values)]))
     return found
@@ -218,7 +224,7 @@ def spelled(key: str, values) -> list[str]:
     lists = [v if isinstance(v, list) else [v] for v in (values if isinstance(values, list) else [values])]
     texts = [",".join(_text(part) for part in parts) for parts in lists]
     if not texts or len({*texts}) < len(texts):
-        raise errors.UserError(f"grid.{key}={values} must be a list of different values")
+        raise errors.UserError(f"grid.{errors.cut(key)}={errors.shown(values)} must be a list of different values")
     return texts
 
 
@@ -247,7 +253,7 @@ def check(cells: list[Cell]) -> dict[str, dict]:
         try:
             found = scripts.config_of(words)
         except errors.UserError as error:
-            raise errors.UserError(f"{name}: {error}") from None
+            raise errors.UserError(f"{errors.cut(name, 60)}: {error}") from None
         if found is None:
             unknown.setdefault(words[0], []).append(name)
             text = Path(words[1]).read_text() if len(words) > 1 and Path(words[1]).is_file() else ""

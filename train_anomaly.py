@@ -33,6 +33,7 @@ from evaluation.anomaly.bank_updates import load_memory, update_memory, with_ran
 from evaluation.anomaly.calibration import calibrate, promise
 from evaluation.anomaly.detection import batches_of, examine_set
 from evaluation.anomaly.report import report
+from evaluation.anomaly.thresholds import FalseAlarmRate
 from evaluation.anomaly.tiling import check_tiling, examine_set_in_tiles
 from models.anomaly import DETECTORS, DetectorConfig, build_detector
 from models.anomaly.detector import Detector, TrainingBatch
@@ -40,7 +41,7 @@ from models.backbones.build import BackboneConfig, build_backbone
 from runtime import checkpoint, config, distributed, errors
 from runtime.errors import UserError
 from runtime.run import Run
-from runtime.values import PathText, Seed
+from runtime.values import BelowOne, NonNegativeInt, PathText, PositiveInt, Seed
 from training.optim import OptimConfig, apply_gradients, build_optimizer, mixed_precision, set_rates
 from training.schedule import check_lengths
 
@@ -51,14 +52,14 @@ class Config:
     backbone: BackboneConfig  # what the detector sees them with
     detector: DetectorConfig  # the method
     optim: OptimConfig | None = None  # for detectors trained by gradients; the others are fitted in one pass
-    epochs: int = 1  # passes over the training set, for detectors trained by gradients
-    batch_size: int = 16  # images per step, over all processes
+    epochs: NonNegativeInt = 1  # passes over the training set, for detectors trained by gradients
+    batch_size: PositiveInt = 16  # images per step, over all processes
     update: PathText | None = None  # last.pt of a fitted run: only learn what was added to its images or taken away
-    holdout: float | None = None  # share of normals kept for thresholds; none: 0.1, 0 if few or each can be left out
-    false_alarm_rate: float = 0.01  # what the thresholds promise; below 1 / (normals + 1) nothing can
+    holdout: BelowOne | None = None  # share of normals kept for thresholds; none: 0.1, 0 if few or each can be left out
+    false_alarm_rate: FalseAlarmRate = 0.01  # what the thresholds promise; below 1 / (normals + 1) nothing can
     pixels: Literal["input", "original"] = "input"  # resolution of the pixel metrics
-    log_every: int = 10  # steps between points of the curves
-    save_every: int = 500  # steps between checkpoints
+    log_every: PositiveInt = 10  # steps between points of the curves
+    save_every: PositiveInt = 500  # steps between checkpoints
     seed: Seed = 0  # of the weights, the order and the hold-out
     device: str = "auto"  # auto, cpu, cuda or cuda:1; auto: CUDA where there is one
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the networks
@@ -198,20 +199,15 @@ def calibrate_and_test(
 def check(cfg: Config, run: Run) -> None:
     """Refuse what cannot work, as far as the config alone tells."""
     kind, name = DETECTORS[cfg.detector.name], cfg.detector.name
-    config.at_least_one(cfg, "batch_size", "log_every", "save_every")
     if cfg.batch_size % run.world:
         raise UserError(f"batch_size={cfg.batch_size} is no multiple of {run.world} processes")
     if cfg.sync_bn and run.world > 1 and run.device.type != "cuda":
         raise UserError("sync_bn=true needs CUDA devices; set sync_bn=false on a CPU")
-    if not 0 < cfg.false_alarm_rate < 1:
-        raise UserError(f"false_alarm_rate={cfg.false_alarm_rate} must lie between 0 and 1")
-    if not 0 <= (cfg.holdout or 0) < 1:
-        raise UserError(f"holdout={cfg.holdout} must be at least 0 and below 1")
     if kind.by_gradient and cfg.optim is None:
         raise UserError(f"detector {name} is trained by gradients: the config needs an optim section")
     if cfg.optim is not None and kind.by_gradient and cfg.epochs:
         check_lengths(cfg.epochs, {"optim.warmup_epochs": cfg.optim.warmup_epochs})
-    if cfg.epochs < (1 if cfg.detector.weights is None else 0):
+    if not cfg.epochs and cfg.detector.weights is None:
         raise UserError(f"epochs={cfg.epochs}: at least 1, or 0 to test detector.weights as they are")
     if cfg.data.tile and (kind.learns_from, kind.fitted_on, cfg.data.fit) != ("train", "train", "squash"):
         raise UserError(f"data.tile={cfg.data.tile}: {name} takes whole images, or data.fit is not squash: remove it")

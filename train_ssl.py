@@ -48,7 +48,7 @@ from models.ssl.spd import SPD
 from plots.sheets import view_sheets
 from runtime import checkpoint, config, distributed, errors
 from runtime.run import Run
-from runtime.values import PathText, Seed
+from runtime.values import BelowOne, NonNegativeFloat, NonNegativeInt, PathText, PositiveInt, Seed, UnitInterval
 from training.optim import OptimConfig, apply_gradients, build_optimizer, mixed_precision, set_rates
 from training.sam import SAMConfig, climbed, frozen_statistics
 from training.schedule import check_lengths, warmup_cosine
@@ -56,8 +56,8 @@ from training.schedule import check_lengths, warmup_cosine
 
 @dataclass(kw_only=True)
 class EMAConfig:
-    start: float = 0.996  # momentum of the first step; half a cosine takes it to `end`
-    end: float = 1.0  # momentum of the last step
+    start: UnitInterval = 0.996  # momentum of the first step; half a cosine takes it to `end`
+    end: UnitInterval = 1.0  # momentum of the last step
 
 
 @dataclass(kw_only=True)
@@ -65,14 +65,14 @@ class SPDConfig:
     """`spd.*`: these keys, and the keyword-only arguments of the chosen defect."""
 
     name: str = config.choice(DEFECTS)  # the difference to spot: smooth_blend in the paper
-    weight: float = 0.1  # of the term beside the method's loss
+    weight: NonNegativeFloat = 0.1  # of the term beside the method's loss
     options: dict = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
 class SaveConfig:
-    every: int = 500  # steps between checkpoints
-    keep_last: int = 0  # so many step_*.pt stay beside last.pt
+    every: PositiveInt = 500  # steps between checkpoints
+    keep_last: NonNegativeInt = 0  # so many step_*.pt stay beside last.pt
     best: bool = False  # best.pt: the highest kNN accuracy on the held-out part of the training set
 
 
@@ -88,13 +88,13 @@ class Config:
     sam: SAMConfig | None = None  # sharpness-aware minimization: two passes per step
     ema: EMAConfig = field(default_factory=EMAConfig)  # of methods with a target network
     save: SaveConfig = field(default_factory=SaveConfig)  # checkpoints
-    epochs: int  # passes over the training set
-    batch_size: int  # images per step, over all processes and accumulated batches
-    accumulate: int = 1  # batches of a step, which has one loss of all its images
-    holdout: float = 0.1  # share of the training set kept for the kNN metric; 0: train on everything, no metric
-    eval_every: int = 10  # epochs between kNN metrics
-    log_every: int = 10  # steps between points of the curves
-    overfit: int = 0  # overfit this many images, always in the same views: does the loss reach its floor?
+    epochs: PositiveInt  # passes over the training set
+    batch_size: PositiveInt  # images per step, over all processes and accumulated batches
+    accumulate: PositiveInt = 1  # batches of a step, which has one loss of all its images
+    holdout: BelowOne = 0.1  # share of the training set kept for the kNN metric; 0: train on everything, no metric
+    eval_every: PositiveInt = 10  # epochs between kNN metrics
+    log_every: PositiveInt = 10  # steps between points of the curves
+    overfit: NonNegativeInt = 0  # overfit this many images, always in the same views: does the loss reach its floor?
     seed: Seed = 0  # of the weights, the order, the views and the hold-out
     device: str = "auto"  # auto, cpu, cuda or cuda:1; auto: CUDA where there is one
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # fp16's scaler waits for the device once per step
@@ -173,8 +173,6 @@ def main(argv: list[str]) -> None:
 
 def check(cfg: Config, run: Run) -> None:
     """Refuse what cannot work, as far as the config alone tells."""
-    config.at_least_one(cfg, "epochs", "batch_size", "accumulate", "eval_every", "log_every")
-    config.at_least_one(cfg.save, "every")
     in_epochs = {f"method.{k}": cfg.method.options[k] for k in SSL_METHODS[cfg.method.name].in_epochs}
     check_lengths(cfg.epochs, {"optim.warmup_epochs": cfg.optim.warmup_epochs} | in_epochs)
     refuse_classifier(cfg.backbone)
@@ -212,7 +210,7 @@ def prepare_data(cfg: Config, run: Run) -> Data:
     train_set = build_dataset(cfg.data, "train")
     classes = len(train_set.labels.unique())
     train_ids, held_out = holdout(train_set, cfg.holdout if classes > 1 else 0.0, cfg.seed)
-    if not 0 <= cfg.overfit <= len(train_ids):
+    if cfg.overfit > len(train_ids):
         raise errors.UserError(f"overfit={cfg.overfit} must be 0 or a number of images, {len(train_ids)} at most")
     if cfg.save.best and not len(held_out):
         raise errors.UserError("save.best keeps the best kNN metric, and there is none without holdout or classes")

@@ -7,7 +7,7 @@ data/augment/recipes.py, of `defect` in data/defects/__init__.py.
 import runtime.threads  # before torch
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from data.augment.recipes import AugmentConfig as AugmentConfig
 from data.augment.recipes import build_augment as build_augment
@@ -25,7 +25,11 @@ from data.loading import Cache
 from data.white import find_range, warn_if_dark
 from runtime.errors import UserError
 from runtime.schema import choice
+from runtime.values import Pixels, PixelsOrZero, Range, Rising
 
+Scale = Annotated[tuple[float, float], Rising(strict=True)]
+Percentile = Annotated[float, Range(least=0, most=100)]
+Percentiles = Annotated[tuple[Percentile, Percentile], Rising()]
 DATASETS: dict[str, type[Dataset]] = {
     "folder": ClassFolder,
     "cifar10": CIFAR10,
@@ -42,20 +46,22 @@ class DataConfig:
     """`data.*`: these keys, and the keyword-only arguments of the chosen dataset."""
 
     name: str = choice(DATASETS)
-    size: tuple[int, ...] | Literal["native"]  # pixels: 256 for a square; 256,384: height, width; native: as the files
+    size: tuple[Pixels, ...] | Literal["native"]  # pixels: 256 for a square; 256,384: height, width; native: as files
     fit: Fit = "squash"  # how images of other proportions are made to fit it; data/geometry.py
-    resize: int | None = None  # fit=crop only: the short side before the center crop
+    resize: Pixels | None = None  # fit=crop only: the short side before the center crop
     resample: Resample = "bilinear"  # Pillow's filter, antialiased
     white: float | Literal["auto"] = WHITE  # of deep files: 1023, 4095 of 10, 12-bit cameras; auto: find it
     black: float | Literal["auto"] = 0  # likewise; both of a thermal camera, to show what lies between
-    percentiles: tuple[float, float] = (0, 100)  # black and white that auto takes of the training set's values
-    units: tuple[float, float] | None = None  # what a 16-bit file's 0 and 65535 stand for, as -80,2000 degrees; black
+    percentiles: Percentiles = (0, 100)  # black and white that auto takes of the training set's values
+    units: Scale | None = None  # what a 16-bit file's 0 and 65535 stand for, as -80,2000 degrees; black
     # and white are then given in it
     gray: bool = False  # keep one channel, of colors their luma; a network gets it three times
-    tile: int = 0  # train_anomaly.py: fit and examine squares of the files' own pixels; `size` is that of the maps then
-    overlap: int = 64  # pixels that neighboring tiles share
+    tile: PixelsOrZero = (
+        0  # train_anomaly.py: fit and examine squares of the files' own pixels; `size` is that of the maps then
+    )
+    overlap: PixelsOrZero = 64  # pixels that neighboring tiles share
     cache: Cache = "auto"  # where decoded images stay; auto: where they fit; file: on the disk, for later runs
-    workers: int = 4  # processes that decode when nothing is cached
+    workers: Annotated[int, Range(least=0, most=1024)] = 4  # processes that decode when nothing is cached
     balanced: bool = False  # pretraining sees each class equally often: images of rare ones repeat within an epoch
     options: dict = field(default_factory=dict)
 

@@ -4,8 +4,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.errors import UserError
-
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Split positions into (rest, picked), both ascending int64, the same fraction of every class.
@@ -14,8 +12,6 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     of one item stays in the rest. Every class draws its own permutation of n from RandomState(seed), whose stream
     NumPy never changes, so a class's split does not depend on other classes, machine or library version.
     """
-    if not 0 <= fraction < 1:
-        raise UserError(f"a held-out or test fraction must be at least 0 and below 1, not {fraction}")
     picked = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         members = (labels == label).nonzero().flatten()

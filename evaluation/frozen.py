@@ -26,14 +26,20 @@ from plots.heatmaps import save
 from runtime import checkpoint, config, distributed
 from runtime.errors import UserError
 from runtime.log import Log
-from runtime.values import PathText, Seed
+from runtime.values import PathText, PositiveFloat, PositiveInt, Seed
 from runtime.version import code_version
 
 Features = tuple[Tensor, Tensor]  # (N, D) float32 and labels (N,) int64
 
 
 def knn(
-    train: Features, test: Features, classes: list[str], say: Callable, *, k: int = 20, temperature: float = 0.07
+    train: Features,
+    test: Features,
+    classes: list[str],
+    say: Callable,
+    *,
+    k: PositiveInt = 20,
+    temperature: PositiveFloat = 0.07,
 ) -> tuple[Tensor, dict]:
     """DINO's weighted vote; the metrics of all of `KNN_SETTINGS`, the report for k and temperature.
 
@@ -57,8 +63,8 @@ def linear(
     classes: list[str],
     say: Callable,  # noqa: ARG001
     *,
-    epochs: int = 100,
-    batch_size: int = 256,
+    epochs: PositiveInt = 100,
+    batch_size: PositiveInt = 256,
     seed: Seed = 0,
 ) -> tuple[Tensor, dict]:
     """A linear classifier on frozen features; its learning rate is chosen on a hold-out of the training set.
@@ -86,7 +92,7 @@ class FrozenConfig:
     data: DataConfig  # the images, of which some train and some test
     backbone: BackboneConfig  # what is measured
     checkpoint: PathText | None = None  # last.pt, best.pt or step_*.pt of a run; none: the backbone of these keys
-    batch_size: int = 64  # images per forward
+    batch_size: PositiveInt = 64  # images per forward
     seed: Seed = 0  # of the random weights of a backbone without others
     device: str = "auto"  # auto, cpu, cuda or cuda:1; auto: CUDA where there is one
     runs: PathText = "runs"  # folder of all runs
@@ -95,7 +101,6 @@ class FrozenConfig:
 
 def measure(cfg: FrozenConfig) -> None:
     """Write the metrics of one backbone's features, by the measure that `cfg.task` names, into its run folder."""
-    check_options(cfg.task.options)
     device = distributed.setup(cfg.device)
     cfg.data = settled(cfg.data)
     name = f"eval_{cfg.task.name}"
@@ -137,10 +142,3 @@ def measure(cfg: FrozenConfig) -> None:
         log.image("confusion", pil_to_tensor(image))
     log.results(results | {"seconds": time.perf_counter() - began, "version": code_version()})
     distributed.cleanup()
-
-
-def check_options(options: dict) -> None:
-    """Refuse what would only fail once all features are there."""
-    for key, value in options.items():
-        if (key in ("k", "epochs", "batch_size") and value < 1) or (key == "temperature" and not value > 0):
-            raise UserError(f"task.{key}={value} must be {'positive' if key == 'temperature' else 'at least 1'}")

@@ -6,8 +6,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from runtime.errors import UserError
-
 
 def head_widths(features: int, head: Literal["linear", "mlp"], hidden: int, out: int, *, layers: int = 2) -> list[int]:
     """Widths for `mlp` of a projection head: one layer for `linear`, `layers` for `mlp`; hidden 0 is `features`."""
@@ -89,9 +87,6 @@ class DINOHead(nn.Module):
         layers, hidden, bottleneck: of the MLP, its width, and that of the vector that is normalized.
         use_bn: BatchNorm before each GELU.
         norm_last_layer: the prototypes' lengths stay at 1. False trains them, and weight decay applies (they are 2-D).
-
-    Raises:
-        UserError: layers below 1.
     """
 
     def __init__(
@@ -106,8 +101,6 @@ class DINOHead(nn.Module):
         norm_last_layer: bool = True,
     ):
         super().__init__()
-        if layers < 1:
-            raise UserError(f"method.layers={layers} must be at least 1")
         widths, modules = [in_features, *[hidden] * (layers - 1)], []
         for width_in, width_out in pairwise(widths):
             modules += [nn.Linear(width_in, width_out), *([nn.BatchNorm1d(width_out)] if use_bn else []), nn.GELU()]

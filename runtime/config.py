@@ -18,14 +18,14 @@ import inspect
 import os
 import sys
 import types
-import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from runtime import help
 from runtime.errors import UserError, cut, shown
 from runtime.schema import choice as choice  # scripts say config.choice
-from runtime.schema import chooser_of, option_types, options_of, section_of
+from runtime.schema import chooser_of, hints_of, option_types, options_of, section_of
 from runtime.values import NULL, coerce, path_text
 from runtime.yaml_text import read_yaml
 
@@ -105,13 +105,6 @@ def run_folder(config) -> Path:
     return Path(path_text(coerce(f"{config.runs}/{name}", str, where), where))  # text: TensorBoard's names are UTF-8
 
 
-def at_least_one(config, *keys: str) -> None:
-    """Refuse counts below 1."""
-    for key in keys:
-        if getattr(config, key) < 1:
-            raise UserError(f"{key}={getattr(config, key)} must be at least 1")
-
-
 def merge(schema: type, *layers: dict) -> dict:
     """One raw dict of several, a later one's keys over those of the earlier ones, whatever their order inside.
 
@@ -134,7 +127,7 @@ def _lay(schema: type, lower: dict, upper: dict, where: str, dropped: list[str])
             value = cut(str(lower.pop(key)), 40)
             dropped.append(f"{where}{key}={value} ({where[:-1] or chooser.name}={choice})")
     merged = lower | upper
-    for name, kind in typing.get_type_hints(schema).items():
+    for name, kind in hints_of(schema).items():
         if (section := section_of(kind)) and name in upper:
             below, above = (_spelled_out(kind, raw.get(name), f"{where}{name}") for raw in (lower, upper))
             if isinstance(above, dict) and isinstance(below, dict):
@@ -179,7 +172,7 @@ def _spelled_out(kind, raw, where: str) -> dict | None:
 
 def build(schema: type, raw: dict, where: str = ""):
     """An instance of dataclass `schema` from a raw dict; `where` is the dotted prefix that errors name."""
-    hints = typing.get_type_hints(schema)
+    hints = hints_of(schema)
     fields = {f.name: f for f in dataclasses.fields(schema)}
     chooser = chooser_of(schema)
     raw = _spelled_out(schema, raw, where.rstrip(".") or "the config") or {}
@@ -187,13 +180,13 @@ def build(schema: type, raw: dict, where: str = ""):
     if chooser:
         name = raw.get(chooser.name)
         if name is None:
-            raise UserError(f"missing key '{where}{chooser.name}'; one of: {', '.join(chooser.metadata['choices'])}")
+            raise UserError(f"missing key '{where}{chooser.name}'; one of: {listed(chooser.metadata['choices'])}")
         options = option_types(pick(chooser.metadata["choices"], name, f"{where}{chooser.name}"))
     known = [n for n in fields if not (chooser and n == "options")] + list(options)
     for key in raw:
         if key not in known:
             of = f" ({where[:-1] or chooser.name}={raw[chooser.name]})" if chooser else ""
-            raise UserError(f"unknown key '{cut(where + str(key))}'{of}{suggest(str(key), known)}")
+            raise UserError(f"unknown key '{cut(where + str(key))}'{of}{suggest(cut(str(key)), known)}")
     values: dict[str, Any] = {}
     for name, field in fields.items():
         if chooser and name == "options":
@@ -214,8 +207,8 @@ def build(schema: type, raw: dict, where: str = ""):
 def pick(table: dict, name: str, where: str):
     """`table[name]`, or an error that lists the valid names."""
     if not isinstance(name, str) or name not in table:
-        near = suggest(str(name), table).partition(";")[0]  # the known names follow anyway
-        raise UserError(f"{where}={shown(name)} is unknown{near}; one of: {', '.join(table)}")
+        near = suggest(cut(str(name)), table).partition(";")[0]  # the known names follow anyway
+        raise UserError(f"{where}={shown(name)} is unknown{near}; one of: {listed(table)}")
     return table[name]
 
 
@@ -230,7 +223,15 @@ def suggest(key: str, known) -> str:
     if RENAMED.get(key) in known:
         return f": it is now '{RENAMED[key]}'"
     near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    return f", did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}"
+    return f", did you mean '{near[0]}'?" if near else f"; known: {listed(known)}"
+
+
+def listed(names: Iterable[str], room: int = 130) -> str:
+    """Names as the end of an error: those that fit into so many characters, and how many there are beside them."""
+    names = list(names)
+    fit = sum(len(", ".join(names[:count])) <= room for count in range(1, len(names) + 1))
+    rest = f", and {len(names) - fit} more (--help lists them)" if fit < len(names) else ""
+    return ", ".join(names[:fit]) + rest
 
 
 def as_dict(config) -> Any:

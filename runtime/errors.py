@@ -75,6 +75,8 @@ def explain(error: BaseException) -> tuple[str | None, int]:
     if type(error).__name__ == "OutOfMemoryError":  # torch's
         how = "lower batch_size, data.size or predict.py's tile, or set precision=bf16"
         return f"error: the GPU's memory is full: {how}", 2
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+        return "error: the memory is full: lower batch_size, data.size or the widths of the networks", 2
     if isinstance(error, OSError) and error.errno in ADVICE:
         what = f"cannot use {cut(str(error.filename or 'a file'))}: {error.strerror}"
         return f"error: {what}; {ADVICE[error.errno]}", 2

@@ -19,11 +19,11 @@ import typing
 from collections.abc import Sequence
 
 from runtime.errors import cut
-from runtime.schema import chooser_of, option_types, options_of, section_of
-from runtime.values import PathText, Seed
+from runtime.schema import chooser_of, hints_of, option_types, options_of, section_of
+from runtime.values import PathText, rules_of
 
 MISSING = (dataclasses.MISSING, inspect.Parameter.empty)
-KINDS = {bool: "true|false", int: "integer", Seed: "integer", float: "number", str: "text", PathText: "path"}
+KINDS = {bool: "true|false", int: "integer", float: "number", str: "text", PathText: "path"}
 
 
 def asked(argv: list[str]) -> bool:
@@ -44,7 +44,7 @@ def show(text: str) -> None:
 
 def keys(schema: type, raw: dict) -> str:
     """The docstring of the script that `schema` belongs to, and all keys with the values that `raw` gives them."""
-    hints, lines = typing.get_type_hints(schema), field_lines(schema)
+    hints, lines = hints_of(schema), field_lines(schema)
     blocks, single = [], []
     for field in dataclasses.fields(schema):
         section, value, line = section_of(hints[field.name]), _value(raw, field), lines.get(field.name, "")
@@ -63,7 +63,7 @@ def keys(schema: type, raw: dict) -> str:
 
 def _section(schema: type, raw: dict | str, where: str) -> list[tuple | str]:
     """Rows of the keys of a section, and of the options of what its name chooses."""
-    chooser, hints, lines = chooser_of(schema), typing.get_type_hints(schema), field_lines(schema)
+    chooser, hints, lines = chooser_of(schema), hints_of(schema), field_lines(schema)
     raw = raw if isinstance(raw, dict) else {chooser.name: raw} if chooser else {}
     rows: list[tuple | str] = []
     options: list[tuple | str] = []
@@ -108,13 +108,16 @@ def _value(raw: dict, field: dataclasses.Field):
 def _row(key: str, kind, value, line: str) -> tuple[str, str, str, str]:
     if typing.get_origin(_inner(kind)) is typing.Literal:
         line = " | ".join(map(str, typing.get_args(_inner(kind)))) + (f"; {line}" if line else "")
+    line = "; ".join([line.removesuffix("."), *rules_of(kind)])
     return key, _kind(kind), "required" if value in MISSING else _written(value), line
 
 
 def _inner(kind):
-    """X of `X | None` and of `X | Literal["word"]`."""
+    """X of `X | None`, of `X | Literal["word"]` and of `Annotated[X, Range(...)]`."""
+    if typing.get_origin(kind) is typing.Annotated:
+        return _inner(typing.get_args(kind)[0])
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return next(k for k in typing.get_args(kind) if k is not type(None))
+        return _inner(next(k for k in typing.get_args(kind) if k is not type(None)))
     return kind
 
 
@@ -129,7 +132,8 @@ def _kind(kind) -> str:
         text = f"{_kind(args[0])}s"
     else:
         text = "map" if dict in (origin, inner) else KINDS.get(inner, str(inner))
-    others = [other for other in typing.get_args(kind) if inner is not kind and other is not inner]
+    several = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    others = [other for other in typing.get_args(kind) if several and _inner(other) is not inner]
     return "|".join([text, *(str(word) for other in others for word in typing.get_args(other) or ["none"])])
 
 

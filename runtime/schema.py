@@ -21,9 +21,14 @@ def section_of(kind) -> type | None:
     return next((k for k in kinds if dataclasses.is_dataclass(k)), None)
 
 
+def hints_of(schema) -> dict[str, typing.Any]:
+    """{name: type} of a dataclass's fields or a function's arguments, with what `Annotated` adds to them."""
+    return typing.get_type_hints(schema, include_extras=True)
+
+
 def option_types(constructor) -> dict[str, tuple]:
     """{name: (type, default)} of a constructor's keyword-only arguments."""
-    hints = typing.get_type_hints(constructor.__init__ if inspect.isclass(constructor) else constructor)
+    hints = hints_of(constructor.__init__ if inspect.isclass(constructor) else constructor)
     parameters = inspect.signature(constructor).parameters.values()
     return {p.name: (hints[p.name], p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
 

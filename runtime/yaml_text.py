@@ -5,13 +5,16 @@ without a value is None.
 """
 
 import os
+import stat
 from pathlib import Path
 
 import yaml
 
 from runtime.errors import UserError, cut, shown
 
-MAX_NODES, MAX_DEPTH = 20_000, 20  # keys and values with all aliases expanded; sections in sections
+MAX_BYTES = 2**18  # of a file
+MAX_NODES, MAX_DEPTH = 10_000, 20  # keys and values, with all aliases expanded; sections in sections
+MAX_TEXT = 2**20  # characters of all of them, with all aliases expanded
 TAG = "tag:yaml.org,2002:"
 
 
@@ -22,8 +25,7 @@ def read_yaml(path: str | Path) -> dict:
         UserError: the file cannot be read or parsed, a key stands twice or is no text, aliases multiply without bounds.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            node = yaml.compose(file, yaml.BaseLoader)
+        node = yaml.compose(_text(path), _Loader)
         values = None if node is None else _Reader(path).values(node)
     except OSError as error:
         raise UserError(f"cannot read config file {cut(str(path))}: {error.strerror}") from None
@@ -42,17 +44,46 @@ def read_yaml(path: str | Path) -> dict:
     return values
 
 
+def _text(path: str | Path) -> str:
+    """What a file holds that is one: a FIFO would be waited for, and a device has no end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        kind = "a folder" if os.path.isdir(path) else "no regular file"
+        raise UserError(f"cannot read config file {cut(str(path))}: it is {kind}")
+    with open(path, "rb") as file:
+        found = file.read(MAX_BYTES + 1)
+    if len(found) > MAX_BYTES:
+        raise UserError(f"cannot read config file {cut(str(path))}: it has more than {MAX_BYTES} bytes")
+    return found.decode("utf-8")
+
+
+class _Loader(yaml.BaseLoader):
+    """Stops as soon as a file is too large or too deep, for reading all of it may take minutes."""
+
+    nodes = depth = 0
+
+    def compose_node(self, parent, index):
+        self.nodes, self.depth = self.nodes + 1, self.depth + 1
+        for number, most, what in ((self.nodes, MAX_NODES, "values"), (self.depth - 1, MAX_DEPTH, "levels")):
+            if number > most:
+                raise yaml.MarkedYAMLError(
+                    problem=f"it has more than {most} {what}", problem_mark=self.peek_event().start_mark
+                )
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
 class _Reader:
     """Texts, lists and dicts from the nodes of one file, which are counted, since nine aliases of nine aliases of ...
     take few lines and hold more values than fit into memory."""
 
     def __init__(self, path: str | os.PathLike):
-        self.path, self.nodes = path, 0
+        self.path, self.nodes, self.length = path, 0, 0
 
     def values(self, node: yaml.Node, depth: int = 0):
-        self.nodes += 1
-        if self.nodes > MAX_NODES:
-            raise self.error(node, f"more than {MAX_NODES} values: too many aliases (*name)?")
+        self.nodes, self.length = self.nodes + 1, self.length + len(node.value)
+        if self.nodes > MAX_NODES or self.length > MAX_TEXT:
+            raise self.error(node, f"more than {MAX_NODES} values or {MAX_TEXT} characters: too many aliases (*name)?")
         if depth > MAX_DEPTH:
             raise self.error(node, f"nested more than {MAX_DEPTH} deep")
         if node.tag.removeprefix(TAG) not in ("str", "seq", "map"):

@@ -4,28 +4,46 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
 from runtime.errors import UserError
 from runtime.schema import choice
+from runtime.values import (
+    BelowOne,
+    NonNegativeFloat,
+    OpenUnitInterval,
+    PositiveFloat,
+    PositiveShare,
+    Range,
+    UnitInterval,
+)
 from training.lars import LARS, Form
 from training.schedule import warmup_constant, warmup_cosine, warmup_exponential, warmup_steps
 
+# Of rates, their factors and decays, whose products single precision must hold
+Factor = Annotated[float, Range(least=0, most=1e10)]
+PositiveFactor = Annotated[float, Range(above=0, most=1e10)]
 
-def sgd(groups, *, momentum: float = 0.9, nesterov: bool = False):
+
+def sgd(groups, *, momentum: UnitInterval = 0.9, nesterov: bool = False):
     """Stochastic gradient descent.
 
     Args:
         momentum: factor on what is left of the steps before.
         nesterov: look ahead by that momentum.
+
+    Raises:
+        UserError: nesterov without momentum.
     """
+    if nesterov and not momentum:
+        raise UserError("optim.nesterov=true needs optim.momentum above 0: set one of the two")
     return torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=nesterov)
 
 
-def adam(groups, *, betas: tuple[float, float] = (0.9, 0.999)):
+def adam(groups, *, betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)):
     """Adam, with weight decay inside the gradient.
 
     Args:
@@ -34,7 +52,7 @@ def adam(groups, *, betas: tuple[float, float] = (0.9, 0.999)):
     return torch.optim.Adam(groups, lr=0.0, betas=betas)
 
 
-def adamw(groups, *, betas: tuple[float, float] = (0.9, 0.999)):
+def adamw(groups, *, betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)):
     """Adam, with weight decay beside the gradient.
 
     Args:
@@ -43,7 +61,14 @@ def adamw(groups, *, betas: tuple[float, float] = (0.9, 0.999)):
     return torch.optim.AdamW(groups, lr=0.0, betas=betas)
 
 
-def lars(groups, *, momentum: float = 0.9, eta: float = 1e-3, form: Form = "official", clip_lr: bool = False):
+def lars(
+    groups,
+    *,
+    momentum: UnitInterval = 0.9,
+    eta: PositiveFactor = 1e-3,
+    form: Form = "official",
+    clip_lr: bool = False,
+):
     """Layer-wise adaptive rate scaling, for large batches; see training/lars.py.
 
     Args:
@@ -62,28 +87,23 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": sgd, "adam
 @dataclass(kw_only=True)
 class OptimConfig:
     name: str = choice(OPTIMIZERS)
-    lr: float  # learning rate where the warm-up ends
+    lr: PositiveFactor  # learning rate where the warm-up ends
     lr_scaling: Literal["linear", "none"] = "none"  # linear: lr is per 256 images of a step
     schedule: Literal["cosine", "constant", "steps", "exponential"] = "cosine"  # of the rate after the warm-up
-    steps: tuple[float, ...] = (0.6, 0.8)  # `steps`: a tenth of the rate after each of these fractions of the run
-    decay: float = 0.95  # `exponential`: factor on the rate after every epoch
-    warmup_epochs: float = 0.0  # the rate rises linearly over so many epochs
-    final_lr: float = 0.0  # where the cosine ends
-    weight_decay: float = 0.0  # of weights; not of biases and norms, unless decay_norms
-    final_weight_decay: float | None = None  # a cosine from weight_decay to this (DINO); none: constant
-    layer_decay: float = 1.0  # learning rate x layer_decay per stage (ResNet, ConvNeXt) or block (others) to the head
+    steps: tuple[OpenUnitInterval, ...] = (0.6, 0.8)  # `steps`: a tenth of the rate after each of these parts of a run
+    decay: PositiveShare = 0.95  # `exponential`: factor on the rate after every epoch
+    warmup_epochs: NonNegativeFloat = 0.0  # the rate rises linearly over so many epochs
+    final_lr: Factor = 0.0  # where the cosine ends
+    weight_decay: Factor = 0.0  # of weights; not of biases and norms, unless decay_norms
+    final_weight_decay: Factor | None = None  # a cosine from weight_decay to this (DINO); none: constant
+    layer_decay: PositiveShare = 1.0  # learning rate x this per stage (ResNet, ConvNeXt) or block (others) to the head
     decay_norms: bool = False  # decay biases and norms, too (official SGD recipes of MoCo, SimSiam, SupCon, PsCo)
-    bias_lr_scale: float = 1.0  # learning rate x this for biases and norms; Barlow Twins: 0.0048 / 0.2 = 0.024
+    bias_lr_scale: Factor = 1.0  # learning rate x this for biases, norms; Barlow Twins: 0.0048 / 0.2 = 0.024
     fix_predictor_lr: bool = False  # a module `predictor` learns at the peak rate throughout (SimSiam)
-    predictor_lr_scale: float = 1.0  # learning rate x this for a module `predictor`; BYOL without target: 10
-    clip: float | None = None  # largest gradient norm
+    predictor_lr_scale: PositiveFactor = 1.0  # learning rate x this for a module `predictor`; BYOL without target: 10
+    clip: PositiveFloat | None = None  # largest gradient norm
     clip_mode: Literal["global", "tensor"] = "global"  # tensor: each parameter by itself, as official DINO does
     options: dict = field(default_factory=dict)
-
-    def __post_init__(self):
-        if not all(0 < fraction < 1 for fraction in self.steps):
-            given = ",".join(f"{fraction:g}" for fraction in self.steps)
-            raise UserError(f"optim.steps={given} must be fractions of the run, between 0 and 1, as 0.6,0.8")
 
     def peak_lr(self, batch_size: int) -> float:
         """Learning rate where the warm-up ends; `batch_size` counts the images of all processes and accumulated
@@ -144,8 +164,6 @@ def parameter_groups(
     SimSiam's --fix-pred-lr). predictor_lr_scale multiplies theirs: BYOL needs no target if the predictor learns ten
     times as fast (Grill et al. 2020, appendix), and in short runs its embeddings keep their rank.
     """
-    if not predictor_lr_scale > 0:
-        raise UserError(f"optim.predictor_lr_scale={predictor_lr_scale} must be positive")
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     depths = {name: _depth(name) for name, _ in named}
     head = max((d for d in depths.values() if d is not None), default=0) + 1

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from runtime.errors import UserError
+from runtime.values import NonNegativeFloat
 
 
 @dataclass(kw_only=True)
@@ -17,13 +17,9 @@ class SAMConfig:
     all processes' images, as one process would, or of its own (m-sharpness), as in the official code; in a loss that
     gathers, along its own images' part of it, and then the images of differently moved networks are compared."""
 
-    rho: float = 0.05  # radius of the neighborhood; adaptive ones are about ten times as large, 0.5 to 2
+    rho: NonNegativeFloat = 0.05  # radius of the neighborhood; adaptive ones are about ten times as large, 0.5 to 2
     adaptive: bool = False  # ASAM: a radius relative to each weight's size
     m_sharpness: bool = False  # each process climbs for itself, so that the result depends on their number
-
-    def __post_init__(self):
-        if self.rho < 0:
-            raise UserError(f"sam.rho={self.rho} must not be negative; 0.05 is usual, with sam.adaptive=true 0.5")
 
 
 @contextmanager

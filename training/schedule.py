@@ -60,10 +60,7 @@ def linear_then_constant(position: float, *, start: float, end: float, length: i
 
 
 def check_lengths(epochs: int, lengths: dict[str, float]) -> None:
-    """Refuse warm-ups and other parts of a run, {key: length in epochs}, that are longer than the run or negative."""
-    for key, length in lengths.items():
-        if length < 0:
-            raise UserError(f"{key}={length:g} must not be negative; it is a length in epochs")
+    """Refuse warm-ups and other parts of a run, {key: length in epochs}, that are longer than the run."""
     long = {key: length for key, length in lengths.items() if length > epochs}
     if long:
         given = " and ".join(f"{key}={length:g}" for key, length in long.items())

@@ -8,7 +8,7 @@ Letters: B images, H and W their stored height and width, p a patch's, N = 9 B p
 
 from dataclasses import KW_ONLY, dataclass
 from functools import cache, partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from data.augment.views import View, in_pieces, on_rows
 from data.normalize import STD, standardize_
 from runtime.errors import UserError
 from runtime.memory import send
+from runtime.values import PixelsOrZero, Range, UnitInterval
 
 CELLS = 9
 DRAWS = 5  # random numbers of a patch: two of its jitter, two of its shrinking, one of its color
@@ -51,22 +52,11 @@ class PatchGrid:
 
     seed: int
     _: KW_ONLY
-    size: int = 96  # side of a patch in pixels
-    gap: int | None = None  # pixels between the cells; none: size // 2, as in the paper
-    jitter: int = 7  # pixels that a patch is moved at most, either way
+    size: Annotated[int, Range(above=LEAST, most=2**16)] = 96  # side of a patch in pixels
+    gap: PixelsOrZero | None = None  # pixels between the cells; none: size // 2, as in the paper
+    jitter: PixelsOrZero = 7  # pixels that a patch is moved at most, either way
     color: Literal["drop", "project", "none"] = "drop"  # what is done against chromatic aberration
-    downsample_p: float = 0.33  # share of the patches that are shrunk and enlarged again
-
-    def __post_init__(self):
-        rules = {
-            f"size must be above {LEAST} pixels": self.size > LEAST,
-            "gap must not be negative": self.gap is None or self.gap >= 0,
-            "jitter must not be negative": self.jitter >= 0,
-            "downsample_p must lie in [0, 1]": 0 <= self.downsample_p <= 1,
-        }
-        for rule, holds in rules.items():
-            if not holds:
-                raise UserError(f"augmentation: {rule}, but the grid is {self}")
+    downsample_p: UnitInterval = 0.33  # share of the patches that are shrunk and enlarged again
 
     @property
     def views(self) -> list[View]:

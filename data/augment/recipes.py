@@ -20,14 +20,14 @@ Args:
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
 from data.augment.patch_grid import PatchGrid
 from data.augment.views import Augment, View
-from runtime.errors import UserError
 from runtime.schema import choice
+from runtime.values import Few, FewOrZero, Pixels, Range, RisingShares, UnitInterval
 
 Interpolation = Literal["bilinear", "bicubic"]
 WEAK_JITTER, ASYMMETRIC_JITTER = (0.4, 0.4, 0.4, 0.1), (0.4, 0.4, 0.2, 0.1)  # of MoCo v2; of BYOL and all after it
@@ -35,12 +35,12 @@ WEAK_JITTER, ASYMMETRIC_JITTER = (0.4, 0.4, 0.4, 0.1), (0.4, 0.4, 0.2, 0.1)  # o
 
 def simclr(
     *,
-    size: int = 224,
-    scale: tuple[float, float] = (0.08, 1.0),
-    strength: float = 1.0,
-    blur_p: float = 0.5,
-    flip_p: float = 0.5,
-    views: int = 2,
+    size: Pixels = 224,
+    scale: RisingShares = (0.08, 1.0),
+    strength: Annotated[float, Range(least=0, most=2.5)] = 1.0,
+    blur_p: UnitInterval = 0.5,
+    flip_p: UnitInterval = 0.5,
+    views: Few = 2,
     interpolation: Interpolation = "bicubic",
 ) -> list[View]:
     """SimCLR (Chen et al. 2020, appendix A): views of one distribution.
@@ -67,11 +67,11 @@ def simclr(
 
 def moco(
     *,
-    size: int = 224,
-    scale: tuple[float, float] = (0.2, 1.0),
-    blur_p: float = 0.5,
-    flip_p: float = 0.5,
-    views: int = 2,
+    size: Pixels = 224,
+    scale: RisingShares = (0.2, 1.0),
+    blur_p: UnitInterval = 0.5,
+    flip_p: UnitInterval = 0.5,
+    views: Few = 2,
     interpolation: Interpolation = "bilinear",
 ) -> list[View]:
     """MoCo v2 (Chen et al. 2020, main_moco.py --aug-plus) and SimSiam (main_simsiam.py): views of one distribution.
@@ -84,12 +84,12 @@ def moco(
 
 def byol(
     *,
-    size: int = 224,
-    scale: tuple[float, float] = (0.08, 1.0),
-    blur_p: tuple[float, float] = (1.0, 0.1),
-    solarize_p: tuple[float, float] = (0.0, 0.2),
-    flip_p: float = 0.5,
-    views: int = 2,
+    size: Pixels = 224,
+    scale: RisingShares = (0.08, 1.0),
+    blur_p: tuple[UnitInterval, UnitInterval] = (1.0, 0.1),
+    solarize_p: tuple[UnitInterval, UnitInterval] = (0.0, 0.2),
+    flip_p: UnitInterval = 0.5,
+    views: Few = 2,
     interpolation: Interpolation = "bicubic",
 ) -> list[View]:
     """BYOL (Grill et al. 2020, appendix B), also of Barlow Twins (main.py), VICReg (augmentations.py) and MoCo v3: two
@@ -105,10 +105,10 @@ def byol(
 
 def psco(
     *,
-    size: int = 84,
-    scale: tuple[float, float] = (0.2, 1.0),
-    blur_p: float = 0.0,
-    flip_p: float = 0.5,
+    size: Pixels = 84,
+    scale: RisingShares = (0.2, 1.0),
+    blur_p: UnitInterval = 0.0,
+    flip_p: UnitInterval = 0.5,
     interpolation: Interpolation = "bicubic",
 ) -> list[View]:
     """PsCo (Jang et al., ICLR 2023, datasets.py): a strong view for the queries, then a weak one for the keys.
@@ -121,16 +121,16 @@ def psco(
 
 def dino(
     *,
-    size: int = 224,
-    local_size: int = 96,
-    local_crops: int = 8,
-    global_scale: tuple[float, float] = (0.4, 1.0),
-    local_scale: tuple[float, float] = (0.05, 0.4),
+    size: Pixels = 224,
+    local_size: Pixels = 96,
+    local_crops: FewOrZero = 8,
+    global_scale: RisingShares = (0.4, 1.0),
+    local_scale: RisingShares = (0.05, 0.4),
     blur: bool = True,
-    flip_p: float = 0.5,
-    strips: int = 0,
-    strip_size: tuple[int, int] = (224, 64),
-    strip_width: tuple[float, float] = (0.1, 0.4),
+    flip_p: UnitInterval = 0.5,
+    strips: FewOrZero = 0,
+    strip_size: tuple[Pixels, Pixels] = (224, 64),
+    strip_width: RisingShares = (0.1, 0.4),
     interpolation: Interpolation = "bicubic",
 ) -> list[View]:
     """DINO (Caron et al. 2021, main_dino.py): two global views, `local_crops` local ones, `strips` vertical strips.
@@ -152,9 +152,6 @@ def dino(
         strip_size: height and width of a strip in pixels.
         strip_width: least and largest share of the image's width in a strip.
     """
-    for name, count in (("local_crops", local_crops), ("strips", strips)):
-        if count < 0:
-            raise UserError(f"augmentation: {name} must not be negative, got {count}")
     common = {"interpolation": interpolation, "flip_p": flip_p, "jitter": ASYMMETRIC_JITTER}
     always, seldom, half = (1.0, 0.1, 0.5) if blur else (0.0, 0.0, 0.0)
     first = strong(size, scale=global_scale, **common, blur_p=always)
@@ -166,9 +163,9 @@ def dino(
 
 def aligned(
     *,
-    size: int = 224,
-    scale: tuple[float, float] = (0.8, 1.0),
-    views: int = 2,
+    size: Pixels = 224,
+    scale: RisingShares = (0.8, 1.0),
+    views: Few = 2,
     interpolation: Interpolation = "bicubic",
 ) -> list[View]:
     """Views that leave every part at its place, for parts that lie alike in all images. Ours, no paper's.
@@ -189,7 +186,7 @@ def aligned(
     return cycle([view], views)
 
 
-def none(*, size: int = 224) -> list[View]:
+def none(*, size: Pixels = 224) -> list[View]:
     """One view, resized and normalized and nothing else."""
     return [View(size)]
 
@@ -202,8 +199,6 @@ def strong(size: int | tuple[int, int], **options) -> View:
 
 def cycle(kinds: list[View], views: int) -> list[View]:
     """So many views, of each kind in turn."""
-    if views < 1:
-        raise UserError(f"augmentation: views must be at least 1, got {views}")
     return [kinds[number % len(kinds)] for number in range(views)]
 
 

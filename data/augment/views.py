@@ -17,7 +17,7 @@ from torch import Tensor
 from data.augment import color, resample
 from data.augment.random_numbers import uniform
 from data.normalize import MEAN, STD, standardize_
-from runtime.errors import UserError
+from runtime.errors import UserError, cut
 from runtime.memory import send
 
 DRAWS = (resample.CROP_DRAWS, 1, 9, 1, 2, 1)  # random numbers of crop, flip, jitter, gray, blur, solarize
@@ -63,7 +63,7 @@ class View:
         }
         for rule, holds in rules.items():
             if not holds:
-                raise UserError(f"augmentation: {rule}, but the view is {self}")
+                raise UserError(f"augmentation: {rule}, but the view is {cut(str(self), 180)}")
 
     @property
     def shape(self) -> tuple[int, int]:

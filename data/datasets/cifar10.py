@@ -14,7 +14,7 @@ from data.datasets.folder import ClassFolder
 from data.geometry import Geometry
 from data.images import fitted
 from runtime.errors import UserError
-from runtime.values import PathText
+from runtime.values import PathText, PositiveInt
 
 
 class CIFAR10(Dataset):
@@ -33,7 +33,7 @@ class CIFAR10(Dataset):
         UserError: neither layout is there, the published files are incomplete, or a class has fewer images.
     """
 
-    def __init__(self, split: str, size: int | Geometry = 32, *, root: PathText, per_class: int | None = None):
+    def __init__(self, split: str, size: int | Geometry = 32, *, root: PathText, per_class: PositiveInt | None = None):
         self._pixels: np.ndarray | None = None  # uint8 (n, 32, 32, 3), all rows of the published files
         batches = Path(root) / torchvision.datasets.CIFAR10.base_folder
         if batches.is_dir():
@@ -55,8 +55,8 @@ class CIFAR10(Dataset):
 
         if per_class is not None and split == "train":
             members = [(self.labels == label).nonzero().flatten() for label in range(len(self.classes))]
-            if not 1 <= per_class <= min(map(len, members)):
-                raise UserError(f"data.per_class={per_class} must be 1 to {min(map(len, members))}, a class's images")
+            if per_class > min(map(len, members)):
+                raise UserError(f"data.per_class={per_class} at most {min(map(len, members))}, a class's images")
             kept = torch.cat([positions[:per_class] for positions in members]).sort().values.tolist()
             self.keep(kept, f"beyond data.per_class={per_class}")
 

@@ -12,7 +12,7 @@ from data.image_files import is_folder, is_junk
 from data.images import OnError
 from data.masks import Masks
 from runtime.errors import UserError
-from runtime.values import PathText, Seed
+from runtime.values import PathText, PositiveInt, Seed
 
 
 class FewShot(MVTec):
@@ -46,14 +46,12 @@ class FewShot(MVTec):
         *,
         root: PathText,
         category: str,
-        shots: int,
+        shots: PositiveInt,
         draw: Seed = 0,
         others: PathText | None = None,
         masks: Masks = "all",
         on_error: OnError = "fail",
     ):
-        if shots < 1 or draw < 0:
-            raise UserError(f"data.shots={shots} must be at least 1 and data.draw={draw} at least 0")
         if split == "others":
             by_category = _other_categories(Path(others or root), Path(root) / category, size, on_error)
             paths = [path for its in by_category.values() for path in its]

@@ -9,7 +9,7 @@ from data.image_files import is_folder, list_images, refuse_shared_folders
 from data.images import OnError
 from data.splits import stratified_split
 from runtime.errors import UserError
-from runtime.values import PathText
+from runtime.values import BelowOne, PathText
 
 LAYOUT = (
     "expected <root>/<class>/*.jpg, or <root>/train/<class>/*.jpg and <root>/test/<class>/*.jpg, "
@@ -45,7 +45,7 @@ class ClassFolder(Dataset):
         size: int | Geometry,
         *,
         root: PathText,
-        test_fraction: float | None = None,
+        test_fraction: BelowOne | None = None,
         on_error: OnError = "fail",
     ):
         top = Path(root)

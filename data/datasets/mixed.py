@@ -11,6 +11,7 @@ from runtime import config
 from runtime.config import suggest
 from runtime.errors import UserError
 from runtime.schema import choice
+from runtime.values import PositiveInt
 
 KINDS: dict[str, type[Dataset]] = {}  # DATASETS, which puts itself here, for it has this class in it
 
@@ -41,7 +42,7 @@ class Mixed(Dataset):
     """
 
     def __init__(
-        self, split: str, size: int | Geometry, *, sets: dict, merge: dict | None = None, min_per_class: int = 1
+        self, split: str, size: int | Geometry, *, sets: dict, merge: dict | None = None, min_per_class: PositiveInt = 1
     ):
         if not sets:
             raise UserError("data.sets is empty: give it {a name: {name: folder, root: ...}} of each set")

@@ -11,7 +11,7 @@ from data.datasets.folder import ClassFolder
 from data.geometry import Geometry
 from data.images import OnError
 from runtime.errors import UserError
-from runtime.values import PathText
+from runtime.values import BelowOne, PathText
 
 
 class OneAgainstAll(Dataset):
@@ -41,7 +41,7 @@ class OneAgainstAll(Dataset):
         *,
         root: PathText,
         normal: str,
-        test_fraction: float | None = None,
+        test_fraction: BelowOne | None = None,
         on_error: OnError = "fail",
     ):
         if (Path(root) / torchvision.datasets.CIFAR10.base_folder).is_dir():

@@ -10,18 +10,11 @@ from torch import Tensor
 
 from data.augment import color
 from data.augment.random_numbers import between, uniform
-from runtime.errors import UserError
+from runtime.errors import UserError, cut
 from runtime.memory import send
 
 JITTER_DRAWS = 8
 MIDDLE = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)  # factors and turn that change nothing
-
-
-def require(defect: Any, rules: dict[str, bool]) -> None:
-    """Refuse a kind of defect whose options break a rule."""
-    for rule, holds in rules.items():
-        if not holds:
-            raise UserError(f"synthetic defects: {rule}, but the options are {defect}")
 
 
 def large_enough(defect: Any, images: Tensor, enough: bool, needs: str) -> None:
@@ -29,7 +22,7 @@ def large_enough(defect: Any, images: Tensor, enough: bool, needs: str) -> None:
     if not enough:
         size = " x ".join(map(str, images.shape[2:]))
         larger = "use a larger data.size, or for spd and defect a larger augment.size"
-        raise UserError(f"images of {size} pixels are too small for {defect}: {needs}; {larger}")
+        raise UserError(f"images of {size} pixels are too small for {cut(str(defect))}: {needs}; {larger}")
 
 
 def draw(images: Tensor, key: tuple[int | Tensor, ...], draws: int) -> Tensor:

@@ -6,21 +6,18 @@ The calls are those of `data/defects/__init__.py`.
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from data.augment.random_numbers import KINDS, between, whole
-from data.defects.blend import JITTER_DRAWS, blend, draw, draw_extents, jittered, large_enough, moved, require
+from data.defects.blend import JITTER_DRAWS, blend, draw, draw_extents, jittered, large_enough, moved
 from runtime.memory import send
+from runtime.values import Pixels, PositiveFloat, Range, Rising, RisingFactors, RisingShares
 
-
-def _rules(defect, *ranges: str) -> dict[str, bool]:
-    rules = {"jitter must lie in [0, 0.5]": 0 <= defect.jitter <= 0.5}
-    for name in ranges:
-        low, high = getattr(defect, name)
-        rules[f"{name} must be positive, low first"] = 0 < low <= high
-    return rules
+Extents = Annotated[tuple[Pixels, Pixels], Rising()]
+Jitter = Annotated[float, Range(least=0, most=0.5)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +28,9 @@ class CutPasteDefect:
     Runinho's pytorch-cutpaste, whose results are the ones that can be checked.
     """
 
-    area: tuple[float, float] = (0.02, 0.15)  # share of the image's
-    aspect: tuple[float, float] = (0.3, 3.3)  # width / height
-    jitter: float = 0.1  # of brightness, contrast, saturation and hue, as in ColorJitter
-
-    def __post_init__(self):
-        require(self, _rules(self, "area", "aspect") | {"area must be at most 1": self.area[1] <= 1})
+    area: RisingShares = (0.02, 0.15)  # share of the image's
+    aspect: RisingFactors = (0.3, 3.3)  # width / height
+    jitter: Jitter = 0.1  # of brightness, contrast, saturation and hue, as in ColorJitter
 
     def __call__(
         self, images: Tensor, sample_ids: Tensor, epoch: int, *, seed: int, view: int = 0
@@ -59,14 +53,10 @@ class SmoothBlend:
     edge. Area and softness are ours, too.
     """
 
-    area: tuple[float, float] = (0.005, 0.05)  # share of the image's
-    aspect: tuple[float, float] = (0.3, 3.3)  # width / height
-    jitter: float = 0.1  # of brightness, contrast, saturation and hue, as in ColorJitter
-    softness: float = 0.125  # of the edges, as a share of the rectangle's shorter side
-
-    def __post_init__(self):
-        limits = {"area must be at most 1": self.area[1] <= 1, "softness must be positive": self.softness > 0}
-        require(self, _rules(self, "area", "aspect") | limits)
+    area: RisingShares = (0.005, 0.05)  # share of the image's
+    aspect: RisingFactors = (0.3, 3.3)  # width / height
+    jitter: Jitter = 0.1  # of brightness, contrast, saturation and hue, as in ColorJitter
+    softness: PositiveFloat = 0.125  # of the edges, as a share of the rectangle's shorter side
 
     def __call__(
         self, images: Tensor, sample_ids: Tensor, epoch: int, *, seed: int, view: int = 0
@@ -110,13 +100,10 @@ class Scar:
     Sizes are the paper's, for images of 256 x 256, and are not scaled with the image.
     """
 
-    width: tuple[int, int] = (2, 16)  # pixels, both ends included
-    length: tuple[int, int] = (10, 25)  # pixels: the height, before it is turned
-    rotation: float = 45.0  # degrees at most, either way
-    jitter: float = 0.1  # of brightness, contrast, saturation and hue, as in ColorJitter
-
-    def __post_init__(self):
-        require(self, _rules(self, "width", "length") | {"rotation must lie in [0, 90]": 0 <= self.rotation <= 90})
+    width: Extents = (2, 16)  # pixels, both ends included
+    length: Extents = (10, 25)  # pixels: the height, before it is turned
+    rotation: Annotated[float, Range(least=0, most=90)] = 45.0  # degrees at most, either way
+    jitter: Jitter = 0.1  # of brightness, contrast, saturation and hue, as in ColorJitter
 
     def __call__(
         self, images: Tensor, sample_ids: Tensor, epoch: int, *, seed: int, view: int = 0

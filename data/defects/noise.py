@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.augment.random_numbers import KINDS, stream, uniform, whole
-from data.defects.blend import draw, large_enough, require
+from data.defects.blend import draw, large_enough
 from data.defects.medians import majority
 from runtime.memory import send
+from runtime.values import Few
 
 TRIES = 200  # rectangles that are drawn to find one off the background
 
@@ -27,12 +28,9 @@ class NoisePatches:
     image is dark or bright (`background`). The second draws on 1024 x 1024 pixels and is `enlarged=4` for 256.
     """
 
-    most: int = 4  # rectangles, at most
-    enlarged: int = 1  # times, the image that the noise is drawn on; 4 makes it weaker and its edges soft
+    most: Few = 4  # rectangles, at most
+    enlarged: Few = 1  # times, the image that the noise is drawn on; 4 makes it weaker and its edges soft
     skip_background: bool = False  # no centre lies where the image is dark or bright
-
-    def __post_init__(self):
-        require(self, {"most must be at least 1": self.most >= 1, "enlarged must be at least 1": self.enlarged >= 1})
 
     @torch.no_grad()
     def __call__(

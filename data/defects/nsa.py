@@ -5,7 +5,7 @@ of cv2.seamlessClone. The call is that of `data/defects/__init__.py`, plus `sour
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +14,18 @@ from torch import Tensor
 
 from data.augment.random_numbers import KINDS, uniform, whole
 from data.defects import poisson
-from data.defects.blend import draw, large_enough, require, resized, take
+from data.defects.blend import draw, large_enough, resized, take
 from data.defects.medians import disk_median, majority
 from runtime.memory import send
+from runtime.values import BelowOne, Few, NonNegativeFloat, PositiveFloat, Range, Rising, RisingFactors
 
 PATCH_DRAWS = 8  # two sizes, place in the source (2), scale, place in the image (2), whether there is one at all
 LEAST = 50  # pixels that must change, as in the authors' code: smaller patches are left out
 TRIES = 199  # places that are looked at for one on an object: the authors give up at the 200th, whatever it is
 OVERLAP = 0.25  # more than this share of a patch's object must come to lie on the image's, in all their categories
+Side = Annotated[float, Range(above=0, most=0.45)]  # as a share of the image's
+PatchSides = Annotated[tuple[Side, Side], Rising()]
+Background = tuple[Annotated[float, Range(least=0, most=255)], NonNegativeFloat]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,31 +50,17 @@ class NSADefect:
     """
 
     gradients: Literal["source", "mixed"] = "mixed"  # cv2's NORMAL_CLONE and MIXED_CLONE
-    patches: int = 3  # at most, of an image
-    bounds: tuple[float, float] = (0.03, 0.4)  # of a patch's height and width, as shares of the image's
-    widths: tuple[float, float] | None = None  # bounds of the widths, where they are others than those of the heights
-    offset: float = 0.03  # least half height and width, as shares of the image's
-    shape: float = 2.0  # of the gamma distribution of what is added to `offset`
-    scale: float = 0.05  # of the same
-    resize: tuple[float, float] = (0.5, 2.0)  # of textures; objects: 0.7, 1.3
-    steepness: float = 1 / 3  # k of the logistic labels; the authors set both for each category
-    middle: float = 7.0  # x0, gray levels
-    background: tuple[float, float] | None = None  # gray level and tolerance; none: all is object
-    min_object: float = 0.25  # least share of object in a patch, where there is a background
-
-    def __post_init__(self):
-        rules = {
-            "patches must be at least 1": self.patches >= 1,
-            "bounds and widths must lie in (0, 0.45], low first": all(
-                0 < low <= high <= 0.45 for low, high in self.both_bounds
-            ),
-            "offset must not be negative": self.offset >= 0,
-            "shape and scale must be positive": min(self.shape, self.scale) > 0,
-            "resize must be positive, low first": 0 < self.resize[0] <= self.resize[1],
-            "background's tolerance must not be negative": self.background is None or self.background[1] >= 0,
-            "min_object must lie in [0, 1)": 0 <= self.min_object < 1,
-        }
-        require(self, rules)
+    patches: Few = 3  # at most, of an image
+    bounds: PatchSides = (0.03, 0.4)  # of a patch's height and width, as shares of the image's
+    widths: PatchSides | None = None  # bounds of the widths, where they are others than those of the heights
+    offset: NonNegativeFloat = 0.03  # least half height and width, as shares of the image's
+    shape: PositiveFloat = 2.0  # of the gamma distribution of what is added to `offset`
+    scale: PositiveFloat = 0.05  # of the same
+    resize: RisingFactors = (0.5, 2.0)  # of textures; objects: 0.7, 1.3
+    steepness: PositiveFloat = 1 / 3  # k of the logistic labels; the authors set both for each category
+    middle: NonNegativeFloat = 7.0  # x0, gray levels
+    background: Background | None = None  # gray level and tolerance; none: all is object
+    min_object: BelowOne = 0.25  # least share of object in a patch, where there is a background
 
     @property
     def both_bounds(self) -> tuple[tuple[float, float], tuple[float, float]]:

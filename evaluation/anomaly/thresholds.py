@@ -8,12 +8,16 @@ import bisect
 import math
 from collections import Counter
 from fractions import Fraction
+from typing import Annotated
 
 import numpy as np
 from scipy.stats import binomtest
 
 from evaluation.anomaly.metrics import Array, Images, real_numbers, score_maps, to_numpy
 from runtime.errors import UserError
+from runtime.values import Range
+
+FalseAlarmRate = Annotated[float, Range(least=1e-9, below=1)]
 
 
 def normal_threshold(scores: Array, *, false_alarm_rate: float = 0.01) -> float:

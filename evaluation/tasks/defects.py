@@ -17,7 +17,7 @@ from plots.heatmaps import save
 from plots.sheets import defect_sheet
 from runtime import checkpoint, config, distributed
 from runtime.log import Log
-from runtime.values import PathText, Seed
+from runtime.values import Few, PathText, Seed
 
 
 @dataclass(kw_only=True)
@@ -25,7 +25,7 @@ class Config:
     task: str  # this one
     data: DataConfig  # the images
     defect: DefectConfig | None = None  # None: all kinds, as they are by default
-    images: int = 6  # columns of the sheet
+    images: Few = 6  # columns of the sheet
     seed: Seed = 0  # of the defects
     device: str = "auto"  # auto, cpu, cuda or cuda:1; auto: CUDA where there is one
     runs: PathText = "runs"  # folder of all runs
@@ -33,7 +33,6 @@ class Config:
 
 
 def run(cfg: Config) -> None:
-    config.at_least_one(cfg, "images")
     device = distributed.setup(cfg.device)
     cfg.data = settled(cfg.data)
     dataset = build_dataset(cfg.data, "train")

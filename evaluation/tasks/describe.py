@@ -16,7 +16,7 @@ from models.backbones.build import BackboneConfig, build_backbone
 from runtime import checkpoint, config, distributed
 from runtime.errors import UserError
 from runtime.log import Log
-from runtime.values import PathText
+from runtime.values import PathText, Pixels, PositiveInt
 from runtime.version import code_version
 from training.optim import PRECISIONS
 
@@ -25,8 +25,8 @@ from training.optim import PRECISIONS
 class Config:
     task: str  # this one
     backbones: list[str]  # each a name and its options, as words
-    size: int = 224  # side of the images
-    batch_size: int = 16  # images per forward
+    size: Pixels = 224  # side of the images
+    batch_size: PositiveInt = 16  # images per forward
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward whose speed is measured
     device: str = "auto"  # auto, cpu, cuda or cuda:1; auto: CUDA where there is one
     runs: PathText = "runs"  # folder of all runs
@@ -34,7 +34,6 @@ class Config:
 
 
 def run(cfg: Config) -> None:
-    config.at_least_one(cfg, "size", "batch_size")
     if not cfg.backbones:
         raise UserError("task=describe needs backbones: names with their options, or all")
     device = distributed.setup(cfg.device)

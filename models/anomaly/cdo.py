@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from copy import deepcopy
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from models.backbones import BACKBONES
 from models.backbones.stages import stage_shapes, train_stages
 from runtime.config import pick
 from runtime.errors import UserError
+from runtime.values import Range
 
 
 class Version(NamedTuple):
@@ -68,7 +69,7 @@ class CDO(Detector):
         *,
         version: Literal["v1", "v2"] = "v2",
         skip_background: bool = False,
-        gamma: float = 2.0,
+        gamma: Annotated[float, Range(least=0, most=5)] = 2.0,
         apprentice: str | None = None,
         image_score: ImageScore | None = None,
     ):
@@ -76,8 +77,6 @@ class CDO(Detector):
         own = pick(VERSIONS, version, "cdo version")
         if skip_background and version != "v1":
             raise UserError("cdo skip_background is of version v1: set version=v1 or skip_background=false")
-        if not 0 <= gamma <= 5:
-            raise UserError(f"cdo gamma={gamma}: from 0 (all positions weigh the same) to 5; the paper's is 2")
         self.version, self.gamma = version, gamma
         self.noise = NoisePatches(enlarged=own.enlarged, skip_background=skip_background)
         self.image_score = image_score or own.image_score

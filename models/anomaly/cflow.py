@@ -3,7 +3,7 @@ conditional normalizing flows")."""
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,12 @@ from data.defects.blend import draw, moved
 from data.normalize import normalize
 from losses.flow_likelihood import flow_likelihood, log_density
 from models.anomaly.cflow_networks import ConditionalFlow, encode_positions
-from models.anomaly.detector import Batch, Detector, Findings, TrainingBatch
+from models.anomaly.detector import Batch, Detector, Findings, Stage, TrainingBatch
 from models.anomaly.maps import ImageScore, grid_valid, image_score, peak, upsample
 from models.backbones.mobilenet_v3 import MobileNetV3
 from runtime.distributed import gather_rows, world_size
 from runtime.errors import UserError
-from runtime.values import coerce
+from runtime.values import Few, PositiveInt, Range, coerce
 from search.bounds import require_finite
 
 ENCODING = 128  # numbers that describe a position, the official condition_vec
@@ -84,20 +84,16 @@ class CFlow(Detector):
         self,
         backbone: nn.Module,
         *,
-        stages: tuple[int, ...] = (2, 3, 4),
-        blocks: int = 8,
-        fiber: int = 256,
-        rotation: float = 5.0,
+        stages: tuple[Stage, ...] = (2, 3, 4),
+        blocks: Few = 8,
+        fiber: PositiveInt = 256,
+        rotation: Annotated[float, Range(least=0, most=180)] = 5.0,
         reflect: bool = False,
         before_norm: bool = False,
         normalize: Split = "train",
         image_score: ImageScore = "max",
     ):
         super().__init__(backbone, stages)
-        if blocks < 1 or fiber < 1 or not 0 <= rotation <= 180:
-            raise UserError(
-                f"cflow blocks={blocks} fiber={fiber} rotation={rotation}: at least 1, 1 and 0 to 180 degrees"
-            )
         if before_norm and not isinstance(backbone, MobileNetV3):
             raise UserError(
                 "cflow before_norm=true is what the official MobileNetV3s need: set backbone.name=mobilenet_v3_large "

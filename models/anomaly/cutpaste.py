@@ -22,7 +22,7 @@ from runtime.config import pick
 from runtime.errors import UserError
 from runtime.memory import send
 from runtime.precision import at_least_float32
-from runtime.values import coerce
+from runtime.values import FewOrZero, coerce
 from search.bounds import require_finite
 
 # the defects of each variant; those of `union` are one class, of which an image gets either
@@ -76,13 +76,11 @@ class CutPaste(Detector):
         backbone: nn.Module,
         *,
         variant: Literal["normal", "scar", "union", "3way"] = "3way",
-        head_layers: int = 1,
+        head_layers: FewOrZero = 1,
         density: Density = "gaussian",
         image_score: Score = "density",
     ):
         super().__init__(backbone, (4,))
-        if head_layers < 0:
-            raise UserError(f"cutpaste head_layers={head_layers}: the number of hidden layers is at least 0")
         self.defects = [DEFECTS[name]() for name in pick(VARIANTS, variant, "cutpaste variant")]
         self.variant, self.density = variant, coerce(density, Density, "cutpaste density")
         self.image_score = coerce(image_score, Score, "cutpaste image_score")

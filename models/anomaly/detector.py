@@ -1,7 +1,7 @@
 """What all detectors share: a frozen backbone, scoring without gradients, fitted state that loads at any size."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,10 @@ from data.normalize import normalize
 from models.anomaly.maps import blank
 from runtime.distributed import all_reduce_sum, gather_rows, world_size
 from runtime.errors import UserError
+from runtime.values import Range
 from training.rehearsal import batch_norm_needs_more, naming, no_trace
+
+Stage = Annotated[int, Range(least=1, most=4)]  # of a backbone, 1 the finest
 
 
 class Batch(NamedTuple):

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.anomaly.detector import Batch, Detector, Findings
+from models.anomaly.detector import Batch, Detector, Findings, Stage
 from models.anomaly.gaussian import put_left_out, shrunk_gaussian, shrunk_left_out
 from models.anomaly.maps import pool
 from runtime.errors import UserError
-from runtime.values import coerce
+from runtime.values import PositiveInt, coerce
 from search.bounds import require_finite
 from search.nearest import nearest_squared
 
@@ -51,15 +51,13 @@ class Embedding(Detector):
         backbone: nn.Module,
         *,
         distance: Distance = "knn",
-        k: int = 2,
-        stages: tuple[int, ...] = (4,),
+        k: PositiveInt = 2,
+        stages: tuple[Stage, ...] = (4,),
         combine: Combine = "concat",
         normalize: bool = False,
         source: Source = "stages",
     ):
         super().__init__(backbone, stages)
-        if k < 1:
-            raise UserError(f"embedding k={k}: the number of neighbors is at least 1")
         self.distance = coerce(distance, Distance, "embedding distance")
         self.combine = coerce(combine, Combine, "embedding combine")
         self.source, self.k, self.normalize = coerce(source, Source, "embedding source"), k, normalize

@@ -1,7 +1,7 @@
 """NSA (Schlüter et al. 2022, "Natural synthetic anomalies for self-supervised anomaly detection and localization")."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from data.augment.random_numbers import KINDS, uniform, whole
 from data.defects.blend import moved
-from data.defects.nsa import NSADefect
+from data.defects.nsa import Background, NSADefect, PatchSides
 from data.normalize import normalize
 from models.anomaly.detector import Detector, Findings, TrainingBatch
 from models.anomaly.maps import ImageScore, image_score, peak
@@ -18,6 +18,7 @@ from runtime.distributed import gather, rank
 from runtime.errors import UserError
 from runtime.memory import send
 from runtime.precision import at_least_float32
+from runtime.values import BelowOne, Few, NonNegativeFloat, PixelsOrZero, PositiveFloat, Range, RisingFactors
 
 ENCODER = ("conv1.", "bn1.", "layer")  # how names of the ResNet's parameters begin in an official checkpoint
 
@@ -118,22 +119,20 @@ class NSA(Detector):
         backbone: nn.Module,
         *,
         gradients: Literal["source", "mixed"] = NSADefect.gradients,
-        patches: int = NSADefect.patches,
-        bounds: tuple[float, float] = NSADefect.bounds,
-        widths: tuple[float, float] | None = NSADefect.widths,
-        resize: tuple[float, float] = NSADefect.resize,
-        steepness: float = NSADefect.steepness,
-        middle: float = NSADefect.middle,
-        background: tuple[float, float] | None = NSADefect.background,
-        min_object: float = NSADefect.min_object,
-        shift: int = 0,
-        turn: float = 0.0,
+        patches: Few = NSADefect.patches,
+        bounds: PatchSides = NSADefect.bounds,
+        widths: PatchSides | None = NSADefect.widths,
+        resize: RisingFactors = NSADefect.resize,
+        steepness: PositiveFloat = NSADefect.steepness,
+        middle: NonNegativeFloat = NSADefect.middle,
+        background: Background | None = NSADefect.background,
+        min_object: BelowOne = NSADefect.min_object,
+        shift: PixelsOrZero = 0,
+        turn: Annotated[float, Range(least=0, most=180)] = 0.0,
         flip: bool = False,
         image_score: ImageScore = "mean",
     ):
         super().__init__(backbone, (4,))
-        if shift < 0 or turn < 0:
-            raise UserError(f"nsa shift={shift} and turn={turn} say how far at most, either way: 0 or more")
         self.defects = NSADefect(
             gradients=gradients,
             patches=patches,

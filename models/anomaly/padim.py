@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.anomaly.detector import Batch, Detector, Findings
+from models.anomaly.detector import Batch, Detector, Findings, Stage
 from models.anomaly.gaussian import covariance_form, low_rank_form, put_left_out
 from models.anomaly.maps import ImageScore, image_score, peak, render
 from runtime.distributed import gather_rows
 from runtime.errors import UserError
 from runtime.memory import Workspace
-from runtime.values import coerce
+from runtime.values import NonNegativeFloat, PositiveFloat, Seed, Width, coerce
 from search.bounds import full_precision, require_finite
 
 Form = Literal["auto", "covariance", "low_rank"]
@@ -59,19 +59,15 @@ class PaDiM(Detector):
         self,
         backbone: nn.Module,
         *,
-        stages: tuple[int, ...] = (1, 2, 3),
-        channels: int | None = None,
-        regularization: float = 0.01,
+        stages: tuple[Stage, ...] = (1, 2, 3),
+        channels: Width | None = None,
+        regularization: PositiveFloat = 0.01,
         form: Form = "auto",
         image_score: ImageScore = "max",
-        seed: int = 1024,
-        memory_limit: float | None = None,
+        seed: Seed = 1024,
+        memory_limit: NonNegativeFloat | None = None,
     ):
         super().__init__(backbone, stages)
-        if channels is not None and channels < 1:
-            raise UserError(f"padim channels={channels}: draw at least 1, or leave it out for all of them")
-        if not 0 < regularization < float("inf"):
-            raise UserError(f"{self.name} regularization={regularization}: it must be above 0, as 0.01")
         self.channels, self.regularization, self.seed = channels, regularization, seed
         self.form = coerce(form, Form, "padim form")
         self.memory_limit, self.image_score = memory_limit, image_score

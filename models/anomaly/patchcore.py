@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from models.anomaly.detector import Batch, Detector, Findings
+from models.anomaly.detector import Batch, Detector, Findings, Stage
 from models.anomaly.maps import Border, grid_valid, image_score, render
 from runtime.config import pick
 from runtime.distributed import all_reduce_sum, gather_rows, is_main, world_size
 from runtime.errors import UserError
 from runtime.memory import Workspace, free_memory
+from runtime.values import Few, NonNegativeFloat, PositiveInt, PositiveShare, Seed, Width, WidthOrZero
 from search.bank import Bank
 from search.bounds import full_precision
 from search.coreset import Coreset, greedy_coreset
@@ -72,28 +73,19 @@ class PatchCore(Detector):
         backbone: nn.Module,
         *,
         mode: Literal["paper", "amazon", "anomalib"] = "paper",
-        stages: tuple[int, ...] = (2, 3),
-        neighborhood: int = 3,
-        embed_dim: int | None = None,
-        coreset: float = 0.1,
-        projection: int | None = None,
-        neighbors: int | None = None,
+        stages: tuple[Stage, ...] = (2, 3),
+        neighborhood: Few = 3,
+        embed_dim: Width | None = None,
+        coreset: PositiveShare = 0.1,
+        projection: WidthOrZero | None = None,
+        neighbors: PositiveInt | None = None,
         image_score: Literal["patch", "max", "top1", "mean"] = "patch",
-        memory_limit: float | None = None,
-        seed: int = 0,
+        memory_limit: NonNegativeFloat | None = None,
+        seed: Seed = 0,
     ):
         super().__init__(backbone, stages)
-        if neighborhood < 1 or neighborhood % 2 == 0:
+        if neighborhood % 2 == 0:
             raise UserError(f"patchcore neighborhood={neighborhood}: the side of the local average is odd: 1, 3, 5")
-        if not 0 < coreset <= 1:
-            raise UserError(f"patchcore coreset={coreset}: it is the fraction of patches to keep, above 0, at most 1")
-        for name, value, least in (
-            ("embed_dim", embed_dim, 1),
-            ("projection", projection, 0),
-            ("neighbors", neighbors, 1),
-        ):
-            if value is not None and value < least:
-                raise UserError(f"patchcore {name}={value}: it is at least {least}")
         self.mode, self.neighborhood, self.coreset = pick(MODES, mode, "patchcore mode"), neighborhood, coreset
         self.embed_dim = embed_dim or self.mode.embed_dim
         self.projection, self.neighbors = projection, neighbors or self.mode.neighbors

@@ -19,6 +19,7 @@ from models.backbones.stages import stage_shapes, train_stages
 from runtime.distributed import gather_rows, rank, world_size
 from runtime.errors import UserError
 from runtime.memory import send
+from runtime.values import Few, PositiveFloat
 
 SIDES = (14, 7, 4)  # of what the transformers' linear layers see behind stages 1 to 3
 
@@ -64,13 +65,11 @@ class RegAD(PaDiM):
         self,
         backbone: nn.Module,
         *,
-        supports: int = 2,
-        regularization: float = 0.01,
+        supports: Few = 2,
+        regularization: PositiveFloat = 0.01,
         image_score: ImageScore = "max",
     ):
         super().__init__(backbone, regularization=regularization, image_score=image_score)
-        if supports < 1:
-            raise UserError(f"regad supports={supports}: at least 1; in the official code data.shots")
         if "after" not in inspect.signature(backbone.forward_stages).parameters:
             raise UserError(
                 f"regad warps maps between the stages, which {type(backbone).__name__} does not allow: set "

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.backbones.drop_path import DropPath, drop_rates
 from runtime.errors import UserError
+from runtime.values import BelowOne, Pixels, PositiveInt, WidthOrZero
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -119,10 +120,15 @@ class ConvNeXt(nn.Module):
     widths: tuple[int, int, int, int]
     version = 1
 
-    def __init__(self, *, num_classes: int = 0, in_channels: int = 3, patch: int = 4, drop_path: float = 0.0):
+    def __init__(
+        self,
+        *,
+        num_classes: WidthOrZero = 0,
+        in_channels: PositiveInt = 3,
+        patch: Pixels = 4,
+        drop_path: BelowOne = 0.0,
+    ):
         super().__init__()
-        if patch < 1:
-            raise UserError(f"backbone.patch={patch} must be at least 1; 4 is the standard network")
         self.stage_channels = list(self.widths)
         self.num_features = self.widths[-1]
         self.stem = nn.Sequential(

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from runtime.errors import UserError
-
 
 class DropPath(nn.Module):
     """Zero the residual branch of an image with probability `p`, else divide it by 1 - p: (B, ...) -> (B, ...).
@@ -30,6 +28,4 @@ class DropPath(nn.Module):
 def drop_rates(rate: float, blocks: int) -> list[float]:
     """One rate per block, from 0 for the first to `rate` for the last in equal steps (Huang et al., equation 4, counts
     from the input; official DINO's linspace is this)."""
-    if not 0 <= rate < 1:
-        raise UserError(f"backbone.drop_path={rate} must be at least 0 and below 1")
     return [rate * i / max(1, blocks - 1) for i in range(blocks)]

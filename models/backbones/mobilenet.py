@@ -5,12 +5,12 @@ input's size.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtime.errors import UserError
+from runtime.values import PositiveInt, Range, WidthOrZero
 
 # Expansion, channels at width 1, number of blocks, stride of the first (table 2 of the paper)
 SETTINGS = (
@@ -22,6 +22,8 @@ SETTINGS = (
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
+
+WidthFactor = Annotated[float, Range(above=0, most=4)]  # of all channels; 1.0 is the standard network
 
 
 def scaled(channels: int, width: float) -> int:
@@ -126,14 +128,12 @@ class MobileNetV2(MobileNet):
     def __init__(
         self,
         *,
-        num_classes: int = 0,
-        in_channels: int = 3,
-        width: float = 1.0,
+        num_classes: WidthOrZero = 0,
+        in_channels: PositiveInt = 3,
+        width: WidthFactor = 1.0,
         padding: Literal["torch", "tensorflow"] = "torch",
     ):
         super().__init__()
-        if not width > 0:
-            raise UserError(f"backbone.width={width} must be positive; 1.0 is the standard network")
         self.padding = padding
         self.num_features = scaled(1280, max(1.0, width))
         channels = [scaled(32, width)]  # after each of `features`

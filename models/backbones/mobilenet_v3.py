@@ -9,8 +9,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.backbones.mobilenet import CONVOLUTIONS, MobileNet, scaled
-from runtime.errors import UserError
+from models.backbones.mobilenet import CONVOLUTIONS, MobileNet, WidthFactor, scaled
+from runtime.values import NonNegativeFloat, PositiveInt, WidthOrZero
 
 # Kernel, expanded channels, channels, squeeze and excitation, Hardswish, stride (tables 1 and 2 of the paper)
 LARGE = (
@@ -130,15 +130,13 @@ class MobileNetV3(MobileNet):
     def __init__(
         self,
         *,
-        num_classes: int = 0,
-        in_channels: int = 3,
-        width: float = 1.0,
-        bn_eps: float = 1e-3,
+        num_classes: WidthOrZero = 0,
+        in_channels: PositiveInt = 3,
+        width: WidthFactor = 1.0,
+        bn_eps: NonNegativeFloat = 1e-3,
         padding: Literal["torch", "tensorflow"] = "torch",
     ):
         super().__init__()
-        if not width > 0:
-            raise UserError(f"backbone.width={width} must be positive; 1.0 is the standard network")
         self.bn_eps, self.padding = bn_eps, padding
         channels, strides = [scaled(16, width)], [2]  # after each of `features`
         layers = [conv_bn(in_channels, channels[0], 3, nn.Hardswish, stride=2, padding=padding)]

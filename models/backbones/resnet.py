@@ -10,6 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from models.backbones.drop_path import DropPath, drop_rates
+from runtime.values import BelowOne, PositiveInt, WidthOrZero
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -32,7 +33,7 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, channels: int, stride: int, drop_path: float = 0.0):
+    def __init__(self, in_channels: int, channels: int, stride: int, drop_path: BelowOne = 0.0):
         super().__init__()
         self.conv1 = conv3x3(in_channels, channels, stride)
         self.bn1 = nn.BatchNorm2d(channels)
@@ -57,7 +58,7 @@ class Bottleneck(nn.Module):
     expansion = 4
     widening = 1  # factor on the channels of the 3x3 convolution alone
 
-    def __init__(self, in_channels: int, channels: int, stride: int, drop_path: float = 0.0):
+    def __init__(self, in_channels: int, channels: int, stride: int, drop_path: BelowOne = 0.0):
         super().__init__()
         inner, out_channels = self.widening * channels, self.expansion * channels
         self.conv1 = conv1x1(in_channels, inner)
@@ -108,9 +109,9 @@ class ResNet(nn.Module):
         self,
         *,
         stem: Literal["imagenet", "cifar", "cifar_solo"] = "imagenet",
-        num_classes: int = 0,
-        in_channels: int = 3,
-        drop_path: float = 0.0,
+        num_classes: WidthOrZero = 0,
+        in_channels: PositiveInt = 3,
+        drop_path: BelowOne = 0.0,
         zero_init_residual: bool = False,
     ):
         super().__init__()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbones.resnet import ResNet18
+from runtime.values import BelowOne, PositiveInt, WidthOrZero
 
 OUT = 64  # channels of the finest map
 
@@ -41,9 +42,9 @@ class UNetResNet18(ResNet18):
         self,
         *,
         stem: Literal["imagenet", "cifar", "cifar_solo"] = "imagenet",
-        num_classes: int = 0,
-        in_channels: int = 3,
-        drop_path: float = 0.0,
+        num_classes: WidthOrZero = 0,
+        in_channels: PositiveInt = 3,
+        drop_path: BelowOne = 0.0,
         zero_init_residual: bool = False,
     ):
         super().__init__(stem=stem, in_channels=in_channels, drop_path=drop_path, zero_init_residual=zero_init_residual)

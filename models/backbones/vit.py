@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.backbones.drop_path import DropPath, drop_rates
 from runtime.errors import UserError
+from runtime.values import BelowOne, FewOrZero, NonNegativeFloat, Pixels, PositiveInt, WidthOrZero
 
 DEPTH = 12
 STAGE_ENDS = (3, 6, 9, 12)  # blocks after which `forward_stages` returns a map
@@ -128,18 +129,18 @@ class ViT(nn.Module):
     def __init__(
         self,
         *,
-        num_classes: int = 0,
-        in_channels: int = 3,
-        patch: int = 16,
-        size: int = 224,
+        num_classes: WidthOrZero = 0,
+        in_channels: PositiveInt = 3,
+        patch: Pixels = 16,
+        size: Pixels = 224,
         interpolation: Literal["dino", "timm"] = "dino",
-        drop_path: float = 0.0,
-        layer_scale: float = 0.0,
-        registers: int = 0,
+        drop_path: BelowOne = 0.0,
+        layer_scale: NonNegativeFloat = 0.0,
+        registers: FewOrZero = 0,
     ):
         super().__init__()
-        if patch < 1 or size < patch or size % patch:
-            raise UserError(f"backbone.size={size} must be a positive multiple of backbone.patch={patch}")
+        if size % patch:
+            raise UserError(f"backbone.size={size} must be a multiple of backbone.patch={patch}")
         self.patch, self.interpolation = patch, interpolation
         self.num_features, self.stage_channels = self.width, [self.width] * len(STAGE_ENDS)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.width))

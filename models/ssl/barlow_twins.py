@@ -8,6 +8,7 @@ from losses.barlow_twins import barlow_twins
 from models.heads import head_widths, mlp
 from models.ssl.method import MANY, Encoder, SSLMethod, each_view
 from runtime.errors import UserError
+from runtime.values import NonNegativeFloat, Width, WidthOrZero
 
 
 class BarlowTwins(SSLMethod):
@@ -31,11 +32,11 @@ class BarlowTwins(SSLMethod):
         self,
         backbone: nn.Module,
         *,
-        weight: float = 0.0051,
+        weight: NonNegativeFloat = 0.0051,
         gradient: Literal["exact", "official"] = "exact",
         head: Literal["mlp", "linear"] = "mlp",
-        hidden: int = 8192,
-        out: int = 8192,
+        hidden: WidthOrZero = 8192,
+        out: Width = 8192,
     ):
         super().__init__()
         if gradient not in ("exact", "official"):

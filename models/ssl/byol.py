@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from losses.siamese import byol
 from models.heads import head_widths, mlp
 from models.ssl.method import MANY, Encoder, SSLMethod, each_view, frozen_copy
+from runtime.values import Width, WidthOrZero
 
 
 class BYOL(SSLMethod):
@@ -31,8 +32,8 @@ class BYOL(SSLMethod):
         backbone: nn.Module,
         *,
         head: Literal["mlp", "linear"] = "mlp",
-        hidden: int = 4096,
-        out: int = 256,
+        hidden: WidthOrZero = 4096,
+        out: Width = 256,
     ):
         super().__init__()
         self.online = Encoder(backbone, mlp(head_widths(backbone.num_features, head, hidden, out), bias=True))

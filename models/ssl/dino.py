@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from losses.dino import DINOLoss
 from models.heads import DINOHead
 from models.ssl.method import MANY, Encoder, SSLMethod, frozen_copy, multi_crop
+from runtime.values import Few, NonNegativeInt, PositiveFloat, UnitInterval, Width
 from training.schedule import linear_then_constant
 
 
@@ -39,18 +40,18 @@ class DINO(SSLMethod):
         self,
         backbone: nn.Module,
         *,
-        prototypes: int = 65536,
-        layers: int = 3,
-        hidden: int = 2048,
-        bottleneck: int = 256,
+        prototypes: Width = 65536,
+        layers: Few = 3,
+        hidden: Width = 2048,
+        bottleneck: Width = 256,
         norm_last_layer: bool = True,
         head_batch_norm: bool = False,
-        student_temperature: float = 0.1,
-        teacher_temperature: float = 0.04,
-        warmup_teacher_temperature: float = 0.04,
-        warmup_teacher_epochs: int = 0,
-        center_momentum: float = 0.9,
-        freeze_last_layer: int = 1,
+        student_temperature: PositiveFloat = 0.1,
+        teacher_temperature: PositiveFloat = 0.04,
+        warmup_teacher_temperature: PositiveFloat = 0.04,
+        warmup_teacher_epochs: NonNegativeInt = 0,
+        center_momentum: UnitInterval = 0.9,
+        freeze_last_layer: NonNegativeInt = 1,
     ):
         super().__init__()
         self.temperatures = {

@@ -13,6 +13,7 @@ from models.ssl.method import Encoder, SSLMethod, frozen_copy
 from models.ssl.queue import Queue
 from runtime.distributed import gather, rank, world_size
 from runtime.errors import UserError
+from runtime.values import NonNegativeFloat, PositiveFloat, PositiveInt, Width, WidthOrZero
 
 
 class MoCoV2(SSLMethod):
@@ -44,14 +45,14 @@ class MoCoV2(SSLMethod):
         self,
         backbone: nn.Module,
         *,
-        temperature: float = 0.2,
-        queue: int = 65536,
+        temperature: PositiveFloat = 0.2,
+        queue: Width = 65536,
         head: Literal["mlp", "linear"] = "mlp",
-        hidden: int = 0,
-        out: int = 128,
-        splits: int = 1,
+        hidden: WidthOrZero = 0,
+        out: Width = 128,
+        splits: PositiveInt = 1,
         symmetric: bool = False,
-        gamma: float = 0.0,
+        gamma: NonNegativeFloat = 0.0,
     ):
         super().__init__()
         self.temperature, self.symmetric, self.gamma = temperature, symmetric, gamma

@@ -10,6 +10,7 @@ from losses.info_nce import batch_nce
 from models.heads import head_widths, mlp
 from models.ssl.method import Encoder, SSLMethod, each_view, frozen_copy
 from runtime.distributed import world_size
+from runtime.values import Few, NonNegativeFloat, PositiveFloat, Width, WidthOrZero
 
 
 class MoCoV3(SSLMethod):
@@ -38,13 +39,13 @@ class MoCoV3(SSLMethod):
         self,
         backbone: nn.Module,
         *,
-        temperature: float = 1.0,
+        temperature: PositiveFloat = 1.0,
         head: Literal["mlp", "linear"] = "mlp",
-        layers: int = 2,
-        hidden: int = 4096,
-        out: int = 256,
+        layers: Few = 2,
+        hidden: WidthOrZero = 4096,
+        out: Width = 256,
         predictor_norm: bool = False,
-        gamma: float = 0.0,
+        gamma: NonNegativeFloat = 0.0,
     ):
         super().__init__()
         self.temperature, self.gamma = temperature, gamma

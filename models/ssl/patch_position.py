@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from models.heads import mlp
 from models.ssl.method import Encoder, SSLMethod, all_views
 from runtime.precision import at_least_float32
+from runtime.values import Width
 
 
 class PatchPosition(SSLMethod):
@@ -29,7 +30,7 @@ class PatchPosition(SSLMethod):
     takes = (9, 9, "patches")
     advice = "positions are guessed at random; use larger patches, or less jitter"
 
-    def __init__(self, backbone: nn.Module, *, hidden: int = 4096):
+    def __init__(self, backbone: nn.Module, *, hidden: Width = 4096):
         super().__init__()
         head = mlp([2 * backbone.num_features, hidden, 8], bias=True, last_bias=True)
         self.online = Encoder(backbone, head)

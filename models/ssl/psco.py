@@ -13,6 +13,7 @@ from models.ssl.method import Encoder, SSLMethod, frozen_copy
 from models.ssl.queue import Queue
 from runtime.distributed import world_size
 from runtime.errors import UserError
+from runtime.values import Few, PositiveFloat, PositiveInt, Width, WidthOrZero
 
 
 class PsCo(SSLMethod):
@@ -43,19 +44,19 @@ class PsCo(SSLMethod):
         self,
         backbone: nn.Module,
         *,
-        temperature: float = 0.2,
-        task_temperature: float = 1.0,
-        queue: int = 16384,
-        shots: int = 4,
-        iterations: int = 3,
+        temperature: PositiveFloat = 0.2,
+        task_temperature: PositiveFloat = 1.0,
+        queue: Width = 16384,
+        shots: PositiveInt = 4,
+        iterations: Few = 3,
         head: Literal["mlp", "linear"] = "mlp",
-        hidden: int = 4096,
-        out: int = 256,
+        hidden: WidthOrZero = 4096,
+        out: Width = 256,
         predictor: bool = True,
     ):
         super().__init__()
-        if not 1 <= shots <= queue:
-            raise UserError(f"method.shots={shots} must be at least 1 and at most method.queue={queue}")
+        if shots > queue:
+            raise UserError(f"method.shots={shots} must be at most method.queue={queue}")
         self.temperature = temperature
         self.task = {"shots": shots, "temperature": task_temperature, "iterations": iterations}
         widths = head_widths(backbone.num_features, head, hidden, out)

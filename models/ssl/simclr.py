@@ -11,6 +11,7 @@ from models.heads import head_widths, mlp
 from models.ssl.method import MANY, Encoder, SSLMethod, all_views
 from models.ssl.queue import Queue
 from runtime.distributed import world_size
+from runtime.values import NonNegativeFloat, PositiveFloat, Width, WidthOrZero
 
 
 class SimCLR(SSLMethod):
@@ -36,12 +37,12 @@ class SimCLR(SSLMethod):
         self,
         backbone: nn.Module,
         *,
-        temperature: float = 0.5,
+        temperature: PositiveFloat = 0.5,
         head: Literal["mlp", "linear"] = "mlp",
-        hidden: int = 0,
-        out: int = 128,
-        bank: int = 0,
-        gamma: float = 0.0,
+        hidden: WidthOrZero = 0,
+        out: Width = 128,
+        bank: WidthOrZero = 0,
+        gamma: NonNegativeFloat = 0.0,
     ):
         super().__init__()
         self.temperature, self.gamma = temperature, gamma

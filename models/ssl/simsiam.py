@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from losses.siamese import simsiam
 from models.heads import head_widths, mlp
 from models.ssl.method import MANY, Encoder, SSLMethod, each_view
+from runtime.values import Few, Width, WidthOrZero
 
 
 class SimSiam(SSLMethod):
@@ -33,10 +34,10 @@ class SimSiam(SSLMethod):
         backbone: nn.Module,
         *,
         head: Literal["mlp", "linear"] = "mlp",
-        layers: int = 3,
-        hidden: int = 0,
-        out: int = 2048,
-        bottleneck: int = 512,
+        layers: Few = 3,
+        hidden: WidthOrZero = 0,
+        out: Width = 2048,
+        bottleneck: Width = 512,
     ):
         super().__init__()
         widths = head_widths(backbone.num_features, head, hidden, out, layers=layers)

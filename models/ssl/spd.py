@@ -22,8 +22,6 @@ class SPD(nn.Module):
 
     def __init__(self, method: SSLMethod, weight: float):
         super().__init__()
-        if weight < 0:
-            raise UserError(f"spd.weight={weight} must not be negative: defects would be made alike")
         if not method.projects:
             name = type(method).__name__
             raise UserError(f"spd compares projections, and {name} makes none: remove spd, or take another method")

@@ -12,6 +12,7 @@ from models.ssl.method import MANY, Encoder, SSLMethod, all_views
 from models.ssl.queue import Queue
 from runtime.distributed import world_size
 from runtime.errors import UserError
+from runtime.values import NonNegativeFloat, PositiveFloat, Width, WidthOrZero
 
 
 class SupCon(SSLMethod):
@@ -43,14 +44,14 @@ class SupCon(SSLMethod):
         self,
         backbone: nn.Module,
         *,
-        temperature: float = 0.1,
-        base_temperature: float = 0.07,
+        temperature: PositiveFloat = 0.1,
+        base_temperature: PositiveFloat = 0.07,
         form: Literal["out", "in"] = "out",
         head: Literal["mlp", "linear"] = "mlp",
-        hidden: int = 0,
-        out: int = 128,
-        bank: int = 0,
-        gamma: float = 0.0,
+        hidden: WidthOrZero = 0,
+        out: Width = 128,
+        bank: WidthOrZero = 0,
+        gamma: NonNegativeFloat = 0.0,
     ):
         super().__init__()
         if form not in ("out", "in"):

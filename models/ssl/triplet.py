@@ -9,6 +9,7 @@ from losses.triplet import Mining, triplet
 from models.heads import head_widths, mlp
 from models.ssl.method import Encoder, SSLMethod, all_views
 from runtime.errors import UserError
+from runtime.values import NonNegativeFloat, Width, WidthOrZero
 
 
 class Triplet(SSLMethod):
@@ -34,11 +35,11 @@ class Triplet(SSLMethod):
         self,
         backbone: nn.Module,
         *,
-        margin: float = 0.2,
+        margin: NonNegativeFloat = 0.2,
         mining: Mining = "semi_hard",
         head: Literal["mlp", "linear"] = "mlp",
-        hidden: int = 0,
-        out: int = 128,
+        hidden: WidthOrZero = 0,
+        out: Width = 128,
     ):
         super().__init__()
         if mining not in ("semi_hard", "hardest", "own"):

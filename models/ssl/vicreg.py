@@ -9,6 +9,7 @@ from losses.vicreg import vicreg
 from models.heads import head_widths, mlp
 from models.ssl.method import MANY, Encoder, SSLMethod, each_view
 from runtime.errors import UserError
+from runtime.values import NonNegativeFloat, Width, WidthOrZero
 
 
 class VICReg(SSLMethod):
@@ -34,13 +35,13 @@ class VICReg(SSLMethod):
         self,
         backbone: nn.Module,
         *,
-        invariance: float = 25.0,
-        variance: float = 25.0,
-        covariance: float = 1.0,
+        invariance: NonNegativeFloat = 25.0,
+        variance: NonNegativeFloat = 25.0,
+        covariance: NonNegativeFloat = 1.0,
         form: Literal["official", "solo"] = "official",
         head: Literal["mlp", "linear"] = "mlp",
-        hidden: int = 8192,
-        out: int = 8192,
+        hidden: WidthOrZero = 8192,
+        out: Width = 8192,
     ):
         super().__init__()
         if form not in ("official", "solo"):

@@ -232,7 +232,7 @@ def test_window():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ("size: 0", "at least 1 pixel"),
+        ("size: 0", "size[0]=0 must be at least 1 and at most 65536"),
         ("size: [2, 3, 4]", "data.size=2,3,4 must be one number for a square, or two: height,width"),
         ("size: ''", "must be one number"),
         ("size: 8\nfit: crop", "needs the short side before the crop, at least 8, not data.resize=None"),

@@ -12,6 +12,8 @@ from runtime import errors
     [
         (errors.UserError("two\nlines"), 2, "error: two lines"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 2, "error: the GPU's memory is full"),
+        (MemoryError(), 2, "error: the memory is full: lower batch_size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), 2, "error: the memory is full"),
         (OSError(28, "No space left on device", "file"), 2, "error: cannot use file: No space left on device; make"),
         (OSError(27, "File too large"), 2, "error: cannot use a file: File too large; raise the limit"),
         (OSError(122, "Disk quota exceeded"), 2, "error: cannot use a file: Disk quota exceeded; make room"),

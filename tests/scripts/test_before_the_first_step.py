@@ -47,7 +47,7 @@ def parts(tmp_path_factory):
         ("simclr", ["optim.warmup_epochs=10"], r"longer than epochs=3: set optim\.warmup_epochs=0\.3"),
         ("dino", ["method.warmup_teacher_epochs=30", "optim.warmup_epochs=4"],
          r"are longer than epochs=3: set optim\.warmup_epochs=0\.3 method\.warmup_teacher_epochs=0"),
-        ("simclr", ["optim.schedule=steps", "optim.steps=60,80"], r"optim\.steps=60,80 must be fractions of the run"),
+        ("simclr", ["optim.schedule=steps", "optim.steps=60,80"], r"optim\.steps\[0\]=60 must be above 0 and below 1"),
         ("simclr", ["data.fit=squash", "data.resize=64"], r"set data\.resize=none"),
         ("simclr", ["spd=scar"], "too small for Scar"),
     ],

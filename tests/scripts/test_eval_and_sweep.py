@@ -63,7 +63,7 @@ def test_eval_mistakes(images, tmp_path):
         evaluate.main(["task=knn", f"checkpoint={tmp_path}"])
     for wrong, message in {
         "task.k=0": r"task\.k=0 must be at least 1",
-        "task.temperature=0": r"task\.temperature=0\.0 must be positive",
+        "task.temperature=0": r"task\.temperature=0 must be above 0",
         "task=linear task.epochs=0": r"task\.epochs=0 must be at least 1",
     }.items():
         about = ["backbone=resnet18", f"data.root={images}", "data.name=folder", "data.size=32", f"runs={tmp_path}"]

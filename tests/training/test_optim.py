@@ -172,11 +172,13 @@ def test_a_predictor_that_is_not_there():
     for option, value, plain in (("fix_predictor_lr", True, "false"), ("predictor_lr_scale", 10.0, "1")):
         with pytest.raises(UserError, match=f"{option} is set, but Tiny has no predictor: set it to {plain}"):
             build_optimizer(OptimConfig(name="sgd", lr=1.0, **{option: value}), Tiny())
-    for wrong in (0.0, -1.0, float("nan")):
-        with pytest.raises(UserError, match=r"predictor_lr_scale=.* must be positive"):
-            build_optimizer(OptimConfig(name="sgd", lr=1.0, predictor_lr_scale=wrong), Siamese())
     assert len(parameter_groups(Siamese())) == 2
     assert OptimConfig(name="sgd", lr=0.3).peak_lr(4096) == 0.3
+
+
+def test_nesterov_needs_momentum():
+    with pytest.raises(UserError, match=r"optim\.nesterov=true needs optim\.momentum above 0"):
+        build_optimizer(OptimConfig(name="sgd", lr=1.0, options={"momentum": 0.0, "nesterov": True}), Tiny())
 
 
 def gradients():

@@ -181,17 +181,3 @@ def test_empty_batch_autocast_and_inputs():
     assert torch.equal(images, before)
     with pytest.raises(ValueError, match="uint8"):
         grid(images.float(), ids, 0)
-
-
-@pytest.mark.parametrize(
-    ("option", "rule"),
-    [
-        ({"size": 10}, "size must be above 10"),
-        ({"gap": -1}, "gap"),
-        ({"jitter": -1}, "jitter"),
-        ({"downsample_p": 1.1}, "downsample_p"),
-    ],
-)
-def test_user_errors(option, rule):
-    with pytest.raises(UserError, match=rule):
-        PatchGrid(0, **option)

@@ -14,7 +14,6 @@ from data.augment.patch_grid import PatchGrid
 from data.augment.recipes import RECIPES
 from data.augment.views import Augment, View
 from runtime import config
-from runtime.errors import UserError
 
 UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 VIEWS = [name for name in RECIPES if name != "patches"]
@@ -87,11 +86,6 @@ def test_counts_of_views():
         kinds = RECIPES[name](views=2)
         assert RECIPES[name]() == kinds
         assert RECIPES[name](views=5) == [*kinds, *kinds, kinds[0]] and RECIPES[name](views=1) == kinds[:1]
-        with pytest.raises(UserError, match="views must be at least 1, got 0"):
-            RECIPES[name](views=0)
-    for name in ("local_crops", "strips"):
-        with pytest.raises(UserError, match=f"{name} must not be negative, got -1"):
-            RECIPES["dino"](**{name: -1})
 
 
 def test_options_reach_the_views():

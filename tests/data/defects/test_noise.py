@@ -106,8 +106,6 @@ def test_the_first_rectangle_off_the_background_is_taken():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: NoisePatches(most=0), "most must be at least 1"),
-        (lambda: NoisePatches(enlarged=0), "enlarged must be at least 1"),
         (lambda: NoisePatches()(raw_images(1, 19, 40), torch.arange(1), 0, seed=0), "19 x 40 pixels are too small"),
         (lambda: NoisePatches()(raw_images(1, 1, 1), torch.arange(1), 0, seed=0), "too small"),
     ],

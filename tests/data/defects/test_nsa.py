@@ -138,10 +138,6 @@ def test_labels():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: NSADefect(patches=0), "patches"),
-        (lambda: NSADefect(bounds=(0.1, 0.5)), "bounds"),
-        (lambda: NSADefect(scale=0.0), "shape and scale"),
-        (lambda: NSADefect(resize=(2.0, 1.0)), "resize"),
         (lambda: NSADefect()(raw_images(1, 20, 20), torch.arange(1), 0, seed=0), "20 x 20 pixels are too small"),
         (lambda: NSADefect()(raw_images(1, 1, 1), torch.arange(1), 0, seed=0), "no patch changes 50 pixels"),
     ],

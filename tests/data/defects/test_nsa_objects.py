@@ -11,7 +11,6 @@ from torch import Tensor
 
 from data.augment.random_numbers import uniform
 from data.defects.nsa import NSADefect
-from runtime.errors import UserError
 from tests.data.defects.test_nsa import between, resized
 
 GRAY, TOLERANCE = 20, 30
@@ -117,16 +116,3 @@ def test_it_does_not_depend_on_the_batch():
         for one, other in zip(whole, zip(*parts)):
             assert torch.equal(one, torch.cat(other))
     assert defect(images[:0], ids[:0], 2, seed=1)[1].shape == (0, 48, 40)
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"background": (20.0, -1.0)}, "tolerance"),
-        ({"min_object": 1.0}, "min_object"),
-        ({"widths": (0.4, 0.3)}, "bounds and widths"),
-    ],
-)
-def test_mistakes(options, match):
-    with pytest.raises(UserError, match=match):
-        NSADefect(**options)

@@ -227,7 +227,5 @@ def test_mistakes_are_one_line():
         CDO(Scaled())
     with pytest.raises(UserError, match="version='v3' is unknown"):
         detector(version="v3")
-    with pytest.raises(UserError, match="gamma=-1"):
-        detector(gamma=-1)
     with pytest.raises(UserError, match=r"use a larger data\.size"):
         train(detector(version="v1"), torch.zeros(2, 3, 16, 16, dtype=torch.uint8), 1)

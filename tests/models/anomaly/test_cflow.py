@@ -245,9 +245,6 @@ def test_mistakes_are_one_line():
         detector(Tokens(grid=False))
     with pytest.raises(UserError, match=r"2 channels or more, but stages \[2, 3\] .* \(1, 1, 14, 14\)"):
         detector(Tokens(channels=1))
-    for options in ({"blocks": 0}, {"fiber": 0}, {"rotation": -1.0}):
-        with pytest.raises(UserError, match="at least 1, 1 and 0 to 180"):
-            detector(**options)
     with pytest.raises(UserError, match="normalize='max' is unknown; one of: train, test"):
         detector(normalize="max")
     with pytest.raises(UserError, match=r"32 positions of each of 2 images, but stage 3 has 4 x 4: .* at most 32"):

@@ -175,7 +175,6 @@ def test_mistakes_are_one_line():
         ({"variant": "4way"}, "variant='4way' is unknown.*; one of: normal, scar, union, 3way"),
         ({"density": "gde"}, "density='gde' is unknown; one of: gaussian, kde"),
         ({"image_score": "patch"}, "image_score='patch' is unknown; one of: density, max, top1, mean"),
-        ({"head_layers": -1}, "head_layers=-1"),
     ):
         with pytest.raises(UserError, match=text):
             detector(**options)

@@ -225,7 +225,7 @@ def test_an_unfitted_detector_says_so(distance):
 
 
 def test_bad_options_are_user_errors():
-    bad = [{"k": 0}, {"distance": "cosine"}, {"combine": "mean"}, {"source": "input"}]
+    bad = [{"distance": "cosine"}, {"combine": "mean"}, {"source": "input"}]
     for options in (*bad, *({"stages": stages} for stages in ((), (0,), (4, 4), (5,)))):
         with pytest.raises(UserError, match=next(iter(options))):
             Embedding(backbone(), **options)

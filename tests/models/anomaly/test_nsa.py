@@ -238,9 +238,5 @@ def test_mistakes_are_one_line():
         NSA(Tokens())
     with pytest.raises(UserError, match=r"\(3, 2\) of \(72, 64\): set data\.size to multiples of 32"):
         detector().examine(torch.zeros(1, 3, 72, 64))
-    with pytest.raises(UserError, match="shift=-1"):
-        detector(shift=-1)
-    with pytest.raises(UserError, match="patches must be at least 1"):
-        detector(patches=0)
     with pytest.raises(UserError, match=r"use a larger data\.size"):
         list(detector(bounds=(0.03, 0.2)).steps(batch(raw_images(1, 32, 32))))

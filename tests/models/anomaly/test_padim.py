@@ -225,9 +225,8 @@ def test_scores_do_not_depend_on_the_batch():
 
 
 def test_user_errors():
-    for options in ({"channels": 0}, {"regularization": 0.0}, {"regularization": float("nan")}, {"form": "full"}):
-        with pytest.raises(UserError, match=next(iter(options))):
-            detector(**options)
+    with pytest.raises(UserError, match="form"):
+        detector(form="full")
     with pytest.raises(UserError, match=r"channels=16, but stages .* have 15"):
         fitted(raw_images(2), channels=16)
     with pytest.raises(UserError, match="no training image"):

@@ -145,10 +145,6 @@ class Closed(ResNet18):
 def test_mistakes_are_one_line():
     with pytest.raises(UserError, match=r"which Closed does not allow: set backbone\.name"):
         RegAD(Closed())
-    with pytest.raises(UserError, match="regad regularization=0: it must be above 0"):
-        RegAD(ResNet18(), regularization=0)
-    with pytest.raises(UserError, match="supports=0"):
-        RegAD(ResNet18(), supports=0)
     model, images = detector(MobileNetV2), normalize(raw_images(2))
     with pytest.raises(UserError, match="RegAD is not fitted"):
         model.score(images)

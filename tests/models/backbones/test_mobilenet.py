@@ -6,7 +6,6 @@ import torchvision
 
 from models.backbones.mobilenet import MobileNetV2, TensorFlowConv2d, scaled
 from models.weights.load import load_weights
-from runtime.errors import UserError
 
 
 @pytest.mark.parametrize("width", [0.1, 0.35, 0.75, 1.0, 1.4])
@@ -54,12 +53,6 @@ def test_dropout_only_in_training():
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(model(images), model(images))
     assert model.classifier[0].p == 0.2
-
-
-@pytest.mark.parametrize("width", [0.0, -1.0, float("nan")])
-def test_width_must_be_positive(width):
-    with pytest.raises(UserError, match=r"backbone\.width"):
-        MobileNetV2(width=width)
 
 
 def test_imagenet_weights(real_weights):

@@ -263,5 +263,5 @@ def test_errors():
     for call in (net, net.forward_stages, net.attention_maps):
         with pytest.raises(UserError, match="patches of 16 x 16 pixels, but 32 x 40 is not a multiple"):
             call(torch.zeros(1, 3, 32, 40))
-    with pytest.raises(UserError, match=r"backbone\.size=224 must be a positive multiple of backbone\.patch=15"):
+    with pytest.raises(UserError, match=r"backbone\.size=224 must be a multiple of backbone\.patch=15"):
         ViTTiny(patch=15)

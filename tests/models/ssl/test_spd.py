@@ -170,11 +170,6 @@ def test_a_method_is_not_changed():
     assert [id(p) for p in model.parameters()] == [id(p) for p in method.parameters()]
 
 
-def test_a_negative_weight_is_refused():
-    with pytest.raises(UserError, match=r"spd\.weight=-0\.1 must not be negative"):
-        SPD(build("simclr"), -0.1)
-
-
 @pytest.mark.parametrize("name", ["revd", "patch_position"])
 def test_a_method_without_projections_is_refused(name):
     with pytest.raises(UserError, match=r"(RevD|PatchPosition) makes none: remove spd"):
