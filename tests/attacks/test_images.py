@@ -1,0 +1,168 @@
+"""Damaged and hostile image files: decoded or refused in one line that names them, without hanging or much memory."""
+
+import io
+import os
+import signal
+import threading
+from contextlib import contextmanager
+
+import pytest
+from PIL import Image
+
+from data import opening
+from data.image_files import find_images
+from data.images import decode, decode_mask, image_size, mask_values, readable
+from runtime import errors
+from runtime.errors import UserError
+from tests.attacks.hostile_images import EITHER, KINDS, READ, REFUSED, huge_gif, png, write
+
+EACH = 4  # of a kind; `make test-all` takes 8
+TOTAL = 6 * 2**30  # bytes of a small machine, whatever runs the tests
+
+
+@contextmanager
+def at_most(seconds: int):
+    """Interrupts what hangs, even in the system's `open`."""
+
+    def end(*_):
+        raise TimeoutError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def outcome(function, path) -> str:
+    """READ, or REFUSED with one line of at most 300 characters that names the file."""
+    try:
+        with at_most(20):
+            function(path)
+    except UserError as error:
+        line, status = errors.explain(error)
+        assert line is not None and status == 2 and "\n" not in line and len(line) - len(str(path)) <= 200
+        assert str(path) in line and "data.on_error=skip" in line
+        return REFUSED
+    return READ
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of damaged files
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_is_decoded_or_refused_by_name(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(opening, "total_memory", lambda: TOTAL, raising=False)
+    for i in range(EACH):
+        path, expected = write(kind, i, tmp_path)
+        for function in (lambda path: decode(path, 32), lambda path: decode_mask(path, 32), mask_values, image_size):
+            found = outcome(function, path)
+            if function is image_size or (expected == REFUSED and kind == "floating point"):
+                continue  # headers may well be whole; masks may have floating-point values
+            assert found == expected or expected == EITHER, (path, function)
+        assert find_images(tmp_path) == [str(path)]  # it is not left out in silence
+        path.unlink()
+
+
+def test_postscript_is_never_run(tmp_path, monkeypatch):
+    """An .eps under another name: Pillow would hand it to Ghostscript."""
+    from PIL import EpsImagePlugin
+
+    def run(*_, **__):
+        raise AssertionError("Ghostscript was called")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
+    path, _ = write("postscript", 0, tmp_path)
+    with pytest.raises(UserError, match="not an image of a known format"):
+        decode(path, 8)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you")])
+def test_a_lack_of_memory_is_no_broken_image(error, tmp_path, monkeypatch):
+    """It ends a set that leaves out broken images, and is one line that names the image."""
+    good = str(write("wrong extension", 0, tmp_path)[0])
+
+    def load(*_):
+        raise error
+
+    monkeypatch.setattr(Image.Image, "convert", load)
+    with pytest.raises(MemoryError, match="too little memory for image") as raised:
+        readable(lambda i: decode([good, good][i], 8), [good, good], "skip")
+    line, status = errors.explain(raised.value)
+    assert status == 2 and good in line and "\n" not in line and len(line) - len(good) <= 200
+
+
+def stored(side=4000):
+    """An image of which only the header has been read."""
+    return Image.open(io.BytesIO(png(side, side, 8, 2)))
+
+
+def test_threads_decode_only_what_fits_together(monkeypatch):
+    """Sixteen images, of which three fit into half of what is free: at most three at once, and all are decoded."""
+    needed = opening.bytes_to_decode(stored())
+    monkeypatch.setattr(opening, "free_memory", lambda _: 7 * needed)
+    monkeypatch.setattr(opening, "total_memory", lambda: 100 * needed)
+    lock, inside, most, done = threading.Lock(), 0, 0, 0
+
+    def decodes():
+        nonlocal inside, most, done
+        with opening.memory_for(stored()):
+            with lock:
+                inside += 1
+                most = max(most, inside)
+            threading.Event().wait(0.02)
+            with lock:
+                inside -= 1
+                done += 1
+
+    threads = [threading.Thread(target=decodes) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (most, done) == (3, 16) and opening._DECODING.kept == 0
+
+
+def test_one_image_alone_is_refused_by_what_is_free_and_by_what_there_is(monkeypatch):
+    needed = opening.bytes_to_decode(stored())
+    monkeypatch.setattr(opening, "total_memory", lambda: 2 * needed)
+    monkeypatch.setattr(opening, "free_memory", lambda _: 2 * needed)
+    with opening.memory_for(stored()):
+        pass
+    monkeypatch.setattr(opening, "free_memory", lambda _: 2 * needed - 2)
+    with pytest.raises(MemoryError, match=r"4000 x 4000 pixels take 0.24 GiB to decode, 0.48 GiB are free"):
+        opening.memory_for(stored()).__enter__()
+    monkeypatch.setattr(opening, "total_memory", lambda: 2 * needed - 2)
+    with pytest.raises(ValueError, match=r"4000 x 4000 pixels .* over half of all 0\.48 GiB of memory"):
+        opening.memory_for(stored()).__enter__()
+    assert opening._DECODING.kept == 0
+    with opening.memory_for(stored(100)):  # nothing is asked of small ones
+        pass
+
+
+def test_a_forked_worker_does_not_wait_for_its_parents_threads(monkeypatch):
+    needed = opening.bytes_to_decode(stored())
+    monkeypatch.setattr(opening, "free_memory", lambda _: 2 * needed)
+    monkeypatch.setattr(opening, "total_memory", lambda: 100 * needed)
+    with opening.memory_for(stored()):
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            with opening.memory_for(stored()):
+                os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_workers_share_what_is_free(monkeypatch):
+    monkeypatch.setattr(opening, "free_memory", lambda _: 1200)
+    assert opening._free() == 1200
+    monkeypatch.setattr(opening, "get_worker_info", lambda: type("Info", (), {"num_workers": 4}))
+    assert opening._free() == 300
+
+
+def test_a_gif_of_200_bytes_is_refused_by_what_it_claims(tmp_path, monkeypatch):
+    (tmp_path / "a.gif").write_bytes(huge_gif(30_000))
+    assert (tmp_path / "a.gif").stat().st_size < 1000
+    monkeypatch.setattr(opening, "total_memory", lambda: TOTAL)
+    with pytest.raises(UserError, match=r"a\.gif: 30000 x 30000 pixels take .* GiB to decode, over half of all 6"):
+        decode(tmp_path / "a.gif", 224)
