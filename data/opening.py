@@ -31,9 +31,9 @@ REMEDY = "; fix or remove the file (data.on_error=skip leaves such files out of 
 SHARE = 1 / 2  # of the memory: what decoding may take
 SMALL = 2**24  # bytes: what takes less is decoded without a look at the memory
 
-# bytes per pixel that decoding takes at most, conversion to 8 bits and turning upright included, by Pillow's mode
-_GREY, _COLOR, _TRANSPARENT, _DEEP_GREY, _DEEP = 8, 16, 24, 16, 48
-_OF_FORMAT = {"WEBP": 20, "AVIF": 20, "JPEG2000": 36, "TIFF": 8, "JPEG": 6}  # and what its decoder takes besides
+# Bytes per pixel that decoding takes at most, conversion to 8 bits and turning upright included; a color has 4.
+GREY, COLOR, TRANSPARENT, DEEP_GREY, DEEP = 6, 16, 20, 12, 36
+OF_FORMAT = {"WEBP": 10, "AVIF": 10, "JPEG2000": 20, "TIFF": 4, "JPEG": 6}  # and what the decoder takes besides
 
 
 @contextmanager
@@ -97,19 +97,20 @@ def memory_for(stored: Image.Image, geometry: Geometry | None = None) -> Iterato
 
 
 def bytes_to_decode(stored: Image.Image, geometry: Geometry | None = None) -> int:
-    """What decoding an opened image takes at most, from its header; of its results only those in the input's size."""
+    """What it takes at most to decode an opened image and to fit it into an input, from its header alone."""
     if stored.mode in ("I", "F") or (is_deep(stored) and not stored.mode.startswith("I")):
-        each = _DEEP
+        each = DEEP
     elif stored.mode.startswith("I"):
-        each = _DEEP_GREY
+        each = DEEP_GREY
     elif stored.has_transparency_data:
-        each = _TRANSPARENT
+        each = TRANSPARENT
     else:
-        each = _GREY if stored.mode in ("1", "L") else _COLOR
-    needed = stored.width * stored.height * (each + _OF_FORMAT.get(stored.format, 0))
-    if geometry is not None:  # of the resizing, whose first pass changes one side alone
-        sides = max(stored.size), max(geometry.height, geometry.width, geometry.resize or 0)
-        needed += 4 * sides[0] * sides[1] + 20 * geometry.height * geometry.width
+        each = GREY if stored.mode in ("1", "L") else COLOR
+    needed = stored.width * stored.height * (each + OF_FORMAT.get(stored.format, 0))
+    if geometry is not None:
+        needed += 16 * geometry.height * geometry.width
+        if {geometry.height, geometry.width} != {*stored.size}:  # Pillow resizes the width first
+            needed += 4 * max(geometry.height, geometry.width, geometry.resize or 0) * max(stored.size)
     return needed
 
 

@@ -278,7 +278,7 @@ def write(kind: str, i: int, folder: Path, seed: int = 0) -> tuple[Path, str]:
             path.symlink_to(("/dev/zero", "/dev/null", "/dev/full", "/dev/urandom")[i % 4])
         case "link to a fifo":
             os.mkfifo(folder / f".{path.name}")
-            path.symlink_to(f".{path.name}")
+            path.symlink_to(folder / f".{path.name}")
         case "huge and sparse":  # a terabyte that takes no room on the disk
             heads = encoded(rng, "WEBP"), encoded(rng, "WEBP")[:12], b"\0\0\0\x0cjP  \r\n\x87\n", b"\0\0\0\x20ftypavif"
             path.write_bytes(heads[i % 4] + (b"\xff" * 8 + b"jp2h" if i % 4 == 2 else b""))

@@ -1,10 +1,13 @@
 """Damaged and hostile image files: decoded or refused in one line that names them, without hanging or much memory."""
 
 import io
+import json
 import os
+import re
 import signal
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -15,6 +18,9 @@ from data.images import decode, decode_mask, image_size, mask_values, readable
 from runtime import errors
 from runtime.errors import UserError
 from tests.attacks.hostile_images import EITHER, KINDS, READ, REFUSED, huge_gif, png, write
+from tests.attacks.limited import LIMIT
+from tests.images import write_classes, write_mvtec
+from tests.processes import start_script
 
 EACH = 4  # of a kind; `make test-all` takes 8
 TOTAL = 6 * 2**30  # bytes of a small machine, whatever runs the tests
@@ -166,3 +172,116 @@ def test_a_gif_of_200_bytes_is_refused_by_what_it_claims(tmp_path, monkeypatch):
     monkeypatch.setattr(opening, "total_memory", lambda: TOTAL)
     with pytest.raises(UserError, match=r"a\.gif: 30000 x 30000 pixels take .* GiB to decode, over half of all 6"):
         decode(tmp_path / "a.gif", 224)
+
+
+# -------------------------------------------------------------------- through the scripts, in 2 GiB more than idle
+
+
+def under_limit(commands: list[list[str]], folder: Path) -> list[dict]:
+    """The `limited.outcome` of each command, one after another in a process of their own."""
+    (folder / "commands.json").write_text(json.dumps(commands))
+    words = [str(Path(__file__).parent / "limited.py"), str(folder / "commands.json"), str(folder / "outcomes.json")]
+    process = start_script(words, folder / "out")
+    process.join()
+    outcomes = json.loads((folder / "outcomes.json").read_text()) if (folder / "outcomes.json").exists() else []
+    ended = (
+        f"process ended with {process.exitcode} in {commands[len(outcomes) :][:1]}, {(folder / 'out.err').read_text()}"
+    )
+    assert process.exitcode == 0 and len(outcomes) == len(commands), ended
+    for words, found in zip(commands, outcomes):
+        assert found["bytes"] < LIMIT and "Traceback" not in found["err"], (words, found["err"][-3000:])
+        assert "Warning" not in found["err"], (words, found["err"])
+    return outcomes
+
+
+def hostile_set(folder: Path, each: int = 8) -> dict[str, str]:
+    """{path: what must become of it} of `each` files of every kind, written into the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = (write(kind, i, folder) for kind in KINDS for i in range(each))
+    return {str(path): expected for path, expected in made}
+
+
+def named(files: dict[str, str], err: str) -> dict[str, bool]:
+    """Whether stderr names each file."""
+    return {path: re.search(rf"{re.escape(path)}(,|:|\s|$)", err) is not None for path in files}
+
+
+def assert_named(files: dict[str, str], err: str) -> int:
+    """All refused files are named, and none that can be read; returns how many are named."""
+    found = named(files, err)
+    wrong = [path for path, expected in files.items() if expected != EITHER and found[path] != (expected == REFUSED)]
+    assert wrong == []
+    return sum(found.values())
+
+
+SSL = ["train_ssl.py", "configs/demo/simclr_demo.yaml", "augment.size=24", "method.out=8", "data.size=32", "epochs=1"]
+SSL += ["backbone=mobilenet_v2", "backbone.width=0.25", "batch_size=8", "device=cpu", "optim.warmup_epochs=0"]
+ANOMALY = ["train_anomaly.py", "configs/demo/padim_demo.yaml", "data.category=part", "data.size=32", "device=cpu"]
+
+
+def commands_of(script: str, root: Path, runs: Path, on_error: str) -> list[str]:
+    if script == "predict.py":
+        return ["predict.py", str(runs / "trained"), str(root), f"out={runs / 'out'}", "device=cpu"]
+    more = [f"data.root={root}", f"runs={runs}", "run_name=run", f"data.on_error={on_error}"]
+    return [*(SSL if script == "train_ssl.py" else ANOMALY), *more]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train_ssl.py", "train_anomaly.py", "predict.py"])
+def test_all_at_once_are_left_out_by_name(script, tmp_path):
+    """With data.on_error=skip, and in predict.py, the run ends well, and what it left out is what it names."""
+    runs, root = tmp_path / "runs", tmp_path / "set"
+    below = {"train_ssl.py": "train/class0", "train_anomaly.py": "part/train/good", "predict.py": "below"}[script]
+    before = []
+    if script == "train_ssl.py":
+        write_classes(root, classes=2, each=8)
+    else:
+        write_mvtec(root if script == "train_anomaly.py" else tmp_path / "normal")
+        train = commands_of("train_anomaly.py", tmp_path / "normal", runs, "fail")
+        before = [] if script == "train_anomaly.py" else [[*train, "run_name=trained"]]
+    good = len(find_images(root))
+    files = hostile_set(root / below)
+    *_, found = under_limit([*before, commands_of(script, root, runs, "skip")], tmp_path)
+    assert found["status"] == 0, found["err"][-3000:]
+    count = assert_named(files, found["err"])
+    results = json.loads(found["out"].splitlines()[-1])
+    if script == "predict.py":
+        assert len(results["skipped"]) == count and results["images"] == len(files) - count and good == 0
+    else:
+        assert f"left out {count} of " in found["err"] or f"{count} not readable" in found["err"]
+    took = f"{found['seconds']:.0f} s, {found['bytes'] / 2**30:.2f} GiB"
+    print(f"{script}: {len(files)} files of {len(KINDS)} kinds, {count} named, {len(files) - count} used, {took}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train_ssl.py", "train_anomaly.py", "predict.py"])
+def test_each_alone_ends_in_one_line_that_names_it(script, tmp_path):
+    """With data.on_error=fail every refused file ends the run in one line and exit status 2, within a minute."""
+    runs, commands, before = tmp_path / "runs", [], []
+    files = hostile_set(tmp_path / "files", 2)
+    files = {path: expected for path, expected in files.items() if expected == REFUSED}
+    if script == "predict.py":
+        normal = write_mvtec(tmp_path / "normal")
+        before = [[*commands_of("train_anomaly.py", normal, runs, "fail"), "run_name=trained"]]
+    places = []
+    for number, path in enumerate(files):
+        root = tmp_path / f"set{number}"
+        if script == "train_ssl.py":
+            write_classes(root, classes=1, each=2)
+        elif script == "train_anomaly.py":
+            write_mvtec(root, normal=2)
+        below = {"train_ssl.py": "train/class0", "train_anomaly.py": "part/train/good", "predict.py": ""}[script]
+        (root / below).mkdir(parents=True, exist_ok=True)
+        places.append(root / below / Path(path).name)
+        os.rename(path, places[-1])  # a link's target stays behind
+        commands.append(commands_of(script, root, runs / f"{number}", "fail"))
+        if script == "predict.py":
+            commands[-1][1] = str(runs / "trained")
+    outcomes = under_limit([*before, *commands], tmp_path)[len(before) :]
+    for place, found in zip(places, outcomes):
+        lines = [line for line in found["err"].splitlines() if str(place) in line]
+        ending = "cannot read image" if script != "predict.py" else "none of the 1 images"
+        assert found["status"] == 2 and any(ending in line for line in lines + found["err"].splitlines()), found["err"]
+        assert lines and all(len(line) <= 300 for line in lines), found["err"]
+    seconds, most = (max(found[key] for found in outcomes) for key in ("seconds", "bytes"))
+    print(f"{script}: {len(places)} files, each named in one line, {seconds:.1f} s and {most / 2**30:.2f} GiB at most")
