@@ -92,7 +92,7 @@ def memory_for(stored: Image.Image, geometry: Geometry | None = None) -> Iterato
     claim = f"{stored.width} x {stored.height} pixels take {gib(needed)} to decode"
     if needed > (total := total_memory()) * SHARE:
         raise ValueError(f"{claim}, over half of all {gib(total)} of memory")
-    with _DECODING.keep(needed, claim):
+    with memory_kept(needed, claim):
         yield
 
 
@@ -114,33 +114,40 @@ def bytes_to_decode(stored: Image.Image, geometry: Geometry | None = None) -> in
     return needed
 
 
-class _Decoding:
-    """Memory that threads of this process decode in."""
+class _Kept:
+    """What threads of this process keep of its memory."""
 
     def __init__(self):
-        self.kept, self.changed = 0, threading.Condition()  # bytes
+        self.bytes, self.changed = 0, threading.Condition()
 
-    @contextmanager
-    def keep(self, needed: int, claim: str) -> Iterator[None]:
-        with self.changed:
-            while needed > (free := _free()) * SHARE - self.kept:
-                if not self.kept:
-                    raise MemoryError(f"{claim}, {gib(free)} are free")
-                self.changed.wait()
-            self.kept += needed
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.kept -= needed
-                self.changed.notify_all()
+
+_KEPT = _Kept()
+os.register_at_fork(after_in_child=_KEPT.__init__)  # a worker has none of the threads that keep something
+
+
+@contextmanager
+def memory_kept(needed: int, claim: str) -> Iterator[None]:
+    """Waits until so many bytes fit into half of what is free, beside what other threads keep, and keeps them while
+    inside. A thread that keeps some must not ask for more.
+
+    Raises:
+        MemoryError: they do not fit though no other thread keeps any; `claim` says what they are for.
+    """
+    with _KEPT.changed:
+        while needed > (free := _free()) * SHARE - _KEPT.bytes:
+            if not _KEPT.bytes:
+                raise MemoryError(f"{claim}, {gib(free)} are free")
+            _KEPT.changed.wait()
+        _KEPT.bytes += needed
+    try:
+        yield
+    finally:
+        with _KEPT.changed:
+            _KEPT.bytes -= needed
+            _KEPT.changed.notify_all()
 
 
 def _free() -> int:
     """Free bytes for this process, which may be one of several workers."""
     worker = get_worker_info()
     return free_memory(torch.device("cpu")) // (worker.num_workers if worker else 1)
-
-
-_DECODING = _Decoding()
-os.register_at_fork(after_in_child=_DECODING.__init__)  # a worker has none of the threads that held it

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data.geometry import Geometry
 from data.images import decode, decode_mask, image_size
 from data.opening import bytes_to_decode, opened
+from plots.heatmaps import bytes_to_draw, save, single_heatmap
 from tests.attacks.hostile_images import chunk
 from tests.attacks.limited import memory
 from tests.processes import run_processes
@@ -86,7 +88,15 @@ def peaks(_rank: int, _size: int, folder: str) -> list[tuple[str, str, int, int]
             with opened(path) as stored:
                 expected = bytes_to_decode(stored, geometry)
             rows.append((path.name, name, in_a_process(function, path), expected))
+    for size in ((HEIGHT, WIDTH), (200_000, 2), (1000, 3000)):
+        image, heat = torch.zeros(3, *size, dtype=torch.uint8), torch.rand(size)
+        calibration = {"low": 0.1, "high": 0.9, "pixel_threshold": 0.5}
+        rows.append((f"{size}", "drawing", in_a_process(draw, image, heat, calibration, folder), bytes_to_draw(*size)))
     return rows
+
+
+def draw(image: torch.Tensor, heat: torch.Tensor, calibration: dict, folder: str) -> None:
+    save(single_heatmap(image, heat, calibration, score=1.0, threshold=0.5, peak=(1, 1)), Path(folder) / "drawn.png")
 
 
 @pytest.mark.slow
@@ -94,7 +104,7 @@ def test_no_decoding_takes_more_than_the_header_made_expect(tmp_path):
     [rows] = run_processes(peaks, 1, str(tmp_path))
     for row in rows:
         print(*row[:2], *(f"{value / WIDTH / HEIGHT:.1f}" for value in row[2:]), "bytes per pixel")
-    assert len(rows) == 3 * 30
+    assert len(rows) == 3 * 30 + 3
     beyond = {row[:2]: row[2:] for row in rows if row[2] > row[3] + 2**24}  # what Pillow loads the first time
     assert beyond == {}
     largest = {name: (0, 1) for name, *_ in rows}

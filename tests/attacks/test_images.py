@@ -126,7 +126,7 @@ def test_threads_decode_only_what_fits_together(monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    assert (most, done) == (3, 16) and opening._DECODING.kept == 0
+    assert (most, done) == (3, 16) and opening._KEPT.bytes == 0
 
 
 def test_one_image_alone_is_refused_by_what_is_free_and_by_what_there_is(monkeypatch):
@@ -141,7 +141,7 @@ def test_one_image_alone_is_refused_by_what_is_free_and_by_what_there_is(monkeyp
     monkeypatch.setattr(opening, "total_memory", lambda: 2 * needed - 2)
     with pytest.raises(ValueError, match=r"4000 x 4000 pixels .* over half of all 0\.48 GiB of memory"):
         opening.memory_for(stored()).__enter__()
-    assert opening._DECODING.kept == 0
+    assert opening._KEPT.bytes == 0
     with opening.memory_for(stored(100)):  # nothing is asked of small ones
         pass
 
@@ -201,17 +201,10 @@ def hostile_set(folder: Path, each: int = 8) -> dict[str, str]:
     return {str(path): expected for path, expected in made}
 
 
-def named(files: dict[str, str], err: str) -> dict[str, bool]:
-    """Whether stderr names each file."""
-    return {path: re.search(rf"{re.escape(path)}(,|:|\s|$)", err) is not None for path in files}
-
-
-def assert_named(files: dict[str, str], err: str) -> int:
-    """All refused files are named, and none that can be read; returns how many are named."""
-    found = named(files, err)
-    wrong = [path for path, expected in files.items() if expected != EITHER and found[path] != (expected == REFUSED)]
-    assert wrong == []
-    return sum(found.values())
+def assert_named(files: dict[str, str], names: list[str]) -> None:
+    """Of the files those are named that are refused, and none that can be read."""
+    assert {path for path, expected in files.items() if expected == REFUSED} <= {*names}
+    assert {*names} <= {path for path, expected in files.items() if expected != READ}
 
 
 SSL = ["train_ssl.py", "configs/demo/simclr_demo.yaml", "augment.size=24", "method.out=8", "data.size=32", "epochs=1"]
@@ -242,14 +235,20 @@ def test_all_at_once_are_left_out_by_name(script, tmp_path):
     good = len(find_images(root))
     files = hostile_set(root / below)
     *_, found = under_limit([*before, commands_of(script, root, runs, "skip")], tmp_path)
-    assert found["status"] == 0, found["err"][-3000:]
-    [warning] = [line for line in found["err"].splitlines() if "left out" in line and "not readable" in line] or [""]
-    count = assert_named(files, found["err"] if script == "predict.py" else warning)
+    assert found["status"] in (0, 1), found["err"][-3000:]
     results = json.loads(found["out"].splitlines()[-1])
     if script == "predict.py":
-        assert len(results["skipped"]) == count and results["images"] == len(files) - count and good == 0
+        names, without = results["skipped"], results["without_heatmap"]
+        assert results["images"] == len(files) - len(names) and good == 0
+        assert all("long_and_thin" in path for path in without) and found["status"] == bool(without)
+        assert all(f"skipped: cannot read image {path}: " in found["err"] for path in names)
+        assert all(re.search(f"no heat map of {path}: it takes .* GiB are free", found["err"]) for path in without)
     else:
-        assert f"left out {count} of " in warning
+        [line] = [line for line in found["err"].splitlines() if "left out" in line and "not readable" in line]
+        names = line.partition("not readable: ")[2].split(", ")
+        assert f"left out {len(names)} of " in line and found["status"] == 0
+    assert_named(files, names)
+    count = len(names)
     took = f"{found['seconds']:.0f} s, {found['bytes'] / 2**30:.2f} GiB"
     print(f"{script}: {len(files)} files of {len(KINDS)} kinds, {count} named, {len(files) - count} used, {took}")
 
