@@ -48,6 +48,7 @@ def decode(path: str | Path, geometry: int | Geometry) -> Tensor:
 
     Raises:
         UserError: an empty, truncated or otherwise unreadable file, by its name and with the reason.
+        MemoryError: there is too little memory now, which is no fault of the file.
     """
     geometry = as_geometry(geometry)
     with opened(path) as stored, memory_for(stored, geometry):
@@ -104,7 +105,8 @@ def readable(load: Callable[[int], object], paths: list[str], on_error: OnError)
     """Positions of the images to keep.
 
     Args:
-        load: decodes the image at a position; its `UserError` means that the image is broken.
+        load: decodes the image at a position; its `UserError` means that the image is broken. A `MemoryError` says
+            nothing about the image and is raised.
         on_error: `fail`: keep all and read none; the first decoding of a broken one raises, naming it.
             `skip`: load every one now and leave out the broken ones, named in one warning line on stderr.
     """

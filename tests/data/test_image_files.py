@@ -132,7 +132,7 @@ def test_what_is_left_out_is_said_in_one_line(tmp_path, capsys):
         "3 folders of runs",
     ):
         assert part in err, part
-    assert names(find_images(tmp_path, leave_out=tmp_path / "a"), tmp_path) == expected[1:]
+    assert names(find_images(tmp_path, leave_out=tmp_path / "a"), tmp_path) == expected[2:]
     assert is_junk(".x") and not is_junk("x") and not is_junk("_x")
 
 
