@@ -36,13 +36,15 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from data.image_files import find_images
+from data.opening import memory_kept
 from evaluation.anomaly.prediction import LoadedImage, ahead, decode_whole, examine, load_image, load_run, predicted
 from evaluation.anomaly.tiling import check_tiling
 from models.anomaly.detector import Findings
-from plots.heatmaps import save, single_heatmap
+from plots.heatmaps import bytes_to_draw, save, single_heatmap
 from runtime import config, distributed, errors, help
 from runtime.errors import UserError
 from runtime.files import remove_unfinished, whole_file
+from runtime.memory import gib
 from runtime.text import printable
 from runtime.values import PathText, PixelsOrZero, PositiveInt
 from runtime.version import another_version
@@ -155,10 +157,11 @@ def row_and_heatmap(
         try:
             # read again, so that no more images than those being drawn are held at full size
             whole = decode_whole(item.path, item.geometry)
-            drawn = single_heatmap(whole, said.map, state["calibration"], **about)
-            save(drawn, out / "heatmaps" / f"{name}.png")  # of a.jpg and of a.png: two files
-        except UserError as error:
-            problem = error
+            with memory_kept(needed := bytes_to_draw(*item.size), f"it takes {gib(needed)}"):
+                drawn = single_heatmap(whole, said.map, state["calibration"], **about)
+                save(drawn, out / "heatmaps" / f"{name}.png")  # of a.jpg and of a.png: two files
+        except (UserError, MemoryError) as error:
+            problem = UserError(str(error) or "the memory is full")
     alarm = None if said.is_anomalous is None else int(said.is_anomalous)
     row = [name, said.score, alarm, threshold, said.nearest_training_image, *(said.peak or (None, None))]
     return row, problem  # None is written as an empty cell
@@ -166,7 +169,7 @@ def row_and_heatmap(
 
 def images_of(place: Path, out: Path) -> tuple[Path, list[str]]:
     """The folder that paths in the table are relative to, and the images, without heat maps of this or other runs."""
-    if place.is_file():
+    if os.path.lexists(place) and not place.is_dir():
         return place.parent, [str(place)]
     paths = find_images(place, leave_out=out / "heatmaps")
     if not paths:

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from runtime.distributed import is_main
+from runtime.files import open_regular
 from runtime.text import printable
 
 WHITE = 65535  # of a file that uses its 16 bits
@@ -101,7 +102,8 @@ def deep_values(image: Image.Image) -> np.ndarray:
     if raw not in COLORS:
         raise ValueError(f"data.white knows 16-bit grey, RGB and RGBA, not {raw}: convert it to one of them")
     other = raw.replace("16B", "16?").replace("16L", "16B").replace("16?", "16L")
-    with Image.open(image.filename) as again:  # in the other byte order Pillow reads the lower byte
+    # in the other byte order Pillow reads the lower byte
+    with open_regular(image.filename) as file, Image.open(file, formats=[image.format]) as again:
         again.tile = [tile._replace(args=_with_raw_mode(tile.args, other)) for tile in again.tile]
         lower = np.asarray(again)[..., :3]
     return np.asarray(image)[..., :3].astype(np.uint16) << 8 | lower

@@ -1,5 +1,6 @@
 """Which files of a folder are images: one walk for all data sets and for predict.py."""
 
+import errno
 import functools
 import heapq
 import os
@@ -29,11 +30,18 @@ TABLE, HEATMAPS = "predictions.csv", "heatmaps"  # of predict.py; while it runs,
 
 
 @functools.cache
+def formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are tried on a file, whatever its extension: in Pillow's order."""
+    Image.preinit()  # the most common ones, which thereby come first
+    Image.init()
+    return tuple(name for name in Image.ID if name not in NO_IMAGES)
+
+
+@functools.cache
 def extensions() -> frozenset[str]:
     """Extensions of the images that this Pillow can decode, in lower case."""
-    known = Image.registered_extensions()  # loads all plugins, so that Image.OPEN is complete
-    formats = Image.OPEN.keys() - NO_IMAGES | {"MPO"}  # JPEG's reader opens MPO
-    return frozenset(extension for extension, kind in known.items() if kind in formats) - FLOATS
+    readable = {*formats(), "MPO"}  # JPEG's reader opens MPO
+    return frozenset(extension for extension, kind in Image.EXTENSION.items() if kind in readable) - FLOATS
 
 
 @dataclass
@@ -114,8 +122,8 @@ def list_images(folder: str | Path, *, leave_out: str | Path | None = None) -> L
                     found.runs.append(entry.path)
                 else:
                     heapq.heappush(waiting, (entry.is_symlink(), depth + 1, entry.path))
-            elif os.path.splitext(name)[1].lower() in extensions() and (entry.is_file() or entry.is_symlink()):
-                found.paths.append(entry.path)  # of a broken link too, which `decode` then names
+            elif _may_be_image(name):
+                found.paths.append(entry.path)  # of a broken link or a FIFO too, which `decode` then names
             elif name.lower() not in SIDECARS:
                 found.others.append(entry.path)
     for paths in (found.paths, found.junk, found.runs, found.others):
@@ -171,10 +179,16 @@ def _entries(folder: str) -> list[os.DirEntry]:
         raise UserError(_unreadable(folder, error)) from None
 
 
+def _may_be_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in extensions()
+
+
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
     except OSError as error:  # a link to itself, or to a place that may not be read
+        if error.errno == errno.ELOOP and _may_be_image(entry.name):
+            return False
         raise UserError(_unreadable(entry.path, error)) from None
 
 

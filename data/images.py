@@ -8,26 +8,24 @@ from runtime.threads import cpu_count
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 from torch import Tensor
 from tqdm import tqdm
 
 from data.depth import largest_channel, not_black, to_8_bit
 from data.geometry import Geometry, as_geometry
+from data.opening import memory_for, opened
 from runtime.distributed import is_main
 from runtime.errors import UserError
 from runtime.text import say_once
 
-Image.MAX_IMAGE_PIXELS = 2**30  # Pillow refuses twice as many; by default 179 million, fewer than line cameras deliver
 OnError = Literal["fail", "skip"]
-REMEDY = "; fix or remove the file (data.on_error=skip leaves such files out of a set)"
 
 # EXIF orientation -> what brings the stored pixels upright (EXIF 2.3, tag 0x0112); 1 is upright
 _UPRIGHT = {
@@ -50,9 +48,10 @@ def decode(path: str | Path, geometry: int | Geometry) -> Tensor:
 
     Raises:
         UserError: an empty, truncated or otherwise unreadable file, by its name and with the reason.
+        MemoryError: there is too little memory now, which is no fault of the file.
     """
     geometry = as_geometry(geometry)
-    with naming(path), Image.open(path) as stored:
+    with opened(path) as stored, memory_for(stored, geometry):
         return fitted(_upright(stored, partial(to_8_bit, white=geometry.white, black=geometry.black)), geometry)
 
 
@@ -73,7 +72,7 @@ def decode_mask(path: str | Path, geometry: int | Geometry | None) -> Tensor:
     Raises:
         UserError: as `decode`.
     """
-    with naming(path), Image.open(path) as stored:
+    with opened(path) as stored, memory_for(stored, None if geometry is None else as_geometry(geometry)):
         mask = _upright(stored, not_black)
         if geometry is not None:
             mask = as_geometry(geometry).apply(mask, Image.Resampling.NEAREST)
@@ -86,13 +85,13 @@ def mask_values(path: str | Path) -> np.ndarray:
     Raises:
         UserError: as `decode`.
     """
-    with naming(path), Image.open(path) as stored:
+    with opened(path) as stored, memory_for(stored):
         return largest_channel(stored)
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
     """(h, w) of the upright image, from the file's header: the pixels are not decoded."""
-    with naming(path), Image.open(path) as stored:
+    with opened(path) as stored:
         width, height = stored.size
         return (width, height) if _orientation(stored) >= 5 else (height, width)
 
@@ -106,7 +105,8 @@ def readable(load: Callable[[int], object], paths: list[str], on_error: OnError)
     """Positions of the images to keep.
 
     Args:
-        load: decodes the image at a position; its `UserError` means that the image is broken.
+        load: decodes the image at a position; its `UserError` means that the image is broken. A `MemoryError` says
+            nothing about the image and is raised.
         on_error: `fail`: keep all and read none; the first decoding of a broken one raises, naming it.
             `skip`: load every one now and leave out the broken ones, named in one warning line on stderr.
     """
@@ -144,23 +144,6 @@ def in_threads(function: Callable, items: Iterable, title: str) -> Iterator:
             for result in pool.map(function, items[start : start + 256]):
                 bar.update()
                 yield result
-
-
-@contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Turn whatever goes wrong inside into a `UserError` that names the file and the reason."""
-    try:
-        yield
-    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error and more
-        if isinstance(error, FileNotFoundError):
-            reason = "there is no such file"
-        elif os.path.isfile(path) and os.path.getsize(path) == 0:
-            reason = "the file is empty"
-        elif isinstance(error, UnidentifiedImageError):
-            reason = "it is not an image of a known format"
-        else:
-            reason = str(error) or type(error).__name__
-        raise UserError(f"cannot read image {path}: {reason}{REMEDY}") from error
 
 
 def _orientation(stored: Image.Image) -> int:

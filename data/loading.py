@@ -144,7 +144,7 @@ class Loader:
             generator=torch.Generator(),  # else it draws from the global one, and the cache would change the run
         )
         for batch in decoded:
-            if isinstance(batch, UserError):
+            if isinstance(batch, UserError | MemoryError):
                 raise batch
             yield (_three_channels(batch[0]), *batch[1:])
 
@@ -171,10 +171,10 @@ class _Batches(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, k: int) -> list[Tensor] | UserError:
+    def __getitem__(self, k: int) -> list[Tensor] | UserError | MemoryError:
         try:
             items = [_slim(self.dataset[i]) for i in self.batches[k].tolist()]
-        except UserError as error:
+        except (UserError, MemoryError) as error:
             return error
         return [torch.stack([torch.as_tensor(value) for value in column]) for column in zip(*items)]
 

@@ -105,7 +105,7 @@ def warn_of_values(masks: Iterable[str]) -> None:
 
 def _marked(path: str) -> _Marked:
     values = mask_values(path)  # (h, w)
-    marked = np.abs(values[values != 0].astype(np.float64))
+    marked = np.abs(values[values != 0])
     if not marked.size:
         return _Marked(0, 0, False)
     return _Marked(marked.size, int((marked > marked.max() / 2).sum()), bool(marked.min() != marked.max()))

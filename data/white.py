@@ -7,9 +7,11 @@ import numpy as np
 from PIL import Image
 
 from data.depth import WHITE, deep_values, is_deep
-from data.images import in_threads, naming
+from data.images import in_threads
+from data.opening import memory_for, opened
 from runtime.distributed import is_main
 from runtime.errors import UserError
+from runtime.files import open_regular
 from runtime.text import say_once
 
 MAY_BE_DEEP = {".png", ".tif", ".tiff", ".pgm", ".pnm", ".jp2"}
@@ -75,7 +77,7 @@ def _may_be_deep(path: str) -> bool:
 def _is_deep(path: str) -> bool:
     """From the header, but for floating point, which needs a range; a broken file is none, for decoding names it."""
     try:
-        with naming(path), Image.open(path) as image:
+        with opened(path) as image:
             return is_deep(image) and image.mode != "F"
     except UserError:
         return False
@@ -84,7 +86,7 @@ def _is_deep(path: str) -> bool:
 def _largest(path: str) -> int:
     """The largest value of a deep file; 0 of one that cannot be decoded."""
     try:
-        with naming(path), Image.open(path) as image:
+        with opened(path) as image, memory_for(image):
             return int(deep_values(image).max())
     except UserError:
         return 0
@@ -92,15 +94,16 @@ def _largest(path: str) -> int:
 
 def _declared_and_values(path: str) -> tuple[int, np.ndarray, np.ndarray] | None:
     """The white that a deep file declares, 0 if none; its values and how many pixels have each. None of 8 bits."""
-    with naming(path), Image.open(path) as image:
+    with opened(path) as image:
         if not is_deep(image):
             return None
         declared = _significant_white(path) if image.format == "PNG" else _tagged_white(image)
-        values = deep_values(image)
-        if values.dtype == np.uint16:
-            return declared, *np.unique(values, return_counts=True)
-        steps = np.quantile(values.astype(float), np.linspace(0, 1, 1001), method="inverted_cdf")
-        return declared, steps, np.full(1001, values.size / 1001)
+        with memory_for(image):
+            values = deep_values(image)
+            if values.dtype == np.uint16:
+                return declared, *np.unique(values, return_counts=True)
+            steps = np.quantile(values.astype(float), np.linspace(0, 1, 1001), method="inverted_cdf")
+            return declared, steps, np.full(1001, values.size / 1001)
 
 
 def _tagged_white(image: Image.Image) -> int:
@@ -115,7 +118,7 @@ def _tagged_white(image: Image.Image) -> int:
 
 def _significant_white(path: str) -> int:
     """Of PNG's chunk sBIT, which Pillow does not read: the color channels' significant bits."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         file.seek(8)  # the signature
         while len(head := file.read(8)) == 8:
             length, kind = struct.unpack(">I4s", head)

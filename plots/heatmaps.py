@@ -247,6 +247,11 @@ def single_heatmap(
     return captioned(drawn, calibration, score, threshold, peaked=peak is not None)
 
 
+def bytes_to_draw(height: int, width: int) -> int:
+    """What `single_heatmap` and `save` take at most for an image of this size."""
+    return height * (32 * width + 8 * max(width, NARROWEST))
+
+
 def captioned(
     drawn: Image.Image, calibration: dict, score: float, threshold: float | None, *, peaked: bool = True
 ) -> Image.Image:

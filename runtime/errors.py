@@ -70,6 +70,9 @@ def explain(error: BaseException) -> tuple[str | None, int]:
         return f"error: {' '.join(printable(str(error)).split())}", 2
     if isinstance(error, KeyboardInterrupt):
         return "stopped; if there is a checkpoint, the same command resumes from it", 130
+    if lacks_memory(error):
+        why = cut(" ".join(printable(str(error)).split()), 280)
+        return f"error: {why or 'the memory is full: lower batch_size, data.size or data.workers'}", 2
     if one_value_per_channel(error):
         return "error: batch norm cannot train on one value per channel: raise batch_size or data.size", 2
     if type(error).__name__ == "OutOfMemoryError":  # torch's
@@ -81,6 +84,14 @@ def explain(error: BaseException) -> tuple[str | None, int]:
         what = f"cannot use {cut(str(error.filename or 'a file'))}: {error.strerror}"
         return f"error: {what}; {ADVICE[error.errno]}", 2
     return None, 1
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether the RAM is full, in the words of Python and NumPy, of the system, of torch, or of Pillow's decoders."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    said = str(error) if isinstance(error, OSError | RuntimeError) else ""
+    return "can't allocate memory" in said or said.startswith("out of memory")
 
 
 def one_value_per_channel(error: BaseException) -> bool:

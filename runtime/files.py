@@ -1,4 +1,4 @@
-"""Files that have their name only once they are complete."""
+"""Files that have their name only once they are complete; reading of files, and of nothing else that has a name."""
 
 import errno
 import hashlib
@@ -13,6 +13,37 @@ from pathlib import Path
 from typing import IO, Any
 
 from runtime.errors import UserError
+
+NOT_FILES = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+def open_regular(path: str | Path, mode: str = "rb", **text: Any) -> IO:
+    """As `open` for reading, but only of a regular file, or of a link to one: a FIFO would keep the reader waiting, and
+    a device may never end.
+
+    Raises:
+        OSError: it is something else, which `strerror` names; whatever `open` raises.
+    """
+    return open(path, mode, opener=_open_regular, **text)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    _require_regular(os.stat(path), path)  # before it is opened, which alone makes some devices do something
+    file = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)  # does not wait, should it have become a FIFO since
+    try:
+        _require_regular(os.fstat(file), path)
+    except OSError:
+        os.close(file)
+        raise
+    return file
+
+
+def _require_regular(status: os.stat_result, path: str) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if not stat.S_ISREG(status.st_mode):
+        kind = NOT_FILES.get(stat.S_IFMT(status.st_mode), "something else")
+        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", path)
 
 
 @contextmanager

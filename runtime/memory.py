@@ -3,6 +3,7 @@
 import math
 import mmap
 import os
+import resource
 import shutil
 import tempfile
 import weakref
@@ -15,7 +16,8 @@ from runtime.errors import UserError
 
 
 def free_memory(place: torch.device) -> int:
-    """Free bytes for this process: of a GPU, or its share of the RAM that is free within the container's limit.
+    """Free bytes for this process: of a GPU, or its share of the RAM that is free within the container's limit, and no
+    more than its own limit (ulimit -v) leaves.
 
     What the file cache holds counts as free, since the system gives it back. Without Linux's files: all of the RAM.
     """
@@ -24,11 +26,31 @@ def free_memory(place: torch.device) -> int:
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if os.path.exists("/proc/meminfo"):
         free = int(_fields("/proc/meminfo")["MemAvailable:"]) * 1024
-    if os.path.exists("/sys/fs/cgroup/memory.max"):
-        limit, used = Path("/sys/fs/cgroup/memory.max").read_text().strip(), _fields("/sys/fs/cgroup/memory.stat")
-        if limit != "max":
-            free = min(free, int(limit) - int(used["anon"]) - int(used["shmem"]))
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if (limit := _container_limit()) is not None:
+        used = _fields("/sys/fs/cgroup/memory.stat")
+        free = min(free, limit - int(used["anon"]) - int(used["shmem"]))
+    free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    own, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if own != resource.RLIM_INFINITY and os.path.exists("/proc/self/statm"):
+        free = min(free, own - int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE"))
+    return max(free, 0)
+
+
+def total_memory() -> int:
+    """Bytes of RAM that this process can ever have: as `free_memory`, with nothing in use. Equal for all ranks."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if (limit := _container_limit()) is not None:
+        total = min(total, limit)
+    total //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    own, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return total if own == resource.RLIM_INFINITY else min(total, own)
+
+
+def _container_limit() -> int | None:
+    if not os.path.exists("/sys/fs/cgroup/memory.max"):
+        return None
+    limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    return None if limit == "max" else int(limit)
 
 
 def gib(size: float) -> str:

@@ -37,6 +37,9 @@ class CIFAR10(Dataset):
         self._pixels: np.ndarray | None = None  # uint8 (n, 32, 32, 3), all rows of the published files
         batches = Path(root) / torchvision.datasets.CIFAR10.base_folder
         if batches.is_dir():
+            for path in batches.iterdir():
+                if not path.is_file():  # torchvision would wait for a FIFO
+                    raise UserError(f"{path} is not a regular file: unpack cifar-10-python.tar.gz again")
             try:
                 published = torchvision.datasets.CIFAR10(root, train=split == "train", download=False)
             except RuntimeError as error:

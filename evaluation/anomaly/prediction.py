@@ -21,8 +21,9 @@ from torch import Tensor
 
 from data import DataConfig, Geometry, build_geometry
 from data.geometry import as_geometry
-from data.images import REMEDY, decode, image_size
+from data.images import decode, image_size
 from data.normalize import normalize
+from data.opening import REMEDY
 from evaluation.anomaly.tiling import examine_tiles
 from models.anomaly import DETECTORS, DetectorConfig
 from models.anomaly.detector import Detector, Findings

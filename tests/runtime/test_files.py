@@ -2,13 +2,14 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 
 import pytest
 
 from runtime.errors import UserError
-from runtime.files import remove_unfinished, temporary_name, whole_file
+from runtime.files import open_regular, remove_unfinished, temporary_name, whole_file
 from tests.images import TOP
 
 WRITER = """
@@ -112,3 +113,37 @@ def test_leftovers_with_the_number_of_this_very_process_are_removed(tmp_path):
     (temporary_name(tmp_path / "set") / "folder").mkdir(parents=True)  # as data.demo.generate makes one
     remove_unfinished(tmp_path)
     assert not os.listdir(tmp_path)
+
+
+def test_only_regular_files_and_links_to_them_are_opened(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a socket's name must be short
+    (tmp_path / "file").write_text("grün\n", encoding="utf-8")
+    (tmp_path / "link").symlink_to("file")
+    for name in ("file", "link"):
+        with open_regular(name) as file:
+            assert file.read() == "grün\n".encode()
+        with open_regular(tmp_path / name, "r", encoding="utf-8") as file:
+            assert list(file) == ["grün\n"]
+    os.mkfifo("fifo")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "nowhere").symlink_to("missing")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("socket")
+    kinds = {"fifo": "it is a FIFO", "zero": "it is a device", "socket": "it is a socket", ".": "Is a directory"}
+    kinds |= {"loop": "Too many levels", "nowhere": "No such file", "missing": "No such file"}
+    for name, reason in kinds.items():
+        before = os.listdir("/proc/self/fd")
+        with pytest.raises(OSError, match=reason) as error:
+            open_regular(name)
+        assert error.value.strerror.startswith(reason) and error.value.filename == name
+        assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_what_becomes_a_fifo_after_the_first_look_is_not_waited_for(tmp_path, monkeypatch):
+    place, regular, look = tmp_path / "x.png", tmp_path / "regular", os.stat
+    os.mkfifo(place)
+    regular.touch()
+    monkeypatch.setattr(os, "stat", lambda path, **more: look(regular if path == place else path, **more))
+    with pytest.raises(OSError, match="it is a FIFO, not a regular file"):
+        open_regular(place)

@@ -1,6 +1,7 @@
 """CIFAR-10 in both layouts."""
 
 import hashlib
+import os
 import pickle
 
 import numpy as np
@@ -59,6 +60,14 @@ def test_damaged_published_files(published):
     (root / "cifar-10-batches-py/data_batch_3").write_bytes(b"cut")
     with pytest.raises(UserError, match="cifar-10-batches-py is incomplete or damaged: unpack"):
         CIFAR10("train", root=str(root))
+
+
+def test_a_fifo_among_the_published_files_is_not_waited_for(published):
+    file = published[0] / "cifar-10-batches-py" / "data_batch_3"
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UserError, match="data_batch_3 is not a regular file"):
+        CIFAR10("train", 32, root=str(published[0]))
 
 
 def test_image_folders(tmp_path):
