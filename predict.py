@@ -15,7 +15,8 @@ heatmaps/<path>.png: the original in gray under its anomaly map, pixel for pixel
 `tile`: images are not fitted into the input but cut into squares at their own resolution; the score is the largest of
 all tiles' scores. The stored thresholds were measured on whole images in the input's size, so with tiles they promise
 nothing: give one. An image that cannot be read is named on stderr and in the JSON on the last line, and skipped. One
-whose heat map cannot be written is named in the same way and keeps its row; the exit status is then 1.
+whose heat map cannot be written is named in the same way and keeps its row; the exit status is then 1. A full disk ends
+the program at once: the same command, once there is room, examines all images again.
 """
 
 import runtime.threads  # before torch
@@ -40,7 +41,7 @@ from evaluation.anomaly.tiling import check_tiling
 from models.anomaly.detector import Findings
 from plots.heatmaps import save, single_heatmap
 from runtime import config, distributed, errors, help
-from runtime.errors import UserError
+from runtime.errors import DiskFull, UserError
 from runtime.files import remove_unfinished, whole_file
 from runtime.text import printable
 from runtime.values import PathText
@@ -148,6 +149,8 @@ def row_and_heatmap(
             whole = decode_whole(item.path, item.geometry)
             drawn = single_heatmap(whole, said.map, state["calibration"], **about)
             save(drawn, out / "heatmaps" / f"{name}.png")  # of a.jpg and of a.png: two files
+        except DiskFull:  # no other heat map could be written either, and soon no row
+            raise
         except UserError as error:
             problem = error
     alarm = None if said.is_anomalous is None else int(said.is_anomalous)
