@@ -1,5 +1,5 @@
-"""Two processes of which one is killed or stopped, sees a broken image, or has no memory or room left: both end within a
-minute, with one line for the cause, and leave nothing running."""
+"""Two processes of which one is killed or stopped, sees a broken image, or has no memory or room left: both end within
+a minute, with one line for the cause, and leave nothing running."""
 
 import os
 import re
@@ -13,23 +13,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.datasets.folder import ClassFolder
-from data.loading import Loader
 from tests.attacks.small_disk import SmallDisk
+from runtime import config
 from tests.images import TOP, command, write_classes, write_mvtec
-from tests.processes import as_torchrun, start_script
+from tests.processes import environments_of, start_script
 from tests.scripts import test_train_anomaly, test_train_ssl
 
 MINUTE = 60  # seconds from the cause to the end of all
 DIED = "error: another process of this run died without an error message; did it run out of memory?"
-STOPPED = (
-    r"error: rank 1 \(process \d+\) was stopped by a signal, .*; the same command resumes from the last checkpoint"
-)
+STOPPED = r"error: rank \d \(process \d+\) was stopped by a signal, .*; the same command resumes from the .*"
+
 LINUX = pytest.mark.skipif(not os.path.exists("/proc"), reason="needs Linux's /proc")
 
 WAITING = """
 import time
 from pathlib import Path
+import torch
 from runtime import distributed, errors
 errors.PATIENCE, distributed.LOOK, distributed.STOPPED = 1.0, 0.05, 0.5
 def main(argv):
@@ -38,8 +37,7 @@ def main(argv):
     Path(argv[0], f"ready{rank}").touch()
     time.sleep(2 if rank else 0)  # longer than it may be stopped
     distributed.barrier()
-    while not Path(argv[0], "end").exists():
-        distributed.barrier()
+    while not distributed.all_reduce_sum(torch.tensor(Path(argv[0], "end").exists() + 0)):
         time.sleep(0.01)
     print(rank)
 errors.run(main)
@@ -48,12 +46,7 @@ errors.run(main)
 
 def descendants(process: int) -> set[int]:
     """Processes that a process started, and those that they did."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
+    parents = {int(path.name): parent_of(int(path.name)) for path in Path("/proc").glob("[0-9]*")}
     found, new = set(), {process}
     while new:
         new = {child for child, parent in parents.items() if parent in new} - found
@@ -63,10 +56,18 @@ def descendants(process: int) -> set[int]:
 
 def state_of(process: int) -> str:
     """As in /proc: T of one that is stopped, Z of one that has ended, X of one that is gone."""
+    return _status(process)[0]
+
+
+def parent_of(process: int) -> int:
+    return int(_status(process)[1])
+
+
+def _status(process: int) -> list[str]:
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return "X"
+        return ["X", "0"]
 
 
 def wait_until(condition: Callable[[], object], deadline: float | None = None) -> None:
@@ -81,7 +82,7 @@ def attack(words: list[str], ready: Callable[[], object], cause: Callable[[list[
 
     A rank that is stopped is killed once the other has ended, as torchrun does.
     """
-    store, environments = as_torchrun(2)
+    environments, _store = environments_of(2)
     ranks = [start_script(words, out.with_name(f"{out.name}{r}"), each) for r, each in enumerate(environments)]
     numbers = [rank.pid for rank in ranks]
     try:
@@ -99,7 +100,6 @@ def attack(words: list[str], ready: Callable[[], object], cause: Callable[[list[
     finally:
         for rank in ranks:
             rank.kill()
-        del store
     return [rank.exitcode for rank in ranks]
 
 
@@ -129,6 +129,15 @@ def test_a_killed_rank(victim, waiting, tmp_path):
     assert sorted(statuses) == [-signal.SIGKILL, 2] and said(tmp_path / "out") == [DIED]
 
 
+@pytest.mark.parametrize("asks", ["torch.empty(2**50)", "bytearray(2**50)"])
+def test_a_rank_without_memory(asks, waiting, tmp_path):
+    script = Path(waiting[0])
+    script.write_text(script.read_text().replace("        time.sleep(0.01)", f"        {asks} if rank else None"))
+    statuses = attack(waiting, lambda: False, lambda _: None, tmp_path / "out")
+    (line,) = said(tmp_path / "out")
+    assert statuses == [2, 2] and line.startswith("error: ") and "memory" in line
+
+
 @LINUX
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_rank(victim, waiting, tmp_path):
@@ -152,17 +161,17 @@ def test_a_slow_rank_and_one_that_is_stopped_for_a_moment_are_waited_for(waiting
 
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory) -> dict[str, tuple[list[str], Path]]:
-    """{script: (its words but for `runs`, an image that it learns from)}; the runs would take hours."""
+def images(tmp_path_factory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("images")
-    classes, mvtec = write_classes(place / "classes"), write_mvtec(place / "mvtec")
-    more = ["epochs=5000", "data.cache=none", "data.workers=1"]
-    own = {
-        "train_ssl": ["train_ssl.py", *test_train_ssl.words("simclr", classes, place, *more, "eval_every=5000")],
-        "train_anomaly": ["train_anomaly.py", *test_train_anomaly.words("rd4ad", mvtec, place, *more, "holdout=0")],
-    }
-    images = {"train_ssl": classes / "train/class0/000.png", "train_anomaly": mvtec / "part/train/good/000.png"}
-    return {name: (words, images[name]) for name, words in own.items()}
+    return {"train_ssl": write_classes(place / "classes"), "train_anomaly": write_mvtec(place / "mvtec")}
+
+
+def command_of(name: str, images: dict[str, Path], runs: Path) -> list[str]:
+    """A training that would take hours."""
+    more = ["epochs=5000", "data.cache=none", "data.workers=0", "holdout=0"]
+    if name == "train_ssl":
+        return ["train_ssl.py", *test_train_ssl.words("simclr", images[name], runs, *more)]
+    return ["train_anomaly.py", *test_train_anomaly.words("rd4ad", images[name], runs, *more)]
 
 
 def in_training(folder: Path) -> Callable[[], bool]:
@@ -177,8 +186,8 @@ SCRIPTS = ("train_ssl", "train_anomaly")
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("end", ["SIGKILL", pytest.param("SIGSTOP", marks=LINUX)])
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_rank_of_a_script_is_killed_or_stopped(name, end, victim, commands, tmp_path):
-    words = [*commands[name][0], f"runs={tmp_path}"]
+def test_a_rank_of_a_script_is_killed_or_stopped(name, end, victim, images, tmp_path):
+    words = command_of(name, images, tmp_path)
     cause = sends(getattr(signal, end), victim)
     statuses = attack(words, in_training(tmp_path / "run"), cause, tmp_path / "out")
     (line,) = said(tmp_path / "out")
@@ -189,9 +198,9 @@ def test_a_rank_of_a_script_is_killed_or_stopped(name, end, victim, commands, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_one_rank_sees_a_broken_image(name, commands, tmp_path):
+def test_one_rank_sees_a_broken_image(name, images, tmp_path):
     """In an epoch each image is one rank's; it breaks while they run."""
-    words, image = commands[name]
+    image = next(images[name].rglob("train/*/000.png"))
     whole = image.read_bytes()
 
     def break_it(_: list[int]) -> None:
@@ -199,7 +208,7 @@ def test_one_rank_sees_a_broken_image(name, commands, tmp_path):
         os.replace(tmp_path / "broken", image)
 
     try:
-        statuses = attack([*words, f"runs={tmp_path}"], in_training(tmp_path / "run"), break_it, tmp_path / "out")
+        statuses = attack(command_of(name, images, tmp_path), in_training(tmp_path / "run"), break_it, tmp_path / "out")
     finally:
         image.write_bytes(whole)
     (line,) = said(tmp_path / "out")
@@ -207,13 +216,12 @@ def test_one_rank_sees_a_broken_image(name, commands, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_one_rank_gets_no_more_memory(name, commands, tmp_path):
+def test_one_rank_gets_no_more_memory(images, tmp_path):
     def limit(ranks: list[int]) -> None:
         used = int(Path(f"/proc/{ranks[1]}/statm").read_text().split()[0]) * resource.getpagesize()
         resource.prlimit(ranks[1], resource.RLIMIT_AS, (used, used))
 
-    words = [*commands[name][0], f"runs={tmp_path}"]
+    words = command_of("train_anomaly", images, tmp_path)
     statuses = attack(words, in_training(tmp_path / "run"), limit, tmp_path / "out")
     (line,) = said(tmp_path / "out")
     assert statuses == [2, 2] and line.startswith("error: ") and "memory" in line
@@ -221,14 +229,61 @@ def test_one_rank_gets_no_more_memory(name, commands, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_disk_of_rank_0_is_full(name, commands, tmp_path):
+def test_the_disk_of_rank_0_is_full(name, images, tmp_path):
     disk = SmallDisk(tmp_path / "disk")
-    store, environments = as_torchrun(2)
+    environments, _store = environments_of(2)
     try:
         disk.empty(size=2**20)  # less than a checkpoint
-        statuses = disk.run_ranks([*commands[name][0], f"runs={disk.path}"], tmp_path / "out", environments)
+        statuses = disk.run_ranks(command_of(name, images, disk.path), tmp_path / "out", environments)
     finally:
         disk.close()
-        del store
     (line,) = said(tmp_path / "out")
     assert statuses == [2, 2] and line.startswith("error: cannot write ") and "/run/last.pt: " in line
+
+
+def processes_with(mark: str) -> dict[int, str]:
+    """{number: environment} of the processes that have `mark` in their environment."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            environment = path.read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if mark in environment and state_of(int(path.parent.name)) != "Z":
+            found[int(path.parent.name)] = environment
+    return found
+
+
+@LINUX
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["SIGKILL to rank 1", "SIGSTOP to rank 1", "SIGKILL to torchrun"])
+def test_under_torchrun(end, images, tmp_path):
+    """All of it with the real one, and with processes that decode images."""
+    mark, name, everything = f"SCAVENGE_MARK={tmp_path}", "train_ssl", tmp_path / "err"
+    words = config.overlay(command_of(name, images, tmp_path), ["data.workers=1"])
+    environment = os.environ | dict([mark.split("=", 1)])
+    with open(everything, "w") as err:
+        torchrun = subprocess.Popen(
+            command(words, processes=2), cwd=TOP, env=environment, stdout=subprocess.DEVNULL, stderr=err
+        )
+    try:
+        wait_until(lambda: in_training(tmp_path / "run")() or torchrun.poll() is not None)
+        of_rank_1 = [number for number, text in processes_with(mark).items() if "\0RANK=1\0" in text]
+        (rank_1,) = (number for number in of_rank_1 if parent_of(number) == torchrun.pid)
+        os.kill(rank_1 if "rank" in end else torchrun.pid, getattr(signal, end.split()[0]))
+        deadline = time.monotonic() + MINUTE
+        status = torchrun.wait(MINUTE)
+        wait_until(lambda: not processes_with(mark), deadline)
+    finally:
+        for number in processes_with(mark):
+            os.kill(number, signal.SIGKILL)
+        torchrun.wait()
+    text = everything.read_text().replace("\r", "\n")
+    lines = [line for line in text.split("torch/distributed/elastic/")[0].splitlines() if line.startswith("error")]
+    assert status != 0 and "Traceback (most recent call last)" not in text.split("torch/distributed/elastic/")[0]
+    if end == "SIGKILL to rank 1":  # torchrun's own report says so, and may end rank 0 before it does
+        assert lines in ([], [DIED]) and "Signal 9 (SIGKILL)" in text
+    elif end == "SIGSTOP to rank 1":
+        assert len(lines) == 1 and re.fullmatch(STOPPED, lines[0])
+    else:
+        assert lines == ["error: torchrun was killed; the same command resumes from the last checkpoint"]
