@@ -59,11 +59,11 @@ def setup(device: str = "auto") -> torch.device:
 
 def _neighbors() -> dict[int, int]:
     """{rank: process} of the others on this machine; every process must call it. Empty without Linux's /proc."""
-    space, everyone = None, [None] * dist.get_world_size()
+    space, everyone = "", [("", 0)] * world_size()
     if os.path.exists("/proc/self/ns/pid"):  # what process numbers mean: which boot of which machine, which container
         space = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
     dist.all_gather_object(everyone, (space, os.getpid()))
-    return {r: process for r, (where, process) in enumerate(everyone) if where == space and space and r != rank()}
+    return {r: process for r, (where, process) in enumerate(everyone) if where == space != "" and r != rank()}
 
 
 def _watch(neighbors: dict[int, int], parent: int) -> None:

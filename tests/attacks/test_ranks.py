@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.attacks.small_disk import SmallDisk
 from runtime import config
+from tests.attacks.small_disk import SmallDisk
 from tests.images import TOP, command, write_classes, write_mvtec
 from tests.processes import environments_of, start_script
 from tests.scripts import test_train_anomaly, test_train_ssl
