@@ -16,7 +16,8 @@ heatmaps/<path>.png: the original in gray under its anomaly map, pixel for pixel
 all tiles' scores. A run that was fitted with `data.tile` has thresholds for that; those of another run were measured on
 whole images in the input's size and promise nothing: give one. An image that cannot be read is named on stderr and in
 the JSON on the last line, and skipped. One whose heat map cannot be written is named in the same way and keeps its row;
-the exit status is then 1.
+the exit status is then 1. A full disk ends the program at once: the same command, once there is room, examines all
+images again.
 """
 
 import runtime.threads  # before torch
@@ -42,7 +43,7 @@ from evaluation.anomaly.tiling import check_tiling
 from models.anomaly.detector import Findings
 from plots.heatmaps import bytes_to_draw, save, single_heatmap
 from runtime import config, distributed, errors, help
-from runtime.errors import UserError
+from runtime.errors import DiskFull, UserError
 from runtime.files import remove_unfinished, whole_file
 from runtime.memory import gib
 from runtime.text import printable
@@ -160,6 +161,8 @@ def row_and_heatmap(
             with memory_kept(needed := bytes_to_draw(*item.size), f"it takes {gib(needed)}"):
                 drawn = single_heatmap(whole, said.map, state["calibration"], **about)
                 save(drawn, out / "heatmaps" / f"{name}.png")  # of a.jpg and of a.png: two files
+        except DiskFull:  # no other heat map could be written either, and soon no row
+            raise
         except (UserError, MemoryError) as error:
             problem = UserError(str(error) or "the memory is full")
     alarm = None if said.is_anomalous is None else int(said.is_anomalous)

@@ -172,8 +172,9 @@ def calibrate_and_test(
 ) -> None:
     """Thresholds from normal images that the detector does not know, then the test, once."""
     began, normal, n_learned = time.perf_counter(), None, len(data.learned.indices)
-    tiles = {"tile": cfg.data.tile, "overlap": cfg.data.overlap}
-    examine = partial(examine_set_in_tiles, **tiles) if cfg.data.tile else examine_set
+    examine: Callable = examine_set
+    if cfg.data.tile:
+        examine = partial(examine_set_in_tiles, tile=cfg.data.tile, overlap=cfg.data.overlap)
     with autocast():
         if data.held_out or detector.can_leave_out(n_learned):
             left_out = {} if data.held_out else {"leave_out": True}

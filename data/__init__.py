@@ -56,9 +56,7 @@ class DataConfig:
     units: Scale | None = None  # what a 16-bit file's 0 and 65535 stand for, as -80,2000 degrees; black
     # and white are then given in it
     gray: bool = False  # keep one channel, of colors their luma; a network gets it three times
-    tile: PixelsOrZero = (
-        0  # train_anomaly.py: fit and examine squares of the files' own pixels; `size` is that of the maps then
-    )
+    tile: PixelsOrZero = 0  # detectors: squares of the files' own pixels instead of whole images; `size` is of the maps
     overlap: PixelsOrZero = 64  # pixels that neighboring tiles share
     cache: Cache = "auto"  # where decoded images stay; auto: where they fit; file: on the disk, for later runs
     workers: Annotated[int, Range(least=0, most=1024)] = 4  # processes that decode when nothing is cached

@@ -12,7 +12,7 @@ import yaml
 
 from runtime import distributed
 from runtime.config import completed, flatten
-from runtime.errors import UserError
+from runtime.errors import UserError, cut, reason
 from runtime.files import remove_unfinished, whole_file
 from runtime.text import first_few
 from runtime.version import another_version, code_version, goes_on_from
@@ -192,7 +192,7 @@ def open_run(
             with whole_file(folder / "config.yaml") as file:
                 yaml.safe_dump(config, file, sort_keys=False)
         except OSError as error:
-            raise UserError(f"cannot write run folder {folder}: {error.strerror}") from None
+            raise UserError(f"cannot write run folder {cut(str(folder))}: {reason(error)}") from None
     distributed.barrier()
     return state
 

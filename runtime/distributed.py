@@ -2,16 +2,26 @@
 
 import inspect
 import os
+import sys
+import threading
+import time
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
+from runtime import errors
 from runtime.errors import UserError
+
+# How long a process waits in a collective for one that still runs, as for rank 0 while it alone draws and measures.
+PATIENCE = timedelta(minutes=30)
+LOOK, STOPPED = 1.0, 10.0  # seconds between looks at the other processes; and for which one may be stopped
 
 
 def setup(device: str = "auto") -> torch.device:
@@ -42,8 +52,47 @@ def setup(device: str = "auto") -> torch.device:
         ) from None
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "nccl" if target.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=PATIENCE)
+        threading.Thread(target=_watch, args=(_neighbors(), os.getppid()), daemon=True).start()
     return target
+
+
+def _neighbors() -> dict[int, int]:
+    """{rank: process} of the others on this machine; every process must call it. Empty without Linux's /proc."""
+    space, everyone = "", [("", 0)] * world_size()
+    if os.path.exists("/proc/self/ns/pid"):  # what process numbers mean: which boot of which machine, which container
+        space = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+    dist.all_gather_object(everyone, (space, os.getpid()))
+    return {r: process for r, (where, process) in enumerate(everyone) if where == space != "" and r != rank()}
+
+
+def _watch(neighbors: dict[int, int], parent: int) -> None:
+    """In a thread: end this process when another one is stopped (SIGSTOP), or torchrun was killed.
+
+    A collective cannot tell a stopped process from one that takes its time, and nothing tells of torchrun. A killed
+    process needs no look: collectives or torchrun notice it at once. What a debugger holds does not count as stopped.
+    """
+    looks = dict.fromkeys(neighbors, 0)  # in a row that found it stopped; no time, as this process may be stopped too
+    while True:
+        time.sleep(LOOK)
+        if os.getppid() != parent and "TORCHELASTIC_RUN_ID" in os.environ:
+            if os.environ["LOCAL_RANK"] == "0":
+                tqdm.write("error: torchrun was killed; the same command resumes from the last checkpoint", sys.stderr)
+            os._exit(2)
+        for number, process in neighbors.items():
+            looks[number] = looks[number] + 1 if _is_stopped(process) else 0
+            if looks[number] * LOOK >= STOPPED:
+                what = (
+                    f"rank {number} (process {process}) was stopped by a signal, and the others cannot go on without it"
+                )
+                errors.leave(UserError(f"{what}; the same command resumes from the last checkpoint"))
+
+
+def _is_stopped(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:  # it has ended
+        return False
 
 
 def cleanup() -> None:

@@ -36,6 +36,10 @@ class UserError(Exception):
     """Something the user can fix. The message says in one line what is wrong, where, and what to do."""
 
 
+class DiskFull(UserError):
+    """There is no room, or no more for this user: whatever is written next cannot be written either."""
+
+
 def shown(value) -> str:
     """A value of the user's in a message: as Python writes it, cut to 90 characters."""
     return cut(SHORT.repr(value))
@@ -44,6 +48,11 @@ def shown(value) -> str:
 def cut(text: str, width: int = 90) -> str:
     """At most `width` characters: of a longer text the beginning and the end."""
     return text if len(text) <= width else f"{text[: width - 33]}...{text[-30:]}"
+
+
+def reason(error: OSError) -> str:
+    """Why the system refused something, and what the user can do about it."""
+    return f"{error.strerror or error}; {ADVICE.get(error.errno or 0, 'choose another location')}"
 
 
 def run(main) -> None:
@@ -136,3 +145,8 @@ def _torchrun_store():
         raise RuntimeError("torchrun shares no store")
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=PATIENCE))
+
+
+def leave(problem: UserError) -> NoReturn:
+    """End this process of several from any of its threads, whatever the others do, with one line for the cause."""
+    _leave_together(problem, *explain(problem))

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from runtime.errors import UserError
+from runtime.errors import DiskFull, UserError, cut, reason
 
 NOT_FILES = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
@@ -51,8 +51,8 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """A file, of text (UTF-8) or with mode "wb" of bytes, that has its name only once all is written.
 
     After an error or Ctrl-C it is gone and what had the name before is untouched; after a kill, what had been flushed
-    is beside it under a temporary name until `remove_unfinished`. Makes the folder. A disk that is full or read-only
-    is a `UserError`; so is, before anything is written, a name that is too long or that of a folder.
+    is beside it under a temporary name until `remove_unfinished`. Makes the folder. A disk that is full is `DiskFull`,
+    a read-only one a `UserError`; so is, before anything is written, a name that is too long or that of a folder.
     """
     path, temporary = Path(path), None
     text: dict[str, Any] = {} if "b" in mode else {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
@@ -70,8 +70,9 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
         if temporary and (temporary.is_file() or temporary.is_symlink()):
             temporary.unlink()
         if isinstance(error, OSError):
-            why = error.strerror or error
-            raise UserError(f"cannot write {path}: {why}; nothing under that name was changed") from None
+            kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else UserError
+            what = f"cannot write {cut(str(path), 150)}: {reason(error)}"
+            raise kind(f"{what}; nothing under that name was changed") from None
         raise
 
 

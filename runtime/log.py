@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from runtime import checkpoint, distributed
 from runtime.config import as_dict, changed
-from runtime.errors import ADVICE, UserError
+from runtime.errors import ADVICE, UserError, cut
 from runtime.files import whole_file
 from runtime.tags import HEADLINES, layout, tag_of
 from runtime.text import printable
@@ -65,7 +65,7 @@ class Log:
         try:
             yield
         except OSError as error:
-            what = f"cannot write the curves in {self.folder}: {error.strerror or error}"
+            what = f"cannot write the curves in {cut(str(self.folder))}: {error.strerror or error}"
             advice = f"{ADVICE.get(error.errno, 'make it possible')}, then the same command resumes"
             raise UserError(f"{what}; {advice}; {checkpoint.last_good(self.folder)}") from None
 

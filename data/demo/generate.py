@@ -13,6 +13,7 @@ draws the first images of every folder. Images are 96 x 128 to 144 x 160 pixels 
 
 from runtime.threads import cpu_count
 
+import io
 import json
 import multiprocessing
 import shutil
@@ -30,7 +31,7 @@ from data.demo.condition import CONDITIONS, draw
 from data.demo.light import expose, sense, soil
 from data.demo.outliers import outlier
 from data.demo.parts import PARTS, SEEN_PARTS
-from runtime.errors import UserError
+from runtime.errors import UserError, cut, reason
 from runtime.files import remove_unfinished, temporary_name
 
 VERSION = 1  # raise it when the images change
@@ -73,22 +74,21 @@ def write(path: str, root: Path, seed: int) -> None:
     """Render one image and save it, with its mask, under `root`."""
     image, mask = render(path, seed)
     place = root / path
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if place.suffix == ".jpg":
-        image.save(place, quality=92)
-    else:
-        image.save(place)
+    images = {place: image}
     if mask is not None:
-        folder = place.parents[2] / "ground_truth" / place.parent.name
-        folder.mkdir(parents=True, exist_ok=True)
-        mask.save(folder / f"{place.stem}_mask.png")
+        images[place.parents[2] / "ground_truth" / place.parent.name / f"{place.stem}_mask.png"] = mask
+    for place, image in images.items():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        packed = io.BytesIO()  # Pillow does not notice when a full disk takes only a part of a JPEG file
+        image.save(packed, "JPEG" if place.suffix == ".jpg" else "PNG", quality=92)  # which PNG does not have
+        place.write_bytes(packed.getvalue())
 
 
 def generate(root: str | Path, *, seed: int = 0, scale: float = 1.0, workers: int | None = None) -> Path:
     """Write the demo set to `root` with `workers` processes (None: one per core; 0: this one) and return `root`.
 
     The folder appears only when complete; a complete set of the same seed, scale and version is left alone. Raises
-    `UserError` when `root` holds anything else.
+    `UserError` when `root` holds anything else, or cannot be written.
     """
     if seed < 0 or not scale > 0:
         raise UserError(f"demo set: seed={seed} scale={scale}: the seed must be at least 0 and the scale above 0")
@@ -99,10 +99,11 @@ def generate(root: str | Path, *, seed: int = 0, scale: float = 1.0, workers: in
     if workers is None:
         workers = cpu_count()
     paths = layout(scale)
-    root.parent.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(root.parent)
-    unfinished = temporary_name(root)
+    unfinished = None
     try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(root.parent)
+        unfinished = temporary_name(root)
         unfinished.mkdir()
         job = partial(write, root=unfinished, seed=seed)
         bar = partial(tqdm, total=len(paths), desc=f"drawing {root}", unit=" images")
@@ -116,8 +117,11 @@ def generate(root: str | Path, *, seed: int = 0, scale: float = 1.0, workers: in
         (unfinished / "demo.json").write_text(json.dumps(identity) + "\n")
         if not is_there(root, identity):  # another process may have been quicker
             unfinished.rename(root)
+    except OSError as error:
+        raise UserError(f"cannot write the demo set {cut(str(root))}: {reason(error)}; nothing is left of it") from None
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if unfinished:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return root
 
 

@@ -1,5 +1,6 @@
 """The demo set's contact sheet, as shown in the README: `python -m data.demo.sheet datasets/demo sheet.jpg`."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from scipy.ndimage import binary_dilation
 from data.demo.condition import CONDITIONS
 from data.demo.parts import PARTS
 from runtime.errors import UserError, run
+from runtime.files import whole_file
 
 COLUMNS, WIDTH, HEIGHT, MARGIN, LINE = 8, 122, 100, 2, 17  # tiles of the sheet in pixels; LINE: one label
 OUTLINE = (0, 160, 255)  # of a defect's mask: TRUE_DEFECT in plots/style.py, which data/ must not import
@@ -63,7 +65,10 @@ def _images(folder: Path, count: int, *, masks: Path | None = None) -> list[Imag
 def main(argv: list[str]) -> None:
     if len(argv) != 2:
         raise UserError("usage: python -m data.demo.sheet ROOT SHEET.jpg")
-    contact_sheet(argv[0]).save(argv[1], quality=72)
+    packed = io.BytesIO()  # Pillow does not notice when a full disk takes only a part of a JPEG file
+    contact_sheet(argv[0]).save(packed, "JPEG", quality=72)
+    with whole_file(argv[1], "wb") as file:
+        file.write(packed.getvalue())
 
 
 if __name__ == "__main__":

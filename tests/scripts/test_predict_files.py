@@ -62,25 +62,23 @@ def partly(capsys, *words) -> tuple[dict, list[dict], str]:
         return results, list(csv.DictReader(file)), err
 
 
-def test_a_heat_map_that_cannot_be_written_costs_no_row(patchcore, normals, tmp_path, capsys, monkeypatch):
-    """A folder in its place, a full disk, a name that is too long with .png; one of 251 bytes is not."""
+def test_a_heat_map_that_cannot_be_written_costs_no_row(patchcore, normals, tmp_path, capsys):
+    """A folder in its place, a name that is too long with .png; one of 251 bytes is not."""
     images, out = tmp_path / "images", tmp_path / "out"
     images.mkdir()
     names = ["a.png", "b.png", "c.png", f"{'d' * 247}.png", f"{'e' * 248}.png"]
     for name in names:
         shutil.copy(normals[0], images / name)
     (out / "heatmaps" / "b.png.png").mkdir(parents=True)
-    temporary_name(out / "heatmaps" / "c.png.png").symlink_to("/dev/full")
-    monkeypatch.setattr(predict, "remove_unfinished", lambda *_, **__: None)
     results, rows, err = partly(capsys, patchcore, images, f"out={out}")
     assert [row["path"] for row in rows] == names and len({row["score"] for row in rows}) == 1
-    failed = [str(images / name) for name in (names[1], names[2], names[4])]
+    failed = [str(images / name) for name in (names[1], names[4])]
     assert results["without_heatmap"] == failed and results["images"] == 5 and results["skipped"] == []
     said = [line for line in err.splitlines() if line.startswith("no heat map of ")]
-    for line, path, why in zip(said, failed, ("Is a directory", "No space left", "File name too long"), strict=True):
+    for line, path, why in zip(said, failed, ("Is a directory", "File name too long"), strict=True):
         assert path in line and why in line
     drawn = {path.name for path in (out / "heatmaps").iterdir()}
-    assert drawn == {f"{names[0]}.png", "b.png.png", f"{names[3]}.png"}
+    assert drawn == {f"{names[0]}.png", "b.png.png", "c.png.png", f"{names[3]}.png"}
     results, _, _ = run(capsys, patchcore, images / "a.png", f"out={out}")
     assert results["without_heatmap"] == []
 
