@@ -25,7 +25,7 @@ from evaluation.anomaly.metrics import (
     real_numbers,
     to_numpy,
 )
-from runtime import checkpoint
+from runtime import checkpoint, integrity
 from runtime.errors import UserError
 
 TYPES = Histograms(np.int32, np.int32, np.float32)  # of the stored histograms: 12 bytes a bin, 24 KB per image
@@ -82,10 +82,35 @@ def load_scores(path: str | os.PathLike) -> Scores:
         if isinstance(state, dict) and "figures" in state:
             raise UserError(f"{path} is of an earlier version: run train_anomaly.py again with another run_name")
         raise UserError(f"{path} holds no test scores; name a run folder's test_scores.pt, written by train_anomaly.py")
+    if wrong := wrong_scores(**{key: state[key] for key in keys}):
+        raise UserError(f"{path} was edited: its {wrong} cannot be what was saved; run train_anomaly.py again")
     paths, labels, scores, metrics, histograms = (state[key] for key in keys)
     if histograms is not None:
         histograms = Histograms(*(h.double().numpy() for h in histograms))
     return Scores(paths, labels.numpy(), scores.numpy(), metrics, histograms)
+
+
+def wrong_scores(*, paths, labels, scores, metrics, histograms) -> str | None:
+    """Which of the values that a file has for `Scores` cannot be, None if all can."""
+    if not integrity.is_a("texts", paths):
+        return "paths"
+    for name, values, kind in (("labels", labels, torch.bool), ("scores", scores, None)):
+        if not isinstance(values, torch.Tensor) or values.shape != (len(paths),) or not values.isfinite().all():
+            return name
+        if values.dtype != kind and not (kind is None and values.is_floating_point()):
+            return name
+    if not integrity.is_a("numbers", metrics) or not {*IMAGE_METRICS, *PIXEL_METRICS} <= metrics.keys():
+        return "metrics"
+    needed = IMAGE_METRICS if metrics["image_auroc"] is not None else ()
+    if any(metrics[key] is None for key in (*needed, *(() if histograms is None else PIXEL_METRICS))):
+        return "metrics"
+    if histograms is None:
+        return None
+    tables = [] if not isinstance(histograms, list | tuple) else [h for h in histograms if isinstance(h, torch.Tensor)]
+    if len(tables) != len(TYPES) or any(table.ndim != 2 or len(table) != len(paths) for table in tables):
+        return "histograms"
+    same = len({table.shape for table in tables}) == 1 and all(table.isfinite().all() for table in tables)
+    return None if same else "histograms"
 
 
 @dataclass

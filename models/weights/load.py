@@ -70,7 +70,7 @@ def load_weights(model: nn.Module, path: str | Path, *, part: str = "auto") -> s
     renamed, layout = rename(tensors)
     original = {new: old for old, new in renamed.items()}
     tensors = {renamed[name]: tensor for name, tensor in tensors.items()}
-    kept = checkpoint.get("part")  # ours say which of their networks counts
+    kept, ours = checkpoint.get("part"), "config" in checkpoint  # ours say which of their networks counts
     part, choice = _choose(part, tensors, path, kept if isinstance(kept, str) else None)
     prefix = PARTS[part]
     translated = f" with the names of {layout}" if layout else ""
@@ -88,7 +88,7 @@ def load_weights(model: nn.Module, path: str | Path, *, part: str = "auto") -> s
     faults = {
         name: f"{name} is {_form(given[name])} in the file, {_form(tensor)} in the model"
         for name, tensor in wanted.items()
-        if name in given and not _fits(given[name], tensor)
+        if name in given and not _fits(given[name], tensor, exactly=ours)
     }
     faults |= {
         name: f"{name} is missing"
@@ -219,8 +219,10 @@ def _options(build: type[nn.Module], given: dict[str, Tensor]) -> Iterator[dict]
         yield options
 
 
-def _fits(given: Tensor, wanted: Tensor) -> bool:
-    return given.shape == wanted.shape and given.is_floating_point() == wanted.is_floating_point()
+def _fits(given: Tensor, wanted: Tensor, *, exactly: bool) -> bool:
+    """Whether shape and type are the model's; other people's floats may be of another precision."""
+    same = given.dtype == wanted.dtype if exactly else given.is_floating_point() == wanted.is_floating_point()
+    return same and given.shape == wanted.shape
 
 
 def _form(tensor: Tensor) -> str:
