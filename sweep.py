@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
                 json.dump(record | {"version": version}, file)
             error = scripts.run(words, cfg.launcher, server)
             if error or not results_of(folder):
-                error = error or f"{words[0]} wrote no valid results.json in {folder}"
+                error = error or f"{words[0]} wrote no results.json in {folder}"
                 outcomes[name] = Outcome({"error": error}, keys)
                 print(f"    failed: {error}", file=sys.stderr)
                 continue

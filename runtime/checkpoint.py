@@ -104,12 +104,12 @@ def read(path: str | Path, advice: str = ""):
         path = file_of(path)
         if not path.exists():
             raise UserError(f"{path.parent} is a folder without {LAST}: name a file, or a run's folder that has one")
-    advice = advice or advice_on(path)
+    instead, advice = advice or "save the state_dict alone with torch.save", advice or advice_on(path)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # to open a FIFO is to wait for its writer
             raise UserError(f"{path} is not a regular file")
         size, wrong = os.path.getsize(path), integrity.damage(path, contents=False)
-        state = None if wrong else _unpickled(path, advice)
+        state = None if wrong else _unpickled(path, advice, instead)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     stored = state.pop("checksum", None) if isinstance(state, dict) else None
@@ -124,7 +124,7 @@ def read(path: str | Path, advice: str = ""):
     return state
 
 
-def _unpickled(path: str | Path, advice: str):
+def _unpickled(path: str | Path, advice: str, instead: str):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # official DINO's `args`: attributes, no code
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -132,10 +132,8 @@ def _unpickled(path: str | Path, advice: str):
         raise
     except Exception as error:  # for a damaged file torch.load raises any of eight types, KeyError among them
         if forbidden := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(
-                f"{path} holds a Python object ({cut(forbidden[1])}), and reading it could run code: refused; "
-                "save the state_dict alone with torch.save"
-            ) from None
+            what = f"{path} holds a Python object ({cut(forbidden[1])}), and reading it could run code: refused"
+            raise UserError(f"{what}; {instead}") from None
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             raise UserError(f"there is not enough memory to read {path}") from None
         raise UserError(f"{path} was not written by torch.save or is truncated; {advice}") from None
@@ -149,7 +147,7 @@ def advice_on(path: str | Path) -> str:
 
 def load(path: str | Path, advice: str = "") -> dict:
     """One of our checkpoints, as `save` wrote it; what `integrity.KINDS` names, config included, is of that kind."""
-    state = read(path, advice)
+    state, path = read(path, advice), file_of(path)
     if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
         raise UserError(f"{path} is not a checkpoint of train_ssl.py or train_anomaly.py")
     kinds = {key: kind for kind, keys in integrity.KINDS.items() for key in keys if key in state}

@@ -31,6 +31,9 @@ from runtime.errors import UserError
 TYPES = Histograms(np.int32, np.int32, np.float32)  # of the stored histograms: 12 bytes a bin, 24 KB per image
 
 
+AGAIN = "remove that run's results.json and give its command again"
+
+
 @dataclass
 class Scores:
     """What a run made of the N test images."""
@@ -76,14 +79,14 @@ def save_scores(
 
 def load_scores(path: str | os.PathLike) -> Scores:
     """What `save_scores` wrote. Raises UserError for any other file; no code in it is run."""
-    state = checkpoint.read(path)
+    state = checkpoint.read(path, AGAIN)
     keys = ("paths", "labels", "scores", "metrics", "histograms")
     if not isinstance(state, dict) or not set(keys) <= set(state):
         if isinstance(state, dict) and "figures" in state:
             raise UserError(f"{path} is of an earlier version: run train_anomaly.py again with another run_name")
         raise UserError(f"{path} holds no test scores; name a run folder's test_scores.pt, written by train_anomaly.py")
     if wrong := wrong_scores(**{key: state[key] for key in keys}):
-        raise UserError(f"{path} was edited: its {wrong} cannot be what was saved; run train_anomaly.py again")
+        raise UserError(f"{path} was edited: its {wrong} cannot be what was saved; {AGAIN}")
     paths, labels, scores, metrics, histograms = (state[key] for key in keys)
     if histograms is not None:
         histograms = Histograms(*(h.double().numpy() for h in histograms))
