@@ -36,9 +36,9 @@ class Outcome(NamedTuple):
 
 
 def read_results(path: Path) -> dict | None:
-    """What a cell's results.json holds, None where it is not there or damaged."""
+    """What a cell's results.json holds, None where it is not there, empty or damaged."""
     results = checkpoint.read_object(path)
-    if results is None or not isinstance(results.get("version", ""), str):
+    if not results or not isinstance(results.get("version", ""), str):
         return None
     for key, value in results.items():
         if key.endswith("_interval") and not (value is None or _is_interval(value)):

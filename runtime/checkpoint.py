@@ -179,7 +179,7 @@ def read_object(path: str | Path) -> dict | None:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             return None
-        found = json.loads(Path(path).read_bytes(), parse_constant=number, parse_float=number)
+        found = json.loads(Path(path).read_bytes().decode(), parse_constant=number, parse_float=number)
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

@@ -191,7 +191,7 @@ class Log:
 def _step_of(line: bytes) -> int | None:
     """The step of a line of metrics.jsonl, None of a damaged one."""
     try:
-        step = json.loads(line).get("step")
+        step = json.loads(line.decode()).get("step")
     except (ValueError, AttributeError, RecursionError):
         return None
     return step if type(step) is int else None

@@ -109,11 +109,10 @@ def wrong_scores(*, paths, labels, scores, metrics, histograms) -> str | None:
         return "metrics"
     if histograms is None:
         return None
-    tables = [] if not isinstance(histograms, list | tuple) else [h for h in histograms if isinstance(h, torch.Tensor)]
-    if len(tables) != len(TYPES) or any(table.ndim != 2 or len(table) != len(paths) for table in tables):
+    tables = histograms if isinstance(histograms, list | tuple) and len(histograms) == len(TYPES) else [None]
+    if not all(isinstance(table, torch.Tensor) and table.ndim == 2 and table.isfinite().all() for table in tables):
         return "histograms"
-    same = len({table.shape for table in tables}) == 1 and all(table.isfinite().all() for table in tables)
-    return None if same else "histograms"
+    return None if {table.shape for table in tables} == {(len(paths), tables[0].shape[1])} else "histograms"
 
 
 @dataclass
