@@ -26,8 +26,12 @@ FREE = ("backbone.weights", "backbone.part", "detector.image_score", "data.masks
 def with_range_of(path: str, config: DataConfig) -> DataConfig:
     """The section with the black and white that the run to update was fitted with: `auto` must not find others."""
     old = checkpoint.section(checkpoint.load(path), "data", path)
-    ends = {key: old.get(key, fixed) for key, fixed in (("white", WHITE), ("black", 0)) if getattr(config, key) == "auto"}
-    return replace(config, **{key: coerce(end, int, f"the config in {path}: data.{key}") for key, end in ends.items()})
+    ends = {
+        key: old.get(key, fixed) for key, fixed in (("white", WHITE), ("black", 0)) if getattr(config, key) == "auto"
+    }
+    return replace(
+        config, **{key: coerce(end, float, f"the config in {path}: data.{key}") for key, end in ends.items()}
+    )
 
 
 def load_memory(path: str, resolved: dict, detector: nn.Module) -> dict:

@@ -73,15 +73,9 @@ def runs(tmp_path_factory) -> Path:
 def commands(top: Path, runs: Path) -> list[tuple]:
     ssl = ["configs/demo/simclr_demo.yaml", f"data.root={top}/classes", "data.size=24", "augment.size=16", "epochs=1"]
     ssl += ["batch_size=2", "holdout=0.25", "method.out=4", "log_every=1", "save.every=1", "backbone=mobilenet_v2"]
-    ssl += ["backbone.width=0.25", "device=cpu", f"runs={runs}", "run_name=run"]
-    own = ["data.size=32"]
-    return [
-        (train_ssl, [*ssl[:-1], "run_name=simclr"]),
-        (
-            train_anomaly,
-            test_train_anomaly.words("patchcore", top / "mvtec", runs, "data.size=32", "run_name=patchcore"),
-        ),
-    ]
+    ssl += ["backbone.width=0.25", "device=cpu", f"runs={runs}"]
+    patchcore = test_train_anomaly.words("patchcore", top / "mvtec", runs, "data.size=32", "run_name=patchcore")
+    return [(train_ssl, [*ssl, "run_name=simclr"]), (train_anomaly, patchcore)]
 
 
 def results_of(folder: Path) -> dict:
@@ -135,9 +129,7 @@ def test_lines_of_the_curves_that_are_damaged_are_left_out_and_said(tmp_path, ca
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "link to nothing"])
 def test_what_is_no_file_does_not_count_and_is_not_waited_for(kind, tmp_path):
-    make_one = {"folder": os.mkdir, "pipe": os.mkfifo, "link to nothing": lambda path: os.symlink("nowhere", path)}[
-        kind
-    ]
+    kinds = {"folder": os.mkdir, "pipe": os.mkfifo, "link to nothing": lambda path: os.symlink("nowhere", path)}
     for name in ("results.json", "metrics.jsonl", "last.pt"):
         kinds[kind](tmp_path / name)
     assert checkpoint.read_object(tmp_path / "results.json") is None
