@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
     load = partial(load_image, geometry=geometry, whole=bool(cfg.tile))
     finish = partial(row_and_heatmap, root=root, out=out, threshold=threshold, state=state)
     with (
-        whole_file(out / "predictions.csv") as file,
+        whole_file(out / "predictions.csv", durable=True) as file,
         tqdm(total=len(paths), desc="images", unit="image") as bar,
         ThreadPoolExecutor(THREADS) as pool,
     ):

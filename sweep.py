@@ -41,7 +41,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from evaluation.sweep_table import Axes, Outcome, write_tables
+from evaluation.sweep_table import Axes, Outcome, read_results, with_numbers, write_tables
 from runtime import checkpoint, config, errors, scripts
 from runtime.files import remove_unfinished, whole_file
 from runtime.values import PathText, Seed
@@ -95,9 +95,10 @@ def main(argv: list[str]) -> None:
             continue
         pretrained = results_of(top / needs) if needs else None
         record = {"script": words[0], "config": configs[name], "pretraining": pretrained and pretrained.read_text()}
-        known = json.loads(note.read_text()) if os.path.exists(note) else None  # False for a name that is too long
+        known = read_note(note)
         stale = another_version(made_by(folder, known), script) if known else ""
         anew = known is not None and (is_another(known, record, words) or (stale != "" and cfg.stale == "rerun"))
+        anew = anew or (known is None and needs is not None and os.path.exists(note))  # whose results they are is lost
         if known and results_of(folder) and not anew and not script_decides(known, record, words):
             say(number, cells, began, f"{name}: done before{stale and f', by {stale}; stale=rerun runs it anew'}")
         else:
@@ -105,7 +106,7 @@ def main(argv: list[str]) -> None:
             if anew:
                 shutil.rmtree(folder, ignore_errors=True)
             version = known["version"] if known and not anew else code_version(script)
-            with whole_file(note) as file:
+            with whole_file(note, durable=True) as file:
                 json.dump(record | {"version": version}, file)
             error = scripts.run(words, cfg.launcher, server)
             if error or not results_of(folder):
@@ -116,7 +117,7 @@ def main(argv: list[str]) -> None:
             stale = another_version(made_by(folder, {"version": version}), script)
         written = results_of(folder)
         assert written is not None  # else it has failed, above
-        results = json.loads(written.read_text())
+        results = with_numbers(read_results(written) or {}, cfg.metrics, written)
         outcomes[name] = Outcome(results, keys, bool(stale or (needs and outcomes[needs].stale)))
 
     print(write_tables(top, cfg.run_name, axes, outcomes, cfg.metrics, cfg.mean))
@@ -308,14 +309,22 @@ def script_decides(known: dict, record: dict, words: list[str]) -> bool:
 
 
 def results_of(folder: Path) -> Path | None:
-    """results.json of a run folder, or of the evaluation in it."""
-    return next(iter(sorted(folder.glob("results.json")) + sorted(folder.glob("eval_*/results.json"))), None)
+    """results.json of a run folder, or of the evaluation in it; one that is damaged does not count."""
+    found = sorted(folder.glob("results.json")) + sorted(folder.glob("eval_*/results.json"))
+    return next((path for path in found if read_results(path) is not None), None)
+
+
+def read_note(path: Path) -> dict | None:
+    """What .cells/ has of a cell, None where it is not there or damaged: the cell's script then decides."""
+    known = checkpoint.read_object(path) or {}
+    kinds = {"script": str, "config": dict, "pretraining": str | None, "version": str}
+    return known if all(key in known and isinstance(known[key], kind) for key, kind in kinds.items()) else None
 
 
 def made_by(folder: Path, known: dict) -> str:
     """The version of the code that ended a cell, or of one that has not ended or does not say so, that began it."""
     results = results_of(folder)
-    return (json.loads(results.read_text()).get("version") if results else None) or known["version"]
+    return ((read_results(results) or {}).get("version") if results else None) or known["version"]
 
 
 def say(number: int, cells: list[Cell], began: float, text: str) -> None:

@@ -102,6 +102,8 @@ def main(argv: list[str]) -> None:
             fit(cfg, run, data, detector, old, autocast)
         state = {"fitted": True, "seconds_fit": run.seconds}
         run.save(total, **state)
+    else:
+        detector.try_out(run.folder / checkpoint.LAST, tuple(image.shape[1:]))
     calibrate_and_test(cfg, run, data, detector, state, autocast)
 
 

@@ -22,9 +22,10 @@ def stored_sections(path: str | Path) -> dict[str, dict]:
     Raises:
         UserError: it is none of our checkpoints.
     """
-    sections = checkpoint.load(path)["config"]
+    state = checkpoint.load(path)
     weights = {"weights": str(checkpoint.file_of(path)), "part": "auto"}
-    return {"data": sections["data"], "backbone": sections["backbone"] | weights}
+    data, backbone = (checkpoint.section(state, name, path) for name in ("data", "backbone"))
+    return {"data": data, "backbone": backbone | weights}
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evaluation.tables import csv_table, markdown_table, with_interval
+from runtime import checkpoint
 from runtime.files import whole_file
 
 OF_PRETRAINING = ["method", "steps", "loss", "knn20_top1", "seconds", "error"]  # columns of its own table
@@ -34,6 +35,27 @@ class Outcome(NamedTuple):
     stale: bool = False  # made by a version of the code that is not this one
 
 
+def read_results(path: Path) -> dict | None:
+    """What a cell's results.json holds, None where it is not there, empty or damaged."""
+    results = checkpoint.read_object(path)
+    if not results or not isinstance(results.get("version", ""), str):
+        return None
+    for key, value in results.items():
+        if key.endswith("_interval") and not (value is None or _is_interval(value)):
+            return None
+    return results
+
+
+def _is_interval(value) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(end, int | float) for end in value)
+
+
+def with_numbers(results: dict, metrics: list[str], path: Path) -> dict:
+    """The results, or an error in their place where one of the metrics is not a number."""
+    wrong = [key for key in metrics if not isinstance(results.get(key), int | float | None)]
+    return {"error": f"{path}: {wrong[0]} is not a number"} if wrong else results
+
+
 def write_tables(
     folder: Path, title: str, axes: Axes, outcomes: dict[str, Outcome], metrics: list[str], mean: bool
 ) -> str:
@@ -56,10 +78,10 @@ def write_tables(
     else:
         brackets = "In brackets: 95 % bootstrap intervals over test images"
         brackets += "; of a mean ± standard deviation over the tasks" if mean else ""
-    with whole_file(folder / "results.md") as file:
+    with whole_file(folder / "results.md", durable=True) as file:
         file.write(f"# {title}\n\n{brackets}.\n\n{table}")
     differ = differing([outcome.config for outcome in outcomes.values()])
-    with whole_file(folder / "results.csv") as file:
+    with whole_file(folder / "results.csv", durable=True) as file:
         file.write(csv_table([csv_row(name, outcome, differ) for name, outcome in outcomes.items()]))
     return table
 

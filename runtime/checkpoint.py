@@ -1,16 +1,18 @@
 """Run folders and checkpoints: written atomically, read without running code, resumed when configs agree."""
 
 import argparse
+import json
 import os
 import re
 import shutil
+import stat
 import sys
 from pathlib import Path
 
 import torch
 import yaml
 
-from runtime import distributed
+from runtime import distributed, integrity
 from runtime.config import completed, flatten
 from runtime.errors import UserError, cut, reason
 from runtime.files import remove_unfinished, whole_file
@@ -34,10 +36,11 @@ CHANGES_NOTHING = (
     "save.keep_last",
     "resume",
 )
+ANEW = "resume=never starts this run from the beginning"
 
 
 def save(path: str | Path, parts: dict, **about) -> None:
-    """Write {name: part.state_dict()} and `about` (step, config, ...) on rank 0, atomically.
+    """Write {name: part.state_dict()} and `about` (step, config, ...) on rank 0, atomically, with their checksum.
 
     Every rank calls it: a part that is spread over processes is gathered by its state_dict. A temporary file, fsync,
     then rename: a process killed in between leaves the old checkpoint or the new one.
@@ -45,14 +48,13 @@ def save(path: str | Path, parts: dict, **about) -> None:
     state = {name: part.state_dict() for name, part in parts.items()} | about | {"version": code_version()}
     if not distributed.is_main():
         return
-    with whole_file(path, "wb") as file:
+    state |= {"checksum": integrity.checksum(state)}
+    with whole_file(path, "wb", durable=True) as file:
         try:
             torch.save(state, file)
         except RuntimeError as error:  # torch's writer loses the system's error, which the next write meets again
             file.write(bytes(2**20))
             raise UserError(f"cannot write {path}: {error}; nothing under that name was changed") from None
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def file_of(path: str | Path) -> Path:
@@ -65,43 +67,122 @@ def folder_of(path: str | Path) -> Path:
     return Path(path).parent if Path(path).name == LAST else Path(path)
 
 
-def restore(state: dict, parts: dict) -> None:
-    """The inverse of `save` for its parts."""
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
+def restore(state: dict, parts: dict, path: str | Path, total: int | None = None) -> None:
+    """The inverse of `save` for its parts.
 
-
-def read(path: str | Path):
-    """What a file of torch.save holds, on the CPU; of a run folder its last.pt. `weights_only` unpickles tensors and
-    plain values and runs nothing.
+    Args:
+        path: of the checkpoint. total: steps of the run, where it has steps.
 
     Raises:
-        UserError: no such file, not a file of torch.save, or one that holds more than data.
+        UserError: a part is missing, or has other keys, types or shapes than here, or values that are not finite.
+    """
+    for name, part in parts.items():
+        faults = [f"{name} is missing"] if name not in state else integrity.faults_of_part(part, state[name], name)
+        if not faults:
+            try:
+                part.load_state_dict(state[name])
+            except Exception as error:  # a part of the script's own may raise anything
+                faults = [f"{name}: {error}"]
+        if faults:
+            raise UserError(f"{path} does not fit this run: {integrity.first_two(faults)}; {ANEW}")
+    if total is not None and not 0 <= state.get("step", -1) <= total:
+        raise UserError(f"{path} is of step {state.get('step')}, this run has {total}; {ANEW}")
+
+
+def read(path: str | Path, advice: str = ""):
+    """What a file of torch.save holds, on the CPU; of a run folder its last.pt. `weights_only` unpickles tensors and
+    plain values and runs nothing. A checkpoint of ours must have its checksum, which is left out of what is returned;
+    other files must have those of the zip format.
+
+    Args:
+        advice: what to do about a file that is damaged, where that is not to get it again.
+
+    Raises:
+        UserError: no such file, not a file of torch.save, a damaged one, or one that holds more than data.
     """
     if Path(path).is_dir():
         path = file_of(path)
         if not path.exists():
             raise UserError(f"{path.parent} is a folder without {LAST}: name a file, or a run's folder that has one")
+    instead, advice = advice or "save the state_dict alone with torch.save", advice or advice_on(path)
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a FIFO is to wait for its writer
+            raise UserError(f"{path} is not a regular file")
+        size, wrong = os.path.getsize(path), integrity.damage(path, contents=False)
+        state = None if wrong else _unpickled(path, advice, instead)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    stored = state.pop("checksum", None) if isinstance(state, dict) else None
+    if not wrong and integrity.size_of(state) > 16 * size:  # some tensors may share their values, but not all
+        wrong = f"claims more than its {size:,} bytes"
+    elif not wrong and stored is None:
+        wrong = integrity.damage(path, contents=True)
+    elif not wrong and not integrity.is_checksum(stored, state):
+        wrong = "is damaged or was edited: its checksum is that of other contents"
+    if wrong:
+        raise UserError(f"{path} {wrong}; {advice}")
+    return state
+
+
+def _unpickled(path: str | Path, advice: str, instead: str):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # official DINO's `args`: attributes, no code
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except OSError:
+        raise
     except Exception as error:  # for a damaged file torch.load raises any of eight types, KeyError among them
         if forbidden := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(
-                f"{path} holds a Python object ({forbidden[1]}), and reading it could run code: refused; "
-                "save the state_dict alone with torch.save"
-            ) from None
-        raise UserError(f"{path} was not written by torch.save or is truncated; download or copy it again") from None
+            what = f"{path} holds a Python object ({cut(forbidden[1])}), and reading it could run code: refused"
+            raise UserError(f"{what}; {instead}") from None
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            raise UserError(f"there is not enough memory to read {path}") from None
+        raise UserError(f"{path} was not written by torch.save or is truncated; {advice}") from None
 
 
-def load(path: str | Path) -> dict:
-    """One of our checkpoints, as `save` wrote it."""
-    state = read(path)
-    if not isinstance(state, dict) or "config" not in state:
+def advice_on(path: str | Path) -> str:
+    """What to do about a file that is damaged: nobody can download a checkpoint of a run here."""
+    ours = os.path.exists(Path(path).parent / "config.yaml")
+    return "take another checkpoint, or run it again" if ours else "download or copy it again"
+
+
+def load(path: str | Path, advice: str = "") -> dict:
+    """One of our checkpoints, as `save` wrote it; what `integrity.KINDS` names, config included, is of that kind."""
+    state, path = read(path, advice), file_of(path)
+    if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
         raise UserError(f"{path} is not a checkpoint of train_ssl.py or train_anomaly.py")
+    kinds = {key: kind for kind, keys in integrity.KINDS.items() for key in keys if key in state}
+    if wrong := [key for key, kind in kinds.items() if not integrity.is_a(kind, state[key])]:
+        what = f"{path} was edited: its {first_few(wrong)} cannot be what was saved"
+        raise UserError(f"{what}; {advice or advice_on(path)}")
     return state
+
+
+def section(state: dict, name: str, path: str | Path) -> dict:
+    """A section of a checkpoint's config, as raw values.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not isinstance(found := state["config"].get(name), dict):
+        raise UserError(f"the config in {path} has no section {name}: name a checkpoint of a script that has one")
+    return found
+
+
+def read_object(path: str | Path) -> dict | None:
+    """The JSON object in a file; None where there is none, or a damaged one: cut, no UTF-8, with NaN, another type."""
+
+    def number(text: str) -> float:
+        if not abs(value := float(text)) < float("inf"):
+            raise ValueError
+        return value
+
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return None
+        found = json.loads(Path(path).read_bytes().decode(), parse_constant=number, parse_float=number)
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def config_changes(old: dict, new: dict) -> list[str]:
@@ -131,7 +212,7 @@ def require_same_images(state: dict, images: dict[str, list], folder: Path) -> N
 
     `images` are names, by the keys of `IMAGES`; the test images and their masks are compared once there are results.
     """
-    finished = (folder / "results.json").exists()
+    finished = read_object(folder / "results.json") is not None
     for key, now in images.items():
         before = state.get(key, now)  # an older checkpoint does not have them
         if before == now or (key in ("tested", "masks") and not finished):
@@ -165,11 +246,11 @@ def open_run(
     """
     folder, state = Path(folder), None
     if resume == "auto" and os.path.exists(folder / LAST):  # False for a name that is too long
-        state = load(folder / LAST)
+        state = load(folder / LAST, ANEW)
         before = completed(schema, state["config"]) if schema else state["config"]
         if keys := config_changes(before, config):
             old, new = flatten(before), flatten(config)
-            changes = first_few([f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys], 4)
+            changes = first_few([f"{cut(k, 40)}: {cut(str(old.get(k)), 40)} -> {new.get(k)}" for k in keys], 4)
             raise UserError(
                 f"{folder} holds a run with another config ({changes}); "
                 "choose another run_name, or resume=never to start this one from the beginning"
@@ -178,7 +259,7 @@ def open_run(
     goes_on_from(state.get("version") if state else None)
     other = another_version(state.get("version")) if state else ""
     # of a finished run, Log.repeat_results reports it
-    if other and distributed.is_main() and not (folder / "results.json").exists():
+    if other and distributed.is_main() and read_object(folder / "results.json") is None:
         print(f"{folder} resumes from a checkpoint of {other}; resume=never starts from the beginning", file=sys.stderr)
     distributed.barrier()  # all ranks must have looked before rank 0 changes anything
     if distributed.is_main():
@@ -189,7 +270,7 @@ def open_run(
                 shutil.rmtree(folder)
             folder.mkdir(parents=True, exist_ok=True)
             remove_unfinished(folder)
-            with whole_file(folder / "config.yaml") as file:
+            with whole_file(folder / "config.yaml", durable=True) as file:
                 yaml.safe_dump(config, file, sort_keys=False)
         except OSError as error:
             raise UserError(f"cannot write run folder {cut(str(folder))}: {reason(error)}") from None
@@ -206,7 +287,7 @@ def keep_copy(folder: str | Path, step: int, count: int) -> None:
     """Keep this step's last.pt as step_<step>.pt and, with it, the `count` newest such copies."""
     if count and distributed.is_main():
         copy = Path(folder) / f"step_{step:08d}.pt"
-        with open(Path(folder) / LAST, "rb") as last, whole_file(copy, "wb") as file:
+        with open(Path(folder) / LAST, "rb") as last, whole_file(copy, "wb", durable=True) as file:
             shutil.copyfileobj(last, file)
         for path in sorted(Path(folder).glob("step_*.pt"))[:-count]:
             path.unlink()

@@ -47,12 +47,16 @@ def _require_regular(status: os.stat_result, path: str) -> None:
 
 
 @contextmanager
-def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
+def whole_file(path: str | Path, mode: str = "w", *, durable: bool = False) -> Iterator[IO]:
     """A file, of text (UTF-8) or with mode "wb" of bytes, that has its name only once all is written.
 
     After an error or Ctrl-C it is gone and what had the name before is untouched; after a kill, what had been flushed
     is beside it under a temporary name until `remove_unfinished`. Makes the folder. A disk that is full is `DiskFull`,
     a read-only one a `UserError`; so is, before anything is written, a name that is too long or that of a folder.
+
+    Args:
+        durable: also after a power cut the file is the old one or the new one, whole: content and name are on the disk
+            when this returns. It costs some milliseconds; for what later starts rely on.
     """
     path, temporary = Path(path), None
     text: dict[str, Any] = {} if "b" in mode else {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
@@ -65,7 +69,12 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
         temporary = temporary_name(path)
         with open(temporary, mode, **text) as file:
             yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
+        if durable:
+            _sync_folder(path.parent)
     except BaseException as error:
         if temporary and (temporary.is_file() or temporary.is_symlink()):
             temporary.unlink()
@@ -74,6 +83,16 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
             what = f"cannot write {cut(str(path), 150)}: {reason(error)}"
             raise kind(f"{what}; nothing under that name was changed") from None
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the names in it onto the disk, where its file system can."""
+    with suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def remove_unfinished(folder: Path, *, below: bool = False) -> None:

@@ -50,14 +50,28 @@ class Log:
         self.hparams.pop("run_name", None)  # TensorBoard names each run anyway
         if not distributed.is_main():
             return
-        lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        with whole_file(self._metrics) as file:
+        kept, damaged = self._lines_up_to(step)
+        with whole_file(self._metrics, durable=True) as file:
             file.writelines(line + "\n" for line in kept)
         threading.excepthook = _without_tensorboard
         with self._writing():
             self.writer = SummaryWriter(self.folder, purge_step=step + 1)
         self.text("config", "```yaml\n" + yaml.safe_dump(self.config, sort_keys=False) + "```")
+        if damaged:
+            self.say(f"{self._metrics}: {damaged} damaged lines are left out")
+
+    def _lines_up_to(self, step: int) -> tuple[list[str], int]:
+        """The lines of metrics.jsonl up to this step, and the number of those that are damaged, as by a killed process
+        or a power cut."""
+        if not self._metrics.is_file():
+            return [], 0
+        try:
+            lines = self._metrics.read_bytes().splitlines()
+        except OSError as error:
+            raise UserError(f"cannot read {self._metrics}: {error.strerror}") from None
+        steps = [_step_of(line) for line in lines]
+        kept = [line.decode() for line, at in zip(lines, steps) if at is not None and at <= step]
+        return kept, steps.count(None)
 
     @contextmanager
     def _writing(self):
@@ -151,19 +165,45 @@ class Log:
             for part in session:
                 self.writer.file_writer.add_summary(part)
             self.writer.close()
-        with whole_file(self.folder / "results.json") as file:
-            file.write(json.dumps(results) + "\n")
-        print(json.dumps(results), flush=True)
+        line = json.dumps(_without_nan(results))
+        with whole_file(self.folder / "results.json", durable=True) as file:
+            file.write(line + "\n")
+        print(line, flush=True)
 
     def repeat_results(self) -> bool:
-        """Whether this run had its results written already; prints them again."""
+        """Whether this run had its results written already; prints them again. A damaged file is said and counts as
+        none, so that the run writes it anew."""
         path = self.folder / "results.json"
-        if path.exists() and self.writer:
-            other = another_version(json.loads(path.read_text()).get("version"))
+        results = checkpoint.read_object(path) or {}
+        version = results.get("version")
+        if not isinstance(version, str):
+            if path.exists():
+                self.say(f"{path} is damaged: the results are written anew")
+            return False
+        if self.writer:
+            other = another_version(version)
             other = other and f", by {other}"
             self.say(f"done before{other}: these are the results in {path} (resume=never starts from the beginning)")
-            print(path.read_text().strip(), flush=True)
-        return path.exists()
+            print(json.dumps(results), flush=True)
+        return True
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line of metrics.jsonl, None of a damaged one."""
+    try:
+        step = json.loads(line.decode()).get("step")
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return step if type(step) is int else None
+
+
+def _without_nan(value):
+    """JSON has no NaN and no infinity: these become null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_number(value) -> bool:

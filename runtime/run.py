@@ -65,9 +65,11 @@ class Run:
         about = {"schema": type(self.cfg), "resume": self.cfg.resume, "images": images}
         saved = checkpoint.open_run(self.folder, self.config, **about) or {}
         if saved:
-            checkpoint.restore(saved, parts)
+            checkpoint.restore(saved, parts, self.folder / checkpoint.LAST, total)
         self.start, self._began = saved.get("step", 0), time.perf_counter() - saved.get("seconds", 0.0)
         self.log, self.window = Log(self.folder, self.cfg, self.start), Window(self.device)
+        if saved and (older := [key for key in fresh if key not in saved]):
+            self.log.say(f"the checkpoint has no {', '.join(older)}, which begin as in a fresh run")
         return {key: saved.get(key, value) for key, value in fresh.items()}
 
     @property
@@ -78,6 +80,7 @@ class Run:
     def is_finished(self) -> bool:
         """Whether all was done before and results.json is there; prints the results again and ends the processes."""
         finished = self.start == self.total and self.log.repeat_results()
+        distributed.barrier()  # all processes must have looked before rank 0 writes results
         if finished:
             distributed.cleanup()
         return finished

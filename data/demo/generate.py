@@ -31,6 +31,7 @@ from data.demo.condition import CONDITIONS, draw
 from data.demo.light import expose, sense, soil
 from data.demo.outliers import outlier
 from data.demo.parts import PARTS, SEEN_PARTS
+from runtime.checkpoint import read_object
 from runtime.errors import UserError, cut, reason
 from runtime.files import remove_unfinished, temporary_name
 
@@ -129,12 +130,11 @@ def is_there(root: Path, identity: dict) -> bool:
     """Whether `root` holds the complete set `identity`; raises `UserError` when it holds something else."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
-    try:
-        found = json.loads((root / "demo.json").read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{root} exists and is not a demo set: move it away or name another folder") from None
+    if (found := read_object(root / "demo.json")) is None:
+        raise UserError(f"{root} exists and is not a demo set: move it away or name another folder")
     if found != identity:
-        raise UserError(f"{root} holds another demo set ({found}, wanted {identity}): remove it or name another folder")
+        what = f"{cut(str(found))}, wanted {identity}"
+        raise UserError(f"{root} holds another demo set ({what}): remove it or name another folder")
     return True
 
 

@@ -25,10 +25,13 @@ from evaluation.anomaly.metrics import (
     real_numbers,
     to_numpy,
 )
-from runtime import checkpoint
+from runtime import checkpoint, integrity
 from runtime.errors import UserError
 
 TYPES = Histograms(np.int32, np.int32, np.float32)  # of the stored histograms: 12 bytes a bin, 24 KB per image
+
+
+AGAIN = "remove that run's results.json and give its command again"
 
 
 @dataclass
@@ -76,16 +79,40 @@ def save_scores(
 
 def load_scores(path: str | os.PathLike) -> Scores:
     """What `save_scores` wrote. Raises UserError for any other file; no code in it is run."""
-    state = checkpoint.read(path)
+    state = checkpoint.read(path, AGAIN)
     keys = ("paths", "labels", "scores", "metrics", "histograms")
     if not isinstance(state, dict) or not set(keys) <= set(state):
         if isinstance(state, dict) and "figures" in state:
             raise UserError(f"{path} is of an earlier version: run train_anomaly.py again with another run_name")
         raise UserError(f"{path} holds no test scores; name a run folder's test_scores.pt, written by train_anomaly.py")
+    if wrong := wrong_scores(**{key: state[key] for key in keys}):
+        raise UserError(f"{path} was edited: its {wrong} cannot be what was saved; {AGAIN}")
     paths, labels, scores, metrics, histograms = (state[key] for key in keys)
     if histograms is not None:
         histograms = Histograms(*(h.double().numpy() for h in histograms))
     return Scores(paths, labels.numpy(), scores.numpy(), metrics, histograms)
+
+
+def wrong_scores(*, paths, labels, scores, metrics, histograms) -> str | None:
+    """Which of the values that a file has for `Scores` cannot be, None if all can."""
+    if not integrity.is_a("texts", paths):
+        return "paths"
+    for name, values, kind in (("labels", labels, torch.bool), ("scores", scores, None)):
+        if not isinstance(values, torch.Tensor) or values.shape != (len(paths),) or not values.isfinite().all():
+            return name
+        if values.dtype != kind and not (kind is None and values.is_floating_point()):
+            return name
+    if not integrity.is_a("numbers", metrics) or not {*IMAGE_METRICS, *PIXEL_METRICS} <= metrics.keys():
+        return "metrics"
+    needed = IMAGE_METRICS if metrics["image_auroc"] is not None else ()
+    if any(metrics[key] is None for key in (*needed, *(() if histograms is None else PIXEL_METRICS))):
+        return "metrics"
+    if histograms is None:
+        return None
+    tables = histograms if isinstance(histograms, list | tuple) and len(histograms) == len(TYPES) else [None]
+    if not all(isinstance(table, torch.Tensor) and table.ndim == 2 and table.isfinite().all() for table in tables):
+        return "histograms"
+    return None if {table.shape for table in tables} == {(len(paths), tables[0].shape[1])} else "histograms"
 
 
 @dataclass

@@ -14,7 +14,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,10 @@ from models.anomaly.detector import Detector, Findings
 from models.backbones.build import BackboneConfig, build_backbone
 from runtime import checkpoint, config
 from runtime.errors import UserError
+from runtime.values import coerce
 from training.optim import PRECISIONS
+
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class LoadedImage(NamedTuple):
@@ -69,13 +72,36 @@ def load_run(folder: Path) -> tuple[Detector, Geometry, dict]:
         raise UserError(f"{folder} holds a run without a detector: name a run folder of train_anomaly.py")
     if "calibration" not in state:
         raise UserError(f"the run in {folder} has not finished: the command that began it resumes it")
-    sections = state["config"]
-    backbone = config.build(BackboneConfig, sections["backbone"] | {"weights": None}, "backbone.")  # all in "model"
-    settings = config.build(DetectorConfig, sections["detector"], "detector.")
-    detector = DETECTORS[settings.name](build_backbone(backbone)[0], **settings.options)
-    detector.load_state_dict(state.pop("model"))
+    sections = {name: checkpoint.section(state, name, file) for name in ("backbone", "detector", "data")}
+    try:
+        backbone = config.build(BackboneConfig, sections["backbone"] | {"weights": None}, "backbone.")  # all in "model"
+        settings = config.build(DetectorConfig, sections["detector"], "detector.")
+        geometry = build_geometry(config.build(DataConfig, sections["data"], "data."))
+        coerce(state["config"].get("precision"), Precision, "precision")
+        detector = DETECTORS[settings.name](build_backbone(backbone)[0], **settings.options)
+    except UserError as error:
+        raise UserError(f"the config in {file}: {error}") from None
+    require_calibration(state, file)
     detector.to(memory_format=torch.channels_last).eval()
-    return detector, build_geometry(config.build(DataConfig, sections["data"], "data.")), state
+    detector.load_fitted(state.pop("model", None), file, (geometry.height, geometry.width))
+    return detector, geometry, state
+
+
+def require_calibration(state: dict, path: Path) -> None:
+    """UserError unless the checkpoint has the values of `calibrate` that a prediction needs, and the images' names."""
+    values = state["calibration"]
+    wrong = [key for key in ("threshold", "pixel_threshold", "low", "high") if not is_number(values.get(key, ""))]
+    normals = values.get("scores")
+    if normals is not None and not (isinstance(normals, list) and normals and all(map(is_number, normals))):
+        wrong.append("scores")
+    if wrong or any(number >= len(state.get("names", ())) for number in state.get("learned", (0,))):
+        what = f"calibration.{wrong[0]}" if wrong else "names"
+        raise UserError(f"{path} was edited: {what} is missing or cannot be what was saved; run train_anomaly.py again")
+
+
+def is_number(value) -> bool:
+    """A number, or None for one that is not known."""
+    return value is None or (isinstance(value, int | float) and math.isfinite(value))
 
 
 def load_image(path: str, geometry: Geometry, *, whole: bool = False) -> tuple[str, LoadedImage | UserError]:

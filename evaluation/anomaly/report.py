@@ -136,7 +136,7 @@ def write_scores(folder: Path, found: Findings, test_set, train_set, threshold: 
             None if found.nearest_image is None else train_set.paths[int(found.nearest_image[i])]
         )
         rows.append(row)
-    with whole_file(folder / "test_scores.csv") as file:
+    with whole_file(folder / "test_scores.csv", durable=True) as file:
         file.write(csv_table(rows))
 
 

@@ -16,7 +16,7 @@ from models.anomaly.rd4ad import RD4AD
 from models.anomaly.regad import RegAD
 from models.weights.options import wrong_options
 from runtime import checkpoint
-from runtime.errors import UserError
+from runtime.errors import UserError, cut
 from runtime.schema import choice
 from runtime.text import first_few
 from runtime.values import PathText
@@ -54,16 +54,19 @@ def build_detector(config: DetectorConfig, backbone: nn.Module) -> tuple[Detecto
         return detector, ""
     state = checkpoint.read(config.weights)
     if isinstance(state, dict) and {"config", "model"} <= state.keys():
-        if (name := state["config"].get("detector", {}).get("name")) != config.name:
-            raise UserError(f"detector.weights={config.weights} is a run of {name or 'no detector'}, not {config.name}")
+        settings = state["config"].get("detector") if isinstance(state["config"], dict) else None
+        settings = settings if isinstance(settings, dict) else {}
+        if (name := settings.get("name")) != config.name:
+            of = cut(str(name or "no detector"))
+            raise UserError(f"detector.weights={config.weights} is a run of {of}, not {config.name}")
         if fault := wrong_options(backbone, state, {}, None):
             raise UserError(f"detector.weights={config.weights}: {fault}")
         for key in detector.trained_with:
-            old = state["config"]["detector"].get(key, getattr(detector, key))
+            old = settings.get(key, getattr(detector, key))
             if old != getattr(detector, key):
                 raise UserError(
                     f"detector.weights={config.weights} was trained with another {key}: "
-                    f"set detector.{key}={str(old).lower()}"
+                    f"set detector.{key}={cut(str(old).lower())}"
                 )
         state = state["model"]
     if not isinstance(state, dict):

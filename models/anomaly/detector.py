@@ -1,6 +1,7 @@
 """What all detectors share: a frozen backbone, scoring without gradients, fitted state that loads at any size."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from data.normalize import normalize
 from models.anomaly.maps import blank
 from runtime.distributed import all_reduce_sum, gather_rows, world_size
-from runtime.errors import UserError
+from runtime.errors import UserError, cut
+from runtime.integrity import faults_of_part, first_two
 from runtime.values import Range
 from training.rehearsal import batch_norm_needs_more, naming, no_trace
 
@@ -170,15 +172,39 @@ class Detector(nn.Module):
         if not self.by_gradient:
             raise UserError(f"detector.weights={path}: {type(self).__name__} has nothing to train, remove the key")
         fitted = dict(self.named_buffers(recurse=False))
-        try:
-            self.load_state_dict({name: value for name, value in state.items() if "." in name} | fitted)
-        except (RuntimeError, AttributeError, TypeError) as error:  # the last two of what is no state_dict
-            faults = str(error).splitlines()[1:3] or [str(error)]
+        state = {name: value for name, value in state.items() if "." in str(name)} | fitted
+        if found := faults_of_part(self, state, "weights"):
             raise UserError(
                 f"detector.weights={path} does not fit {type(self).__name__} with this backbone and these options: "
-                f"{'; '.join(fault.strip() for fault in faults)}"
-            ) from None
+                f"{first_two(found)}"
+            )
+        self.load_state_dict(state)
         return []
+
+    def load_fitted(self, state, path: str | Path, size: tuple[int, int]) -> None:
+        """Load a whole state_dict from the checkpoint at `path`, and find out whether its parts fit one another: pass a
+        gray image of `size` (H, W).
+
+        Raises:
+            UserError: they do not, or it is no state_dict of this detector.
+        """
+        if found := faults_of_part(self, state, "model"):
+            raise UserError(f"{path} does not fit its own config: {first_two(found)}")
+        self.load_state_dict(state)
+        self.try_out(path, size)
+
+    def try_out(self, path: str | Path, size: tuple[int, int]) -> None:
+        """Pass a gray image of `size` (H, W) through a fitted detector, since tensors whose shapes are only known to
+        fit one another may not."""
+        device = next(self.backbone.parameters()).device
+        try:
+            with no_trace(self, device, training=False):
+                scores = self.examine(torch.zeros(1, 3, *size, device=device)).scores
+        except Exception as error:  # whatever wrong shapes and numbers raise
+            why = " ".join(str(error).split())
+            raise UserError(f"{path} holds a {type(self).__name__} that examines nothing: {cut(why, 120)}") from None
+        if not scores.isfinite().all():
+            raise UserError(f"{path} holds a {type(self).__name__} whose scores are not finite: the run has diverged")
 
     def check_count(self, n_images: int) -> None:
         """Raise `UserError` where `fit` needs more training images, over all processes; asked before the training."""

@@ -22,6 +22,7 @@ from models.weights.names import rename
 from models.weights.options import wrong_options
 from models.weights.sources import open_weights, tensors_of
 from runtime.errors import UserError
+from runtime.integrity import is_finite
 from runtime.text import first_few
 
 # part: what its backbone's names start with. part=auto takes the one that the file names under "part", as ours do, else
@@ -63,14 +64,14 @@ def load_weights(model: nn.Module, path: str | Path, *, part: str = "auto") -> s
 
     Raises:
         UserError: the file cannot be read, holds more than tensors and plain values (nothing in it is run), lacks the
-            part, or does not fit the model; the message names up to three tensors at fault and what to try.
+            part, does not fit the model or has NaN; the message names up to three tensors at fault and what to try.
     """
     checkpoint = open_weights(model, path)
     tensors = tensors_of(checkpoint, path)
     renamed, layout = rename(tensors)
     original = {new: old for old, new in renamed.items()}
     tensors = {renamed[name]: tensor for name, tensor in tensors.items()}
-    kept = checkpoint.get("part")  # ours say which of their networks counts
+    kept, ours = checkpoint.get("part"), "config" in checkpoint  # ours say which of their networks counts
     part, choice = _choose(part, tensors, path, kept if isinstance(kept, str) else None)
     prefix = PARTS[part]
     translated = f" with the names of {layout}" if layout else ""
@@ -88,7 +89,12 @@ def load_weights(model: nn.Module, path: str | Path, *, part: str = "auto") -> s
     faults = {
         name: f"{name} is {_form(given[name])} in the file, {_form(tensor)} in the model"
         for name, tensor in wanted.items()
-        if name in given and not _fits(given[name], tensor)
+        if name in given and not _fits(given[name], tensor, exactly=ours)
+    }
+    faults |= {
+        name: f"{name} has values that are NaN or infinite"
+        for name in wanted
+        if name in given and name not in faults and not is_finite(given[name])
     }
     faults |= {
         name: f"{name} is missing"
@@ -219,8 +225,10 @@ def _options(build: type[nn.Module], given: dict[str, Tensor]) -> Iterator[dict]
         yield options
 
 
-def _fits(given: Tensor, wanted: Tensor) -> bool:
-    return given.shape == wanted.shape and given.is_floating_point() == wanted.is_floating_point()
+def _fits(given: Tensor, wanted: Tensor, *, exactly: bool) -> bool:
+    """Whether shape and type are the model's; other people's floats may be of another precision."""
+    same = given.dtype == wanted.dtype if exactly else given.is_floating_point() == wanted.is_floating_point()
+    return same and given.shape == wanted.shape and not given.is_meta
 
 
 def _form(tensor: Tensor) -> str:

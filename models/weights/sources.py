@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import torch
 import torchvision
 from torch import Tensor, nn
 
@@ -50,7 +51,7 @@ def tensors_of(checkpoint, path: str | Path) -> dict[str, Tensor]:
     for key, value in checkpoint.items() if isinstance(checkpoint, dict) else ():
         entries = {f"{key}.{name}": entry for name, entry in value.items()} if isinstance(value, dict) else {key: value}
         for name, entry in entries.items():
-            if isinstance(entry, Tensor):
+            if isinstance(entry, Tensor) and entry.layout == torch.strided:
                 name = re.sub(r"(^|(?<=\.))(module|_orig_mod)\.", "", str(name))
                 tensors[re.sub(r"^((model|state_dict|model_state_dict)\.)+", "", name)] = entry
     if not tensors:

@@ -24,7 +24,7 @@ def test_round_trip_and_rotation(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["last.pt", "step_00000002.pt", "step_00000003.pt"]
     assert checkpoint.load(tmp_path / "step_00000002.pt")["step"] == 2
     other = nn.Linear(3, 2)
-    checkpoint.restore(state, {"model": other})
+    checkpoint.restore(state, {"model": other}, tmp_path / "last.pt")
     assert torch.equal(other.weight, model.weight)
 
 

@@ -20,9 +20,9 @@ def test_scalars_reach_json_and_tensorboard(tmp_path, capsys):
     assert log.scalars(1, {"loss": torch.tensor(2.0), "nothing": None}) == {"loss": 2.0}
     log.scalars(2, {"loss": 1.5, "bad": math.nan})
     log.image("views/images 1-4", torch.zeros(3, 8, 8))
-    log.results({"knn20_top1": 0.5, "name": "x"})
+    log.results({"knn20_top1": 0.5, "worst": math.nan, "version": "x"})
     assert lines(tmp_path) == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5, "bad": "nan"}]
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"knn20_top1": 0.5, "name": "x"}
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"knn20_top1": 0.5, "worst": None, "version": "x"}
     assert json.loads((tmp_path / "results.json").read_text())["knn20_top1"] == 0.5
     events = EventAccumulator(str(tmp_path))
     events.Reload()

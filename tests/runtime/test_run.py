@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from runtime import checkpoint
 from runtime.errors import UserError
 from runtime.run import Run, Window
 
@@ -83,7 +84,7 @@ def test_a_run_that_was_killed_equals_one_that_was_not(tmp_path, capsys):
 def test_time_goes_on_where_the_checkpoint_was(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         main(Config(runs=str(tmp_path)), killed_in=4)
-    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    state = checkpoint.load(tmp_path / "run" / "last.pt")
     torch.save(state | {"seconds": 1000.0}, tmp_path / "run" / "last.pt")
     main(Config(runs=str(tmp_path)))
     assert json.loads((tmp_path / "run" / "results.json").read_text())["seconds"] > 1000

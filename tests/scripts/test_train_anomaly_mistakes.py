@@ -76,7 +76,8 @@ def test_a_test_set_of_one_class_has_no_figures_but_scores(gone, tmp_path, capsy
     assert len((tmp_path / "run" / "test_scores.csv").read_text().splitlines()) == 5
 
 
-def test_features_that_are_not_numbers_are_named(images, tmp_path):
+def test_features_that_are_not_numbers_are_named(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("models.weights.load.is_finite", lambda _: True)  # which refuses such weights before
     weights = torchvision.models.resnet18().state_dict()
     weights["layer2.0.conv1.weight"][0] = torch.nan
     torch.save(weights, tmp_path / "weights.pth")
@@ -86,7 +87,8 @@ def test_features_that_are_not_numbers_are_named(images, tmp_path):
 
 
 @pytest.mark.parametrize("name", BY_GRADIENT)
-def test_a_loss_that_is_no_number_stops_the_run(name, images, tmp_path):
+def test_a_loss_that_is_no_number_stops_the_run(name, images, tmp_path, monkeypatch):
+    monkeypatch.setattr("models.weights.load.is_finite", lambda _: True)  # which refuses such weights before
     weights = torchvision.models.resnet18().state_dict()
     weights["layer2.0.conv1.weight"][0] = torch.nan
     torch.save(weights, tmp_path / "weights.pth")

@@ -9,6 +9,7 @@ from PIL import Image
 
 import train_anomaly
 from models.anomaly import DETECTORS
+from runtime import checkpoint
 from runtime.config import overlay
 from runtime.errors import UserError
 from tests.images import write_mvtec
@@ -70,7 +71,7 @@ def test_a_run_that_is_older_than_a_key_resumes_and_is_updated(images, tmp_path,
     train_anomaly.main(run)
     first = json.loads(capsys.readouterr().out.splitlines()[-1])
     last = tmp_path / "run" / "last.pt"
-    state = torch.load(last, weights_only=True)
+    state = checkpoint.load(last)
     for section, key in (("data", "white"), ("data", "masks"), ("detector", "neighbors")):
         del state["config"][section][key]
     torch.save(state, last)
