@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from runtime import signals
 from runtime.errors import UserError
 
 
@@ -32,6 +33,7 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
             if stat.S_ISDIR(path.stat().st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         temporary = temporary_name(path)
+        signals.UNFINISHED.add(temporary)
         with open(temporary, mode, **text) as file:
             yield file
         os.replace(temporary, path)
@@ -42,6 +44,8 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
             why = error.strerror or error
             raise UserError(f"cannot write {path}: {why}; nothing under that name was changed") from None
         raise
+    finally:
+        signals.UNFINISHED.discard(temporary)
 
 
 def remove_unfinished(folder: Path, *, below: bool = False) -> None:

@@ -96,17 +96,20 @@ def start_script(words: list[str], out: Path, environment: dict | None = None, t
     return process
 
 
+def environments_of(processes: int) -> tuple[list[dict], dist.TCPStore | None]:
+    """Of each process, as torchrun's; and its store, which has to outlive them."""
+    if processes == 1:
+        return [{}], None
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # of a free port
+    group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "TORCHELASTIC_USE_AGENT_STORE": True}
+    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    ranks = [group | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
+    return [{key: str(value) for key, value in rank.items()} for rank in ranks], store
+
+
 def script(words: list[str], *, processes: int = 1, top: Path = TOP) -> dict:
     """Run a script, or several processes of it as torchrun does; the JSON of its last line on stdout."""
-    environments: list[dict] = [{}]
-    if processes > 1:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # of a free port; outlives them
-        group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "TORCHELASTIC_USE_AGENT_STORE": True}
-        group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
-        environments = [
-            {key: str(value) for key, value in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-            for rank in range(processes)
-        ]
+    environments, _store = environments_of(processes)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         running = {p.sentinel: p for p in (start_script(words, out, each, top) for each in environments)}
