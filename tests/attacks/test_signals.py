@@ -31,7 +31,7 @@ class End(NamedTuple):
     status: list[int]  # of each process
     lines: list[str]  # on stderr, those that say how it ended
     moments: int
-    first_batch: int | None
+    loop: tuple[int, int] | None  # between which of them a training's steps are
     stderr: str
 
 
@@ -72,8 +72,8 @@ def end_of(words: list[str], place: Path, *hits: Hit, meanwhile: Callable[[int],
     assert not left, left
     text = Path(f"{out}.err").read_text()
     lines = [x.strip() for x in re.split(r"[\r\n]", text) if re.search(r"^(stopped|error)|Traceback|\w(Error|pt):", x)]
-    moments = json.loads(count.read_text()) if count.exists() else (0, None)  # it ended at once
-    return End(status, lines, *moments, text)
+    moments, *loop = json.loads(count.read_text()) if count.exists() else [0]  # it ended at once
+    return End(status, lines, moments, tuple(loop) if all(loop) else None, text)
 
 
 def members(sessions: set) -> list[str]:
@@ -134,17 +134,21 @@ def assert_clean(end: End, hit: Hit, folder: Path) -> re.Match | None:
     return after
 
 
-def try_chain(words: list[str], tmp_path: Path, hits: int, *, steps: int = 12, processes: int = 1, whom="self") -> None:
+def try_chain(words: list[str], tmp_path: Path, hits: int, *, steps: int = 24, processes: int = 1, whom="self") -> None:
     """A run without signals and one with many, resumed after each, are equal; of three signals in a training, two come
     in the loop, which saves. `words` are complete but for `runs`."""
     rng = random.Random(f"{words[:2]} {processes} {whom}")
     a, b = ([*words, f"runs={tmp_path / x}"] for x in "ab")
     whole = end_of(a, tmp_path / "a", *[NEVER] * processes)
     assert {*whole.status} == {0}, whole.stderr
-    step = (whole.moments - whole.first_batch) / steps if whole.first_batch else 0
+    step = (whole.loop[1] - whole.loop[0]) / steps if whole.loop else 0
     for k in range(hits):
         looping = bool(step) and k % 3 > 0
-        moment = step * rng.uniform(0, 1.5) + 1 if looping else rng.uniform(1, whole.first_batch or whole.moments)
+        moment = (
+            step * rng.uniform(0, 1.5) + 1
+            if looping
+            else rng.uniform(1, whole.loop[0] if whole.loop else whole.moments)
+        )
         hit = Hit(round(moment), (signal.SIGTERM, signal.SIGINT)[k % 2], "hold" if looping else "main", whom)
         hit_by = [hit if processes == 1 or k % 3 in (rank, 2) else NEVER for rank in range(processes)]
         after = assert_clean(end_of(b, tmp_path / "b", *hit_by), hit, tmp_path / "b")
@@ -296,7 +300,13 @@ def parts(tmp_path_factory):
     return write_mvtec(tmp_path_factory.mktemp("parts"))
 
 
-ODD = ["log_every=3", "save.every=5", "save.keep_last=2", "eval_every=1"]  # signals come between all of them
+ODD = [
+    "log_every=3",
+    "save.every=5",
+    "save.keep_last=2",
+    "eval_every=1",
+    "epochs=6",
+]  # signals come between all of them
 WORKERS = ["data.workers=2", "data.cache=none"]
 
 
@@ -322,10 +332,10 @@ def test_train_ssl(name, hits, more, about, classes, tmp_path):
 @pytest.mark.parametrize(
     ("name", "hits", "more", "about"),
     [
-        ("nsa", 5, ["save_every=5", "log_every=3"], {"steps": 8}),
-        ("cflow", 3, ["save_every=5", "log_every=3"], {"steps": 8}),
+        ("nsa", 5, ["save_every=5", "log_every=3", "epochs=6"], {"steps": 12}),
+        ("cflow", 3, ["save_every=5", "log_every=3", "epochs=6"], {"steps": 12}),
         ("patchcore", 4, WORKERS, {"whom": "group"}),
-        ("rd4ad", 3, [], {"processes": 2, "steps": 8}),
+        ("nsa", 3, ["save_every=5", "log_every=3", "epochs=6"], {"processes": 2, "steps": 12}),
     ],
 )
 def test_train_anomaly(name, hits, more, about, parts, tmp_path):
