@@ -28,7 +28,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -100,7 +99,7 @@ def main(argv: list[str]) -> None:
     with (
         whole_file(out / "predictions.csv", durable=True) as file,
         tqdm(total=len(paths), desc="images", unit="image") as bar,
-        ThreadPoolExecutor(THREADS) as pool,
+        runtime.threads.Threads(THREADS) as pool,
     ):
         table = csv.writer(file)
         table.writerow(COLUMNS)

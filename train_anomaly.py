@@ -142,12 +142,14 @@ def train(
             grad_norm = apply_gradients(optimizer, scaler, detector.parameters(), cfg.optim)
 
         done = step + 1
-        save_due = run.due(done, cfg.save_every)
-        if save_due or run.due(done, cfg.log_every):  # means since the last point are not saved
+        save_due, stops = run.due(done, cfg.save_every), run.stops(done)
+        log_due = save_due or run.due(done, cfg.log_every)
+        if log_due or stops:
             run.check(done, lr, grad_norm, scaler)
+        if log_due:
             rates = {"lr": lr, "grad_norm": grad_norm, "epoch": done / epoch_steps}
             run.curves(done, rates | {f"stats/{name}": value for name, value in stats.items()})
-        if save_due and (done < run.total or detector.fits):
+        if stops or (save_due and (done < run.total or detector.fits)):
             run.save(done, fitted=False)
     distributed.share_buffers(detector)
 

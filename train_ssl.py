@@ -156,16 +156,16 @@ def main(argv: list[str]) -> None:
         if step == 0:
             log_views(run, views, micro_batches[0])
         eval_due, save_due = (run.due(done, n) for n in (cfg.eval_every * epoch_steps, cfg.save.every))
-        log_due = save_due or run.due(done, cfg.log_every)  # means since the last point are not saved
-        if log_due or eval_due:
+        log_due, stops = save_due or run.due(done, cfg.log_every), run.stops(done)
+        if log_due or eval_due or stops:
             run.check(done, lr, grad_norm, scaler)
         if log_due:
             rates = {"lr": lr, "grad_norm": grad_norm, "epoch": done / epoch_steps}
             state["curves"] = log_curves(cfg, run, data, method, done, rates, stats)
         if eval_due and data.held_out:
             state |= evaluate(cfg, run, data, method, done, state)
-        if save_due:
-            run.save(done, cfg.save.keep_last, part=method.kept, **state)
+        if save_due or stops:
+            run.save(done, cfg.save.keep_last if save_due else 0, part=method.kept, **state)
 
     results = {"method": cfg.method.name, "backbone": cfg.backbone.name, "parameters": size_of(method), "steps": total}
     run.finish(results | {"loss": state["curves"].get("loss")} | state["metrics"] | {"seconds": run.seconds})

@@ -3,11 +3,10 @@
 Letters: H and W height and width of the input, N images, h and w the original height and width.
 """
 
-from runtime.threads import cpu_count
+from runtime.threads import Threads, cpu_count
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -139,7 +138,7 @@ def in_threads(function: Callable, items: Iterable, title: str) -> Iterator:
     items = list(items)
     threads = max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     bar = tqdm(total=len(items), desc=title, unit="image", delay=2, leave=False, disable=not is_main())
-    with bar, ThreadPoolExecutor(threads) as pool:
+    with bar, Threads(threads) as pool:
         for start in range(0, len(items), 256):  # parts: a result nobody has taken yet is an image in memory
             for result in pool.map(function, items[start : start + 256]):
                 bar.update()

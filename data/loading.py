@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from data.cache_file import open_columns
 from data.images import in_threads
+from data.worker_processes import START, obey, watched
 from runtime.distributed import rank, world_size
 from runtime.errors import UserError
 from runtime.memory import free_memory, gib
@@ -142,8 +143,10 @@ class Loader:
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else it draws from the global one, and the cache would change the run
+            multiprocessing_context=START if self.workers else None,
+            worker_init_fn=obey,
         )
-        for batch in decoded:
+        for batch in watched(decoded):
             if isinstance(batch, UserError | MemoryError):
                 raise batch
             yield (_three_channels(batch[0]), *batch[1:])

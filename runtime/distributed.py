@@ -185,6 +185,15 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return x
 
 
+@torch.no_grad()
+def all_reduce_max(x: Tensor) -> Tensor:
+    """Maximum of x over ranks, entry by entry."""
+    if world_size() > 1:
+        x = x.clone()
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x
+
+
 def all_reduce_mean(x: Tensor) -> Tensor:
     """Mean of x over ranks, without gradient."""
     return all_reduce_sum(x) / world_size()

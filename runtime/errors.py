@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from runtime import signals
 from runtime.text import printable
 
 ADVICE = {  # what the user can do about what the system refuses
@@ -29,6 +30,7 @@ SHORT.maxlevel = 3
 LOST = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|Socket closed|remote (worker|process)|gloo.*[Tt]imed out"
 )
+WORKER = re.compile(r"DataLoader worker \(pid.*?\) (?:is )?((?:killed|exited)[^.]*)")
 PATIENCE = 10.0  # seconds that a failed process has to report why
 
 
@@ -56,14 +58,17 @@ def reason(error: OSError) -> str:
 
 
 def run(main) -> None:
-    """Call `main(argv)`; a `UserError` becomes `error: ...` and exit status 2, Ctrl-C becomes exit status 130.
+    """Call `main(argv)`; a `UserError` becomes `error: ...` and exit status 2, SIGTERM and Ctrl-C (`signals`) become
+    one line and exit status 143 and 130.
 
     Under torchrun every cause has one line, however many processes it strikes; that a process has lost another one
-    is not a cause.
+    is not a cause, nor is the SIGTERM by which torchrun then ends the others.
     """
+    signals.listen()
     try:
         main(sys.argv[1:])
     except (Exception, KeyboardInterrupt) as error:
+        signals.hold()
         line, status = explain(error)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             _leave_together(error, line, status)
@@ -71,12 +76,16 @@ def run(main) -> None:
             raise
         tqdm.write(line, file=sys.stderr)  # above a progress bar, not behind it
         sys.exit(status)
+    finally:
+        signals.hold()  # what is left is the interpreter's own end
 
 
 def explain(error: BaseException) -> tuple[str | None, int]:
     """What to tell the user, and the exit status; (None, 1) of a bug, whose traceback is needed."""
     if isinstance(error, UserError):
         return f"error: {' '.join(printable(str(error)).split())}", 2
+    if isinstance(error, signals.Stopped):
+        return str(error), 128 + error.number
     if isinstance(error, KeyboardInterrupt):
         return "stopped; if there is a checkpoint, the same command resumes from it", 130
     if lacks_memory(error):
@@ -87,8 +96,11 @@ def explain(error: BaseException) -> tuple[str | None, int]:
     if type(error).__name__ == "OutOfMemoryError":  # torch's
         how = "lower batch_size, data.size or predict.py's tile, or set precision=bf16"
         return f"error: the GPU's memory is full: {how}", 2
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
-        return "error: the memory is full: lower batch_size, data.size or the widths of the networks", 2
+    if isinstance(error, RuntimeError) and (worker := WORKER.match(str(error))):
+        how = "is the memory full? Lower data.workers; the same command resumes"
+        if worker[1].endswith("Bus error"):
+            how = "is the shared memory full? Make /dev/shm larger, or set data.workers=0"
+        return f"error: a process that decodes images died ({worker[1].strip()}): {how}", 2
     if isinstance(error, OSError) and error.errno in ADVICE:
         what = f"cannot use {cut(str(error.filename or 'a file'))}: {error.strerror}"
         return f"error: {what}; {ADVICE[error.errno]}", 2
@@ -123,6 +135,8 @@ def _leave_together(error: BaseException, line: str | None, status: int) -> NoRe
                 "error: another process of this run died without an error message; did it run out of memory?",
                 2,
             )
+        if isinstance(error, signals.Stopped) and store.add("scavenge/causes", 0):
+            os._exit(status)  # by torchrun's SIGTERM, when another process has reported why
         store.add("scavenge/causes", 1)
         new = store.add(f"scavenge/{line or os.environ.get('RANK')}", 1) == 1
     except Exception:  # another launcher than torchrun, or torchrun is gone: printing it twice is better than never

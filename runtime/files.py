@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from runtime import signals
 from runtime.errors import DiskFull, UserError, cut, reason
 
 NOT_FILES = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
@@ -67,6 +68,7 @@ def whole_file(path: str | Path, mode: str = "w", *, durable: bool = False) -> I
             if stat.S_ISDIR(path.stat().st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         temporary = temporary_name(path)
+        signals.UNFINISHED.add(temporary)
         with open(temporary, mode, **text) as file:
             yield file
             if durable:
@@ -83,6 +85,8 @@ def whole_file(path: str | Path, mode: str = "w", *, durable: bool = False) -> I
             what = f"cannot write {cut(str(path), 150)}: {reason(error)}"
             raise kind(f"{what}; nothing under that name was changed") from None
         raise
+    finally:
+        signals.UNFINISHED.discard(temporary)
 
 
 def _sync_folder(folder: Path) -> None:

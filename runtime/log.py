@@ -152,6 +152,12 @@ class Log:
             with self._writing():
                 self._add(key, summary.text(printable(key), printable(text)), step)
 
+    def flush(self) -> None:
+        """Bring what was written onto the disk: TensorBoard's thread does that every two minutes only."""
+        if self.writer:
+            with self._writing():
+                self.writer.flush()
+
     def results(self, results: dict) -> None:
         """Write results.json and TensorBoard's hparams; print the JSON as the script's last line on stdout."""
         if not self.writer:

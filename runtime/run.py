@@ -12,7 +12,7 @@ for step in run.steps():
     if run.due(done, cfg.log_every):
         run.check(done, lr, grad_norm, scaler)
         curves = run.curves(done, {"lr": lr, "grad_norm": grad_norm, "epoch": done / epoch_steps})
-    if run.due(done, cfg.save_every):
+    if run.due(done, cfg.save_every) or run.stops(done):
         run.save(done, **state)
 run.finish({"loss": curves["loss"]})
 """
@@ -25,11 +25,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from runtime import checkpoint, distributed
+from runtime import checkpoint, distributed, signals
 from runtime.config import as_dict, run_folder
 from runtime.errors import UserError
 from runtime.log import Log
 from runtime.version import code_version
+
+AGREED_EVERY = 2.0  # seconds between two looks of several processes at whether one of them got a signal
 
 
 class Run:
@@ -67,7 +69,9 @@ class Run:
         if saved:
             checkpoint.restore(saved, parts, self.folder / checkpoint.LAST, total)
         self.start, self._began = saved.get("step", 0), time.perf_counter() - saved.get("seconds", 0.0)
-        self.log, self.window = Log(self.folder, self.cfg, self.start), Window(self.device)
+        self.log, self.window = Log(self.folder, self.cfg, self.start), Window(self.device, saved.get("window"))
+        self.log.warnings = saved.get("warnings", 0)
+        self._saved, self._looked, self._look_at, self._signal = self.start, self.start, self.start + 1, 0
         if saved and (older := [key for key in fresh if key not in saved]):
             self.log.say(f"the checkpoint has no {', '.join(older)}, which begin as in a fresh run")
         return {key: saved.get(key, value) for key, value in fresh.items()}
@@ -85,11 +89,42 @@ class Run:
             distributed.cleanup()
         return finished
 
-    def steps(self) -> tqdm:
-        """The numbers of the steps that are still to do, behind a progress bar on rank 0."""
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps that are still to do, behind a progress bar on rank 0; raises `signals.Stopped`
+        after a step at which the run `stops`."""
         about = {"initial": self.start, "unit": "step", "disable": not distributed.is_main()}
-        self.bar = tqdm(range(self.start, self.total), self.cfg.run_name, self.total, **about)
-        return self.bar
+        self._loop_began = time.perf_counter()
+        with tqdm(range(self.start, self.total), self.cfg.run_name, self.total, **about) as self.bar:
+            for step in self.bar:
+                yield step
+                if self.stops(step + 1):
+                    distributed.barrier()  # no process leaves before rank 0 has saved
+                    raise signals.Stopped(self._signal, self._way_back(step + 1))
+        signals.release()
+
+    def _way_back(self, done: int) -> str:
+        """Where the run stops, and how it goes on, in words."""
+        again = "without resume=never the same command" if self.cfg.resume == "never" else "the same command"
+        since = "" if self._saved == done else f" from step {self._saved}"
+        return f" after step {done} of {self.total}; {again} resumes{since}"
+
+    def stops(self, done: int) -> bool:
+        """Whether the run ends after this step because SIGTERM or Ctrl-C came, and so saves now. Every rank must call
+        it. A second call in a step answers the same.
+
+        Several processes, of which perhaps one got the signal, agree about every `AGREED_EVERY` seconds and at the
+        end: asking one another means to wait for the device.
+        """
+        if done > self._looked:
+            self._looked = done
+            if self.world == 1:
+                self._signal = signals.received
+            elif done >= self._look_at or done == self.total:
+                seconds = (time.perf_counter() - self._loop_began) / (done - self.start)
+                mine = torch.tensor([signals.received, seconds], device=self.device)
+                number, seconds = distributed.all_reduce_max(mine).tolist()
+                self._signal, self._look_at = int(number), done + max(1, int(AGREED_EVERY / seconds))
+        return self._signal != 0
 
     def due(self, done: int, every: int) -> bool:
         """Whether what happens every so many steps, and at the end, happens now that so many are done."""
@@ -109,9 +144,12 @@ class Run:
     def save(self, done: int, keep_last: int = 0, **state) -> None:
         """Write last.pt: the parts, the images, and the script's `state`; also as one of `keep_last` step_*.pt."""
         about = self.images | state | {"step": done, "config": self.config, "seconds": self.seconds}
+        about |= {"window": self.window.state(), "warnings": self.log.warnings}
         with self.window.paused():
+            self.log.flush()
             checkpoint.save(self.folder / checkpoint.LAST, self.parts, **about)
             checkpoint.keep_copy(self.folder, done, keep_last)
+        self._saved = done
 
     def finish(self, results: dict) -> None:
         """Write and print the results, of which rank 0's count, with the version of the code; ends the processes."""
@@ -124,11 +162,22 @@ class Window:
     """Means since the last reading: loss, images per second, share of the time spent waiting for data.
 
     The loss is added up on the device, so nothing waits for it until `read`.
+
+    Args:
+        saved: the `state` of an interrupted run, whose loss is added up further; images and time are not.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, saved: dict | None = None):
         self.loss = torch.zeros((), device=device)
         self._restart()
+        if saved is not None:
+            same = len(saved["loss"]) == distributed.world_size()
+            self.loss.copy_(saved["loss"][distributed.rank()] if same else saved["loss"].mean())
+            self.losses = saved["losses"]
+
+    def state(self) -> dict:
+        """What a checkpoint keeps: the sum (W,) of each process's losses, and their number. Every rank must call it."""
+        return {"loss": distributed.gather_rows(self.loss[None]).cpu(), "losses": self.losses}
 
     def _restart(self) -> None:
         self.loss.zero_()
@@ -136,9 +185,14 @@ class Window:
         self.waited, self.started = 0.0, time.perf_counter()
 
     def next(self, batches: Iterator):
-        """next(batches), timed and counted; the images are as many as the batch's last entry has rows."""
+        """next(batches), timed and counted; the images are as many as the batch's last entry has rows.
+
+        From here on the step is finished before a signal ends the run. Before the first batch, for which a whole set
+        may have to be decoded, there is nothing that would be lost.
+        """
         asked = time.perf_counter()
         batch = next(batches)
+        signals.hold()
         self.waited += time.perf_counter() - asked
         self.images += len(batch[-1]) * distributed.world_size()
         return batch

@@ -5,14 +5,16 @@ import importlib.util
 import io
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-from runtime import config
-from runtime.errors import UserError
+from runtime import config, signals
+from runtime.errors import UserError, explain
 from runtime.version import TOP, code_version
 
 
@@ -59,25 +61,44 @@ def config_of(words: list[str]) -> dict | None:
 
 
 def run(words: list[str], launcher: str, server) -> str | None:
-    """Run one command; returns its error as one line, or None. Its progress goes to the terminal."""
+    """Run one command; returns its error as one line, or None. Its progress goes to the terminal.
+
+    SIGTERM and Ctrl-C are passed on, and raised here once the command has ended, a training after its step.
+    """
     words = [str(path_of(words[0])), *words[1:]]
     if launcher:
-        try:
-            done = subprocess.run([*shlex.split(launcher), *words], stdout=subprocess.DEVNULL)
+        command, quiet = [*shlex.split(launcher), *words], subprocess.DEVNULL
+        try:  # in a session of its own, or Ctrl-C would reach it twice, which torchrun cannot take
+            started = subprocess.Popen(command, stdout=quiet, start_new_session=True)
         except OSError as error:
             raise UserError(f"launcher={launcher} cannot be started: {error.strerror}") from None
-        return f"exit status {done.returncode}; run it by itself to see why" if done.returncode else None
+        with _passing_on(started.send_signal, started.wait):
+            status = started.wait()
+        return f"exit status {status}; run it by itself to see why" if status else None
     receive, send = server.Pipe(duplex=False)
     process = server.Process(target=call_script, args=(words, send))
     process.start()
     send.close()
-    try:
-        error = receive.recv()
-    except EOFError:  # killed before it could report anything
+    with _passing_on(lambda number: os.kill(process.pid, number), process.join):
+        try:
+            error = receive.recv()
+        except EOFError:  # killed before it could report anything
+            process.join()
+            error = f"the process died (exit code {process.exitcode}); out of memory?"
         process.join()
-        error = f"the process died (exit code {process.exitcode}); out of memory?"
-    process.join()
     return error
+
+
+@contextlib.contextmanager
+def _passing_on(send: Callable[[int], object], wait: Callable[[], object]) -> Iterator[None]:
+    """Of SIGTERM or Ctrl-C inside, `send` its number, and `wait`."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        with contextlib.suppress(ProcessLookupError):
+            send(getattr(stopped, "number", signal.SIGINT))
+        wait()
+        raise
 
 
 def call_script(words: list[str], send) -> None:
@@ -85,13 +106,16 @@ def call_script(words: list[str], send) -> None:
     error, sys.argv = None, words
     code_version(words[0])  # read before the script is, so that it is the version of what runs
     try:
+        signals.listen()
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             module_of(words[0]).main(words[1:])
-    except UserError as problem:
-        error = str(problem)
     except SystemExit as problem:
         error = f"exit status {problem.code}" if problem.code else None
-    except Exception as problem:
-        traceback.print_exc()
-        error = f"{type(problem).__name__}: {problem}"
+    except (Exception, KeyboardInterrupt) as problem:
+        error, _ = explain(problem)
+        if error is None:
+            traceback.print_exc()
+            error = f"{type(problem).__name__}: {problem}"
+        error = error.removeprefix("error: ")
+    signals.hold()
     send.send(error and " ".join(error.split()))

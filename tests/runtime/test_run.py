@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ class Config:
     save_every: int = 3
 
 
-def main(cfg: Config, *, killed_in: int = 99, names: str = "ab") -> list[int]:
+def main(cfg: Config, *, killed_in: int = 99, names: str = "ab", in_step: Callable[[int], None] = id) -> list[int]:
     """Descends w^2 in eight steps; returns the steps that were made."""
     run, made = Run(cfg), []
     w = torch.nn.Linear(1, 1, bias=False)
@@ -42,6 +43,7 @@ def main(cfg: Config, *, killed_in: int = 99, names: str = "ab") -> list[int]:
             raise KeyboardInterrupt
         made.append(step)
         run.window.next(batches)
+        in_step(step)
         loss = w.weight.square().sum()
         run.window.add(loss)
         optimizer.zero_grad()
@@ -52,8 +54,8 @@ def main(cfg: Config, *, killed_in: int = 99, names: str = "ab") -> list[int]:
             run.check(done, cfg.lr, w.weight.grad.norm(), NO_SCALER)
             state["curves"] = run.curves(done, {"lr": cfg.lr})
         state["least"] = min(state["least"], loss.item())
-        if run.due(done, cfg.save_every):
-            run.save(done, keep_last=1, **state)
+        if run.due(done, cfg.save_every) or run.stops(done):
+            run.save(done, keep_last=int(run.due(done, cfg.save_every)), **state)
     run.finish({"loss": state["curves"]["loss"], "least": state["least"], "seconds": run.seconds})
     return made
 
