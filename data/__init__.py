@@ -12,12 +12,18 @@ from typing import Literal
 from data.augment.recipes import AugmentConfig as AugmentConfig
 from data.augment.recipes import build_augment as build_augment
 from data.dataset import Dataset
-from data.datasets.cifar10 import CIFAR10
+from data.datasets.cifar import CIFAR10, CIFAR10C, CIFAR100
 from data.datasets.few_shot import FewShot
-from data.datasets.folder import ClassFolder
+from data.datasets.folder import ClassFolder, Imagenette
+from data.datasets.kolektor import KolektorSDD, KolektorSDD2
+from data.datasets.magnetic_tile import MagneticTile
 from data.datasets.mixed import KINDS, Mixed
-from data.datasets.mvtec import MVTec
+from data.datasets.mvtec import BTAD, MVTec
+from data.datasets.mvtec_ad2 import MVTecAD2
+from data.datasets.mvtec_loco import MVTecLOCO
 from data.datasets.one_against_all import OneAgainstAll
+from data.datasets.stl10 import STL10
+from data.datasets.visa import VisA
 from data.defects import DefectConfig as DefectConfig
 from data.depth import WHITE
 from data.geometry import Fit, Geometry, Resample
@@ -29,7 +35,18 @@ from runtime.schema import choice
 DATASETS: dict[str, type[Dataset]] = {
     "folder": ClassFolder,
     "cifar10": CIFAR10,
+    "cifar100": CIFAR100,
+    "cifar10_c": CIFAR10C,
+    "stl10": STL10,
+    "imagenette": Imagenette,
     "mvtec": MVTec,
+    "mvtec_loco": MVTecLOCO,
+    "mvtec_ad2": MVTecAD2,
+    "visa": VisA,
+    "btad": BTAD,
+    "kolektor_sdd": KolektorSDD,
+    "kolektor_sdd2": KolektorSDD2,
+    "magnetic_tile": MagneticTile,
     "few_shot": FewShot,
     "one_against_all": OneAgainstAll,
     "mixed": Mixed,

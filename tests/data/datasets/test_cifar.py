@@ -9,7 +9,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from data.datasets.cifar10 import CIFAR10
+from data.datasets.cifar import CIFAR10
 from runtime.errors import UserError
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
