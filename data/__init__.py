@@ -29,8 +29,10 @@ from data.depth import WHITE
 from data.geometry import Fit, Geometry, Resample
 from data.loading import Cache
 from data.white import find_range, warn_if_dark
+from runtime.distributed import is_main
 from runtime.errors import UserError
 from runtime.schema import choice
+from runtime.text import say_once
 
 DATASETS: dict[str, type[Dataset]] = {
     "folder": ClassFolder,
@@ -136,6 +138,9 @@ def build_dataset(config: DataConfig, split: str) -> Dataset:
     if config.name not in having:
         raise UserError(f"data.name={config.name} has no split '{split}', which this needs: use {' or '.join(having)}")
     dataset = DATASETS[config.name](split, build_geometry(config), **config.options)
+    if is_main():
+        where = f" in {dataset.root}" if dataset.root else ""  # mixed sets have none
+        say_once(f"data: {config.name} {split}: {dataset.summary()}{where}")
     if split == "train":
         warn_if_dark(dataset.paths, dataset.geometry.white)
     return dataset

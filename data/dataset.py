@@ -13,6 +13,7 @@ To be tested for anomalies it gives `defects`, and `masks` if there are any, in 
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
@@ -26,6 +27,7 @@ from data.images import OnError, decode, decode_mask, fitted, image_sizes, reada
 from data.masks import check_sizes, warn_of_values
 from runtime.distributed import barrier, is_main
 from runtime.errors import UserError
+from runtime.text import first_few
 from runtime.values import PathText
 
 
@@ -126,6 +128,16 @@ class Dataset:
     def names(self) -> list[str]:
         """The images' paths below `root`: what an image is known by in later runs, wherever the data lie."""
         return [os.path.relpath(path, self.root) for path in self.paths]
+
+    def summary(self) -> str:
+        """What was found, in words: `183 images (83 good, 100 dent; 100 masks)`, `30 images (3 classes: a, b, c)`."""
+        if self.defects is None:
+            number = f"{len(self.classes)} classes: " if len(self.classes) > 1 else ""
+            return f"{len(self)} images ({number}{first_few(self.classes, 4)})"
+        counts = sorted(Counter(self.defects).items(), key=lambda item: (item[0] != "good", item[0]))
+        kinds = first_few((f"{count} {name}" for name, count in counts), 8)
+        masks = sum(files is not None for files in self.mask_paths)
+        return f"{len(self)} images ({kinds}{f'; {masks} masks' if self.has_masks else ''})"
 
     def keep(self, positions: list[int], why: str) -> None:
         """Leave out all images but these, for the reason `why`; they are numbered anew, the classes stay."""

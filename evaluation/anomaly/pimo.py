@@ -51,14 +51,18 @@ def aupimo(maps: Images, masks: Images, labels: Array, bounds: tuple[float, floa
     return areas
 
 
-def aupimo_results(areas: np.ndarray | None, dataset, *, seed: int) -> dict:
-    """`aupimo`, the mean over the defective images, and its interval, for which these alone are drawn anew."""
-    if areas is None or np.isnan(areas).all():
+def aupimo_results(areas: np.ndarray | None, dataset, per_defect: dict[str, dict], *, seed: int) -> dict:
+    """`aupimo`, the mean over the defective images, and its interval, for which these alone are drawn anew.
+
+    The mean over the images of each defect is put into its row of `per_defect`.
+    """
+    areas = np.full(len(dataset), np.nan) if areas is None else areas
+    known, defects = ~np.isnan(areas), np.array(dataset.defects)
+    for name, row in per_defect.items():
+        own = areas[known & (defects == name)]
+        row["aupimo"] = float(own.mean()) if len(own) else None
+    if not known.any():
         return {"aupimo": None, "aupimo_interval": None}
-    known = ~np.isnan(areas)
-    draws = draw_images(to_numpy(dataset.labels).astype(bool), seed)[:, known]
-    with np.errstate(invalid="ignore"):
-        means = draws @ areas[known] / draws.sum(1)
-    return {"aupimo": float(areas[known].mean())} | {
-        f"{key}_interval": interval for key, interval in percentiles({"aupimo": means}).items()
-    }
+    draws = draw_images(known, seed)[:, known]  # (R, D)
+    means = draws @ areas[known] / known.sum()
+    return {"aupimo": float(areas[known].mean())} | {"aupimo_interval": percentiles({"aupimo": means})["aupimo"]}

@@ -57,3 +57,13 @@ def spro_results(maps: Sequence[Tensor], dataset, per_defect: dict[str, dict]) -
         values = [row[key] for row in per_defect.values() if row[key] is not None]
         means[f"{key}_mean" if key == "image_auroc" else key] = sum(values) / len(values) if values else None
     return means
+
+
+def spro_line(results: dict) -> str:
+    """The means of `spro_results`, among the results of the test, in one line."""
+    rows = [("mean", results | {"image_auroc": results["image_auroc_mean"]}), *results["per_defect"].items()]
+    texts = [
+        [f"{name}:"] + ["-" if row[key] is None else f"{row[key]:.3f}" for key in ("image_auroc", "spro_005")]
+        for name, row in rows
+    ]
+    return "image AUROC and sPRO to a rate of 0.05, each against the good images: " + ", ".join(map(" ".join, texts))

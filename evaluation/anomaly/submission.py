@@ -27,12 +27,14 @@ def check_private(paths: list[str]) -> None:
             raise UserError(f"submission: {path} lies in no folder <object>/{' or '.join(PRIVATE)} of MVTec AD 2")
 
 
-def write_submission(folder: Path, path: str, heat: Tensor, calibration: dict) -> None:
+def write_submission(folder: Path, path: str, heat: Tensor | None, calibration: dict) -> None:
     """Put the map (h, w) of the image `path` into both parts of a submission; into the first alone without a threshold.
 
     float16 has a small range, so the values are in units of the run's color scale, 0 its lower and 1 its upper end:
     the same affine function for all maps of a run, which no metric of the server depends on.
     """
+    if heat is None:
+        raise UserError("submission: the detector of this run has no anomaly maps, which the server takes: fit another")
     values, low, high = heat.float().numpy(), calibration["low"], calibration["high"]
     scaled = values if low is None else (values - low) / (high - low)
     limits = np.finfo(np.float16)
@@ -48,7 +50,7 @@ def write_submission(folder: Path, path: str, heat: Tensor, calibration: dict) -
 
 
 def float16_tiff(values: np.ndarray) -> bytes:
-    """A file of one page and one strip, little endian (TIFF 6.0), of `values` (h, w) float16; Pillow cannot write it."""
+    """A TIFF 6.0 file of one page and one strip, little endian, of `values` (h, w) float16; Pillow cannot write it."""
     height, width = values.shape
     pixels = values.astype("<f2").tobytes()
     short, long = 3, 4  # types of the fields below
