@@ -23,6 +23,29 @@ def marked(*pixels: tuple[int, int], value: int = 255) -> np.ndarray:
     return mask
 
 
+def write_visa(root: Path) -> None:
+    """VisA with two tables of candle and pcb1; one mask has two defects, by number."""
+    rows = [
+        ("candle", "train", "normal", "Normal/0001.JPG", ""),
+        ("candle", "train", "normal", "Normal/0000.JPG", ""),
+        ("candle", "test", "normal", "Normal/0836.JPG", ""),
+        ("candle", "test", "anomaly", "Anomaly/000.JPG", "Anomaly/000.png"),
+        ("candle", "test", "anomaly", "Anomaly/001.JPG", "Anomaly/001.png"),
+        ("pcb1", "train", "normal", "Normal/0001.JPG", ""),
+    ]
+    lines = ["object,split,label,image,mask"]
+    for thing, split, label, image, mask in rows:
+        image, mask = f"{thing}/Data/Images/{image}", f"{thing}/Data/Masks/{mask}" if mask else ""
+        write(root / image)
+        lines.append(f"{thing},{split},{label},{image},{mask}")
+    (root / "split_csv").mkdir()
+    (root / "split_csv/1cls.csv").write_text("\n".join(lines) + "\n")
+    lines[4] = lines[4].replace("test", "train")
+    (root / "split_csv/2cls_fewshot.csv").write_text("\n".join(lines) + "\n")
+    write(root / "candle/Data/Masks/Anomaly/000.png", marked((0, 0), (0, 1), value=1) + marked((4, 4), value=3))
+    write(root / "candle/Data/Masks/Anomaly/001.png", marked((5, 5), value=2))
+
+
 def found(path: str | Path) -> str:
     return Path(path).name
 

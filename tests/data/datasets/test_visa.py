@@ -5,33 +5,12 @@ import pytest
 
 from data.datasets.visa import VisA
 from runtime.errors import UserError
-from tests.data.datasets.layouts import marked, write
-
-HEADER = "object,split,label,image,mask"
+from tests.data.datasets.layouts import write, write_visa
 
 
 @pytest.fixture
 def root(tmp_path):
-    rows = [
-        ("candle", "train", "normal", "Normal/0001.JPG", ""),
-        ("candle", "train", "normal", "Normal/0000.JPG", ""),
-        ("candle", "test", "normal", "Normal/0836.JPG", ""),
-        ("candle", "test", "anomaly", "Anomaly/000.JPG", "Anomaly/000.png"),
-        ("candle", "test", "anomaly", "Anomaly/001.JPG", "Anomaly/001.png"),
-        ("pcb1", "train", "normal", "Normal/0001.JPG", ""),
-    ]
-    lines = [HEADER]
-    for thing, split, label, image, mask in rows:
-        image, mask = f"{thing}/Data/Images/{image}", f"{thing}/Data/Masks/{mask}" if mask else ""
-        write(tmp_path / image)
-        lines.append(f"{thing},{split},{label},{image},{mask}")
-    (tmp_path / "split_csv").mkdir()
-    (tmp_path / "split_csv/1cls.csv").write_text("\n".join(lines) + "\n")
-    lines[4] = lines[4].replace("test", "train")
-    (tmp_path / "split_csv/2cls_fewshot.csv").write_text("\n".join(lines) + "\n")
-    several = marked((0, 0), (0, 1), value=1) + marked((4, 4), value=3)  # two defects
-    write(tmp_path / "candle/Data/Masks/Anomaly/000.png", several)
-    write(tmp_path / "candle/Data/Masks/Anomaly/001.png", marked((5, 5), value=2))
+    write_visa(tmp_path)
     return tmp_path
 
 
