@@ -2,6 +2,7 @@
 
     python predict.py runs/patchcore_own images/ out=results/
     python predict.py runs/patchcore_own images/large.jpg out=results/ tile=512 overlap=64 threshold=3.5
+    python predict.py runs/patchcore_can /path/to/mvtec_ad2/can/test_private submission=submission/
 
 The run folder is all it needs. Images are those in a folder and below, or one file, of any sizes. Writes to `out`:
 
@@ -38,6 +39,7 @@ from tqdm import tqdm
 from data.image_files import find_images
 from data.opening import memory_kept
 from evaluation.anomaly.prediction import LoadedImage, ahead, decode_whole, examine, load_image, load_run, predicted
+from evaluation.anomaly.submission import check_private, write_submission
 from evaluation.anomaly.tiling import check_tiling
 from models.anomaly.detector import Findings
 from plots.heatmaps import bytes_to_draw, save, single_heatmap
@@ -65,6 +67,7 @@ class Config:
     batch_size: PositiveInt = 16  # images, or tiles of one image
     device: str = "auto"  # auto, cpu, cuda or cuda:1; auto: CUDA where there is one
     precision: Literal["fp32", "bf16", "fp16"] | None = None  # none: the run's own, which its thresholds are of
+    submission: PathText | None = None  # folder of what MVTec AD 2's server takes; the images are a private test set's
 
 
 def main(argv: list[str]) -> None:
@@ -86,7 +89,7 @@ def main(argv: list[str]) -> None:
         check_tiling(detector, cfg.tile, cfg.overlap)
     threshold = threshold_of(cfg, state)
     out = Path(cfg.out)
-    root, paths = images_of(Path(cfg.images), out)
+    root, paths = images_of(Path(cfg.images), out, submission=cfg.submission is not None)
     if os.path.isfile(out / "heatmaps"):
         raise UserError(f"{out / 'heatmaps'} is no folder: remove it or choose another out=")
     remove_unfinished(out)
@@ -95,7 +98,7 @@ def main(argv: list[str]) -> None:
     # ---------------------------------------------------------------- read, examine, draw, write: all while going
     began, skipped, not_drawn, n_rows, n_anomalous = time.perf_counter(), [], [], 0, 0
     load = partial(load_image, geometry=geometry, whole=bool(cfg.tile))
-    finish = partial(row_and_heatmap, root=root, out=out, threshold=threshold, state=state)
+    finish = partial(row_and_heatmap, cfg=cfg, root=root, threshold=threshold, state=state)
     with (
         whole_file(out / "predictions.csv", durable=True) as file,
         tqdm(total=len(paths), desc="images", unit="image") as bar,
@@ -147,11 +150,13 @@ def threshold_of(cfg: Config, state: dict) -> float | None:
 
 
 def row_and_heatmap(
-    examined: tuple[LoadedImage, Findings], *, root: Path, out: Path, threshold: float | None, state: dict
+    examined: tuple[LoadedImage, Findings], *, cfg: Config, root: Path, threshold: float | None, state: dict
 ) -> tuple[list, UserError | None]:
     """Draw an image's heat map, if its detector has maps; returns its row of the table, and why it is not drawn."""
-    item, found = examined
+    (item, found), out = examined, Path(cfg.out)
     said, name, problem = predicted(item, found, state, threshold), os.path.relpath(item.path, root), None
+    if cfg.submission:
+        write_submission(Path(cfg.submission), item.path, said.map, state["calibration"])
     if said.map is not None and state["calibration"]["low"] is not None:
         about: dict[str, Any] = {"score": said.score, "threshold": threshold, "peak": said.peak}
         try:
@@ -169,13 +174,18 @@ def row_and_heatmap(
     return row, problem  # None is written as an empty cell
 
 
-def images_of(place: Path, out: Path) -> tuple[Path, list[str]]:
-    """The folder that paths in the table are relative to, and the images, without heat maps of this or other runs."""
+def images_of(place: Path, out: Path, *, submission: bool = False) -> tuple[Path, list[str]]:
+    """The folder that paths in the table are relative to, and the images, without heat maps of this or other runs.
+
+    `submission`: they must be of MVTec AD 2's private test sets.
+    """
     if os.path.lexists(place) and not place.is_dir():
         return place.parent, [str(place)]
     paths = find_images(place, leave_out=out / "heatmaps")
     if not paths:
         raise UserError(f"there are no images in {place}" if place.is_dir() else f"{place} is not there. {USAGE}")
+    if submission:
+        check_private(paths)
     return place, paths
 
 

@@ -5,9 +5,10 @@
     python train_anomaly.py configs/patchcore_own.yaml data.root=/own data.category=bolt update=runs/old/last.pt
 
 Writes runs/<run_name>/: last.pt, results.json, test_scores.csv, images, TensorBoard events. The detector is tested
-once, after its last epoch. Thresholds come from normal training images that it was not fitted on: each left out in
-turn where the detector can do that, else held out. `main` calls `train` for detectors with gradients, `fit` for those
-fitted in one pass, both for some, then `calibrate_and_test`; what it prepares before is below them in that order.
+once, after its last epoch. Thresholds come from normal images that it was not fitted on: the set's split `validation`,
+where it has one, or training images, each left out in turn where the detector can do that, else held out. `main` calls
+`train` for detectors with gradients, `fit` for those fitted in one pass, both for some, then `calibrate_and_test`; what
+it prepares before is below them in that order.
 """
 
 import runtime.threads  # before torch
@@ -55,7 +56,7 @@ class Config:
     epochs: NonNegativeInt = 1  # passes over the training set, for detectors trained by gradients
     batch_size: PositiveInt = 16  # images per step, over all processes
     update: PathText | None = None  # last.pt of a fitted run: only learn what was added to its images or taken away
-    holdout: BelowOne | None = None  # share of normals kept for thresholds; none: 0.1, 0 if few or each can be left out
+    holdout: BelowOne | None = None  # share kept for thresholds; none: 0.1; 0 if few, each left out, or of `validation`
     false_alarm_rate: FalseAlarmRate = 0.01  # what the thresholds promise; below 1 / (normals + 1) nothing can
     pixels: Literal["input", "original"] = "input"  # resolution of the pixel metrics
     log_every: PositiveInt = 10  # steps between points of the curves
@@ -252,15 +253,18 @@ def prepare_data(cfg: Config, run: Run, detector: Detector) -> Data:
         raise UserError(
             f"data.name={cfg.data.name} has no defects to find; use mvtec (MVTec layout) or one_against_all"
         )
-    share = cfg.holdout
+    share, validation = cfg.holdout, None
     if share is None:
-        share = 0.0 if (detector.leaves_out or train_set.few) and not cfg.data.tile else 0.1
+        if "validation" in train_set.splits:
+            validation = build_dataset(cfg.data, "validation", tiled=True)
+        spared = validation is not None or train_set.few or (detector.leaves_out and not cfg.data.tile)
+        share = 0.0 if spared else 0.1
     train_ids, held_out = holdout(train_set, share, cfg.seed)
     note = what_is_used(train_set, len(train_ids), {f"held out for thresholds (holdout={share})": len(held_out)})
     whole_set = train_set
     if cfg.data.tile:
         check_tiling(detector, cfg.data.tile, cfg.data.overlap)
-        if not len(held_out):
+        if not len(held_out) and validation is None:
             raise UserError("data.tile takes thresholds from whole images that are not learned: set holdout=0.1")
         train_set = Tiles(train_set, train_ids.tolist(), cfg.data.tile, cfg.data.overlap)
         note, train_ids = f"{note}, in {len(train_set)} tiles", torch.arange(len(train_set))
@@ -271,6 +275,7 @@ def prepare_data(cfg: Config, run: Run, detector: Detector) -> Data:
     load |= {"cache": cfg.data.cache, "workers": cfg.data.workers}
     learned, tested = Loader(train_set, indices=train_ids, **load), Loader(test_set, **load)
     normals = Loader(whole_set, indices=held_out, **load) if len(held_out) else learned
+    normals = Loader(validation, **load) if validation else normals
     lessons = None
     if detector.by_gradient:
         order: dict[str, Any] = {"shuffle": True, "drop_last": True, "by_label": detector.by_label}
@@ -278,11 +283,13 @@ def prepare_data(cfg: Config, run: Run, detector: Detector) -> Data:
 
     names = {"names": train_set.names, "learned": train_ids.tolist(), "tested": test_set.names}
     names["masks"] = names_with_sizes(test_set.mask_paths, test_set.root)
+    if validation:
+        names["validation"] = validation.names
     if elsewhere:
         names["elsewhere"] = lesson_set.names
     elif detector.fits and detector.fitted_on == "test":
         names["elsewhere"] = names["tested"]
-    return Data(learned, lessons, normals, len(held_out) > 0, tested, names, note)
+    return Data(learned, lessons, normals, normals is not learned, tested, names, note)
 
 
 def seed_of(cfg: Config, step: int) -> int:

@@ -12,19 +12,27 @@ from typing import Annotated, Literal
 from data.augment.recipes import AugmentConfig as AugmentConfig
 from data.augment.recipes import build_augment as build_augment
 from data.dataset import Dataset
-from data.datasets.cifar10 import CIFAR10
+from data.datasets.cifar import CIFAR10, CIFAR10C, CIFAR100
 from data.datasets.few_shot import FewShot
-from data.datasets.folder import ClassFolder
+from data.datasets.folder import ClassFolder, Imagenette
+from data.datasets.kolektor import KolektorSDD, KolektorSDD2
+from data.datasets.magnetic_tile import MagneticTile
 from data.datasets.mixed import KINDS, Mixed
-from data.datasets.mvtec import MVTec
+from data.datasets.mvtec import BTAD, MVTec
+from data.datasets.mvtec_ad2 import MVTecAD2
+from data.datasets.mvtec_loco import MVTecLOCO
 from data.datasets.one_against_all import OneAgainstAll
+from data.datasets.stl10 import STL10
+from data.datasets.visa import VisA
 from data.defects import DefectConfig as DefectConfig
 from data.depth import WHITE
 from data.geometry import Fit, Geometry, Resample
 from data.loading import Cache
 from data.white import find_range, warn_if_dark
+from runtime.distributed import is_main
 from runtime.errors import UserError
 from runtime.schema import choice
+from runtime.text import say_once
 from runtime.values import Pixels, PixelsOrZero, Range, Rising
 
 Scale = Annotated[tuple[float, float], Rising(strict=True)]
@@ -33,7 +41,18 @@ Percentiles = Annotated[tuple[Percentile, Percentile], Rising()]
 DATASETS: dict[str, type[Dataset]] = {
     "folder": ClassFolder,
     "cifar10": CIFAR10,
+    "cifar100": CIFAR100,
+    "cifar10_c": CIFAR10C,
+    "stl10": STL10,
+    "imagenette": Imagenette,
     "mvtec": MVTec,
+    "mvtec_loco": MVTecLOCO,
+    "mvtec_ad2": MVTecAD2,
+    "visa": VisA,
+    "btad": BTAD,
+    "kolektor_sdd": KolektorSDD,
+    "kolektor_sdd2": KolektorSDD2,
+    "magnetic_tile": MagneticTile,
     "few_shot": FewShot,
     "one_against_all": OneAgainstAll,
     "mixed": Mixed,
@@ -128,6 +147,9 @@ def build_dataset(config: DataConfig, split: str, *, tiled: bool = False) -> Dat
     if config.name not in having:
         raise UserError(f"data.name={config.name} has no split '{split}', which this needs: use {' or '.join(having)}")
     dataset = DATASETS[config.name](split, build_geometry(config), **config.options)
+    if is_main():
+        where = f" in {dataset.root}" if dataset.root else ""  # mixed sets have none
+        say_once(f"data: {config.name} {split}: {dataset.summary()}{where}")
     if split == "train":
         warn_if_dark(dataset.paths, dataset.geometry.white)
     return dataset

@@ -59,7 +59,7 @@ def open_columns(dataset, example: tuple[Tensor, ...]) -> tuple[Tensor, list[Ten
 
 def _key(dataset, shapes: list[tuple[int, ...]]) -> str:
     digest = hashlib.sha256(json.dumps([FORMAT, PIL.__version__, str(dataset.geometry), shapes]).encode())
-    masks = [mask for mask in dataset.mask_paths if mask is not None]
+    masks = [mask for files in dataset.mask_paths for mask in files or ()]
     for name, path in [*zip(dataset.names, dataset.paths), *zip(masks, masks)]:
         try:
             about = os.stat(path)

@@ -13,15 +13,21 @@ To be tested for anomalies it gives `defects`, and `masks` if there are any, in 
 """
 
 import os
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from data.geometry import Geometry, as_geometry
-from data.images import OnError, decode, decode_mask, image_sizes, readable
+from data.images import OnError, decode, decode_mask, fitted, image_sizes, readable
 from data.masks import check_sizes, warn_of_values
+from runtime.distributed import barrier, is_main
 from runtime.errors import UserError
+from runtime.text import first_few
 from runtime.values import PathText
 
 
@@ -39,7 +45,7 @@ class Dataset:
         left_out: {reason: how many images of the folder are not in the set for it}.
         defects: for each image "good" or the name of its defect; None: the set has none to find.
         has_masks: whether it is known where the defects are.
-        mask_paths: for each image its mask, or None.
+        mask_paths: for each image the files of its mask, whose union it is, or None.
 
     Args:
         size: how images (and masks, by nearest pixels) become H x W; a number S squashes them to S x S.
@@ -48,7 +54,8 @@ class Dataset:
         labels, classes: for each image its class's number, and all classes' names; with defects normal and anomalous
             unless given.
         defects: for each image "good" or the name of its defect.
-        masks: for each image the path of its mask, or None; None: no masks at all.
+        masks: for each image the path of its mask, or those of several (a file per region), or None; None: no masks
+            at all.
         on_error: `fail` names a broken image when it is decoded; `skip` looks for them now and leaves them out.
 
     Raises:
@@ -57,6 +64,8 @@ class Dataset:
 
     splits: tuple[str, ...] = ("train", "test")  # what `split` may be
     few = False  # whether no image of `train` can be spared for a threshold, unless the user says so
+    numbered = False  # whether the values of a mask number the kinds of defect, so that more than two are no mistake
+    saturates = False  # whether it has `regions`, for the sPRO
 
     def __init__(
         self,
@@ -67,7 +76,7 @@ class Dataset:
         labels: list[int] | Tensor | None = None,
         classes: list[str] | None = None,
         defects: list[str] | None = None,
-        masks: list[str | None] | None = None,
+        masks: Sequence[str | list[str] | None] | None = None,
         on_error: OnError = "fail",
     ):
         if not paths:
@@ -77,12 +86,12 @@ class Dataset:
         self.split, self.root, self.geometry = split, root, as_geometry(size)
         self.paths, self.labels, self.classes = paths, torch.as_tensor(labels), classes
         self.defects, self.has_masks = defects, masks is not None
-        self.mask_paths = [None] * len(paths) if masks is None else masks
+        self.mask_paths = [[mask] if isinstance(mask, str) else mask for mask in masks or [None] * len(paths)]
         self.left_out: dict[str, int] = {}
         self.drop_unreadable(on_error)
-        pairs = [(path, mask) for path, mask in zip(self.paths, self.mask_paths) if mask is not None]
+        pairs = [(path, mask) for path, files in zip(self.paths, self.mask_paths) for mask in files or ()]
         check_sizes(pairs)
-        warn_of_values(mask for _, mask in pairs)
+        warn_of_values((mask for _, mask in pairs), numbered=self.numbered)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -99,11 +108,11 @@ class Dataset:
 
     def mask(self, index: int, *, original: bool = False) -> Tensor:
         """The true mask of an image: bool (H, W), or `original` (h, w) as it is stored; empty without one."""
-        path = self.mask_paths[index]
-        if path is None:
+        files = self.mask_paths[index]
+        if files is None:
             size = self.sizes[index].tolist() if original else (self.geometry.height, self.geometry.width)
             return torch.zeros(*size, dtype=torch.bool)
-        return decode_mask(path, None if original else self.geometry)
+        return torch.stack([decode_mask(file, None if original else self.geometry) for file in files]).any(0)
 
     @cached_property
     def sizes(self) -> Tensor:
@@ -120,6 +129,16 @@ class Dataset:
         """The images' paths below `root`: what an image is known by in later runs, wherever the data lie."""
         return [os.path.relpath(path, self.root) for path in self.paths]
 
+    def summary(self) -> str:
+        """What was found, in words: `183 images (83 good, 100 dent; 100 masks)`, `30 images (3 classes: a, b, c)`."""
+        if self.defects is None:
+            number = f"{len(self.classes)} classes: " if len(self.classes) > 1 else ""
+            return f"{len(self)} images ({number}{first_few(self.classes, 4)})"
+        counts = sorted(Counter(self.defects).items(), key=lambda item: (item[0] != "good", item[0]))
+        kinds = first_few((f"{count} {name}" for name, count in counts), 8)
+        masks = sum(files is not None for files in self.mask_paths)
+        return f"{len(self)} images ({kinds}{f'; {masks} masks' if self.has_masks else ''})"
+
     def keep(self, positions: list[int], why: str) -> None:
         """Leave out all images but these, for the reason `why`; they are numbered anew, the classes stay."""
         if len(positions) < len(self):
@@ -132,3 +151,53 @@ class Dataset:
     def drop_unreadable(self, on_error: OnError) -> None:
         """With `skip` decode all images now and leave out the broken ones, named in one warning."""
         self.keep(readable(self.__getitem__, self.paths, on_error), "not readable")
+
+
+class ArrayDataset(Dataset):
+    """Images that are rows of arrays, uint8 (n, h, w, 3), perhaps mapped from disk; `paths` name them `<file>#<row>`.
+
+    Args:
+        arrays: {file: its images}, in this order.
+    """
+
+    arrays: dict[str, np.ndarray] | None = None  # None: the images are files after all
+
+    def __init__(
+        self,
+        split: str,
+        size: int | Geometry,
+        root: PathText,
+        arrays: dict[str, np.ndarray],
+        labels: list[int] | Tensor,
+        classes: list[str],
+    ):
+        self.arrays = arrays
+        paths = [f"{file}#{row}" for file, pixels in arrays.items() for row in range(len(pixels))]
+        super().__init__(split, size, root, paths, labels, classes)
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        if self.arrays is None:
+            return super().sizes
+        return torch.tensor([self.arrays[path.rpartition("#")[0]].shape[1:3] for path in self.paths])
+
+    def image(self, index: int) -> Tensor:
+        if self.arrays is None:
+            return super().image(index)
+        file, _, row = self.paths[index].rpartition("#")
+        return fitted(Image.fromarray(np.ascontiguousarray(self.arrays[file][int(row)])), self.geometry)
+
+
+def download(fetch: Callable[[], object], root: PathText) -> None:
+    """Have rank 0 `fetch` a published set into `root` by torchvision, which checks it; the others wait.
+
+    Raises:
+        UserError: there is no network, or what came is damaged.
+    """
+    if is_main():
+        try:
+            fetch()
+        except (OSError, RuntimeError) as error:
+            why = " ".join(str(error).split())
+            raise UserError(f"data.download=true: cannot fetch the set into {root}: {why}; unpack it there") from error
+    barrier()

@@ -21,16 +21,16 @@ from runtime.text import first_few, say_once
 Masks = Literal["all", "some"]
 
 
-def masks_of(images: list[str], top: Path, needed: Masks) -> list[str | None]:
-    """The mask of each image `<top>/test/<defect>/[...]/<stem>.<any>`: the file `<stem>_mask.<any>` or `<stem>.<any>`
-    at the same place below `<top>/ground_truth`, None without one (`needed="some"`).
+def masks_of(images: list[str], folder: Path, truth: Path, needed: Masks) -> list[str | None]:
+    """The mask of each image `<folder>/<defect>/[...]/<stem>.<any>`: the file `<stem>_mask.<any>` or `<stem>.<any>`
+    at the same place below `truth`, None without one (`needed="some"`).
 
     Names are compared after Unicode normalization (NFC): copied from a Mac, "ü" is two characters.
 
     Raises:
         UserError: an image with two masks, or with none (`needed="all"`).
     """
-    start, root = len(str(top / "test")) + 1, str(top / "ground_truth")
+    start, root = len(str(folder)) + 1, str(truth)
     found = defaultdict(list)
     for path in find_images(root):
         found[_key(path[len(root) + 1 :])].append(path)
@@ -54,9 +54,10 @@ def masks_of(images: list[str], top: Path, needed: Masks) -> list[str | None]:
     return masks
 
 
-def names_with_sizes(masks: Sequence[str | None], root: str) -> list[str]:
-    """Each mask as `<path below root>, <n> bytes`: what tells that the ground truth of a finished run has changed."""
-    return [f"{os.path.relpath(mask, root)}, {os.path.getsize(mask)} bytes" for mask in masks if mask is not None]
+def names_with_sizes(masks: Sequence[Sequence[str] | None], root: str) -> list[str]:
+    """Each file as `<path below root>, <n> bytes`: what tells that the ground truth of a finished run has changed."""
+    files = [file for mask in masks for file in mask or ()]
+    return [f"{os.path.relpath(file, root)}, {os.path.getsize(file)} bytes" for file in files]
 
 
 def check_sizes(pairs: list[tuple[str, str]]) -> None:
@@ -79,11 +80,11 @@ class _Marked(NamedTuple):
     graded: bool
 
 
-def warn_of_values(masks: Iterable[str]) -> None:
+def warn_of_values(masks: Iterable[str], *, numbered: bool = False) -> None:
     """Rank 0 decodes all masks and warns, in a line each, of blank ones and of those with more than two values.
 
     Every value but 0 marks a defect, as in MVTec's evaluation code; JPEG and smooth resizing put a rim of small
-    values around each defect, and nothing in the file says so.
+    values around each defect, and nothing in the file says so. `numbered`: the values are numbers of defects.
     """
     masks = list(masks)
     if not is_main():
@@ -94,7 +95,7 @@ def warn_of_values(masks: Iterable[str]) -> None:
             f"{_count(blank)} of {len(masks)} masks mark no pixel, so pixel metrics take these defects for normal: "
             "mark them, or remove the masks and set data.masks=some"
         )
-    if graded := [path for path, values in marked.items() if values.graded]:
+    if graded := [path for path, values in marked.items() if values.graded and not numbered]:
         area = sum(marked[path].any for path in graded) / sum(marked[path].upper for path in graded)
         _warn(
             f"{_count(graded)} of {len(masks)} masks have more than two values; all but 0 count as defect, which marks "

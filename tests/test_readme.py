@@ -22,6 +22,7 @@ from evaluation.tasks import knn
 from models.ssl import SSL_METHODS
 from runtime import config
 from runtime.errors import UserError
+from tests.data.datasets.layouts import write_ad2, write_visa
 from tests.images import TOP, write_classes, write_mvtec
 from tests.processes import script
 
@@ -79,6 +80,8 @@ def place(tmp_path_factory):
     write_classes(place / "images")
     for category in ("bottle", "tile"):
         write_mvtec(place / "mvtec", category=category, size=64)
+    write_visa(place / "VisA_20220922")
+    write_ad2(place / "mvtec_ad2/can", size=64)
     for name in ("mobilenet_v2", "resnet18"):
         torch.save(getattr(torchvision.models, name)().state_dict(), place / f"{name}.pth")
     return place
@@ -91,6 +94,7 @@ def run(line: str, place: Path, out: Path) -> None:
         ("=IMAGENET1K_V1", f"={place}/resnet18.pth"),
         ("runs/", f"{out}/runs/"),
         ("out=", f"out={out}/"),
+        ("submission=", f"submission={out}/"),
     ):
         line = line.replace(written, str(here))
     name, words, processes = parts(line)

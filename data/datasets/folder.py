@@ -2,8 +2,12 @@
 
 import os
 from pathlib import Path
+from typing import Literal
+
+import torchvision
 
 from data.dataset import Dataset
+from data.dataset import download as download_by
 from data.geometry import Geometry
 from data.image_files import is_folder, list_images, refuse_shared_folders
 from data.images import OnError
@@ -15,6 +19,18 @@ LAYOUT = (
     "expected <root>/<class>/*.jpg, or <root>/train/<class>/*.jpg and <root>/test/<class>/*.jpg, "
     "or images without classes in <root>"
 )
+WORDS = {  # of Imagenette
+    "n01440764": "tench",
+    "n02102040": "English springer",
+    "n02979186": "cassette player",
+    "n03000684": "chain saw",
+    "n03028079": "church",
+    "n03394916": "French horn",
+    "n03417042": "garbage truck",
+    "n03425413": "gas pump",
+    "n03445777": "golf ball",
+    "n03888257": "parachute",
+}
 SPLIT_SEED = 0  # of the split into training and test images; fixed, so that every run tests on the same ones
 
 
@@ -78,6 +94,50 @@ class ClassFolder(Dataset):
                     f"{root} with data.test_fraction={share} has no test image: raise it, or add images or classes"
                 )
         self.drop_unreadable(on_error)
+
+
+class Imagenette(Dataset):
+    """Ten classes of ImageNet (Howard 2019): `<root>/imagenette2/{train,val}/<WordNet number>/*.JPEG`.
+
+    `test` are the images of `val`; `classes` are the words in `WORDS`.
+
+    Args:
+        size: how images become H x W; a number S squashes them to S x S.
+        root: folder with imagenette2, imagenette2-320 or imagenette2-160.
+        version: which of them: `full`, or with a short side of `320` or `160` pixels.
+        download: fetch the published files into `root` if they are not there.
+        on_error: `fail` names a broken image when it is decoded; `skip` looks for them now and leaves them out.
+
+    Raises:
+        UserError: there is no such folder, or one with other classes.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        size: int | Geometry,
+        *,
+        root: PathText,
+        version: Literal["full", "320", "160"] = "full",
+        download: bool = False,
+        on_error: OnError = "fail",
+    ):
+        top = Path(root) / {"full": "imagenette2"}.get(version, f"imagenette2-{version}")
+        if download and not is_folder(top):
+            name = {"full": "full"}.get(version, f"{version}px")
+            download_by(lambda: torchvision.datasets.Imagenette(root, size=name, download=True), root)
+        folder = top / {"train": "train", "test": "val"}[split]
+        if not is_folder(folder):
+            raise UserError(f"there is no {folder}: expected <root>/{top.name}/{{train,val}}/<WordNet number>/*.JPEG")
+        by_class = _images_by_class(folder)
+        if list(by_class) != list(WORDS):
+            odd = ", ".join(sorted(by_class.keys() ^ WORDS.keys())[:4])
+            raise UserError(
+                f"{folder} has not the ten classes of Imagenette, {next(iter(WORDS))} and so on: {odd} differ"
+            )
+        paths = [path for paths in by_class.values() for path in paths]
+        labels = [label for label, paths in enumerate(by_class.values()) for _ in paths]
+        super().__init__(split, size, root, paths, labels, list(WORDS.values()), on_error=on_error)
 
 
 def _refuse_mvtec(top: Path) -> None:

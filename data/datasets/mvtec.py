@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from data.dataset import Dataset
 from data.geometry import Geometry
@@ -11,10 +12,6 @@ from data.masks import Masks, masks_of
 from runtime.errors import UserError
 from runtime.values import PathText
 
-LAYOUT = (
-    "expected <root>/<category>/train/good/*, <root>/<category>/test/<good or a defect>/* "
-    "and <root>/<category>/ground_truth/<defect>/<stem>_mask.png"
-)
 GOOD = {"good", "normal", "normals", "ok", "okay", "io", "nominal", "healthy", "pass", "defect_free", "no_defect"}
 
 
@@ -37,6 +34,12 @@ class MVTec(Dataset):
             or (masks=all) none, a mask of another size than its image, training images linked into the test.
     """
 
+    layout = (
+        "expected <root>/<category>/train/good/*, <root>/<category>/test/<good or a defect>/* "
+        "and <root>/<category>/ground_truth/<defect>/<stem>_mask.png"
+    )
+    good, tested, truth = "good", "test", "ground_truth"  # names of folders
+
     def __init__(
         self,
         split: str,
@@ -49,40 +52,63 @@ class MVTec(Dataset):
     ):
         top = Path(root) / category
         if not is_folder(top):
-            raise UserError(_no_category(Path(root), category))
-        folder = top / "train" / "good" if split == "train" else top / "test"
-        paths, found = find_images(folder), None
+            raise UserError(self._no_category(Path(root), category))
+        folder, truth = top / self.tested if split == "test" else top / split / self.good, top / self.truth
+        paths, found = [path for path in find_images(folder) if not path.startswith(f"{truth}{os.sep}")], None
         if not paths:
-            renamed = _renamed_good(folder.parent) if split == "train" else ""
-            raise UserError(f"there are no images in {folder}: {LAYOUT}{renamed}")
-        if split == "train":
+            renamed = self._renamed_good(folder.parent) if split != "test" else ""
+            raise UserError(f"there are no images in {folder}: {self.layout}{renamed}")
+        if split != "test":
             defects = ["good"] * len(paths)
         else:
             places = [path[len(str(folder)) + 1 :].partition(os.sep) for path in paths]
             for path, (_, _, below) in zip(paths, places):
                 if not below:
-                    raise UserError(f"{path} lies in no folder good or <defect>, so it has no label: {LAYOUT}")
-            defects = [defect for defect, _, _ in places]
-            if "good" not in defects and (renamed := _renamed_good(folder)):
-                raise UserError(f"{folder} has no folder good{renamed}, or its images count as defects")
-            refuse_shared_folders(find_images(top / "train" / "good"), paths)
-            if is_folder(top / "ground_truth"):
+                    raise UserError(
+                        f"{path} lies in no folder {self.good} or <defect>, so it has no label: {self.layout}"
+                    )
+            defects = ["good" if defect == self.good else defect for defect, _, _ in places]
+            if "good" not in defects and (renamed := self._renamed_good(folder)):
+                raise UserError(f"{folder} has no folder {self.good}{renamed}, or its images count as defects")
+            refuse_shared_folders(find_images(top / "train" / self.good), paths)
+            if is_folder(truth):
                 defective = [path for path, defect in zip(paths, defects) if defect != "good"]
-                mask_of = dict(zip(defective, masks_of(defective, top, masks)))
+                mask_of = dict(zip(defective, self.find_masks(defective, folder, truth, masks)))
                 found = [mask_of.get(path) for path in paths]
         super().__init__(split, size, root, paths, defects=defects, masks=found, on_error=on_error)
 
+    def find_masks(self, images: list[str], folder: Path, truth: Path, needed: Masks) -> list[Any]:
+        """The mask of each defective image of `folder`, or the files of its regions, or None."""
+        return masks_of(images, folder, truth, needed)
 
-def _renamed_good(folder: Path) -> str:
-    """What to do about a folder of good images in `folder` that is not called so; empty if there is none."""
-    for name in sorted(os.listdir(folder)) if is_folder(folder) else []:
-        if name != "good" and name.lower().replace("-", "_").replace(" ", "_") in GOOD:
-            return f", but {folder / name}: rename it to good"
-    return ""
+    def _renamed_good(self, folder: Path) -> str:
+        """What to do about a folder of good images in `folder` that is not called so; empty if there is none."""
+        for name in sorted(os.listdir(folder)) if is_folder(folder) else []:
+            if name != self.good and name.lower().replace("-", "_").replace(" ", "_") in GOOD:
+                return f", but {folder / name}: rename it to {self.good}"
+        return ""
+
+    def _no_category(self, root: Path, category: str) -> str:
+        if not is_folder(root):
+            return f"data.root={root} is not a folder: {self.layout}"
+        found = sorted(entry.name for entry in root.iterdir() if is_folder(entry / "train" / self.good))
+        return (
+            f"data.category={category} is not in {root}; categories there: {', '.join(found) or 'none'}; {self.layout}"
+        )
 
 
-def _no_category(root: Path, category: str) -> str:
-    if not is_folder(root):
-        return f"data.root={root} is not a folder: {LAYOUT}"
-    found = sorted(entry.name for entry in root.iterdir() if is_folder(entry / "train" / "good"))
-    return f"data.category={category} is not in {root}; categories there: {', '.join(found) or 'none'}; {LAYOUT}"
+class BTAD(MVTec):
+    """beanTech's set (Mishra et al. 2021): the same with good images in `ok` and defective ones in `ko`.
+
+    Images are .bmp or .png. A mask is found by its stem, whatever its suffix, for both kinds are in circulation.
+
+    Args:
+        root: folder BTech_Dataset_transformed, which holds 01, 02 and 03.
+        category: 01, 02 or 03; in a YAML file between quotes.
+    """
+
+    layout = (
+        "expected <root>/<category>/train/ok/*, <root>/<category>/test/<ok or ko>/* "
+        "and <root>/<category>/ground_truth/ko/<stem>.png"
+    )
+    good = "ok"

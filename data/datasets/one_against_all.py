@@ -6,7 +6,7 @@ import torchvision
 from torch import Tensor
 
 from data.dataset import Dataset
-from data.datasets.cifar10 import CIFAR10
+from data.datasets.cifar import CIFAR10
 from data.datasets.folder import ClassFolder
 from data.geometry import Geometry
 from data.images import OnError

@@ -19,6 +19,8 @@ from evaluation.anomaly.bootstrap import pixel_histograms
 from evaluation.anomaly.compare import save_scores
 from evaluation.anomaly.detection import anomaly_results, region_maps, region_masks, without_pixels
 from evaluation.anomaly.display import heat_range, pick_images, ranking_curves
+from evaluation.anomaly.pimo import BOUNDS, aupimo, aupimo_results
+from evaluation.anomaly.spro import spro_line, spro_results
 from evaluation.anomaly.unseen import crop_line, crop_results
 from evaluation.tables import csv_table, markdown_table, with_interval
 from models.anomaly.detector import Findings
@@ -44,13 +46,22 @@ def report(
     """
     threshold, folder, seed = calibration["threshold"], log.folder, log.config["seed"]
     has_masks = found.maps is not None and test_set.has_masks
-    maps = None if found.maps is None else region_maps(found.maps, test_set, original=original)
+    maps, areas = None if found.maps is None else region_maps(found.maps, test_set, original=original), None
     masks = region_masks(test_set, original=original) if has_masks else None
     if has_masks:
         maps, masks = (without_pixels(values, test_set.mask_known) for values in (maps, masks))
     shown = has_masks and any(m.any() for m in masks) and not all(m.all() for m in masks)
     histograms = pixel_histograms(maps, masks) if shown else None
     results = anomaly_results(found.scores, maps, masks, test_set, threshold, seed=seed, histograms=histograms)
+    if has_masks:
+        areas = aupimo(maps, masks, test_set.labels)
+        results |= aupimo_results(areas, test_set, results["per_defect"], seed=seed)
+        if areas is None:
+            log.say(f"AUPIMO: none, for the good test images have fewer than {1 / BOUNDS[0]:,.0f} pixels")
+    if has_masks and test_set.saturates:
+        whole = maps if original else region_maps(found.maps, test_set, original=True)
+        results |= spro_results(whole, test_set, results["per_defect"])
+        log.say(spro_line(results))
     results |= {
         key: calibration[key] for key in ("pixel_threshold", "promised_false_alarm_rate", "n_normals", "suspicious")
     }
@@ -59,7 +70,7 @@ def report(
         log.say(crop_line(results))
     for line in calibration["suspicious"]:
         log.say(f"suspicious normal, look at it: {line['path']} (score {line['score']:.4g})")
-    write_scores(folder, found, test_set, learned_set, threshold)
+    write_scores(folder, found, test_set, learned_set, threshold, areas)
     save_scores(folder / "test_scores.pt", test_set.names, test_set.labels, found.scores, results, histograms)
 
     table = defect_table(results)
@@ -126,8 +137,10 @@ def neighbor_pair(found: Findings, test_set, train_set, caption: Caption) -> Pai
     return Pair(test_set[caption.index][0], places[0], train_set[number][0], places[1], lines, caption.correct)
 
 
-def write_scores(folder: Path, found: Findings, test_set, train_set, threshold: float | None) -> None:
-    """test_scores.csv: path, defect, label, score, is_anomalous, nearest_training_image."""
+def write_scores(
+    folder: Path, found: Findings, test_set, train_set, threshold: float | None, areas: np.ndarray | None
+) -> None:
+    """test_scores.csv: path, defect, label, score, is_anomalous, nearest_training_image, aupimo (`areas`)."""
     rows = []
     for i, (path, defect, score) in enumerate(zip(test_set.paths, test_set.defects, found.scores.tolist())):
         row = {"path": path, "defect": defect, "label": int(test_set.labels[i]), "score": score}
@@ -135,6 +148,7 @@ def write_scores(folder: Path, found: Findings, test_set, train_set, threshold: 
         row["nearest_training_image"] = (
             None if found.nearest_image is None else train_set.paths[int(found.nearest_image[i])]
         )
+        row["aupimo"] = None if areas is None or np.isnan(areas[i]) else float(areas[i])
         rows.append(row)
     with whole_file(folder / "test_scores.csv", durable=True) as file:
         file.write(csv_table(rows))
@@ -142,8 +156,8 @@ def write_scores(folder: Path, found: Findings, test_set, train_set, threshold: 
 
 def defect_table(results: dict) -> str:
     """Markdown: each defect against all good images, and all of them together with intervals."""
-    header = ["defect", "images", "image AUROC", "pixel AUROC", "AU-PRO 0.3", "AU-PRO 0.05", "AU-PRO 0.01"]
-    keys = ("image_auroc", "pixel_auroc", "aupro", "aupro_005", "aupro_001")
+    header = ["defect", "images", "image AUROC", "pixel AUROC", "AU-PRO 0.3", "AU-PRO 0.05", "AU-PRO 0.01", "AUPIMO"]
+    keys = ("image_auroc", "pixel_auroc", "aupro", "aupro_005", "aupro_001", "aupimo")
     rows = [[name, str(f["n"]), *(with_interval(f, key) for key in keys)] for name, f in results["per_defect"].items()]
     rows.append(["all", str(results["n_test_anomalous"]), *(with_interval(results, key) for key in keys)])
     return markdown_table(header, rows)

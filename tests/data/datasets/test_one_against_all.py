@@ -9,7 +9,7 @@ from data.datasets.folder import ClassFolder
 from data.datasets.one_against_all import OneAgainstAll
 from data.geometry import Geometry
 from runtime.errors import UserError
-from tests.data.datasets.test_cifar10 import CLASSES, published  # noqa: F401 (a fixture)
+from tests.data.datasets.test_cifar import CLASSES, published  # noqa: F401 (a fixture)
 
 
 def write(path, value, size=(6, 4)):

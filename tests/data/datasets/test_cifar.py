@@ -1,4 +1,4 @@
-"""CIFAR-10 in both layouts."""
+"""CIFAR-10 in both layouts, CIFAR-100, and the corrupted images of CIFAR-10-C."""
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from data.datasets.cifar10 import CIFAR10
+from data.datasets.cifar import CIFAR10, CIFAR10C, CIFAR100
 from runtime.errors import UserError
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -115,3 +115,92 @@ def test_the_first_images_of_each_class(published, tmp_path):
         first = sorted(labels[:20].index(label) for label in range(10))
         assert one.labels.tolist() == [labels[i] for i in first]
         assert torch.equal(one[3][0], torch.from_numpy(pixels[first[3]]))
+
+
+def test_published_files_of_cifar100(tmp_path, monkeypatch):
+    (tmp_path / "cifar-100-python").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 3072), dtype=np.uint8)
+    names, lists = [f"class{label}" for label in range(100)], {}
+    for name, rows in (("train", slice(0, 6)), ("test", slice(6, 9))):
+        content = {"data": pixels[rows], "fine_labels": [99, 1, 0, 50, 7, 7][: len(pixels[rows])]}
+        data = pickle.dumps(content | {"coarse_labels": [0] * len(pixels[rows])})
+        (tmp_path / "cifar-100-python" / name).write_bytes(data)
+        lists[name] = [[name, hashlib.md5(data).hexdigest()]]
+    data = pickle.dumps({"fine_label_names": names})
+    (tmp_path / "cifar-100-python/meta").write_bytes(data)
+    meta = {"filename": "meta", "key": "fine_label_names", "md5": hashlib.md5(data).hexdigest()}
+    for name, value in (("train_list", lists["train"]), ("test_list", lists["test"]), ("meta", meta)):
+        monkeypatch.setattr(torchvision.datasets.CIFAR100, name, value)
+    train, test = CIFAR100("train", root=str(tmp_path)), CIFAR100("test", root=str(tmp_path))
+    assert train.labels.tolist() == [99, 1, 0, 50, 7, 7] and test.labels.tolist() == [99, 1, 0]
+    assert train.classes == names and train.names[3] == "cifar-100-python/train#3"
+    assert torch.equal(test[1][0], torch.from_numpy(pixels[7].reshape(3, 32, 32)))
+    (tmp_path / "cifar-100-python/test").write_bytes(b"cut")
+    with pytest.raises(
+        UserError, match=r"cifar-100-python is incomplete or damaged: unpack cifar-100-python\.tar\.gz again"
+    ):
+        CIFAR100("train", root=str(tmp_path))
+    with pytest.raises(UserError, match=r"holds no CIFAR-100: expected .*cifar-100-python/train and so on"):
+        CIFAR100("train", root=str(tmp_path / "nowhere"))
+
+
+def test_download_is_torchvisions(tmp_path, monkeypatch):
+    asked = []
+
+    class Published(torchvision.datasets.CIFAR10):
+        def __init__(self, root, **about):
+            asked.append((root, about))
+            raise RuntimeError("File not found\nor corrupted.")
+
+    monkeypatch.setattr(CIFAR10, "published", Published)
+    with pytest.raises(
+        UserError, match=r"data\.download=true: cannot fetch the set into .*: File not found or corrupted"
+    ):
+        CIFAR10("test", root=str(tmp_path), download=True)
+    assert asked == [(str(tmp_path), {"download": True})]
+
+
+@pytest.fixture
+def corrupted(tmp_path):
+    """Three test images at five severities; a pixel says which image and how severe."""
+    pixels = np.zeros((15, 32, 32, 3), np.uint8)
+    pixels[:, 3, 4] = np.stack([np.arange(15) % 3, np.arange(15) // 3 + 1, np.zeros(15)], axis=1)
+    np.save(tmp_path / "fog.npy", pixels)
+    np.save(tmp_path / "labels.npy", np.tile([3, 9, 0], 5))
+    return tmp_path
+
+
+def test_corrupted_images(corrupted, published):
+    root = str(corrupted)
+    whole, third = (
+        CIFAR10C("test", root=root, corruption="fog"),
+        CIFAR10C("test", root=root, corruption="fog", severity=3),
+    )
+    assert len(whole) == 15 and whole.labels.tolist() == [3, 9, 0] * 5 and whole.classes == CLASSES
+    assert third.labels.tolist() == [3, 9, 0] and third.left_out == {"not of data.severity=3": 12}
+    assert [third[i][0][:, 3, 4].tolist() for i in range(3)] == [[0, 3, 0], [1, 3, 0], [2, 3, 0]]
+    assert third.names == ["fog.npy#6", "fog.npy#7", "fog.npy#8"] and third.sizes.tolist() == [[32, 32]] * 3
+    clean, labels = published[0], published[2]
+    train = CIFAR10C("train", root=root, corruption="fog", clean=str(clean))
+    assert train.labels.tolist() == labels[:20] and train.classes == CLASSES
+    with pytest.raises(UserError, match=r"test images only: set data\.clean to the folder of CIFAR-10"):
+        CIFAR10C("train", root=root, corruption="fog")
+
+
+def test_corrupted_images_half_present(corrupted):
+    root = str(corrupted)
+    for severity in (0, 6):
+        with pytest.raises(UserError, match=rf"data\.severity={severity} must be 1 to 5"):
+            CIFAR10C("test", root=root, corruption="fog", severity=severity)
+    with pytest.raises(
+        UserError, match=r"cannot read .*snow\.npy: .*expected <root>/<corruption>\.npy and <root>/labels"
+    ):
+        CIFAR10C("test", root=root, corruption="snow")
+    np.save(corrupted / "labels.npy", np.arange(10))
+    with pytest.raises(
+        UserError, match=r"fog\.npy is uint8 \(15, 32, 32, 3\) and .*labels\.npy \(10,\); expected uint8"
+    ):
+        CIFAR10C("test", root=root, corruption="fog")
+    (corrupted / "labels.npy").write_bytes(b"no array")
+    with pytest.raises(UserError, match=r"cannot read .*labels\.npy"):
+        CIFAR10C("test", root=root, corruption="fog")
