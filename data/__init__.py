@@ -13,17 +13,23 @@ from data.augment.recipes import AugmentConfig as AugmentConfig
 from data.augment.recipes import build_augment as build_augment
 from data.dataset import Dataset
 from data.datasets.cifar10 import CIFAR10
+from data.datasets.condition import Condition
 from data.datasets.few_shot import FewShot
 from data.datasets.folder import ClassFolder
 from data.datasets.mvtec import MVTec
 from data.datasets.one_against_all import OneAgainstAll
+from data.datasets.scavport import ScavPortAnom, ScavPortClass, ScavPortOneVsAll
+from data.datasets.table import Table
+from data.datasets.vessel_archive import VesselArchive
 from data.defects import DefectConfig as DefectConfig
 from data.depth import WHITE
 from data.geometry import Fit, Geometry, Resample
 from data.loading import Cache
 from data.white import find_range, warn_if_dark
+from runtime.distributed import is_main
 from runtime.errors import UserError
 from runtime.schema import choice
+from runtime.text import say_once
 
 DATASETS: dict[str, type[Dataset]] = {
     "folder": ClassFolder,
@@ -31,6 +37,12 @@ DATASETS: dict[str, type[Dataset]] = {
     "mvtec": MVTec,
     "few_shot": FewShot,
     "one_against_all": OneAgainstAll,
+    "scavport_class": ScavPortClass,
+    "scavport_one_vs_all": ScavPortOneVsAll,
+    "scavport_anom": ScavPortAnom,
+    "vessel_archive": VesselArchive,
+    "condition": Condition,
+    "table": Table,
 }
 
 
@@ -108,6 +120,8 @@ def build_geometry(config: DataConfig) -> Geometry:
 def build_dataset(config: DataConfig, split: str) -> Dataset:
     """The `train` or `test` set of a settled `data` section, or another of its class's `splits`.
 
+    Rank 0 says in one line what was found.
+
     Raises:
         UserError: it does not know the split, or what the data set has to say.
     """
@@ -115,6 +129,8 @@ def build_dataset(config: DataConfig, split: str) -> Dataset:
     if config.name not in having:
         raise UserError(f"data.name={config.name} has no split '{split}', which this needs: use {' or '.join(having)}")
     dataset = DATASETS[config.name](split, build_geometry(config), **config.options)
+    if is_main():
+        say_once(f"data: {dataset.matched}")
     if split == "train":
         warn_if_dark(dataset.paths, dataset.geometry.white)
     return dataset

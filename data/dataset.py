@@ -13,6 +13,7 @@ To be tested for anomalies it gives `defects`, and `masks` if there are any, in 
 """
 
 import os
+from collections import Counter
 from functools import cached_property
 
 import torch
@@ -22,6 +23,7 @@ from data.geometry import Geometry, as_geometry
 from data.images import OnError, decode, decode_mask, image_sizes, readable
 from data.masks import check_sizes, warn_of_values
 from runtime.errors import UserError
+from runtime.text import first_few
 from runtime.values import PathText
 
 
@@ -119,6 +121,15 @@ class Dataset:
     def names(self) -> list[str]:
         """The images' paths below `root`: what an image is known by in later runs, wherever the data lie."""
         return [os.path.relpath(path, self.root) for path in self.paths]
+
+    @property
+    def matched(self) -> str:
+        """What was found, in words: how many images of each class, or of each defect and how many masks."""
+        kinds = self.defects or [self.classes[label] for label in self.labels.tolist()]
+        counts = Counter(kinds)
+        each = first_few((f"{counts[kind]} {kind}" for kind in sorted(counts, key=lambda k: (k != "good", k))), 20)
+        masks = f", {sum(mask is not None for mask in self.mask_paths)} masks" if self.has_masks else ""
+        return f"{self.split} of {self.root or 'several'}: {len(self)} images ({each}){masks}"
 
     def keep(self, positions: list[int], why: str) -> None:
         """Leave out all images but these, for the reason `why`; they are numbered anew, the classes stay."""

@@ -54,11 +54,11 @@ class ClassFolder(Dataset):
         divided = (top / "train").is_dir()
         if not divided:
             _refuse_mvtec(top)
-        by_class = _images_by_class(top / "train" if divided else top)
+        by_class = images_by_class(top / "train" if divided else top)
         classes = list(by_class)
         if divided and split == "test":
             train = [path for paths in by_class.values() for path in paths]
-            by_class = _images_by_class(top / "test")
+            by_class = images_by_class(top / "test")
             unknown = sorted(set(by_class) - set(classes))
             if unknown:
                 raise UserError(f"{top / 'test'} has classes that {top / 'train'} has not: {', '.join(unknown)}")
@@ -89,7 +89,7 @@ def _refuse_mvtec(top: Path) -> None:
         )
 
 
-def _images_by_class(folder: Path) -> dict[str, list[str]]:
+def images_by_class(folder: Path) -> dict[str, list[str]]:
     """{class: sorted paths} in the order of the class names; {"unlabelled": paths} of a folder without classes."""
     if not is_folder(folder):
         raise UserError(
