@@ -23,7 +23,7 @@ from data.images import thumbnail
 SIDE = 144  # pixels that everything is computed from; cells of 16 x 18 and 9 x 9 of them
 BITS, CELLS = 128, 16  # of the hash, and the side of the grid of gray cells
 MOST_BITS = 16  # that copies differ in; 9 was the most among 200 copies of NEU steel
-MOST_LEVELS = 2.0  # root mean square difference of the 16 x 16 gray values of 0 to 255; 0.7 there
+MOST_LEVELS = 2.5  # root mean square difference of gray cells, 0 to 255; 0.8 was the most there, 1.6 of 60 x 90 pixels
 ROWS, COLUMNS = 1024, 8192  # compared at once
 ROUNDING = 16  # above the error of a squared distance in float32, of numbers up to 4 million
 

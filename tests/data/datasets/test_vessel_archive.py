@@ -18,7 +18,7 @@ def archive(tmp_path):
     photos = [surface(i, (80, 120)) for i in range(5)]
     files = {f"ship {i % 2}/2019-0{i}/IMG_{i}.JPG": photo for i, photo in enumerate(photos)}
     files |= {"ship 0/Screenshot_1.png": surface(10, (100, 100)), "ship 1/Documents/scan.png": surface(11, (100, 100))}
-    files |= {"ship 1/copy of 1.png": resized(photos[1], 0.6), "ship 0/turned.jpg": encoded(photos[2].rotate(180), 50)}
+    files |= {"ship 1/copy of 1.png": resized(photos[1], 0.85), "ship 0/turned.jpg": encoded(photos[2].rotate(180), 50)}
     files |= {"ship 0/icon.png": surface(12, (16, 90))}
     for name, image in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
