@@ -13,6 +13,7 @@ from data.augment.recipes import AugmentConfig as AugmentConfig
 from data.augment.recipes import build_augment as build_augment
 from data.dataset import Dataset
 from data.datasets.cifar import CIFAR10, CIFAR10C, CIFAR100
+from data.datasets.condition import Condition
 from data.datasets.few_shot import FewShot
 from data.datasets.folder import ClassFolder, Imagenette
 from data.datasets.kolektor import KolektorSDD, KolektorSDD2
@@ -22,7 +23,10 @@ from data.datasets.mvtec import BTAD, MVTec
 from data.datasets.mvtec_ad2 import MVTecAD2
 from data.datasets.mvtec_loco import MVTecLOCO
 from data.datasets.one_against_all import OneAgainstAll
+from data.datasets.scavport import ScavPortAnom, ScavPortClass, ScavPortOneVsAll
 from data.datasets.stl10 import STL10
+from data.datasets.table import Table
+from data.datasets.vessel_archive import VesselArchive
 from data.datasets.visa import VisA
 from data.defects import DefectConfig as DefectConfig
 from data.depth import WHITE
@@ -56,6 +60,12 @@ DATASETS: dict[str, type[Dataset]] = {
     "few_shot": FewShot,
     "one_against_all": OneAgainstAll,
     "mixed": Mixed,
+    "scavport_class": ScavPortClass,
+    "scavport_one_vs_all": ScavPortOneVsAll,
+    "scavport_anom": ScavPortAnom,
+    "vessel_archive": VesselArchive,
+    "condition": Condition,
+    "table": Table,
 }
 KINDS.update(DATASETS)  # of which a mixed set is made
 
@@ -137,6 +147,8 @@ def build_geometry(config: DataConfig) -> Geometry:
 def build_dataset(config: DataConfig, split: str, *, tiled: bool = False) -> Dataset:
     """The `train` or `test` set of a settled `data` section, or another of its class's `splits`; always whole images.
 
+    Rank 0 says in one line what was found.
+
     Raises:
         UserError: it does not know the split, the section asks for tiles and the caller is not `tiled`, or what the
             data set has to say.
@@ -148,8 +160,7 @@ def build_dataset(config: DataConfig, split: str, *, tiled: bool = False) -> Dat
         raise UserError(f"data.name={config.name} has no split '{split}', which this needs: use {' or '.join(having)}")
     dataset = DATASETS[config.name](split, build_geometry(config), **config.options)
     if is_main():
-        where = f" in {dataset.root}" if dataset.root else ""  # mixed sets have none
-        say_once(f"data: {config.name} {split}: {dataset.summary()}{where}")
+        say_once(f"data: {dataset.matched}")
     if split == "train":
         warn_if_dark(dataset.paths, dataset.geometry.white)
     return dataset

@@ -129,15 +129,14 @@ class Dataset:
         """The images' paths below `root`: what an image is known by in later runs, wherever the data lie."""
         return [os.path.relpath(path, self.root) for path in self.paths]
 
-    def summary(self) -> str:
-        """What was found, in words: `183 images (83 good, 100 dent; 100 masks)`, `30 images (3 classes: a, b, c)`."""
-        if self.defects is None:
-            number = f"{len(self.classes)} classes: " if len(self.classes) > 1 else ""
-            return f"{len(self)} images ({number}{first_few(self.classes, 4)})"
-        counts = sorted(Counter(self.defects).items(), key=lambda item: (item[0] != "good", item[0]))
-        kinds = first_few((f"{count} {name}" for name, count in counts), 8)
-        masks = sum(files is not None for files in self.mask_paths)
-        return f"{len(self)} images ({kinds}{f'; {masks} masks' if self.has_masks else ''})"
+    @property
+    def matched(self) -> str:
+        """What was found, in words: how many images of each class, or of each defect and how many masks."""
+        kinds = self.defects or [self.classes[label] for label in self.labels.tolist()]
+        counts = Counter(kinds)
+        each = first_few((f"{counts[kind]} {kind}" for kind in sorted(counts, key=lambda k: (k != "good", k))), 20)
+        masks = f", {sum(mask is not None for mask in self.mask_paths)} masks" if self.has_masks else ""
+        return f"{self.split} of {self.root or 'several'}: {len(self)} images ({each}){masks}"
 
     def keep(self, positions: list[int], why: str) -> None:
         """Leave out all images but these, for the reason `why`; they are numbered anew, the classes stay."""

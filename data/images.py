@@ -78,6 +78,20 @@ def decode_mask(path: str | Path, geometry: int | Geometry | None) -> Tensor:
         return torch.from_numpy(np.array(mask) != 0)
 
 
+def thumbnail(path: str | Path, side: int, geometry: int | Geometry) -> np.ndarray:
+    """The image upright, gray and squashed: uint8 (side, side). Of a large JPEG file only an eighth to the whole is
+    decoded, as much as is needed; the geometry gives the range of deep files.
+
+    Raises:
+        UserError: as `decode`.
+    """
+    geometry = as_geometry(geometry)
+    with opened(path) as stored, memory_for(stored):
+        stored.draft("L", (side, side))
+        image = _upright(stored, partial(to_8_bit, white=geometry.white, black=geometry.black))
+        return np.asarray(image.convert("L").resize((side, side), Image.Resampling.BILINEAR))
+
+
 def mask_values(path: str | Path) -> np.ndarray:
     """The stored values of a mask, (h, w) as stored: the largest of its color channels; not turned upright.
 

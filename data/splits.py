@@ -23,3 +23,18 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
 def holdout(dataset, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """(train indices, held-out indices) of the dataset, stratified by label: `stratified_split` of its labels."""
     return stratified_split(dataset.labels, fraction, seed)
+
+
+def grouped_split(labels: Tensor, groups: list[str], fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """As `stratified_split`, of whole groups: images of one part, scene or vessel are never on both sides.
+
+    A group counts as of its most frequent class, of equally frequent ones the first; `fraction` is of a class's groups.
+    """
+    names = sorted({*groups})
+    number = {name: i for i, name in enumerate(names)}
+    group = torch.tensor([number[name] for name in groups])  # (N,)
+    counts = torch.zeros(len(names), int(labels.max()) + 1, dtype=torch.int64)
+    counts.index_put_((group, labels), torch.ones_like(labels), accumulate=True)
+    _, picked = stratified_split(counts.argmax(1), fraction, seed)
+    is_picked = torch.isin(group, picked)
+    return (~is_picked).nonzero().flatten(), is_picked.nonzero().flatten()

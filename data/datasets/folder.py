@@ -70,11 +70,11 @@ class ClassFolder(Dataset):
         divided = (top / "train").is_dir()
         if not divided:
             _refuse_mvtec(top)
-        by_class = _images_by_class(top / "train" if divided else top)
+        by_class = images_by_class(top / "train" if divided else top)
         classes = list(by_class)
         if divided and split == "test":
             train = [path for paths in by_class.values() for path in paths]
-            by_class = _images_by_class(top / "test")
+            by_class = images_by_class(top / "test")
             unknown = sorted(set(by_class) - set(classes))
             if unknown:
                 raise UserError(f"{top / 'test'} has classes that {top / 'train'} has not: {', '.join(unknown)}")
@@ -129,7 +129,7 @@ class Imagenette(Dataset):
         folder = top / {"train": "train", "test": "val"}[split]
         if not is_folder(folder):
             raise UserError(f"there is no {folder}: expected <root>/{top.name}/{{train,val}}/<WordNet number>/*.JPEG")
-        by_class = _images_by_class(folder)
+        by_class = images_by_class(folder)
         if list(by_class) != list(WORDS):
             odd = ", ".join(sorted(by_class.keys() ^ WORDS.keys())[:4])
             raise UserError(
@@ -149,7 +149,7 @@ def _refuse_mvtec(top: Path) -> None:
         )
 
 
-def _images_by_class(folder: Path) -> dict[str, list[str]]:
+def images_by_class(folder: Path) -> dict[str, list[str]]:
     """{class: sorted paths} in the order of the class names; {"unlabelled": paths} of a folder without classes."""
     if not is_folder(folder):
         raise UserError(

@@ -45,20 +45,24 @@ class OneAgainstAll(Dataset):
         on_error: OnError = "fail",
     ):
         if (Path(root) / torchvision.datasets.CIFAR10.base_folder).is_dir():
-            self._all = CIFAR10(split, size, root=root)
+            every: Dataset = CIFAR10(split, size, root=root)
         else:
-            self._all = ClassFolder(split, size, root=root, test_fraction=test_fraction)
-        names = self._all.classes
+            every = ClassFolder(split, size, root=root, test_fraction=test_fraction)
+        self._take(every, normal, on_error)
+
+    def _take(self, every: Dataset, normal: str, on_error: OnError) -> None:
+        """Become the set of all classes, `every`, with `normal` against the others."""
+        self._all, names, root = every, every.classes, every.root
         if normal not in names:
             raise UserError(f"data.normal={normal!r} is no class of {root}; classes there: {', '.join(names)}")
         if "good" in names and normal != "good":
             raise UserError(f"class 'good' of {root} would be an anomaly, but normal images are called so: rename it")
-        if split == "train":  # before any is looked at: the other classes are never decoded
-            self._all.keep((self._all.labels == names.index(normal)).nonzero()[:, 0].tolist(), "of other classes")
-        self._all.drop_unreadable(on_error)
-        defects = ["good" if names[label] == normal else names[label] for label in self._all.labels.tolist()]
-        super().__init__(split, size, root, self._all.paths, defects=defects)
-        self.left_out = self._all.left_out
+        if every.split != "test":  # before any is looked at: the other classes are never decoded
+            every.keep((every.labels == names.index(normal)).nonzero()[:, 0].tolist(), "of other classes")
+        every.drop_unreadable(on_error)
+        defects = ["good" if names[label] == normal else names[label] for label in every.labels.tolist()]
+        Dataset.__init__(self, every.split, every.geometry, root, every.paths, defects=defects)
+        self.left_out = every.left_out
 
     @property
     def sizes(self) -> Tensor:

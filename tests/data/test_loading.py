@@ -11,7 +11,7 @@ import data.loading
 from data.datasets.folder import ClassFolder
 from data.geometry import Geometry
 from data.loading import Loader
-from data.splits import holdout, stratified_split
+from data.splits import grouped_split, holdout, stratified_split
 from runtime.distributed import gather_rows
 from runtime.errors import UserError
 from tests.processes import run_processes
@@ -291,3 +291,21 @@ def test_holdout_is_stratified_by_label():
             holdout(Numbers(30), fraction, seed=0)
     nothing = stratified_split(torch.empty(0, dtype=torch.int64), 0.5, seed=0)
     assert [len(x) for x in nothing] == [0, 0]
+
+
+def test_groups_stay_whole_and_their_classes_keep_their_shares():
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 40, 400)
+    labels = torch.from_numpy(groups % 3)  # 14, 13 and 13 groups
+    labels[:5] = 2  # a few odd images do not change what a group counts as
+    names = [f"g{group:02}" for group in groups]
+    rest, picked = grouped_split(labels, names, 0.2, seed=1)
+    assert sorted(rest.tolist() + picked.tolist()) == list(range(400))
+    out = {int(groups[i]) for i in picked}
+    assert out.isdisjoint(int(groups[i]) for i in rest)
+    assert [sum(group % 3 == c for group in out) for c in range(3)] == [3, 3, 3]
+    expected = stratified_split(torch.arange(40) % 3, 0.2, seed=1)[1]
+    assert out == {*expected.tolist()}
+    alone = [f"{i:03}" for i in range(400)]
+    assert all(a.equal(b) for a, b in zip(grouped_split(labels, alone, 0.3, 5), stratified_split(labels, 0.3, 5)))
+    assert len(grouped_split(labels, ["one"] * 400, 0.5, 0)[1]) == 0

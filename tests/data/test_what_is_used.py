@@ -66,3 +66,36 @@ def test_broken_images_are_counted(tmp_path):
     section = {"name": "folder", "root": str(tmp_path), "size": 8, "on_error": "skip"}
     dataset = build_dataset(config.build(DataConfig, section), "train")
     assert what_is_used(dataset, 4, {}) == "data: 4 of 5 images are learned from, 1 not readable"
+
+
+@pytest.mark.parametrize(
+    ("folders", "data", "lines"),
+    [
+        ({".": 5}, {"name": "folder"}, ["train of ROOT: 5 images (5 unlabelled)"]),
+        (DIVIDED, {"name": "folder"}, ["train of ROOT: 10 images (6 a, 4 b)", "test of ROOT: 2 images (1 a, 1 b)"]),
+        (
+            DIVIDED,
+            {"name": "one_against_all", "normal": "b"},
+            ["train of ROOT: 4 images (4 good)", "test of ROOT: 2 images (1 good, 1 a)"],
+        ),
+        (
+            MVTEC | {"part/ground_truth/dent": 1},
+            {"name": "mvtec", "category": "part"},
+            ["train of ROOT: 7 images (7 good)", "test of ROOT: 2 images (1 good, 1 dent), 1 masks"],
+        ),
+        ({f"{i:02}": 1 for i in range(23)}, {"name": "folder", "test_fraction": 0}, None),
+    ],
+)
+def test_what_was_matched_is_said_once(tmp_path, capsys, folders, data, lines):
+    for folder, count in folders.items():
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.fromarray(np.full((4, 4), 255, dtype=np.uint8)).save(tmp_path / folder / f"{i}.png")
+    if lines is None:
+        each = ", ".join(f"1 {i:02}" for i in range(20))
+        lines = [f"train of ROOT: 23 images ({each}, and 3 more)"]
+    for _ in range(2):
+        for line in lines:
+            build_dataset(config.build(DataConfig, {"root": str(tmp_path), "size": 8, **data}), line.split()[0])
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("data: ")]
+    assert said == [f"data: {line.replace('ROOT', str(tmp_path))}" for line in lines]
