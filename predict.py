@@ -41,7 +41,7 @@ from models.anomaly.detector import Findings
 from plots.heatmaps import save, single_heatmap
 from runtime import config, distributed, errors, help
 from runtime.errors import UserError
-from runtime.files import remove_unfinished, whole_file
+from runtime.files import locked, whole_file
 from runtime.text import printable
 from runtime.values import PathText
 from runtime.version import another_version
@@ -86,14 +86,13 @@ def main(argv: list[str]) -> None:
     root, paths = images_of(Path(cfg.images), out)
     if os.path.isfile(out / "heatmaps"):
         raise UserError(f"{out / 'heatmaps'} is no folder: remove it or choose another out=")
-    remove_unfinished(out)
-    remove_unfinished(out / "heatmaps", below=True)
 
     # ---------------------------------------------------------------- read, examine, draw, write: all while going
     began, skipped, not_drawn, n_rows, n_anomalous = time.perf_counter(), [], [], 0, 0
     load = partial(load_image, geometry=geometry, whole=bool(cfg.tile))
     finish = partial(row_and_heatmap, root=root, out=out, threshold=threshold, state=state)
     with (
+        locked(out, "heatmaps"),
         whole_file(out / "predictions.csv") as file,
         tqdm(total=len(paths), desc="images", unit="image") as bar,
         ThreadPoolExecutor(THREADS) as pool,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from runtime.errors import UserError
+from runtime.scripts import SWEEP, end_with
 
 
 def setup(device: str = "auto") -> torch.device:
@@ -20,6 +21,8 @@ def setup(device: str = "auto") -> torch.device:
     Args:
         device: `auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:1`.
     """
+    if sweep := os.environ.get(SWEEP):
+        end_with(int(sweep))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():

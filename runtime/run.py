@@ -28,6 +28,7 @@ from tqdm import tqdm
 from runtime import checkpoint, distributed
 from runtime.config import as_dict, run_folder
 from runtime.errors import UserError
+from runtime.files import unlock
 from runtime.log import Log
 from runtime.version import code_version
 
@@ -66,6 +67,8 @@ class Run:
         saved = checkpoint.open_run(self.folder, self.config, **about) or {}
         if saved:
             checkpoint.restore(saved, parts)
+            # a kill may have come between this checkpoint and its copy
+            checkpoint.keep_copy(self.folder, saved["step"], saved.get("keep_last", 0))
         self.start, self._began = saved.get("step", 0), time.perf_counter() - saved.get("seconds", 0.0)
         self.log, self.window = Log(self.folder, self.cfg, self.start), Window(self.device)
         return {key: saved.get(key, value) for key, value in fresh.items()}
@@ -79,6 +82,7 @@ class Run:
         """Whether all was done before and results.json is there; prints the results again and ends the processes."""
         finished = self.start == self.total and self.log.repeat_results()
         if finished:
+            unlock(self.folder)
             distributed.cleanup()
         return finished
 
@@ -106,6 +110,7 @@ class Run:
     def save(self, done: int, keep_last: int = 0, **state) -> None:
         """Write last.pt: the parts, the images, and the script's `state`; also as one of `keep_last` step_*.pt."""
         about = self.images | state | {"step": done, "config": self.config, "seconds": self.seconds}
+        about |= {"keep_last": keep_last}
         with self.window.paused():
             checkpoint.save(self.folder / checkpoint.LAST, self.parts, **about)
             checkpoint.keep_copy(self.folder, done, keep_last)

@@ -1,19 +1,27 @@
-"""Scripts, ours and copied ones, for programs that run many of them: where a script is, its config, a run of it."""
+"""Scripts, ours and copied ones, for programs that run many of them: where a script is, its config, a run of it, which
+ends when the program does."""
 
 import contextlib
 import importlib.util
 import io
+import multiprocessing
 import os
+import select
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import traceback
 from pathlib import Path
 from types import ModuleType
 
 from runtime import config
 from runtime.errors import UserError
+from runtime.files import unlock
 from runtime.version import TOP, code_version
+
+SWEEP = "SCAVENGE_SWEEP"  # environment variable: the number of the process that runs a launcher, which ends with it
 
 
 def path_of(word: str) -> Path:
@@ -63,7 +71,8 @@ def run(words: list[str], launcher: str, server) -> str | None:
     words = [str(path_of(words[0])), *words[1:]]
     if launcher:
         try:
-            done = subprocess.run([*shlex.split(launcher), *words], stdout=subprocess.DEVNULL)
+            environment = os.environ | {SWEEP: str(os.getpid())}
+            done = subprocess.run([*shlex.split(launcher), *words], stdout=subprocess.DEVNULL, env=environment)
         except OSError as error:
             raise UserError(f"launcher={launcher} cannot be started: {error.strerror}") from None
         return f"exit status {done.returncode}; run it by itself to see why" if done.returncode else None
@@ -83,6 +92,8 @@ def run(words: list[str], launcher: str, server) -> str | None:
 def call_script(words: list[str], send) -> None:
     """In a fresh process: `main` of the script, its errors sent back as one line."""
     error, sys.argv = None, words
+    if (sweep := multiprocessing.parent_process()) and sweep.pid:
+        end_with(sweep.pid)
     code_version(words[0])  # read before the script is, so that it is the version of what runs
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -94,4 +105,25 @@ def call_script(words: list[str], send) -> None:
     except Exception as problem:
         traceback.print_exc()
         error = f"{type(problem).__name__}: {problem}"
+    unlock()
     send.send(error and " ".join(error.split()))
+
+
+def end_with(process: int) -> None:
+    """Kill this process as soon as that one has ended, however it did: a killed sweep takes its cell along, under any
+    launcher. Only Linux can do that."""
+    if not hasattr(os, "pidfd_open"):
+        return
+    ended = select.poll()
+    try:
+        ended.register(os.pidfd_open(process), select.POLLIN)
+    except ProcessLookupError:
+        os.kill(os.getpid(), signal.SIGKILL)
+    except OSError:  # a container that forbids it
+        return
+
+    def wait() -> None:
+        ended.poll()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()

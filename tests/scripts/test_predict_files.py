@@ -12,6 +12,7 @@ import pytest
 
 import predict
 from data.image_files import find_images
+from runtime import files
 from runtime.errors import UserError
 from runtime.files import temporary_name
 from tests.images import write_mvtec
@@ -41,7 +42,7 @@ def images(normals, tmp_path_factory):
 def test_a_full_disk(patchcore, images, tmp_path, capsys, monkeypatch):
     run(capsys, patchcore, images / "a.png", f"out={tmp_path}")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    monkeypatch.setattr(predict, "remove_unfinished", lambda *_, **__: None)
+    monkeypatch.setattr(files, "remove_unfinished", lambda *_, **__: None)
     temporary_name(tmp_path / "predictions.csv").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"cannot write .*predictions.csv: No space left on device"):
         run(capsys, patchcore, images, f"out={tmp_path}")
@@ -71,7 +72,7 @@ def test_a_heat_map_that_cannot_be_written_costs_no_row(patchcore, normals, tmp_
         shutil.copy(normals[0], images / name)
     (out / "heatmaps" / "b.png.png").mkdir(parents=True)
     temporary_name(out / "heatmaps" / "c.png.png").symlink_to("/dev/full")
-    monkeypatch.setattr(predict, "remove_unfinished", lambda *_, **__: None)
+    monkeypatch.setattr(files, "remove_unfinished", lambda *_, **__: None)
     results, rows, err = partly(capsys, patchcore, images, f"out={out}")
     assert [row["path"] for row in rows] == names and len({row["score"] for row in rows}) == 1
     failed = [str(images / name) for name in (names[1], names[2], names[4])]
@@ -105,12 +106,12 @@ def test_out_that_cannot_be_written_is_found_before_the_work(patchcore, images, 
     (tmp_path / "drawn").mkdir()
     (tmp_path / "drawn" / "heatmaps").write_text("mine")
     for out, text in (
-        ("out", "cannot write .*out/predictions.csv: Not a directory"),
-        ("out/deep", "cannot write .*out/deep/predictions.csv: Not a directory"),
+        ("out", "cannot write in .*out: Not a directory"),
+        ("out/deep", "cannot write in .*out/deep: Not a directory"),
         ("table", "cannot write .*table/predictions.csv: Is a directory"),
         ("drawn", "heatmaps is no folder: remove it or choose another out="),
         ("n" * 300, "a name has at most 255 bytes"),
-        ("/proc/results", "cannot write /proc/results/predictions.csv"),
+        ("/proc/results", "cannot write in /proc/results: "),
     ):
         with pytest.raises(UserError, match=text):
             run(capsys, patchcore, images, f"out={tmp_path / out}")
