@@ -167,7 +167,13 @@ def _make(folder: Path) -> None:
     with suppress(FileExistsError):  # a file where a folder should be, for which the error of what follows is clearer
         for path in (*reversed(folder.parents), folder):
             if path.is_symlink():
-                Path(os.path.realpath(path)).mkdir(exist_ok=True)
+                target = Path(os.path.realpath(path))
+                if not target.parent.is_dir():
+                    place = f"{cut(str(path))} is a link to {cut(str(target))}"
+                    raise UserError(
+                        f"{place}, which cannot be made: its parent is not there; mount it or remove the link"
+                    )
+                target.mkdir(exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -194,7 +200,8 @@ def _locked(folder: Path) -> int | None:
         os.close(descriptor)
         time.sleep(0.05)
     since = datetime.now().astimezone().isoformat(" ", "seconds")
-    text = f"process {os.getpid()} on {platform.node()} since {since}: {printable(shlex.join(sys.argv))}"
+    command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    text = f"process {os.getpid()} on {platform.node()} since {since}: {printable(command)}"
     with suppress(OSError):  # a full disk: it is locked all the same
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, text.encode(), 0)
