@@ -316,7 +316,7 @@ def script_decides(known: dict, record: dict, words: list[str]) -> bool:
 
 def results_of(folder: Path) -> Path | None:
     """results.json of a run folder, or of the evaluation in it; None of a folder that is being emptied."""
-    if (folder / REMOVING).exists():
+    if os.path.exists(folder / REMOVING):
         return None
     return next(iter(sorted(folder.glob("results.json")) + sorted(folder.glob("eval_*/results.json"))), None)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from runtime.errors import UserError
-from runtime.scripts import SWEEP, end_with
+from runtime.scripts import end_with_sweep
 
 
 def setup(device: str = "auto") -> torch.device:
@@ -21,8 +21,7 @@ def setup(device: str = "auto") -> torch.device:
     Args:
         device: `auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:1`.
     """
-    if sweep := os.environ.get(SWEEP):
-        end_with(int(sweep))
+    end_with_sweep()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():

@@ -57,15 +57,16 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
         raise
 
 
-def remove_unfinished(folder: Path, *, below: bool = False) -> None:
+def remove_unfinished(folder: Path, *, below: bool = False, alone: bool = False) -> None:
     """Remove what killed processes left under a `temporary_name` in this folder, and with `below` in those in it.
 
-    Whether a process still runs can be asked only on its own machine, so files of other machines stay.
+    Whether a process still runs can be asked only on its own machine, so files of other machines stay. `alone`: this
+    process has locked the folder, so that all of them are left over, whatever runs under their processes' numbers now.
     """
     found = folder.glob(f"{'**/' if below else ''}*.unfinished-*") if os.path.isdir(folder) else ()
     for path in found:
         writer = re.fullmatch(r".*\.unfinished-(.+)-(\d+)", path.name, re.DOTALL)
-        if writer and writer[1] == platform.node() and not _runs(int(writer[2])):
+        if writer and (alone or (writer[1] == platform.node() and not _runs(int(writer[2])))):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -114,9 +115,10 @@ def lock(folder: Path, *own: str) -> None:
         raise UserError(f"cannot write in {folder}: {error.strerror or error}") from None
     if descriptor is not None:
         _locks[place] = descriptor, os.getpid()
-    remove_unfinished(folder)
+    alone = descriptor is not None
+    remove_unfinished(folder, alone=alone)
     for name in own:
-        remove_unfinished(folder / name, below=True)
+        remove_unfinished(folder / name, below=True, alone=alone)
 
 
 def unlock(folder: Path | None = None) -> None:

@@ -21,7 +21,7 @@ from runtime.errors import UserError
 from runtime.files import unlock
 from runtime.version import TOP, code_version
 
-SWEEP = "SCAVENGE_SWEEP"  # environment variable: the number of the process that runs a launcher, which ends with it
+SWEEP = "SCAVENGE_SWEEP"  # environment variable: the process that runs a launcher, `<number> <where>`
 
 
 def path_of(word: str) -> Path:
@@ -71,7 +71,7 @@ def run(words: list[str], launcher: str, server) -> str | None:
     words = [str(path_of(words[0])), *words[1:]]
     if launcher:
         try:
-            environment = os.environ | {SWEEP: str(os.getpid())}
+            environment = os.environ | {SWEEP: f"{os.getpid()} {_where()}"}
             done = subprocess.run([*shlex.split(launcher), *words], stdout=subprocess.DEVNULL, env=environment)
         except OSError as error:
             raise UserError(f"launcher={launcher} cannot be started: {error.strerror}") from None
@@ -107,6 +107,21 @@ def call_script(words: list[str], send) -> None:
         error = f"{type(problem).__name__}: {problem}"
     unlock()
     send.send(error and " ".join(error.split()))
+
+
+def end_with_sweep() -> None:
+    """`end_with` the sweep whose launcher started this process, if that is on the same machine."""
+    process, _, where = os.environ.get(SWEEP, "").partition(" ")
+    if where and where == _where():
+        end_with(int(process))
+
+
+def _where() -> str:
+    """Where a process's number means something: this start of this machine and, inside it, of its container."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:  # another system than Linux
+        return ""
 
 
 def end_with(process: int) -> None:

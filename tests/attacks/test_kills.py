@@ -18,6 +18,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from runtime import scripts
 from tests.images import TOP, command, write_classes, write_mvtec
 from tests.processes import start_script
 from tests.scripts import test_train_anomaly, test_train_ssl
@@ -297,7 +298,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    scripts.end_with(int(os.environ[scripts.SWEEP]))
+    scripts.end_with_sweep()
     main([])
 """
 
@@ -343,3 +344,12 @@ def test_a_killed_sweep_takes_the_processes_of_its_launcher_along(place, tmp_pat
 def test_there_are_a_hundred_kills():
     """The slow ones: of each case, of sweeps by their cell, and of one with a launcher."""
     assert sum(case.kills for case in cases(Path("nowhere")).values()) + CELLS + 1 >= 100
+
+
+def test_a_sweep_on_another_machine_or_in_another_container_is_not_looked_for(monkeypatch):
+    monkeypatch.setattr(scripts, "end_with", lambda process: pytest.fail(f"{process} is not of this machine"))
+    for value in ("", "1", "1 another", f"1 {scripts._where()}x"):
+        monkeypatch.setenv(scripts.SWEEP, value)
+        scripts.end_with_sweep()
+    monkeypatch.undo()
+    scripts.end_with_sweep()

@@ -93,10 +93,14 @@ def test_what_a_killed_run_left_is_removed_by_the_next(patchcore, images, tmp_pa
     left = []
     for number, place in ((process.pid, ""), (process.pid, "heatmaps/deep"), (os.getppid(), ""), (1, "heatmaps/deep")):
         left.append(tmp_path / place / f"a.unfinished-{platform.node()}-{number}")
-        left[-1].write_text("cut short")
+    left.append(tmp_path / f"b.unfinished-another.machine-{process.pid}")
+    for path in left:
+        path.write_text("cut short")
     (tmp_path / "mine.tmp").write_text("")
-    run(capsys, patchcore, images / "a.png", f"out={tmp_path}")
-    assert [path.exists() for path in left] == [False, False, True, True] and (tmp_path / "mine.tmp").exists()
+    run(
+        capsys, patchcore, images / "a.png", f"out={tmp_path}"
+    )  # it is alone there, so none of them is written any more
+    assert not any(path.exists() for path in left) and (tmp_path / "mine.tmp").exists()
 
 
 def test_out_that_cannot_be_written_is_found_before_the_work(patchcore, images, tmp_path, capsys, monkeypatch):
