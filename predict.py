@@ -45,7 +45,7 @@ from models.anomaly.detector import Findings
 from plots.heatmaps import bytes_to_draw, save, single_heatmap
 from runtime import config, distributed, errors, help
 from runtime.errors import DiskFull, UserError
-from runtime.files import remove_unfinished, whole_file
+from runtime.files import locked, whole_file
 from runtime.memory import gib
 from runtime.text import printable
 from runtime.values import PathText, PixelsOrZero, PositiveInt
@@ -92,14 +92,13 @@ def main(argv: list[str]) -> None:
     root, paths = images_of(Path(cfg.images), out, submission=cfg.submission is not None)
     if os.path.isfile(out / "heatmaps"):
         raise UserError(f"{out / 'heatmaps'} is no folder: remove it or choose another out=")
-    remove_unfinished(out)
-    remove_unfinished(out / "heatmaps", below=True)
 
     # ---------------------------------------------------------------- read, examine, draw, write: all while going
     began, skipped, not_drawn, n_rows, n_anomalous = time.perf_counter(), [], [], 0, 0
     load = partial(load_image, geometry=geometry, whole=bool(cfg.tile))
     finish = partial(row_and_heatmap, cfg=cfg, root=root, threshold=threshold, state=state)
     with (
+        locked(out, "heatmaps"),
         whole_file(out / "predictions.csv", durable=True) as file,
         tqdm(total=len(paths), desc="images", unit="image") as bar,
         runtime.threads.Threads(THREADS) as pool,

@@ -33,9 +33,9 @@ import multiprocessing
 import os
 import re
 import shlex
-import shutil
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -43,7 +43,7 @@ from typing import Literal, NamedTuple
 
 from evaluation.sweep_table import Axes, Outcome, read_results, with_numbers, write_tables
 from runtime import checkpoint, config, errors, scripts
-from runtime.files import remove_unfinished, whole_file
+from runtime.files import REMOVING, empty, lock, locked, unlock, whole_file
 from runtime.values import PathText, Seed
 from runtime.version import TOP, another_version, code_version
 
@@ -79,8 +79,7 @@ def main(argv: list[str]) -> None:
     cfg = load(argv)
     top, (axes, cells) = config.run_folder(cfg), plan(cfg)
     configs = check(cells)
-    remove_unfinished(top)
-    remove_unfinished(top / ".cells", below=True)
+    lock(top, ".cells")
     server = multiprocessing.get_context("forkserver")  # each cell a fresh process, but torch and ours imported once
     ours = [name for name in sys.modules if (TOP / name.partition(".")[0] / "__init__.py").exists()]
     server.set_forkserver_preload(ours)
@@ -103,12 +102,12 @@ def main(argv: list[str]) -> None:
             say(number, cells, began, f"{name}: done before{stale and f', by {stale}; stale=rerun runs it anew'}")
         else:
             say(number, cells, began, f"{name}: python {shlex.join(words)}")
-            if anew:
-                shutil.rmtree(folder, ignore_errors=True)
             version = known["version"] if known and not anew else code_version(script)
-            with whole_file(note, durable=True) as file:
-                json.dump(record | {"version": version}, file)
-            error = scripts.run(words, cfg.launcher, server)
+            error = clear(folder) if anew else None
+            if not error:
+                with whole_file(note, durable=True) as file:
+                    json.dump(record | {"version": version}, file)
+                error = scripts.run(words, cfg.launcher, server)
             if error or not results_of(folder):
                 error = error or f"{words[0]} wrote no results.json in {folder}"
                 outcomes[name] = Outcome({"error": error}, keys)
@@ -125,6 +124,7 @@ def main(argv: list[str]) -> None:
     print(f"{top}/results.md, {top}/results.csv; images: {images}; curves: tensorboard --logdir {top}")
     failed = [name for name, outcome in outcomes.items() if "error" in outcome.results]
     stale = [name for name, outcome in outcomes.items() if outcome.stale]
+    unlock(top)
     print(json.dumps({"cells": len(outcomes), "failed": failed, "stale": stale, "table": str(top / "results.md")}))
     if failed:
         sys.exit(1)
@@ -147,8 +147,15 @@ def load(argv: list[str]) -> Config:
 
 
 def plan(cfg: Config) -> tuple[Axes, list[Cell]]:
-    """What the table goes over, and every cell in the order in which they run."""
-    also, place = split(cfg.also), Path(cfg.runs) / cfg.run_name
+    """What the table goes over, and every cell in the order in which they run.
+
+    Raises:
+        UserError: a name that leads out of the sweep's folder, or two cells in one folder or one in the other's.
+    """
+    also, place = split(cfg.also), config.run_folder(cfg)
+    for section in ("pretraining", "detectors", "tasks"):
+        for name in getattr(cfg, section):
+            config.require_below(name, f"a name in {section}", str(place))
     trained = [name for name, text in cfg.pretraining.items() if begins_with_file(split(text))]
     pretrainings = varied(cfg.pretraining, trained, cfg.grid)
     detectors = varied(cfg.detectors, [] if trained else list(cfg.detectors), cfg.grid)
@@ -174,6 +181,12 @@ def plan(cfg: Config) -> tuple[Axes, list[Cell]]:
             words = config.overlay(own, split(text), words, also, variant, seed, there)
             script = [] if words[0].endswith(".py") else ["train_anomaly.py"]
             cells.append(Cell(name, [*script, *words], needs, weights))
+    folders = Counter(Path(cell.name) for cell in cells)
+    for folder, count in folders.items():
+        if count > 1:
+            raise errors.UserError(f"two of the sweep's cells would be called {folder}: rename one")
+        if within := next((parent for parent in folder.parents if parent in folders), None):
+            raise errors.UserError(f"the cell {folder} would be in the folder of the cell {within}: rename one")
     of_detectors = {name: variant for name, (_, variant) in detectors.items()}
     of_pretrainings = {name: variant for name, (_, variant) in pretrainings.items()}
     return Axes(list(cfg.tasks), of_detectors, of_pretrainings, list(cfg.seeds)), cells
@@ -309,7 +322,10 @@ def script_decides(known: dict, record: dict, words: list[str]) -> bool:
 
 
 def results_of(folder: Path) -> Path | None:
-    """results.json of a run folder, or of the evaluation in it; one that is damaged does not count."""
+    """results.json of a run folder, or of the evaluation in it; one that is damaged does not count, nor one in a folder
+    that is being emptied."""
+    if os.path.exists(folder / REMOVING):
+        return None
     found = sorted(folder.glob("results.json")) + sorted(folder.glob("eval_*/results.json"))
     return next((path for path in found if read_results(path) is not None), None)
 
@@ -319,6 +335,16 @@ def read_note(path: Path) -> dict | None:
     known = checkpoint.read_object(path) or {}
     kinds = {"script": str, "config": dict, "pretraining": str | None, "version": str}
     return known if all(key in known and isinstance(known[key], kind) for key, kind in kinds.items()) else None
+
+
+def clear(folder: Path) -> str | None:
+    """Remove what another config left in a cell's folder; returns why that cannot be done."""
+    try:
+        with locked(folder):
+            empty(folder)
+    except errors.UserError as error:
+        return str(error)
+    return None
 
 
 def made_by(folder: Path, known: dict) -> str:

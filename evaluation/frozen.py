@@ -101,10 +101,10 @@ class FrozenConfig:
 
 def measure(cfg: FrozenConfig) -> None:
     """Write the metrics of one backbone's features, by the measure that `cfg.task` names, into its run folder."""
-    device = distributed.setup(cfg.device)
-    cfg.data = settled(cfg.data)
     name = f"eval_{cfg.task.name}"
     folder = config.run_folder(cfg) / name
+    device = distributed.setup(cfg.device)
+    cfg.data = settled(cfg.data)
     if cfg.checkpoint:  # beside it; of other checkpoints than last.pt by their name
         cfg.checkpoint = str(checkpoint.file_of(cfg.checkpoint))
         stem = Path(cfg.checkpoint).stem

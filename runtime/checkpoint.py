@@ -15,7 +15,7 @@ import yaml
 from runtime import distributed, integrity
 from runtime.config import completed, flatten
 from runtime.errors import UserError, cut, reason
-from runtime.files import remove_unfinished, whole_file
+from runtime.files import LOCK, REMOVING, empty, lock, unlock, whole_file
 from runtime.text import first_few
 from runtime.version import another_version, code_version, goes_on_from
 
@@ -237,15 +237,28 @@ def open_run(
     resume: str = "auto",
     images: dict[str, list] | None = None,
 ) -> dict | None:
-    """Make the run folder and write config.yaml; returns the state to go on from, or None for a fresh start.
+    """Make and lock the run folder and write config.yaml; returns the state to go on from, or None for a fresh start.
 
     resume `auto`: a folder with a checkpoint of the same config goes on; one that `config_changes` tells apart is an
     error that names the keys, and so are other `images` (`require_same_images`). resume `never`: a run that is there
     is removed first. With `schema`, the config's dataclass, keys that the checkpoint is older than have their defaults.
-    Call it when everything else in the config has been checked, since it may delete files.
+    Call it when everything else in the config has been checked, since it may delete files. The folder stays locked
+    until `Log.results`, `files.unlock` or the end of the process.
     """
-    folder, state = Path(folder), None
-    if resume == "auto" and os.path.exists(folder / LAST):  # False for a name that is too long
+    folder = Path(folder)
+    if distributed.is_main():
+        lock(folder)
+    try:
+        return _open_locked(folder, config, schema, resume, images or {})
+    except BaseException:
+        unlock(folder)
+        raise
+
+
+def _open_locked(folder: Path, config: dict, schema: type | None, resume: str, images: dict[str, list]) -> dict | None:
+    distributed.barrier()  # no rank reads before the folder is this run's
+    state, half_removed = None, os.path.exists(folder / REMOVING)
+    if resume == "auto" and not half_removed and os.path.exists(folder / LAST):
         state = load(folder / LAST, ANEW)
         before = completed(schema, state["config"]) if schema else state["config"]
         if keys := config_changes(before, config):
@@ -255,7 +268,7 @@ def open_run(
                 f"{folder} holds a run with another config ({changes}); "
                 "choose another run_name, or resume=never to start this one from the beginning"
             )
-        require_same_images(state, images or {}, folder)
+        require_same_images(state, images, folder)
     goes_on_from(state.get("version") if state else None)
     other = another_version(state.get("version")) if state else ""
     # of a finished run, Log.repeat_results reports it
@@ -264,12 +277,10 @@ def open_run(
     distributed.barrier()  # all ranks must have looked before rank 0 changes anything
     if distributed.is_main():
         try:
-            if resume == "never" and os.path.exists(folder):
-                if any(folder.iterdir()) and not (folder / "config.yaml").exists():
+            if resume == "never" or half_removed:
+                if {*os.listdir(folder)} - {LOCK} and not half_removed and not (folder / "config.yaml").exists():
                     raise UserError(f"{folder} is not a run folder (it has no config.yaml), so it is not removed")
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            remove_unfinished(folder)
+                empty(folder)
             with whole_file(folder / "config.yaml", durable=True) as file:
                 yaml.safe_dump(config, file, sort_keys=False)
         except OSError as error:

@@ -97,12 +97,20 @@ def chosen(layers: list[dict], section: str):
 
 
 def run_folder(config) -> Path:
-    """<runs>/<run_name>; a name that is empty or leads out of `runs` is an error, for run folders can be removed."""
-    name = Path(config.run_name)
-    if not name.parts or name.is_absolute() or ".." in name.parts:
-        raise UserError(f"run_name={shown(config.run_name)} must name a folder below runs={cut(config.runs)}")
-    where = "runs/run_name"
+    """<runs>/<run_name>; UserError for a name that `require_below` refuses."""
+    name, where = require_below(config.run_name, "run_name", config.runs), "runs/run_name"
     return Path(path_text(coerce(f"{config.runs}/{name}", str, where), where))  # text: TensorBoard's names are UTF-8
+
+
+def require_below(name: str, key: str, top: str) -> Path:
+    """`name` as a path below `top`; one that is empty or leads out of it is an error, for run folders can be removed.
+
+    Links there are followed, for they are no part of a name: somebody with access to `top` has made them.
+    """
+    path = Path(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        raise UserError(f"{key}={shown(name)} must name a folder below {cut(top)}")
+    return path
 
 
 def merge(schema: type, *layers: dict) -> dict:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from runtime import errors
 from runtime.errors import UserError
+from runtime.scripts import end_with_sweep
 
 # How long a process waits in a collective for one that still runs, as for rank 0 while it alone draws and measures.
 PATIENCE = timedelta(minutes=30)
@@ -30,6 +31,7 @@ def setup(device: str = "auto") -> torch.device:
     Args:
         device: `auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:1`.
     """
+    end_with_sweep()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from runtime import checkpoint, distributed
 from runtime.config import as_dict, changed
 from runtime.errors import ADVICE, UserError, cut
-from runtime.files import whole_file
+from runtime.files import unlock, whole_file
 from runtime.tags import HEADLINES, layout, tag_of
 from runtime.text import printable
 from runtime.version import another_version
@@ -159,7 +159,8 @@ class Log:
                 self.writer.flush()
 
     def results(self, results: dict) -> None:
-        """Write results.json and TensorBoard's hparams; print the JSON as the script's last line on stdout."""
+        """Write results.json and TensorBoard's hparams; print the JSON as the script's last line on stdout. Other
+        processes may then write in the folder."""
         if not self.writer:
             return
         values = {f"{'1_final' if k in HEADLINES else 'final'}/{k}": v for k, v in results.items() if _is_number(v)}
@@ -174,6 +175,7 @@ class Log:
         line = json.dumps(_without_nan(results))
         with whole_file(self.folder / "results.json", durable=True) as file:
             file.write(line + "\n")
+        unlock(self.folder)
         print(line, flush=True)
 
     def repeat_results(self) -> bool:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from runtime import checkpoint, distributed, signals
 from runtime.config import as_dict, run_folder
 from runtime.errors import UserError
+from runtime.files import unlock
 from runtime.log import Log
 from runtime.version import code_version
 
@@ -68,6 +69,8 @@ class Run:
         saved = checkpoint.open_run(self.folder, self.config, **about) or {}
         if saved:
             checkpoint.restore(saved, parts, self.folder / checkpoint.LAST, total)
+            # a kill may have come between this checkpoint and its copy
+            checkpoint.keep_copy(self.folder, saved["step"], saved.get("keep_last", 0))
         self.start, self._began = saved.get("step", 0), time.perf_counter() - saved.get("seconds", 0.0)
         self.log, self.window = Log(self.folder, self.cfg, self.start), Window(self.device, saved.get("window"))
         self.log.warnings = saved.get("warnings", 0)
@@ -86,6 +89,7 @@ class Run:
         finished = self.start == self.total and self.log.repeat_results()
         distributed.barrier()  # all processes must have looked before rank 0 writes results
         if finished:
+            unlock(self.folder)
             distributed.cleanup()
         return finished
 
@@ -144,7 +148,7 @@ class Run:
     def save(self, done: int, keep_last: int = 0, **state) -> None:
         """Write last.pt: the parts, the images, and the script's `state`; also as one of `keep_last` step_*.pt."""
         about = self.images | state | {"step": done, "config": self.config, "seconds": self.seconds}
-        about |= {"window": self.window.state(), "warnings": self.log.warnings}
+        about |= {"window": self.window.state(), "warnings": self.log.warnings, "keep_last": keep_last}
         with self.window.paused():
             self.log.flush()
             checkpoint.save(self.folder / checkpoint.LAST, self.parts, **about)

@@ -1,13 +1,17 @@
-"""Scripts, ours and copied ones, for programs that run many of them: where a script is, its config, a run of it."""
+"""Scripts, ours and copied ones, for programs that run many of them: where a script is, its config, a run of it, which
+ends when the program does."""
 
 import contextlib
 import importlib.util
 import io
+import multiprocessing
 import os
+import select
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +19,10 @@ from types import ModuleType
 
 from runtime import config, signals
 from runtime.errors import UserError, explain
+from runtime.files import unlock
 from runtime.version import TOP, code_version
+
+SWEEP = "SCAVENGE_SWEEP"  # environment variable: the process that runs a launcher, `<number> <where>`
 
 
 def path_of(word: str) -> Path:
@@ -68,8 +75,9 @@ def run(words: list[str], launcher: str, server) -> str | None:
     words = [str(path_of(words[0])), *words[1:]]
     if launcher:
         command, quiet = [*shlex.split(launcher), *words], subprocess.DEVNULL
+        environment = os.environ | {SWEEP: f"{os.getpid()} {_where()}"}
         try:  # in a session of its own, or Ctrl-C would reach it twice, which torchrun cannot take
-            started = subprocess.Popen(command, stdout=quiet, start_new_session=True)
+            started = subprocess.Popen(command, stdout=quiet, start_new_session=True, env=environment)
         except OSError as error:
             raise UserError(f"launcher={launcher} cannot be started: {error.strerror}") from None
         with _passing_on(started.send_signal, started.wait):
@@ -104,6 +112,8 @@ def _passing_on(send: Callable[[int], object], wait: Callable[[], object]) -> It
 def call_script(words: list[str], send) -> None:
     """In a fresh process: `main` of the script, its errors sent back as one line."""
     error, sys.argv = None, words
+    if (sweep := multiprocessing.parent_process()) and sweep.pid:
+        end_with(sweep.pid)
     code_version(words[0])  # read before the script is, so that it is the version of what runs
     try:
         signals.listen()
@@ -118,4 +128,40 @@ def call_script(words: list[str], send) -> None:
             error = f"{type(problem).__name__}: {problem}"
         error = error.removeprefix("error: ")
     signals.hold()
+    unlock()
     send.send(error and " ".join(error.split()))
+
+
+def end_with_sweep() -> None:
+    """`end_with` the sweep whose launcher started this process, if that is on the same machine."""
+    process, _, where = os.environ.get(SWEEP, "").partition(" ")
+    if where and where == _where():
+        end_with(int(process))
+
+
+def _where() -> str:
+    """Where a process's number means something: this start of this machine and, inside it, of its container."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:  # another system than Linux
+        return ""
+
+
+def end_with(process: int) -> None:
+    """Kill this process as soon as that one has ended, however it did: a killed sweep takes its cell along, under any
+    launcher. Only Linux can do that."""
+    if not hasattr(os, "pidfd_open"):
+        return
+    ended = select.poll()
+    try:
+        ended.register(os.pidfd_open(process), select.POLLIN)
+    except ProcessLookupError:
+        os.kill(os.getpid(), signal.SIGKILL)
+    except OSError:  # a container that forbids it
+        return
+
+    def wait() -> None:
+        ended.poll()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -33,6 +33,7 @@ class Config:
 
 
 def run(cfg: Config) -> None:
+    folder = config.run_folder(cfg) / "eval_defects"
     device = distributed.setup(cfg.device)
     cfg.data = settled(cfg.data)
     dataset = build_dataset(cfg.data, "train")
@@ -41,7 +42,6 @@ def run(cfg: Config) -> None:
     chosen = {cfg.defect.name: cfg.defect.options} if cfg.defect else {name: {} for name in DEFECTS}
     made = {name: DEFECTS[name](**options)(images, ids, 0, seed=cfg.seed) for name, options in chosen.items()}
 
-    folder = config.run_folder(cfg) / "eval_defects"
     checkpoint.open_run(folder, config.as_dict(cfg))
     log = Log(folder, cfg)
     image = defect_sheet(images, made, f"Synthetic defects on training images, seed {cfg.seed}")

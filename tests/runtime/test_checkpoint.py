@@ -11,6 +11,7 @@ from torch import nn
 
 from runtime import checkpoint
 from runtime.errors import UserError
+from runtime.files import unlock
 from tests.images import TOP, command
 
 
@@ -62,7 +63,9 @@ def test_images_of_a_run_that_resumes(tmp_path):
     folder, images = tmp_path / "run", {"names": list("abcde"), "learned": [0, 2], "tested": ["t"]}
 
     def resume(**changes):
-        return checkpoint.open_run(folder, {}, images=images | changes)
+        state = checkpoint.open_run(folder, {}, images=images | changes)
+        unlock(folder)
+        return state
 
     def error(**changes):
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -130,6 +133,7 @@ def test_open_run(tmp_path):
         checkpoint.open_run(folder, other)
     assert yaml.safe_load((folder / "config.yaml").read_text()) == config  # nothing changed by the refusal
     assert checkpoint.open_run(folder, other, resume="never") is None
+    unlock(folder)
     assert os.listdir(folder) == ["config.yaml"]
 
 

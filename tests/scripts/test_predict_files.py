@@ -12,6 +12,7 @@ import pytest
 
 import predict
 from data.image_files import find_images
+from runtime import files
 from runtime.errors import UserError
 from runtime.files import temporary_name
 from tests.images import write_mvtec
@@ -41,7 +42,7 @@ def images(normals, tmp_path_factory):
 def test_a_full_disk(patchcore, images, tmp_path, capsys, monkeypatch):
     run(capsys, patchcore, images / "a.png", f"out={tmp_path}")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    monkeypatch.setattr(predict, "remove_unfinished", lambda *_, **__: None)
+    monkeypatch.setattr(files, "remove_unfinished", lambda *_, **__: None)
     temporary_name(tmp_path / "predictions.csv").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"cannot write .*predictions.csv: No space left on device"):
         run(capsys, patchcore, images, f"out={tmp_path}")
@@ -90,10 +91,14 @@ def test_what_a_killed_run_left_is_removed_by_the_next(patchcore, images, tmp_pa
     left = []
     for number, place in ((process.pid, ""), (process.pid, "heatmaps/deep"), (os.getppid(), ""), (1, "heatmaps/deep")):
         left.append(tmp_path / place / f"a.unfinished-{platform.node()}-{number}")
-        left[-1].write_text("cut short")
+    left.append(tmp_path / f"b.unfinished-another.machine-{process.pid}")
+    for path in left:
+        path.write_text("cut short")
     (tmp_path / "mine.tmp").write_text("")
-    run(capsys, patchcore, images / "a.png", f"out={tmp_path}")
-    assert [path.exists() for path in left] == [False, False, True, True] and (tmp_path / "mine.tmp").exists()
+    run(
+        capsys, patchcore, images / "a.png", f"out={tmp_path}"
+    )  # it is alone there, so none of them is written any more
+    assert not any(path.exists() for path in left) and (tmp_path / "mine.tmp").exists()
 
 
 def test_out_that_cannot_be_written_is_found_before_the_work(patchcore, images, tmp_path, capsys, monkeypatch):
@@ -103,12 +108,12 @@ def test_out_that_cannot_be_written_is_found_before_the_work(patchcore, images, 
     (tmp_path / "drawn").mkdir()
     (tmp_path / "drawn" / "heatmaps").write_text("mine")
     for out, text in (
-        ("out", "cannot write .*out/predictions.csv: Not a directory"),
-        ("out/deep", "cannot write .*out/deep/predictions.csv: Not a directory"),
+        ("out", "cannot write in .*out: Not a directory"),
+        ("out/deep", "cannot write in .*out/deep: Not a directory"),
         ("table", "cannot write .*table/predictions.csv: Is a directory"),
         ("drawn", "heatmaps is no folder: remove it or choose another out="),
         ("n" * 300, "a name has at most 255 bytes"),
-        ("/proc/results", "cannot write /proc/results/predictions.csv"),
+        ("/proc/results", "cannot write in /proc/results: "),
     ):
         with pytest.raises(UserError, match=text):
             run(capsys, patchcore, images, f"out={tmp_path / out}")
