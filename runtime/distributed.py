@@ -20,7 +20,8 @@ from runtime import errors
 from runtime.errors import UserError
 from runtime.scripts import end_with_sweep
 
-# How long a process waits in a collective for one that still runs, as for rank 0 while it alone draws and measures.
+# How long a process waits in a collective for one that still runs, as for rank 0 while it alone measures and draws: the
+# metrics of 12,000 maps of 1024 x 1024 pixels, with intervals (benchmarks/results/aupro.md).
 PATIENCE = timedelta(minutes=30)
 LOOK, STOPPED = 1.0, 10.0  # seconds between looks at the other processes; and for which one may be stopped
 

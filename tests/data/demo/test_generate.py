@@ -1,5 +1,6 @@
 """The demo set: layout, determinism, exact masks, and manners towards folders that are already there."""
 
+import errno
 import io
 import json
 from pathlib import Path
@@ -164,10 +165,12 @@ def test_refuses_other_folders(root, tmp_path):
 
 def test_a_failed_run_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(path: str, seed: int):
-        raise OSError(f"no space left for {path} of seed {seed}")
+        raise OSError(errno.ENOSPC, f"no space left for {path} of seed {seed}")
 
     monkeypatch.setattr("data.demo.generate.render", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(
+        UserError, match=r"cannot write the demo set .*/set: no space left.*; make room; nothing is left"
+    ):
         generate(tmp_path / "set", scale=SMALL, workers=0)
     assert list(tmp_path.iterdir()) == []
 
