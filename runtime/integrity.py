@@ -202,13 +202,14 @@ def _dtype(value: Tensor) -> str:
 
 KINDS = {  # what a checkpoint may have beside its parts, by kind
     "section": ("config", "calibration"),
-    "count": ("step",),
+    "count": ("step", "warnings", "keep_last"),
     "number": ("seconds", "seconds_fit", "best"),
     "numbers": ("curves", "metrics"),
     "bool": ("fitted",),
     "text": ("version", "part"),
     "texts": ("names", "elsewhere", "tested", "masks"),
     "counts": ("learned",),
+    "window": ("window",),
 }
 
 
@@ -220,6 +221,10 @@ def is_a(kind: str, value) -> bool:
         return is_plain(value)
     if kind == "numbers":
         return isinstance(value, dict) and all(entry is None or is_a("number", entry) for entry in value.values())
+    if kind == "window":  # `runtime.run.Window.state`
+        loss = value.get("loss") if isinstance(value, dict) else None
+        is_row = isinstance(loss, Tensor) and loss.ndim == 1 and len(loss) > 0 and loss.is_floating_point()
+        return is_row and is_a("count", value.get("losses"))
     if kind == "count":
         return type(value) is int and value >= 0
     return isinstance(value, {"text": str, "bool": bool, "number": int | float}[kind])
