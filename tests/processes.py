@@ -83,7 +83,10 @@ def _script(words: list[str], environment: dict, out: str, top: Path) -> None:
             del sys.modules[name]
         sys.path[:] = [str(top), *(path for path in sys.path if path != str(TOP))]
     sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    finally:  # what a process does at its exit, which multiprocessing's do not
+        sys.modules["runtime.files"].unlock()
 
 
 def start_script(words: list[str], out: Path, environment: dict | None = None, top: Path = TOP) -> BaseProcess:

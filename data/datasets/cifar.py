@@ -1,7 +1,7 @@
 """CIFAR-10, CIFAR-100 and the corrupted test images of CIFAR-10-C."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from data.dataset import ArrayDataset, Dataset, download
 from data.datasets.folder import ClassFolder
 from data.geometry import Geometry
 from runtime.errors import UserError
-from runtime.values import PathText, PositiveInt
+from runtime.values import PathText, PositiveInt, Range
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 Corruption = Literal[
@@ -35,6 +35,7 @@ Corruption = Literal[
     "spatter",
     "saturate",
 ]
+Severity = Annotated[int, Range(least=1, most=5)]
 
 
 class CIFAR10(ArrayDataset):
@@ -127,7 +128,7 @@ class CIFAR10C(CIFAR10):
         *,
         root: PathText,
         corruption: Corruption,
-        severity: int | None = None,
+        severity: Severity | None = None,
         clean: PathText | None = None,
     ):
         if split == "train":
@@ -135,8 +136,6 @@ class CIFAR10C(CIFAR10):
                 raise UserError("CIFAR-10-C has test images only: set data.clean to the folder of CIFAR-10")
             super().__init__(split, size, root=clean)
             return
-        if severity is not None and not 1 <= severity <= 5:
-            raise UserError(f"data.severity={severity} must be 1 to 5, or none for all of them")
         file, numbers = Path(root) / f"{corruption}.npy", Path(root) / "labels.npy"
         pixels, labels = (self._read(path) for path in (file, numbers))
         if pixels.dtype != np.uint8 or pixels.shape[1:] != (32, 32, 3) or labels.shape != (len(pixels),):

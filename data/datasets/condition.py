@@ -15,7 +15,7 @@ from data.masks import Masks, masks_of
 from data.splits import stratified_split
 from runtime.errors import UserError
 from runtime.text import first_few
-from runtime.values import PathText, Seed
+from runtime.values import BelowOne, PathText, Seed
 
 NORMAL = GOOD | {"inlier", "inliers"}
 LAYOUT = (
@@ -53,7 +53,7 @@ class Condition(Dataset):
         category: str,
         abnormal: tuple[str, ...] | None = None,
         masks: Masks = "all",
-        test_fraction: float | None = None,
+        test_fraction: BelowOne | None = None,
         split_seed: Seed | None = None,
         on_error: OnError = "fail",
     ):

@@ -13,7 +13,7 @@ from data.image_files import find_images
 from data.images import OnError, in_threads, mask_values
 from data.splits import stratified_split
 from runtime.errors import UserError
-from runtime.values import PathText
+from runtime.values import BelowOne, PathText
 
 
 class KolektorSDD(Dataset):
@@ -39,7 +39,7 @@ class KolektorSDD(Dataset):
         size: int | Geometry,
         *,
         root: PathText,
-        test_fraction: float = 0.2,
+        test_fraction: BelowOne = 0.2,
         on_error: OnError = "fail",
     ):
         layout = "expected <root>/kos<number>/Part<number>.jpg and Part<number>_label.bmp"

@@ -13,7 +13,7 @@ from data.image_files import find_images, is_folder
 from data.images import OnError
 from data.splits import stratified_split
 from runtime.errors import UserError
-from runtime.values import PathText
+from runtime.values import BelowOne, PathText
 
 LAYOUT = "expected <root>/MT_Free/Imgs/*.jpg, and <root>/MT_<defect>/Imgs/*.jpg with a mask .png of the same name"
 
@@ -41,7 +41,7 @@ class MagneticTile(Dataset):
         size: int | Geometry,
         *,
         root: PathText,
-        test_fraction: float = 0.25,
+        test_fraction: BelowOne = 0.25,
         on_error: OnError = "fail",
     ):
         top, found = Path(root), []

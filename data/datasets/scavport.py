@@ -15,7 +15,7 @@ from data.images import OnError
 from data.splits import stratified_split
 from runtime.errors import UserError
 from runtime.text import first_few
-from runtime.values import PathText, Seed
+from runtime.values import BelowOne, PathText, PositiveInt, Seed
 
 FOLDERS = {"train": ("train",), "validation": ("val", "validation"), "test": ("test",)}  # of each split
 LAYOUT = "expected <root>/{train,val,test}/<class>/*.jpg (val may be missing) or <root>/<class>/*.jpg"
@@ -50,9 +50,9 @@ class ScavPortClass(Dataset):
         size: int | Geometry,
         *,
         root: PathText,
-        n_classes: int = 8,
-        test_fraction: float | None = None,
-        validation_fraction: float | None = None,
+        n_classes: PositiveInt = 8,
+        test_fraction: BelowOne | None = None,
+        validation_fraction: BelowOne | None = None,
         split_seed: Seed | None = None,
         on_error: OnError = "fail",
     ):
@@ -103,9 +103,9 @@ class ScavPortOneVsAll(OneAgainstAll):
         *,
         root: PathText,
         normal: str,
-        n_classes: int = 8,
-        test_fraction: float | None = None,
-        validation_fraction: float | None = None,
+        n_classes: PositiveInt = 8,
+        test_fraction: BelowOne | None = None,
+        validation_fraction: BelowOne | None = None,
         split_seed: Seed | None = None,
         on_error: OnError = "fail",
     ):
@@ -151,7 +151,7 @@ class ScavPortAnom(Dataset):
         size: int | Geometry,
         *,
         root: PathText,
-        test_fraction: float | None = None,
+        test_fraction: BelowOne | None = None,
         split_seed: Seed | None = None,
         on_error: OnError = "fail",
     ):

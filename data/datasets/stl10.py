@@ -1,7 +1,7 @@
 """STL-10 from its published binary files."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -11,9 +11,10 @@ from data.dataset import ArrayDataset
 from data.dataset import download as download_by
 from data.geometry import Geometry
 from runtime.errors import UserError
-from runtime.values import PathText
+from runtime.values import PathText, Range
 
 SIDE = 96  # pixels
+Fold = Annotated[int, Range(least=0, most=9)]
 
 
 class STL10(ArrayDataset):
@@ -40,7 +41,7 @@ class STL10(ArrayDataset):
         *,
         root: PathText,
         part: Literal["labelled", "unlabelled", "all"] = "labelled",
-        fold: int | None = None,
+        fold: Fold | None = None,
         download: bool = False,
     ):
         if download:

@@ -15,7 +15,7 @@ from data.masks import Masks
 from data.splits import grouped_split
 from runtime.errors import UserError
 from runtime.text import first_few
-from runtime.values import PathText, Seed
+from runtime.values import BelowOne, PathText, Seed
 
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val"), "validation")
 
@@ -65,7 +65,7 @@ class Table(Dataset):
         group_column: str | None = None,
         normal: str | None = None,
         masks: Masks = "all",
-        test_fraction: float | None = None,
+        test_fraction: BelowOne | None = None,
         split_seed: Seed | None = None,
         on_error: OnError = "fail",
     ):

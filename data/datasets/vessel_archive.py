@@ -14,7 +14,7 @@ from data.images import OnError, image_size, in_threads
 from runtime.distributed import is_main
 from runtime.errors import UserError
 from runtime.text import first_few, say_once
-from runtime.values import PathText
+from runtime.values import PathText, Pixels
 
 
 class VesselArchive(Dataset):
@@ -45,7 +45,7 @@ class VesselArchive(Dataset):
         *,
         root: PathText,
         leave_out: tuple[str, ...] = (),
-        min_side: int = 64,
+        min_side: Pixels = 64,
         duplicates: Literal["keep", "drop"] = "keep",
         on_error: OnError = "skip",
     ):

@@ -137,7 +137,7 @@ def plain(value, folder: str):
     if isinstance(value, torch.Tensor):
         return value.dtype, value.shape, value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     if isinstance(value, dict):
-        kept = {key: v for key, v in value.items() if not re.search(r"second|speed|^time$", str(key))}
+        kept = {key: v for key, v in value.items() if not re.search(r"second|speed|^time$|^checksum$", str(key))}
         if version := kept.get("version"):  # without the commit, which may be made at any time
             kept["version"] = version.split()[1:]
         if results := kept.get("pretraining"):  # of a cell, as text

@@ -95,7 +95,7 @@ def flat(value, key: str = "") -> dict:
     if isinstance(value, dict | list | tuple):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         return {k: v for name, part in pairs for k, v in flat(part, f"{key}.{name}").items()}
-    if re.search(r"seconds|images_per_second|speed/|\.config\.runs", key):
+    if re.search(r"seconds|images_per_second|speed/|checksum|\.config\.runs", key):
         return {}
     if isinstance(value, torch.Tensor):
         value = (value.dtype, value.shape, hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest())
