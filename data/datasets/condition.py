@@ -62,7 +62,7 @@ class Condition(Dataset):
         mask_of: dict[str, str | None] = {}
         if split == "test" and found.has_truth:
             defective = [path for path, defect in zip(found.paths, found.defects) if defect != "good"]
-            mask_of = dict(zip(defective, masks_of(defective, top, masks)))
+            mask_of = dict(zip(defective, masks_of(defective, top / "test", top / "ground_truth", masks)))
         files = [mask_of.get(path) for path in found.paths] if mask_of else None
         super().__init__(split, size, root, found.paths, defects=found.defects, masks=files)
         self.left_out = found.left_out

@@ -11,6 +11,7 @@ from scipy.ndimage import gaussian_filter
 from data import duplicates
 from data.duplicates import Fingerprints, distinct, fingerprint, nearest
 from data.geometry import Geometry
+from data.image_files import find_images
 from runtime.errors import UserError
 
 
@@ -170,3 +171,20 @@ def test_a_broken_file_is_named(tmp_path):
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-3000])
     with pytest.raises(UserError, match=r"cannot read image .*cut\.jpg"):
         fingerprint(tmp_path / "cut.jpg", 8)
+
+
+@pytest.mark.slow
+def test_neu_steel(real_data, tmp_path):
+    """None of 200 planted copies is missed; among the originals one pair is found, which is the same file twice."""
+    paths = find_images(real_data / "neu_steel")
+    base = Fingerprints.of([fingerprint(path, 8) for path in paths])
+    chosen = np.random.default_rng(1).permutation(len(paths))[:200]
+    copies = [COPIES[n % len(COPIES)](Image.open(paths[i]).convert("RGB")) for n, i in enumerate(chosen)]
+    position, _ = nearest(prints_of(tmp_path, copies), base)
+    assert (position >= 0).all()
+    shown = [paths[i].rpartition("/")[2] for i in position.tolist()]
+    twin = {"patches_105.jpg": "patches_101.jpg"}
+    names = [paths[i].rpartition("/")[2] for i in chosen]
+    assert [twin.get(name, name) for name in shown] == [twin.get(name, name) for name in names]
+    found = (nearest(base)[0] >= 0).nonzero()[:, 0].tolist()
+    assert [paths[i].rpartition("/")[2] for i in found] == ["patches_101.jpg", "patches_105.jpg"]

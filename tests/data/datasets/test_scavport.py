@@ -1,5 +1,7 @@
 """The ScavPort sets: both layouts, splits with the same classes, and what is wrong with a half of one."""
 
+import shutil
+
 import pytest
 from PIL import Image
 
@@ -96,6 +98,9 @@ def test_half_of_a_layout_is_named(divided):
         root=root,
     )
     (divided / "val/part_3").rename(divided / "val/part3")
+    write(divided / "test/other")
+    refused(ScavPortClass, [f"split test of {root} has other more"], root=root)
+    shutil.rmtree(divided / "test/other")
     (divided / "validation").symlink_to("test")
     refused(ScavPortClass, ["are both for validation"], root=root)
     (divided / "validation").unlink()
@@ -134,11 +139,11 @@ def test_one_against_the_other_seven(divided, normal):
 
 def test_a_name_wins_over_a_number_and_an_unknown_one_lists_both(divided):
     for split in ("train", "val", "test"):
-        (divided / split / "part7").rename(divided / split / "0")
-    assert "/0/" in ScavPortOneVsAll("train", 4, root=str(divided), normal="0").paths[0]
+        (divided / split / "part7").rename(divided / split / "5")
+    assert "/5/" in ScavPortOneVsAll("train", 4, root=str(divided), normal="5").paths[0]
     assert "/part0/" in ScavPortOneVsAll("train", 4, root=str(divided), normal="1").paths[0]
     for normal in ("all", "8", "-1", "²"):
-        refused(ScavPortOneVsAll, ["0 0, 1 part0", "sweeps"], root=str(divided), normal=normal)
+        refused(ScavPortOneVsAll, ["0 5, 1 part0", "sweeps"], root=str(divided), normal=normal)
 
 
 def test_all_in_turn_see_every_image_as_normal_once(whole):
