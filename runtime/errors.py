@@ -89,7 +89,7 @@ def explain(error: BaseException) -> tuple[str | None, int]:
     if isinstance(error, KeyboardInterrupt):
         return "stopped; if there is a checkpoint, the same command resumes from it", 130
     if lacks_memory(error):
-        why = cut(" ".join(printable(str(error)).split()), 280)
+        why = cut(" ".join(printable(str(error)).split()), 280) if isinstance(error, MemoryError) else ""
         return f"error: {why or 'the memory is full: lower batch_size, data.size or data.workers'}", 2
     if one_value_per_channel(error):
         return "error: batch norm cannot train on one value per channel: raise batch_size or data.size", 2
