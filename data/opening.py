@@ -29,7 +29,7 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's limit has fewer pixels than line camer
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged files, which are named when they cannot be decoded
 REMEDY = "; fix or remove the file (data.on_error=skip leaves such files out of a set)"
 SHARE = 1 / 2  # of the memory: what decoding may take
-SMALL = 2**24  # bytes: what takes less is decoded without a look at the memory
+SMALL = 2**26  # bytes: what takes less is decoded without a look at the memory, which takes up to half a millisecond
 
 # Bytes per pixel that decoding takes at most, conversion to 8 bits and turning upright included; a color has 4.
 GREY, COLOR, TRANSPARENT, DEEP_GREY, DEEP = 6, 16, 20, 12, 36

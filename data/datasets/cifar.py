@@ -11,6 +11,7 @@ from data.dataset import ArrayDataset, Dataset, download
 from data.datasets.folder import ClassFolder
 from data.geometry import Geometry
 from runtime.errors import UserError
+from runtime.files import open_regular
 from runtime.values import PathText, PositiveInt, Range
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -150,6 +151,7 @@ class CIFAR10C(CIFAR10):
     @staticmethod
     def _read(path: Path) -> np.ndarray:
         try:
+            open_regular(path).close()  # np.load would wait for a FIFO
             return np.load(path, mmap_mode="r" if path.name != "labels.npy" else None)
         except (OSError, ValueError) as error:
             expected = "expected <root>/<corruption>.npy and <root>/labels.npy of CIFAR-10-C"

@@ -11,6 +11,7 @@ from data.image_files import find_images
 from data.images import decode_mask, in_threads, mask_values
 from data.masks import Masks
 from runtime.errors import UserError
+from runtime.files import open_regular
 from runtime.text import first_few
 
 
@@ -61,7 +62,8 @@ class MVTecLOCO(MVTec):
 def _kinds_of_defects(path: Path) -> dict[int, tuple[float, bool]]:
     """{value in the masks: (threshold, whether it is a share of the region and not a number of pixels)}"""
     try:
-        kinds = json.loads(path.read_text())
+        with open_regular(path) as file:
+            kinds = json.load(file)
         return {kind["pixel_value"]: (kind["saturation_threshold"], kind["relative_saturation"]) for kind in kinds}
     except (OSError, ValueError, KeyError, TypeError) as error:
         keys = "defect_name, pixel_value, saturation_threshold and relative_saturation"
