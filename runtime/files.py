@@ -167,7 +167,7 @@ def lock(folder: Path, *own: str) -> None:
         _make(folder)
         descriptor = _locked(folder)
     except OSError as error:
-        raise UserError(f"cannot write in {folder}: {error.strerror or error}") from None
+        raise UserError(f"cannot write in {cut(str(folder))}: {reason(error)}") from None
     if descriptor is not None:
         _locks[place] = descriptor, os.getpid()
     alone = descriptor is not None
