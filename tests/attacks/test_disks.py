@@ -5,6 +5,7 @@ import csv
 import functools
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -188,3 +189,14 @@ def test_a_disk_that_is_read_only(name, disk, commands, tmp_path):
     assert disk.run(commands[name], tmp_path / "out") == 2
     (line,) = said(tmp_path / "out")
     assert line.startswith("error: cannot write ") and "Read-only file system; choose another location" in line
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's full device")
+@pytest.mark.parametrize("name", ["out", "out.err"])
+def test_what_is_printed_goes_to_a_full_disk(name, disk, commands, tmp_path):
+    (tmp_path / name).symlink_to("/dev/full")
+    disk.empty()
+    assert disk.run(commands["eval"], tmp_path / "out") == 2
+    if name == "out":
+        assert said(tmp_path / "out") == ["error: cannot use a file: No space left on device; make room"]
+        assert (disk.copy(tmp_path / "files") / "eval" / "eval_knn" / "results.json").exists()
