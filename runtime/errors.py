@@ -7,6 +7,7 @@ import reprlib
 import sys
 import time
 import traceback
+from contextlib import suppress
 from datetime import timedelta
 from typing import NoReturn
 
@@ -74,7 +75,8 @@ def run(main) -> None:
             _leave_together(error, line, status)
         if line is None:
             raise
-        tqdm.write(line, file=sys.stderr)  # above a progress bar, not behind it
+        with suppress(OSError):  # stderr may be a file on a full disk
+            tqdm.write(line, file=sys.stderr)  # above a progress bar, not behind it
         sys.exit(status)
     finally:
         signals.hold()  # what is left is the interpreter's own end
@@ -141,13 +143,14 @@ def _leave_together(error: BaseException, line: str | None, status: int) -> NoRe
         new = store.add(f"scavenge/{line or os.environ.get('RANK')}", 1) == 1
     except Exception:  # another launcher than torchrun, or torchrun is gone: printing it twice is better than never
         new = True
-    if new and line:
-        bar_elsewhere = "\n" if os.environ.get("RANK") != "0" else ""
-        tqdm.write(bar_elsewhere + line, file=sys.stderr)
-    elif line is None:
-        traceback.print_exception(error)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # of these, too, each may be a file on a full disk
+        if new and line:
+            bar_elsewhere = "\n" if os.environ.get("RANK") != "0" else ""
+            tqdm.write(bar_elsewhere + line, file=sys.stderr)
+        elif line is None:
+            traceback.print_exception(error)
+        sys.stderr.flush()
+        sys.stdout.flush()
     os._exit(status)
 
 
