@@ -175,13 +175,13 @@ class Window:
         self.loss = torch.zeros((), device=device)
         self._restart()
         if saved is not None:
-            same = len(saved["loss"]) == distributed.world_size()
-            self.loss.copy_(saved["loss"][distributed.rank()] if same else saved["loss"].mean())
+            each, world = saved["loss"], distributed.world_size()
+            self.loss.fill_(each[distributed.rank()] if len(each) == world else sum(each) / len(each))
             self.losses = saved["losses"]
 
     def state(self) -> dict:
-        """What a checkpoint keeps: the sum (W,) of each process's losses, and their number. Every rank must call it."""
-        return {"loss": distributed.gather_rows(self.loss[None]).cpu(), "losses": self.losses}
+        """What a checkpoint keeps: the sum of each process's losses, and their number. Every rank must call it."""
+        return {"loss": distributed.gather_rows(self.loss[None]).tolist(), "losses": self.losses}
 
     def _restart(self) -> None:
         self.loss.zero_()

@@ -85,7 +85,8 @@ def run(words: list[str], launcher: str, server) -> str | None:
         return f"exit status {status}; run it by itself to see why" if status else None
     receive, send = server.Pipe(duplex=False)
     process = server.Process(target=call_script, args=(words, send))
-    process.start()
+    with signals.blocked():  # also the server, whose end would be taken for the command's
+        process.start()
     send.close()
     with _passing_on(lambda number: os.kill(process.pid, number), process.join):
         try:

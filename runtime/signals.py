@@ -35,7 +35,8 @@ class Stopped(KeyboardInterrupt):
 
 
 def listen() -> None:
-    """From now on a signal raises `Stopped`. One that is ignored, as Ctrl-C under nohup, stays so."""
+    """From now on a signal raises `Stopped`, also one that came while this process was started `blocked`. One that is
+    ignored, as Ctrl-C under nohup, stays so."""
     global _starting
     _starting = False
     for number in NAMES:
@@ -43,6 +44,7 @@ def listen() -> None:
             signal.signal(number, _take)
     signal.signal(signal.SIGALRM, _raise)
     sys.unraisablehook = _raise_later
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, NAMES)
 
 
 def hold() -> None:
@@ -61,7 +63,8 @@ def release() -> None:
 
 @contextmanager
 def blocked() -> Iterator[None]:
-    """Processes that are started inside never see these signals (see `obey_parent`); this one sees them at the end."""
+    """Processes that are started inside see these signals once they `listen` (but see `obey_parent`), this one at the
+    end."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, NAMES)
     try:
         yield

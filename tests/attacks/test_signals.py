@@ -91,11 +91,12 @@ def members(sessions: set) -> list[str]:
 
 
 def flat(value, key: str = "") -> dict:
-    """{dotted key: value}, tensors as hashes of their bytes, without times."""
+    """{dotted key: value}, tensors as hashes of their bytes, without times and where the run is."""
     if isinstance(value, dict | list | tuple):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         return {k: v for name, part in pairs for k, v in flat(part, f"{key}.{name}").items()}
-    if re.search(r"seconds|images_per_second|speed/|checksum|\.config\.runs", key):
+    of_time = r"seconds|images_per_second|speed/|checksum"
+    if re.search(rf"{of_time}|config\.runs|config\.backbone\.weights|config\.yaml$", key):
         return {}
     if isinstance(value, torch.Tensor):
         value = (value.dtype, value.shape, hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest())
@@ -346,7 +347,7 @@ def test_train_anomaly(name, hits, more, about, parts, tmp_path):
 def files_of(folder: Path) -> dict:
     """{name: what it holds}, of JSON without times."""
     found = {}
-    for path in folder.rglob("*.*"):
+    for path in folder.rglob("[!e]*.*"):  # TensorBoard's events apart
         values = json.loads(path.read_text()) if path.suffix == ".json" else path.read_bytes()
         found |= flat(values, str(path.relative_to(folder)))
     return found
@@ -400,14 +401,13 @@ def test_sweep(classes, parts, tmp_path):
     a, b = (["sweep.py", str(tmp_path / "sweep.yaml"), f"runs={tmp_path / x}"] for x in "ab")
     whole = end_of(a, tmp_path / "a", NEVER)
     assert whole.status == [0], whole.stderr
-    top, hit = tmp_path / "b" / "grid", Hit(whole.moments // 3, signal.SIGINT)
-    assert_clean(end_of(b, tmp_path / "b", hit), hit, top)
+    top = tmp_path / "b" / "grid"
     first, second = top / "pretraining" / "simclr", top / "part" / "nsa" / "simclr"
     for folder, step, number, send in (
         (first, 3, signal.SIGTERM, os.kill),
         (first, 12, signal.SIGINT, os.killpg),
         (second, 2, signal.SIGINT, os.kill),
-        (second, 9, signal.SIGTERM, os.killpg),
+        (second, 5, signal.SIGTERM, os.killpg),
     ):
         send_it = partial(when, folder / "metrics.jsonl", step, send, number)
         end = end_of(b, tmp_path / "b", NEVER, meanwhile=send_it)
@@ -424,7 +424,7 @@ def test_sweep(classes, parts, tmp_path):
 @pytest.mark.slow
 def test_torchrun(classes, tmp_path):
     """It forwards what it gets to its processes, and waits 30 s; what it says itself, and its status, are its own."""
-    words = ["train_ssl.py", *without_runs(ssl_words("simclr", classes, tmp_path, *ODD, *WORKERS, "epochs=40"))]
+    words = ["train_ssl.py", *without_runs(ssl_words("simclr", classes, tmp_path, *ODD[:-1], *WORKERS, "epochs=40"))]
     for number in (signal.SIGTERM, signal.SIGINT):
         started = subprocess.Popen(
             command([*words, f"runs={tmp_path}"], processes=2), cwd=TOP, stderr=subprocess.PIPE, text=True
