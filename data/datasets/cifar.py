@@ -93,8 +93,8 @@ class CIFAR10(ArrayDataset):
 
         if per_class is not None and split == "train":
             members = [(self.labels == label).nonzero().flatten() for label in range(len(self.classes))]
-            if per_class > min(map(len, members)):
-                raise UserError(f"data.per_class={per_class} at most {min(map(len, members))}, a class's images")
+            if per_class > (most := min(map(len, members))):
+                raise UserError(f"data.per_class={per_class} must be at most {most}, a class's images")
             kept = torch.cat([positions[:per_class] for positions in members]).sort().values.tolist()
             self.keep(kept, f"beyond data.per_class={per_class}")
 

@@ -131,7 +131,7 @@ def test_a_set_without_defects_tests_no_detector(tmp_path):
     ("schema", "section", "known"),
     [
         (DataConfig, {"name": "folder", "on_error": "ignore"}, "fail, skip"),
-        (DataConfig, {"name": "folder", "cache": "disk"}, "auto, device, ram, none"),
+        (DataConfig, {"name": "folder", "cache": "disk"}, "auto, device, ram, file, none"),
         (DataConfig, {"name": "folder", "resample": "nearest"}, "bilinear, bicubic, lanczos"),
         (DataConfig, {"name": "mvtec", "category": "part", "masks": "few"}, "all, some"),
         (AugmentConfig, {"name": "patches", "color": "gray"}, "drop, project, none"),

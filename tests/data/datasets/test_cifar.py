@@ -106,9 +106,8 @@ def test_the_first_images_of_each_class(published, tmp_path):
     assert two.labels.tolist() == [label for label in range(10) for _ in range(2)]
     assert [int(two[i][0][0, 0, 0]) for i in range(20)] == [0, 1] * 10 and two[7][2] == 7
     assert len(CIFAR10("test", root=str(tmp_path / "jpeg"), per_class=2)) == 30
-    for wrong in (0, 4):
-        with pytest.raises(UserError, match=rf"data\.per_class={wrong} must be 1 to 3"):
-            CIFAR10("train", root=str(tmp_path / "jpeg"), per_class=wrong)
+    with pytest.raises(UserError, match=r"data\.per_class=4 must be at most 3, a class's images"):
+        CIFAR10("train", root=str(tmp_path / "jpeg"), per_class=4)
     root, pixels, labels = published  # 20 rows in an order of their own
     if min(labels[:20].count(label) for label in range(10)) >= 1:
         one = CIFAR10("train", root=str(root), per_class=1)
@@ -189,9 +188,6 @@ def test_corrupted_images(corrupted, published):
 
 def test_corrupted_images_half_present(corrupted):
     root = str(corrupted)
-    for severity in (0, 6):
-        with pytest.raises(UserError, match=rf"data\.severity={severity} must be 1 to 5"):
-            CIFAR10C("test", root=root, corruption="fog", severity=severity)
     with pytest.raises(
         UserError, match=r"cannot read .*snow\.npy: .*expected <root>/<corruption>\.npy and <root>/labels"
     ):

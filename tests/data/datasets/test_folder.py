@@ -88,8 +88,6 @@ def test_a_flat_folder_is_one_class_and_trains_on_all_of_it(tmp_path):
     assert (len(train), len(test)) == (4, 1)
     assert train.left_out == {"kept for testing (data.test_fraction=0.2)": 1}
     assert test.left_out == {"kept for training (data.test_fraction=0.2)": 4}
-    with pytest.raises(UserError, match=r"not 1\.0"):
-        ClassFolder("train", 4, root=str(tmp_path), test_fraction=1.0)
 
 
 def test_a_link_to_the_root_makes_no_second_images(undivided):

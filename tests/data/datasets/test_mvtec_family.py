@@ -141,6 +141,6 @@ def test_what_was_matched_is_said_in_one_line(loco, capsys):
         build_dataset(data, "test")
     build_dataset(data, "validation")
     assert capsys.readouterr().err.splitlines() == [
-        f"data: mvtec_loco test: 7 images (3 good, 2 logical_anomalies, 2 structural_anomalies; 4 masks) in {loco}",
-        f"data: mvtec_loco validation: 4 images (4 good) in {loco}",
+        f"data: test of {loco}: 7 images (3 good, 2 logical_anomalies, 2 structural_anomalies), 4 masks",
+        f"data: validation of {loco}: 4 images (4 good)",
     ]
