@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +33,16 @@ from torch import Tensor
 from data import DataConfig, Geometry, build_geometry
 from data.images import fitted
 from data.normalize import normalize
-from evaluation.anomaly.prediction import LoadedImage, Prediction, ahead, examine, load_image, load_run, predicted
+from evaluation.anomaly.prediction import (
+    LoadedImage,
+    Precision,
+    Prediction,
+    ahead,
+    examine,
+    load_image,
+    load_run,
+    predicted,
+)
 from evaluation.features import stored_sections
 from models.anomaly.detector import Detector
 from models.backbones.build import BackboneConfig, build_backbone
@@ -43,7 +52,6 @@ from runtime.values import coerce
 from runtime.version import another_version
 
 Images = list[str | Path] | np.ndarray | Tensor
-Precision = Literal["fp32", "bf16", "fp16"]
 THREADS = min(16, runtime.threads.cpu_count())  # that decode
 
 

@@ -104,8 +104,8 @@ def faults_of_part(part, given, where: str) -> list[str]:
 
 
 def first_two(faults: list[str]) -> str:
-    """Of many faults the first two, none of them long."""
-    return first_few([cut(fault, 110) for fault in faults], 2, "; ")
+    """Of many faults the first two, each one short line."""
+    return first_few([" ".join(cut(fault, 110).split()) for fault in faults], 2, "; ")
 
 
 def faults(wanted, given, where: str) -> Iterator[str]:
@@ -120,12 +120,13 @@ def faults(wanted, given, where: str) -> Iterator[str]:
         if not isinstance(given, dict):
             yield f"{where} is {form_of(given)}, not a dict"
             return
+        below = f"{where}." if where else ""
         for key, value in wanted.items():
             if key not in given:
-                yield f"{where}.{key} is missing"
+                yield f"{below}{key} is missing"
             else:
-                yield from faults(value, given[key], f"{where}.{key}")
-        yield from (f"{where}.{cut(str(key))} is unknown" for key in given if key not in wanted)
+                yield from faults(value, given[key], f"{below}{key}")
+        yield from (f"{below}{cut(str(key))} is unknown" for key in given if key not in wanted)
     elif isinstance(wanted, list | tuple):
         if not isinstance(given, list | tuple) or len(given) != len(wanted):
             yield f"{where} is {form_of(given)}, not {form_of(wanted)}"

@@ -58,7 +58,7 @@ class Log:
             self.writer = SummaryWriter(self.folder, purge_step=step + 1)
         self.text("config", "```yaml\n" + yaml.safe_dump(self.config, sort_keys=False) + "```")
         if damaged:
-            self.say(f"{self._metrics}: {damaged} damaged lines are left out")
+            self.say(f"{self._metrics}: left out damaged lines: {damaged}")
 
     def _lines_up_to(self, step: int) -> tuple[list[str], int]:
         """The lines of metrics.jsonl up to this step, and the number of those that are damaged, as by a killed process

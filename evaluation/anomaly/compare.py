@@ -29,8 +29,6 @@ from runtime import checkpoint, integrity
 from runtime.errors import UserError
 
 TYPES = Histograms(np.int32, np.int32, np.float32)  # of the stored histograms: 12 bytes a bin, 24 KB per image
-
-
 AGAIN = "remove that run's results.json and give its command again"
 
 
@@ -97,22 +95,24 @@ def wrong_scores(*, paths, labels, scores, metrics, histograms) -> str | None:
     """Which of the values that a file has for `Scores` cannot be, None if all can."""
     if not integrity.is_a("texts", paths):
         return "paths"
-    for name, values, kind in (("labels", labels, torch.bool), ("scores", scores, None)):
-        if not isinstance(values, torch.Tensor) or values.shape != (len(paths),) or not values.isfinite().all():
-            return name
-        if values.dtype != kind and not (kind is None and values.is_floating_point()):
-            return name
+    n, form_of = len(paths), integrity.form_of
+    if form_of(labels) != f"bool[{n}]":
+        return "labels"
+    if form_of(scores) not in (f"float32[{n}]", f"float64[{n}]") or not integrity.is_finite(scores):
+        return "scores"
     if not integrity.is_a("numbers", metrics) or not {*IMAGE_METRICS, *PIXEL_METRICS} <= metrics.keys():
         return "metrics"
-    needed = IMAGE_METRICS if metrics["image_auroc"] is not None else ()
-    if any(metrics[key] is None for key in (*needed, *(() if histograms is None else PIXEL_METRICS))):
+    needed = [*(IMAGE_METRICS if metrics["image_auroc"] is not None else ())]
+    needed += [] if histograms is None else PIXEL_METRICS
+    if any(metrics[key] is None for key in needed):
         return "metrics"
     if histograms is None:
         return None
     tables = histograms if isinstance(histograms, list | tuple) and len(histograms) == len(TYPES) else [None]
-    if not all(isinstance(table, torch.Tensor) and table.ndim == 2 and table.isfinite().all() for table in tables):
-        return "histograms"
-    return None if {table.shape for table in tables} == {(len(paths), tables[0].shape[1])} else "histograms"
+    bins = tables[0].shape[-1] if isinstance(tables[0], torch.Tensor) and tables[0].ndim else 0
+    wanted = [f"{np.dtype(kind)}[{n}, {bins}]" for kind in TYPES]
+    fits = list(map(form_of, tables)) == wanted and all(map(integrity.is_finite, tables))
+    return None if fits else "histograms"
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from data.normalize import normalize
 from models.anomaly.maps import blank
 from runtime.distributed import all_reduce_sum, gather_rows, world_size
-from runtime.errors import UserError, cut
+from runtime.errors import LOST, UserError, cut
 from runtime.integrity import faults_of_part, first_two
 from runtime.values import Range
 from training.rehearsal import batch_norm_needs_more, naming, no_trace
@@ -173,7 +173,7 @@ class Detector(nn.Module):
             raise UserError(f"detector.weights={path}: {type(self).__name__} has nothing to train, remove the key")
         fitted = dict(self.named_buffers(recurse=False))
         state = {name: value for name, value in state.items() if "." in str(name)} | fitted
-        if found := faults_of_part(self, state, "weights"):
+        if found := faults_of_part(self, state, ""):
             raise UserError(
                 f"detector.weights={path} does not fit {type(self).__name__} with this backbone and these options: "
                 f"{first_two(found)}"
@@ -194,13 +194,21 @@ class Detector(nn.Module):
         self.try_out(path, size)
 
     def try_out(self, path: str | Path, size: tuple[int, int]) -> None:
-        """Pass a gray image of `size` (H, W) through a fitted detector, since tensors whose shapes are only known to
-        fit one another may not."""
+        """Pass a gray image of `size` (H, W) through a fitted detector, which tells whether the tensors that it has
+        fitted, of any shape, fit one another.
+
+        Raises:
+            UserError: it cannot be examined, or its score is not finite.
+        """
         device = next(self.backbone.parameters()).device
         try:
             with no_trace(self, device, training=False):
                 scores = self.examine(torch.zeros(1, 3, *size, device=device)).scores
+        except (UserError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # whatever wrong shapes and numbers raise
+            if LOST.search(str(error)):  # another process was lost
+                raise
             why = " ".join(str(error).split())
             raise UserError(f"{path} holds a {type(self).__name__} that examines nothing: {cut(why, 120)}") from None
         if not scores.isfinite().all():

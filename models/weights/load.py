@@ -21,7 +21,7 @@ from models.backbones.vit_moco import ViTMoCo, sine_positions
 from models.weights.names import rename
 from models.weights.options import wrong_options
 from models.weights.sources import open_weights, tensors_of
-from runtime.errors import UserError
+from runtime.errors import UserError, cut
 from runtime.integrity import is_finite
 from runtime.text import first_few
 
@@ -71,7 +71,8 @@ def load_weights(model: nn.Module, path: str | Path, *, part: str = "auto") -> s
     renamed, layout = rename(tensors)
     original = {new: old for old, new in renamed.items()}
     tensors = {renamed[name]: tensor for name, tensor in tensors.items()}
-    kept, ours = checkpoint.get("part"), "config" in checkpoint  # ours say which of their networks counts
+    kept = checkpoint.get("part")  # ours say which of their networks counts
+    ours = "version" in checkpoint and isinstance(checkpoint.get("config"), dict)
     part, choice = _choose(part, tensors, path, kept if isinstance(kept, str) else None)
     prefix = PARTS[part]
     translated = f" with the names of {layout}" if layout else ""
@@ -92,24 +93,23 @@ def load_weights(model: nn.Module, path: str | Path, *, part: str = "auto") -> s
         if name in given and not _fits(given[name], tensor, exactly=ours)
     }
     faults |= {
-        name: f"{name} has values that are NaN or infinite"
-        for name in wanted
-        if name in given and name not in faults and not is_finite(given[name])
-    }
-    faults |= {
         name: f"{name} is missing"
         for name in wanted
         if name not in given and not _is_counter(name) and name not in fresh
     }
     faults |= {name: f"{name} is unknown" for name in given if name not in wanted and not _is_head(name)}
+    if not faults:
+        bad = [name for name in wanted if name in given and (given[name].is_meta or not is_finite(given[name]))]
+        faults = {name: f"{name} has values that are NaN, infinite or not there" for name in bad}
     if faults:
         if all(_is_head(name) for name in faults):
             advice = "build the model without a classifier (num_classes=0)"
         else:
             advice = _identify(inside) or "try another backbone.name, stem, width, channel or part"
+        shortened = [" ".join(cut(fault, 110).split()) for fault in faults.values()]
         raise UserError(
             f"{path}{choice}{translated} does not fit {type(model).__name__}: "
-            f"{first_few(faults.values(), separator='; ')}; {advice}"
+            f"{first_few(shortened, separator='; ')}; {advice}"
         )
     model.load_state_dict({name: given.get(name, tensor) for name, tensor in wanted.items()})
 
@@ -228,7 +228,7 @@ def _options(build: type[nn.Module], given: dict[str, Tensor]) -> Iterator[dict]
 def _fits(given: Tensor, wanted: Tensor, *, exactly: bool) -> bool:
     """Whether shape and type are the model's; other people's floats may be of another precision."""
     same = given.dtype == wanted.dtype if exactly else given.is_floating_point() == wanted.is_floating_point()
-    return same and given.shape == wanted.shape and not given.is_meta
+    return same and given.shape == wanted.shape
 
 
 def _form(tensor: Tensor) -> str:

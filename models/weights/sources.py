@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models.backbones import BACKBONES
 from runtime.checkpoint import read
-from runtime.errors import UserError
+from runtime.errors import UserError, cut
 from runtime.text import first_few
 
 TORCHVISION = {"vit_base": "vit_b_16"}  # its names where they are not ours
@@ -55,7 +55,8 @@ def tensors_of(checkpoint, path: str | Path) -> dict[str, Tensor]:
                 name = re.sub(r"(^|(?<=\.))(module|_orig_mod)\.", "", str(name))
                 tensors[re.sub(r"^((model|state_dict|model_state_dict)\.)+", "", name)] = entry
     if not tensors:
-        keys = f" with the keys {first_few(checkpoint, 5)}" if isinstance(checkpoint, dict) else ""
+        names = [" ".join(cut(str(key), 40).split()) for key in checkpoint] if isinstance(checkpoint, dict) else []
+        keys = f" with the keys {first_few(names, 5)}" if isinstance(checkpoint, dict) else ""
         raise UserError(
             f"{path} holds a {type(checkpoint).__name__}{keys} and no state_dict; "
             'save one with torch.save, plain or under "model", "state_dict" or "model_state_dict"'

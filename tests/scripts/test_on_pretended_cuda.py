@@ -20,8 +20,9 @@ from tests.scripts import test_train_anomaly, test_train_ssl
 from tests.slow import leaving
 
 # Files that read values of the device by design, none of them in every step: run.py, log.py and collapse.py read when a
-# point of the curves is due, sheets.py after the first step, knn.py and features.py when it is evaluated.
-CURVES = {"run.py", "log.py", "collapse.py", "sheets.py"}
+# point of the curves is due, integrity.py when a checkpoint is, sheets.py after the first step, knn.py and features.py
+# when it is evaluated.
+CURVES = {"run.py", "log.py", "collapse.py", "sheets.py", "integrity.py"}
 EVALUATION = {"features.py", "knn.py"}
 # A detector is fitted and measured by whole sets, not by steps: one verdict per set on whether values are finite, the
 # findings of each batch, and what the exact searches branch on (the coreset's pool, the candidates of the kNN).
