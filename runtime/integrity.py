@@ -223,7 +223,7 @@ def is_a(kind: str, value) -> bool:
         return isinstance(value, dict) and all(entry is None or is_a("number", entry) for entry in value.values())
     if kind == "window":  # `runtime.run.Window.state`
         loss = value.get("loss") if isinstance(value, dict) else None
-        is_row = isinstance(loss, Tensor) and loss.ndim == 1 and len(loss) > 0 and loss.is_floating_point()
+        is_row = isinstance(loss, list) and len(loss) > 0 and all(is_a("number", entry) for entry in loss)
         return is_row and is_a("count", value.get("losses"))
     if kind == "count":
         return type(value) is int and value >= 0

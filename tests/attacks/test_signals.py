@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -252,6 +253,24 @@ import scavenge, train_ssl
 assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 """
     assert small(script, tmp_path).status == [0]
+
+
+STARTING = """
+import runtime.threads
+import os, signal
+os.kill(os.getpid(), signal.SIGINT)
+import json  # as torch
+def main(argv): pass
+errors.run(main)
+"""
+
+
+def test_ctrl_c_while_a_script_imports_torch(tmp_path):
+    (tmp_path / "script.py").write_text(STARTING)
+    environment = os.environ | {"PYTHONPATH": str(TOP)}
+    started = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(started, capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "stopped at once by Ctrl-C\n")
 
 
 SWEEP = """
