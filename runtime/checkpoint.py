@@ -1,6 +1,7 @@
 """Run folders and checkpoints: written atomically, read without running code, resumed when configs agree."""
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -128,9 +129,9 @@ def _unpickled(path: str | Path, advice: str, instead: str):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # official DINO's `args`: attributes, no code
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # for a damaged file torch.load raises any of eight types, KeyError among them
+    except Exception as error:  # for a damaged file torch.load raises any of nine types, KeyError among them
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is a position before the file's begin
+            raise
         if forbidden := re.search(r"GLOBAL (\S+)", str(error)):
             what = f"{path} holds a Python object ({cut(forbidden[1])}), and reading it could run code: refused"
             raise UserError(f"{what}; {instead}") from None
@@ -149,7 +150,8 @@ def load(path: str | Path, advice: str = "") -> dict:
     """One of our checkpoints, as `save` wrote it; what `integrity.KINDS` names, config included, is of that kind."""
     state, path = read(path, advice), file_of(path)
     if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
-        raise UserError(f"{path} is not a checkpoint of train_ssl.py or train_anomaly.py")
+        ending = f"; {advice}" if advice else ""
+        raise UserError(f"{path} is not a checkpoint of train_ssl.py or train_anomaly.py{ending}")
     kinds = {key: kind for kind, keys in integrity.KINDS.items() for key in keys if key in state}
     if wrong := [key for key, kind in kinds.items() if not integrity.is_a(kind, state[key])]:
         what = f"{path} was edited: its {first_few(wrong)} cannot be what was saved"

@@ -228,7 +228,9 @@ def is_a(kind: str, value) -> bool:
         return some and is_a("count", value.get("losses"))
     if kind == "count":
         return type(value) is int and value >= 0
-    return isinstance(value, {"text": str, "bool": bool, "number": int | float}[kind])
+    if kind == "number" and isinstance(value, int):
+        return abs(value) < 2**64
+    return isinstance(value, {"text": str, "bool": bool, "number": float}[kind])
 
 
 def is_plain(section) -> bool:
