@@ -286,9 +286,6 @@ def test_split_is_a_function_of_the_seed():
 def test_holdout_is_stratified_by_label():
     train, held_out = holdout(Numbers(30), 0.1, seed=4)
     assert (held_out % 3).bincount().tolist() == [1, 1, 1] and len(train) == 27
-    for fraction in (-0.1, 1.0):
-        with pytest.raises(UserError, match=f"not {fraction}"):
-            holdout(Numbers(30), fraction, seed=0)
     nothing = stratified_split(torch.empty(0, dtype=torch.int64), 0.5, seed=0)
     assert [len(x) for x in nothing] == [0, 0]
 

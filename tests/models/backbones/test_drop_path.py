@@ -6,7 +6,6 @@ import torch
 from models.backbones import BACKBONES
 from models.backbones.drop_path import DropPath, drop_rates
 from models.ssl.dino import DINO
-from runtime.errors import UserError
 
 
 def test_an_image_is_dropped_whole_or_scaled():
@@ -32,9 +31,6 @@ def test_rates_rise_in_equal_steps():
     assert drop_rates(0.1, 12) == pytest.approx(torch.linspace(0, 0.1, 12).tolist())  # official DINO
     assert drop_rates(0.5, 1) == [0.0]
     assert drop_rates(0.0, 3) == [0.0, 0.0, 0.0]
-    for wrong in (-0.1, 1.0, float("nan")):
-        with pytest.raises(UserError, match=r"backbone\.drop_path"):
-            drop_rates(wrong, 3)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "cbam_resnet18", "unet_resnet18", "convnext_atto", "vit_tiny"])

@@ -5,7 +5,6 @@ import torch
 import torchvision
 
 from models.backbones.mobilenet_v3 import MobileNetV3Large, MobileNetV3Small
-from runtime.errors import UserError
 
 BUILDERS = {
     "large": (MobileNetV3Large, torchvision.models.mobilenet_v3_large, (3, 6, 12, 15)),
@@ -64,5 +63,3 @@ def test_tensorflow_padding_changes_no_size():
 
 def test_options():
     assert {m.eps for m in MobileNetV3Small(bn_eps=1e-5).modules() if isinstance(m, torch.nn.BatchNorm2d)} == {1e-5}
-    with pytest.raises(UserError, match=r"backbone\.width"):
-        MobileNetV3Small(width=0.0)
