@@ -24,7 +24,7 @@ def test_loco(tmp_path, capsys):
     out, err = capsys.readouterr()
     results = json.loads(out.splitlines()[-1])
     assert results["n_train"] == 6 and results["n_normals"] == 4  # all of `train`; thresholds of `validation`
-    assert f"data: mvtec_loco validation: 4 images (4 good) in {tmp_path}" in err
+    assert f"data: validation of {tmp_path}: 4 images (4 good)" in err
     kinds = results["per_defect"]
     assert list(kinds) == ["logical_anomalies", "structural_anomalies"]
     for key in ("spro_005", "spro_001", "spro_100"):
