@@ -61,9 +61,9 @@ def damage(path: str | Path, *, contents: bool) -> str | None:
     Args:
         contents: compare every byte with the checksums of the zip file. Without, only what its directory claims.
     """
-    if not zipfile.is_zipfile(path):
-        return None
     try:
+        if not zipfile.is_zipfile(path):
+            return None
         with zipfile.ZipFile(path) as archive:
             entries, size = archive.infolist(), os.path.getsize(path)
             if sum(entry.file_size for entry in entries) > size:  # torch.save does not compress

@@ -104,7 +104,8 @@ def wrong_scores(*, paths, labels, scores, metrics, histograms) -> str | None:
         return "metrics"
     needed = [*(IMAGE_METRICS if metrics["image_auroc"] is not None else ())]
     needed += [] if histograms is None else PIXEL_METRICS
-    if any(metrics[key] is None for key in needed):
+    known = [value for value in metrics.values() if value is not None]
+    if any(metrics[key] is None for key in needed) or not np.isfinite(known).all():
         return "metrics"
     if histograms is None:
         return None

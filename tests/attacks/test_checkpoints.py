@@ -275,13 +275,15 @@ def judged(line: str, name: str, place) -> str:
 
 def valid(edit: Edit, *, foreign: bool) -> bool:
     """Whether a run could have saved what the file holds: its checksum is right, or it has none as old checkpoints, and
-    the config lacks a key that has a default, a parameter had no gradient yet, or the curves were others. A file of
-    other people's has no checksum but those of the zip format, and these are right where records were written anew."""
-    if edit.kind in ("record changed", "records swapped"):
-        return foreign
-    optional = edit.place.startswith(("config.", "optimizer.state.", "calibration.scores", "part", "seconds"))
-    figures = edit.place.startswith(("curves.", "metrics.")) and edit.kind in ("deleted", "renamed", "added")
-    return edit.signature in (SIGNED, UNSIGNED) and ((edit.kind == "deleted" and optional) or figures)
+    the config lacks a key that has a default, a parameter had no gradient yet, an image or the curves were others.
+    Other people's files have no checksum but those of the zip format, which are right where records were written anew,
+    and their weights may be of any precision."""
+    if foreign:
+        return edit.kind in ("record changed", "records swapped", "dtype")
+    optional = ("config.", "optimizer.state.", "calibration.scores", "part", "seconds", "names.")
+    deleted = edit.kind == "deleted" and edit.place.startswith(optional)
+    renamed = edit.kind in ("deleted", "renamed", "added") and edit.place.startswith(("curves.", "metrics."))
+    return edit.signature in (SIGNED, UNSIGNED) and (deleted or renamed)
 
 
 def attack(world: World, count: int, seed: int, capsys, most: int = 9) -> Counter:
