@@ -250,7 +250,7 @@ def outcome(place, world: World, name: str, contents: bytes, expected, capsys) -
         (folder / "last.pt").write_bytes(contents)
         capsys.readouterr()
         try:
-            with within(20):
+            with within(60):
                 found = place(world, name, folder)
         except UserError as error:
             return judged(str(error).replace(str(folder), "F"), name, place), None
