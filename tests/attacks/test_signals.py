@@ -270,7 +270,8 @@ def test_ctrl_c_while_a_script_imports_torch(tmp_path):
     (tmp_path / "script.py").write_text(STARTING)
     environment = os.environ | {"PYTHONPATH": str(TOP)}
     started = [sys.executable, str(tmp_path / "script.py")]
-    done = subprocess.run(started, capture_output=True, text=True, env=environment, timeout=300)
+    how = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # of a background job it is ignored
+    done = subprocess.run(started, capture_output=True, text=True, env=environment, timeout=300, **how)
     assert (done.returncode, done.stderr) == (130, "stopped at once by Ctrl-C\n")
 
 
