@@ -179,7 +179,7 @@ class Log:
         print(line, flush=True)
 
     def repeat_results(self) -> bool:
-        """Whether this run had its results written already; prints them again. A damaged file is said and counts as
+        """Whether this run had its results written already; prints them again. A damaged file is reported, counts as
         none, so that the run writes it anew."""
         path = self.folder / "results.json"
         results = checkpoint.read_object(path) or {}

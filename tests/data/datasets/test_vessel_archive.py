@@ -1,4 +1,4 @@
-"""An archive of all kinds of images: what is left out of it, why, and that it is said."""
+"""An archive of all kinds of images: what is left out of it, why, and that it is reported."""
 
 import pytest
 from PIL import Image
