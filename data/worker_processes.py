@@ -23,6 +23,13 @@ START = "fork" if sys.platform == "linux" else None
 def obey(_: int) -> None:
     """DataLoader's worker_init_fn."""
     signals.obey_parent()
+    before = sys.excepthook
+
+    def say(kind, error, where) -> None:
+        if not isinstance(error, ConnectionError | EOFError):  # the parent was killed while it fetched a batch
+            before(kind, error, where)
+
+    sys.excepthook = say
 
 
 def watched(loader: DataLoader) -> Iterator:
@@ -38,7 +45,8 @@ def watched(loader: DataLoader) -> Iterator:
         batches = iter(loader)
         processes = [child for child in active_children() if child not in others]
         watch = Watch([process.pid for process in processes])
-        watch.start()
+        if processes:  # without memory for it, Python waits for ever for a thread's start
+            watch.start()
     try:
         for batch in batches:
             if watch.stopped:
@@ -72,7 +80,7 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         before = set()
-        while self.processes and not self.done.wait(WATCH):
+        while not self.done.wait(WATCH):
             now = {process for process in self.processes if state(process) == "T"}
             for process in now & before:  # twice: after Ctrl-Z, this process may go on a moment before the others
                 self.stopped.append(process)

@@ -4,6 +4,7 @@ a minute, with one line for the cause, and leave nothing running."""
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from runtime import config
 from tests.attacks.small_disk import SmallDisk
@@ -217,12 +219,22 @@ def test_one_rank_sees_a_broken_image(name, images, tmp_path):
 
 @pytest.mark.slow
 def test_one_rank_gets_no_more_memory(images, tmp_path):
+    """What it has may suffice for hours, so that its images grow as well."""
+    every = {image: image.read_bytes() for image in images["train_anomaly"].rglob("train/*/*.png")}
+    Image.new("RGB", (3000, 3000)).save(tmp_path / "large.png")
+
     def limit(ranks: list[int]) -> None:
-        used = int(Path(f"/proc/{ranks[1]}/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.prlimit(ranks[1], resource.RLIMIT_AS, (used, used))
+        resource.prlimit(ranks[1], resource.RLIMIT_AS, (1, 1))
+        for number, image in enumerate(every):
+            shutil.copy(tmp_path / "large.png", tmp_path / f"{number}.png")
+            os.replace(tmp_path / f"{number}.png", image)
 
     words = command_of("train_anomaly", images, tmp_path)
-    statuses = attack(words, in_training(tmp_path / "run"), limit, tmp_path / "out")
+    try:
+        statuses = attack(words, in_training(tmp_path / "run"), limit, tmp_path / "out")
+    finally:
+        for image, whole in every.items():
+            image.write_bytes(whole)
     (line,) = said(tmp_path / "out")
     assert statuses == [2, 2] and line.startswith("error: ") and "memory" in line
 

@@ -3,7 +3,11 @@
 import multiprocessing
 import os
 import signal
+import socket
+import sys
+import threading
 import time
+from multiprocessing import reduction
 
 import pytest
 import torch
@@ -98,3 +102,30 @@ def test_workers_outlive_the_signals_of_a_group_and_end_with_their_parent():
 def _terminate(processes: list[int]) -> None:
     for process in processes:
         os.kill(process, signal.SIGTERM)
+
+
+def lose_a_parent(obeys: bool) -> None:
+    """As in a worker whose parent is killed while it asks for a batch's file: the connection ends in the middle."""
+    if obeys:
+        worker_processes.obey(0)
+    (read, write), hook = os.pipe(), sys.excepthook
+    seen, taken = threading.Event(), reduction.DupFd(read)
+
+    def watched(*about) -> None:
+        hook(*about)
+        seen.set()
+
+    sys.excepthook = watched
+    with socket.socket(socket.AF_UNIX) as parent:
+        parent.connect(taken._id[0])
+    assert seen.wait(30)
+    os.close(write)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how a worker hands over a batch there")
+def test_a_worker_whose_parent_is_killed_says_nothing(capfd):
+    for obeys in (False, True):
+        process = multiprocessing.get_context("fork").Process(target=lose_a_parent, args=(obeys,))
+        process.start()
+        process.join(60)
+        assert process.exitcode == 0 and ("Traceback" in capfd.readouterr().err) != obeys
