@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing import active_children
 from multiprocessing.connection import wait
-from pathlib import Path
 
 from torch.utils.data import DataLoader
 
@@ -81,16 +80,9 @@ class Watch(threading.Thread):
     def run(self) -> None:
         before = set()
         while not self.done.wait(WATCH):
-            now = {process for process in self.processes if state(process) == "T"}
+            now = {process for process in self.processes if signals.state_of(process) == "T"}
             for process in now & before:  # twice: after Ctrl-Z, this process may go on a moment before the others
                 self.stopped.append(process)
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGCONT)
             before = now
-
-
-def state(process: int | None) -> str:
-    """The system's letter for what a process does: R, S, D, T (stopped); empty where it cannot be asked."""
-    with suppress(OSError):
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    return ""

@@ -20,6 +20,7 @@ from losses.dino import DINOLoss
 from models.backbones.resnet import ResNet18
 from models.heads import DINOHead
 from models.ssl.method import Encoder, frozen_copy, multi_crop
+from runtime.files import whole_file
 from training.ema import ema_update
 from training.schedule import warmup_cosine
 
@@ -87,7 +88,8 @@ def train(
             criterion.update()  # the center
             losses.append(loss.item())
         print(f"epoch {epoch + 1} of {epochs}: loss {losses[-1]:.4f}")
-    torch.save(teacher.backbone.state_dict(), out)
+    with whole_file(out, "wb") as file:
+        torch.save(teacher.backbone.state_dict(), file)
     return losses
 
 

@@ -20,6 +20,7 @@ from data.loading import Loader
 from losses.nt_xent import nt_xent
 from models.backbones.resnet import ResNet18
 from models.heads import mlp
+from runtime.files import whole_file
 from training.schedule import warmup_cosine
 
 
@@ -75,7 +76,8 @@ def train(
             optimizer.step()
             losses.append(loss.item())
         print(f"epoch {epoch + 1} of {epochs}: loss {losses[-1]:.4f}")
-    torch.save(backbone.state_dict(), out)
+    with whole_file(out, "wb") as file:
+        torch.save(backbone.state_dict(), file)
     return losses
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import yaml
 from runtime import distributed, integrity
 from runtime.config import completed, flatten
 from runtime.errors import UserError, cut, reason
-from runtime.files import LOCK, REMOVING, empty, lock, unlock, whole_file
+from runtime.files import LOCK, REMOVING, empty, lock, open_regular, unlock, whole_file
 from runtime.text import first_few
 from runtime.version import another_version, code_version, goes_on_from
 
@@ -107,9 +106,9 @@ def read(path: str | Path, advice: str = ""):
             raise UserError(f"{path.parent} is a folder without {LAST}: name a file, or a run's folder that has one")
     instead, advice = advice or "save the state_dict alone with torch.save", advice or advice_on(path)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a FIFO is to wait for its writer
-            raise UserError(f"{path} is not a regular file")
-        size, wrong = os.path.getsize(path), integrity.damage(path, contents=False)
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+        wrong = integrity.damage(path, contents=False)
         state = None if wrong else _unpickled(path, advice, instead)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
@@ -179,9 +178,8 @@ def read_object(path: str | Path) -> dict | None:
         return value
 
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return None
-        found = json.loads(Path(path).read_bytes().decode(), parse_constant=number, parse_float=number)
+        with open_regular(path) as file:
+            found = json.loads(file.read().decode(), parse_constant=number, parse_float=number)
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

@@ -7,7 +7,6 @@ import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from runtime import errors
+from runtime import errors, signals
 from runtime.errors import UserError
-from runtime.scripts import end_with_sweep
+from runtime.scripts import end_with_sweep, machine
 
 # How long a process waits in a collective for one that still runs, as for rank 0 while it alone measures and draws: the
 # metrics of 12,000 maps of 1024 x 1024 pixels, with intervals (benchmarks/results/aupro.md).
@@ -62,11 +61,9 @@ def setup(device: str = "auto") -> torch.device:
 
 def _neighbors() -> dict[int, int]:
     """{rank: process} of the others on this machine; every process must call it. Empty without Linux's /proc."""
-    space, everyone = "", [("", 0)] * world_size()
-    if os.path.exists("/proc/self/ns/pid"):  # what process numbers mean: which boot of which machine, which container
-        space = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
-    dist.all_gather_object(everyone, (space, os.getpid()))
-    return {r: process for r, (where, process) in enumerate(everyone) if where == space != "" and r != rank()}
+    here, everyone = machine(), [("", 0)] * world_size()
+    dist.all_gather_object(everyone, (here, os.getpid()))
+    return {r: process for r, (where, process) in enumerate(everyone) if where == here != "" and r != rank()}
 
 
 def _watch(neighbors: dict[int, int], parent: int) -> None:
@@ -81,21 +78,14 @@ def _watch(neighbors: dict[int, int], parent: int) -> None:
         if os.getppid() != parent and "TORCHELASTIC_RUN_ID" in os.environ:
             if os.environ["LOCAL_RANK"] == "0":
                 tqdm.write("error: torchrun was killed; the same command resumes from the last checkpoint", sys.stderr)
-            os._exit(2)
+            signals.exit_at_once(2)
         for number, process in neighbors.items():
-            looks[number] = looks[number] + 1 if _is_stopped(process) else 0
+            looks[number] = looks[number] + 1 if signals.state_of(process) == "T" else 0
             if looks[number] * LOOK >= STOPPED:
                 what = (
                     f"rank {number} (process {process}) was stopped by a signal, and the others cannot go on without it"
                 )
                 errors.leave(UserError(f"{what}; the same command resumes from the last checkpoint"))
-
-
-def _is_stopped(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-    except OSError:  # it has ended
-        return False
 
 
 def cleanup() -> None:

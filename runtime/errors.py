@@ -132,13 +132,13 @@ def _leave_together(error: BaseException, line: str | None, status: int) -> NoRe
             while not store.add("scavenge/causes", 0) and time.monotonic() < deadline:
                 time.sleep(0.05)
             if store.add("scavenge/causes", 0):
-                os._exit(2)
+                signals.exit_at_once(2)
             line, status = (
                 "error: another process of this run died without an error message; did it run out of memory?",
                 2,
             )
         if isinstance(error, signals.Stopped) and store.add("scavenge/causes", 0):
-            os._exit(status)  # by torchrun's SIGTERM, when another process has reported why
+            signals.exit_at_once(status)  # by torchrun's SIGTERM, when another process has reported why
         store.add("scavenge/causes", 1)
         new = store.add(f"scavenge/{line or os.environ.get('RANK')}", 1) == 1
     except Exception:  # another launcher than torchrun, or torchrun is gone: printing it twice is better than never
@@ -151,7 +151,7 @@ def _leave_together(error: BaseException, line: str | None, status: int) -> NoRe
             traceback.print_exception(error)
         sys.stderr.flush()
         sys.stdout.flush()
-    os._exit(status)
+    signals.exit_at_once(status)
 
 
 def _torchrun_store():

@@ -26,6 +26,7 @@ from runtime.text import printable, say_once
 LOCK = ".lock"  # in a folder in which a process writes; its text says which one
 REMOVING = ".removing"  # in a folder whose other files are being removed
 PATIENCE = 3.0  # seconds for a process that is about to end, as the cell of a killed sweep
+_unfinished: set[Path] = set()  # temporary files that this process is writing
 _locks: dict[str, tuple[int, int]] = {}  # real path of a folder: descriptor of its lock, and the process that holds it
 
 NOT_FILES = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
@@ -81,7 +82,7 @@ def whole_file(path: str | Path, mode: str = "w", *, durable: bool = False) -> I
             if stat.S_ISDIR(path.stat().st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         temporary = temporary_name(path)
-        signals.UNFINISHED.add(temporary)
+        _unfinished.add(temporary)
         with open(temporary, mode, **text) as file:
             yield file
             if durable:
@@ -99,7 +100,7 @@ def whole_file(path: str | Path, mode: str = "w", *, durable: bool = False) -> I
             raise kind(f"{what}; nothing under that name was changed") from None
         raise
     finally:
-        signals.UNFINISHED.discard(temporary)
+        _unfinished.discard(temporary)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -187,7 +188,15 @@ def unlock(folder: Path | None = None) -> None:
             os.close(descriptor)
 
 
+def _before_exit() -> None:
+    for path in list(_unfinished):
+        with suppress(OSError):
+            path.unlink()
+    unlock()
+
+
 atexit.register(unlock)
+signals.BEFORE_EXIT.append(_before_exit)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import threading
 from collections.abc import Mapping
@@ -153,16 +154,20 @@ class Log:
                 self._add(key, summary.text(printable(key), printable(text)), step)
 
     def flush(self) -> None:
-        """Bring what was written onto the disk: TensorBoard's thread does that every two minutes only."""
+        """Bring what was written onto the disk: the lines of metrics.jsonl for good, since after a power cut the
+        checkpoint that follows does not make them again; TensorBoard's events as far as the system's cache."""
         if self.writer:
             with self._writing():
                 self.writer.flush()
+                with open(self._metrics, "rb") as file:
+                    os.fsync(file.fileno())
 
     def results(self, results: dict) -> None:
         """Write results.json and TensorBoard's hparams; print the JSON as the script's last line on stdout. Other
         processes may then write in the folder."""
         if not self.writer:
             return
+        self.flush()
         values = {f"{'1_final' if k in HEADLINES else 'final'}/{k}": v for k, v in results.items() if _is_number(v)}
         values |= {key: v if _is_number(v) else printable(str(v)) for key, v in self.hparams.items()}
         with self._writing():

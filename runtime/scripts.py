@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 
 from runtime import config, signals
-from runtime.errors import UserError, explain
+from runtime.errors import UserError, cut, explain
 from runtime.files import unlock
 from runtime.version import TOP, code_version
 
@@ -74,12 +74,13 @@ def run(words: list[str], launcher: str, server) -> str | None:
     """
     words = [str(path_of(words[0])), *words[1:]]
     if launcher:
-        command, quiet = [*shlex.split(launcher), *words], subprocess.DEVNULL
-        environment = os.environ | {SWEEP: f"{os.getpid()} {_where()}"}
+        environment = os.environ | {SWEEP: f"{os.getpid()} {machine()}"}
         try:  # in a session of its own, or Ctrl-C would reach it twice, which torchrun cannot take
-            started = subprocess.Popen(command, stdout=quiet, start_new_session=True, env=environment)
-        except OSError as error:
-            raise UserError(f"launcher={launcher} cannot be started: {error.strerror}") from None
+            command = [*shlex.split(launcher), *words]
+            started = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True, env=environment)
+        except (OSError, ValueError) as error:  # of shlex: a quotation mark that nothing closes
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"launcher={cut(launcher)} cannot be started: {why}") from None
         with _passing_on(started.send_signal, started.wait):
             status = started.wait()
         return f"exit status {status}; run it by itself to see why" if status else None
@@ -136,11 +137,11 @@ def call_script(words: list[str], send) -> None:
 def end_with_sweep() -> None:
     """`end_with` the sweep whose launcher started this process, if that is on the same machine."""
     process, _, where = os.environ.get(SWEEP, "").partition(" ")
-    if where and where == _where():
+    if where and where == machine():
         end_with(int(process))
 
 
-def _where() -> str:
+def machine() -> str:
     """Where a process's number means something: this start of this machine and, inside it, of its container."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")

@@ -11,13 +11,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+LOOK = 5.0  # seconds between two looks at whether the parent still runs
 SAME = 2.0  # seconds in which a further signal is the same one: the terminal, torchrun and a sweep may each send theirs
-UNFINISHED: set[Path] = set()  # files that a second signal removes, since nothing else runs any more
+BEFORE_EXIT: list[Callable[[], object]] = []  # what `exit_at_once` calls: it skips Python's atexit
 
 received = 0  # number of the first signal
 _last = 0.0  # when the last one came
@@ -73,7 +75,8 @@ def blocked() -> Iterator[None]:
 
 
 def obey_parent() -> None:
-    """In a process of `multiprocessing`: Ctrl-C does nothing, and SIGTERM ends it if its parent sent it.
+    """In a process of `multiprocessing`: Ctrl-C does nothing, SIGTERM ends it if its parent sent it, and so does the
+    end of its parent, which may be killed.
 
     Both go to all processes of a group, from a terminal, torchrun, `timeout` or a batch system; a process that decodes
     images has to go on until its parent's step is done.
@@ -82,15 +85,35 @@ def obey_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
 
+    above = os.getppid()
+
     def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
-            pass
+        while os.getppid() == above:
+            sent = signal.sigtimedwait({signal.SIGTERM}, LOOK)
+            if sent and sent.si_pid == parent.pid:
+                break
         os._exit(0)
 
-    if hasattr(signal, "sigwaitinfo"):
+    if hasattr(signal, "sigtimedwait"):
         threading.Thread(target=wait, daemon=True).start()
     else:  # macOS
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def exit_at_once(status: int) -> NoReturn:
+    """End this process from any of its threads, whatever the others do; no lock or unfinished file stays behind."""
+    for call in BEFORE_EXIT:
+        call()
+    os._exit(status)
+
+
+def state_of(process: int | None) -> str:
+    """The system's letter for what a process does: R, S, D, T (stopped), Z (has ended); empty where it cannot be asked,
+    or there is none."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
 
 
 def _take(number: int, _frame) -> None:
@@ -106,15 +129,12 @@ def _take(number: int, _frame) -> None:
         raise Stopped(number)
 
 
-def _end_at_once(number: int) -> None:
-    for path in list(UNFINISHED):
-        with suppress(OSError):
-            path.unlink()
+def _end_at_once(number: int) -> NoReturn:
     for child in multiprocessing.active_children():
         child.kill()
     again = " for the second time" if received and not _starting else ""
     os.write(2, f"stopped at once by {NAMES[signal.Signals(number)]}{again}\n".encode())
-    os._exit(128 + number)
+    exit_at_once(128 + number)
 
 
 def _raise(_number: int, _frame) -> None:

@@ -5,12 +5,12 @@ without a value is None.
 """
 
 import os
-import stat
 from pathlib import Path
 
 import yaml
 
 from runtime.errors import UserError, cut, shown
+from runtime.files import open_regular
 
 MAX_BYTES = 2**18  # of a file
 MAX_NODES, MAX_DEPTH = 10_000, 20  # keys and values, with all aliases expanded; sections in sections
@@ -45,11 +45,7 @@ def read_yaml(path: str | Path) -> dict:
 
 
 def _text(path: str | Path) -> str:
-    """What a file holds that is one: a FIFO would be waited for, and a device has no end."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        kind = "a folder" if os.path.isdir(path) else "no regular file"
-        raise UserError(f"cannot read config file {cut(str(path))}: it is {kind}")
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         found = file.read(MAX_BYTES + 1)
     if len(found) > MAX_BYTES:
         raise UserError(f"cannot read config file {cut(str(path))}: it has more than {MAX_BYTES} bytes")

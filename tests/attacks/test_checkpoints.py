@@ -9,10 +9,8 @@ import json
 import os
 import random
 import shutil
-import signal
 import tempfile
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +31,7 @@ from runtime import checkpoint, config, integrity
 from runtime.errors import UserError
 from runtime.run import Run
 from tests.attacks.edits import SIGNED, UNSIGNED, Edit, made, packed, signed
+from tests.attacks.test_images import at_most
 from tests.images import write_classes, write_mvtec
 from tests.networks import FourStages
 
@@ -224,20 +223,6 @@ PLACES = {
 # -------------------------------------------------------------------- the attack
 
 
-@contextmanager
-def within(seconds: int):
-    def late(*_):
-        raise TimeoutError(f"{seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def outcome(place, world: World, name: str, contents: bytes, expected, capsys) -> tuple[str, Any]:
     """What became of a checkpoint: `refused`, `same`, `said`, or what is wrong; and what the place gave."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place_of_it:
@@ -250,7 +235,7 @@ def outcome(place, world: World, name: str, contents: bytes, expected, capsys) -
         (folder / "last.pt").write_bytes(contents)
         capsys.readouterr()
         try:
-            with within(60):
+            with at_most(60):
                 found = place(world, name, folder)
         except UserError as error:
             return judged(str(error).replace(str(folder), "F"), name, place), None

@@ -104,11 +104,11 @@ def stored(side=4000):
 
 
 def test_threads_decode_only_what_fits_together(monkeypatch):
-    """Sixteen images, of which three fit into half of what is free: at most three at once, and all are decoded."""
+    """Fifteen images, of which three fit into half of what is free: always three at once, and all are decoded."""
     needed = opening.bytes_to_decode(stored())
     monkeypatch.setattr(opening, "free_memory", lambda _: 7 * needed)
     monkeypatch.setattr(opening, "total_memory", lambda: 100 * needed)
-    lock, inside, most, done = threading.Lock(), 0, 0, 0
+    lock, three, inside, most, done = threading.Lock(), threading.Barrier(3), 0, 0, 0
 
     def decodes():
         nonlocal inside, most, done
@@ -116,17 +116,17 @@ def test_threads_decode_only_what_fits_together(monkeypatch):
             with lock:
                 inside += 1
                 most = max(most, inside)
-            threading.Event().wait(0.02)
+            three.wait(60)
             with lock:
                 inside -= 1
                 done += 1
 
-    threads = [threading.Thread(target=decodes) for _ in range(16)]
+    threads = [threading.Thread(target=decodes) for _ in range(15)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert (most, done) == (3, 16) and opening._KEPT.bytes == 0
+    assert (most, done) == (3, 15) and opening._KEPT.bytes == 0
 
 
 def test_one_image_alone_is_refused_by_what_is_free_and_by_what_there_is(monkeypatch):

@@ -12,13 +12,15 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from runtime import scripts
+from runtime import scripts, signals
+from runtime.errors import UserError
 from tests.images import TOP, command, write_classes, write_mvtec
 from tests.processes import start_script
 from tests.scripts import test_train_anomaly, test_train_ssl
@@ -168,8 +170,9 @@ def ssl(place: Path, *more: str) -> Callable[[Path], list[str]]:
 
 def sweep(place: Path, **keys) -> Callable[[Path], list[str]]:
     def words(folder: Path) -> list[str]:
-        (place / "sweep.yaml").write_text(json.dumps(keys | {"runs": str(folder), "run_name": "grid"}))
-        return ["sweep.py", str(place / "sweep.yaml")]
+        path = place / f"{folder.name}.yaml"
+        path.write_text(json.dumps(keys | {"runs": str(folder), "run_name": "grid"}))
+        return ["sweep.py", str(path)]
 
     return words
 
@@ -220,11 +223,13 @@ def test_killed_at_any_change_equals_undisturbed(name, place, tmp_path):
     case = cases(place)[name]
     expected, count = undisturbed(case, tmp_path / "whole", tmp_path / "out")
     assert count >= case.kills and not litter(expected)
-    wrong = {}
-    for which in sorted(random.Random(name).sample(range(1, count + 1), case.kills)):
-        state = killed(case, [which], tmp_path / f"killed{which}", tmp_path / f"out{which}")
-        if differing := differences(state, expected):
-            wrong[which] = differing
+
+    def differing(which: int) -> list[str]:
+        return differences(killed(case, [which], tmp_path / f"killed{which}", tmp_path / f"out{which}"), expected)
+
+    chosen = sorted(random.Random(name).sample(range(1, count + 1), case.kills))
+    with ThreadPoolExecutor(2) as pool:
+        wrong = {which: names for which, names in zip(chosen, pool.map(differing, chosen)) if names}
     assert wrong == {}, f"{len(wrong)} of {case.kills} kills at {count} changes"
     print(f"{name}: {case.kills} kills, at {count} changes")
 
@@ -240,10 +245,7 @@ def test_a_run_killed_at_some_changes_equals_undisturbed(place, tmp_path):
 
 
 def is_running(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    return signals.state_of(process) not in ("Z", "X", "")
 
 
 def sweep_killed_by_its_cell(place: Path, folder: Path, which: int, words: list[str]) -> list[int]:
@@ -346,9 +348,15 @@ def test_there_are_a_hundred_kills():
     assert sum(case.kills for case in cases(Path("nowhere")).values()) + CELLS + 1 >= 100
 
 
+@pytest.mark.parametrize(("launcher", "why"), [("torchrun '", "No closing quotation"), ("/nowhere", "No such file")])
+def test_a_launcher_that_cannot_be_started_is_one_line(launcher, why):
+    with pytest.raises(UserError, match=rf"launcher={launcher} cannot be started: {why}"):
+        scripts.run(["train_ssl.py"], launcher, None)
+
+
 def test_a_sweep_on_another_machine_or_in_another_container_is_not_looked_for(monkeypatch):
     monkeypatch.setattr(scripts, "end_with", lambda process: pytest.fail(f"{process} is not of this machine"))
-    for value in ("", "1", "1 another", f"1 {scripts._where()}x"):
+    for value in ("", "1", "1 another", f"1 {scripts.machine()}x"):
         monkeypatch.setenv(scripts.SWEEP, value)
         scripts.end_with_sweep()
     monkeypatch.undo()

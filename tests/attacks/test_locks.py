@@ -12,7 +12,7 @@ import pytest
 
 import predict
 import sweep
-from runtime import checkpoint, files
+from runtime import checkpoint, files, signals
 from runtime.errors import UserError
 from tests.attacks.test_kills import cases, differences, litter, place, run, state_of, undisturbed  # noqa: F401
 from tests.processes import script, start_script
@@ -47,6 +47,17 @@ while taken < 40:
         taken += 1
     os.unlink(folder / "alone")
     files.unlock(folder)
+"""
+LEAVER = """
+import sys, threading, time
+from pathlib import Path
+
+from runtime import errors, files
+
+files.lock(Path(sys.argv[1]))
+with files.whole_file(Path(sys.argv[1]) / "last.pt") as file:
+    threading.Thread(target=errors.leave, args=[errors.UserError("rank 1 was stopped")]).start()
+    time.sleep(300)
 """
 
 
@@ -122,6 +133,15 @@ def test_a_fork_does_not_keep_the_lock_of_a_killed_process(holder, tmp_path):
     with files.locked(tmp_path / "run"):
         os.kill(child, signal.SIGKILL)  # it was there until now
     assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_process_that_ends_at_once_leaves_neither_its_lock_nor_what_it_is_writing(tmp_path):
+    """As one of two ranks does when the other one is stopped, whatever its main thread is about."""
+    (tmp_path / "leaver.py").write_text(LEAVER)
+    process = start_script([f"{tmp_path}/leaver.py", f"{tmp_path}/run"], tmp_path / "out")
+    process.join()
+    assert (process.exitcode, (tmp_path / "out.err").read_text()) == (2, "error: rank 1 was stopped\n")
+    assert os.listdir(tmp_path / "run") == []
 
 
 def test_only_one_of_four_is_ever_in_a_folder(tmp_path):
@@ -212,10 +232,6 @@ class FakeDetector:
         return self
 
 
-def is_stopped(process: int) -> bool:
-    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs Linux")
 @pytest.mark.parametrize("name", cases(Path("nowhere")))
@@ -229,7 +245,7 @@ def test_the_same_command_twice(name, place, tmp_path):  # noqa: F811
     words = ["tests/attacks/at_event.py", "stop", str(count // 2), str(folder), *case.words(folder)]
     first = start_script(words, tmp_path / "first")
     try:
-        wait_for(lambda: is_stopped(first.pid))
+        wait_for(lambda: signals.state_of(first.pid) == "T")
         before = snapshot(folder)
         status, err = run("count", 0, folder, case.words(folder), tmp_path / "second")
         errors = [line for line in err.splitlines() if line.startswith("error: ")]

@@ -455,3 +455,28 @@ def test_torchrun(classes, tmp_path):
         lines = re.findall("stopped by .*", text)
         assert len(lines) == 1 and lines[0].startswith(f"stopped by {NAME[number]} after step"), text
         assert torch.load(tmp_path / "run" / "last.pt")["step"] == int(lines[0].split()[5]) > before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [*STATUS, signal.SIGKILL])
+def test_the_demo_set_with_processes_that_draw(number, tmp_path):
+    """The signal comes to all of them, while they still import what they need, and while they draw; if the first one
+    is killed, they end by themselves."""
+    words = [sys.executable, "-m", "data.demo", str(tmp_path / "set"), "scale=3"]
+    about = {"cwd": TOP, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    how = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # of a background job it is ignored
+    for begun in ("set.unfinished-*", "set.unfinished-*/*/*"):
+        started = subprocess.Popen(words, **about, **how)
+        deadline = time.monotonic() + 300
+        while not list(tmp_path.glob(begun)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        (os.kill if number == signal.SIGKILL else os.killpg)(started.pid, number)
+        while (left := members({started.pid})) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if left:
+            os.killpg(started.pid, signal.SIGKILL)
+        _, text = started.communicate()
+        assert not left and "Traceback" not in text, (left, text)
+        if number != signal.SIGKILL:
+            assert started.returncode == STATUS[number] and not list(tmp_path.iterdir())
+            assert text.splitlines()[-1].startswith(f"stopped by {NAME[number]}")

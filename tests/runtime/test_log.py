@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 
 import torch
@@ -40,6 +41,16 @@ def test_what_a_killed_process_left_after_its_checkpoint_is_dropped(tmp_path):
         file.write('{"step": 4, "lo')  # killed while writing
     Log(tmp_path, {}, step=2).scalars(3, {"loss": 30.0})
     assert lines(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 30.0}]
+
+
+def test_lines_are_on_the_disk_before_a_checkpoint_and_the_results_say_what_is_done(tmp_path, monkeypatch):
+    log, path, synced = Log(tmp_path, {}), tmp_path / "metrics.jsonl", []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append((os.fstat(file).st_ino, os.fstat(file).st_size)))
+    for step, end in enumerate((log.flush, lambda: log.results({"version": "x"})), 1):
+        log.scalars(step, {"loss": 2.0})
+        end()
+        assert synced[0] == (path.stat().st_ino, path.stat().st_size)
+        synced.clear()
 
 
 def test_a_warning_is_said_at_the_third_point_in_a_row_and_once(tmp_path, capsys):

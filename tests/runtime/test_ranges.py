@@ -11,31 +11,16 @@ import yaml
 import predict
 import train_anomaly
 import train_ssl
-from data import DATASETS
-from data.augment.recipes import RECIPES
-from data.defects import DEFECTS
-from evaluation.frozen import MEASURES, TaskConfig
+from evaluation.frozen import TaskConfig
 from evaluation.tasks import TASKS, module_of
-from models.anomaly import DETECTORS
-from models.backbones import BACKBONES
-from models.ssl import SSL_METHODS
 from runtime import config, help
 from runtime.errors import UserError
 from runtime.schema import hints_of, option_types, section_of
 from runtime.values import Few, NonNegativeFloat, PositiveFloat, Range, coerce, rules_of
 from tests.attacks.configs import FILES, schema_of
-from training.optim import OPTIMIZERS, OptimConfig
+from tests.runtime.test_help import TABLES
+from training.optim import OptimConfig
 
-TABLES = {
-    "data": DATASETS,
-    "backbone": BACKBONES,
-    "method": SSL_METHODS,
-    "detector": DETECTORS,
-    "augment": RECIPES,
-    "defect": DEFECTS,
-    "optim": OPTIMIZERS,
-    "task": MEASURES,
-}
 REFUSED = {  # (section, name): {key: (refused values), (taken values)}
     ("optim", "sgd"): {
         "lr": ("-1 0 -0.0 1e11", "1e-9 2"),
