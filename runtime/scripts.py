@@ -101,7 +101,7 @@ def run(words: list[str], launcher: str, server) -> str | None:
 
 @contextlib.contextmanager
 def _passing_on(send: Callable[[int], object], wait: Callable[[], object]) -> Iterator[None]:
-    """Of SIGTERM or Ctrl-C inside, `send` its number, and `wait`."""
+    """A SIGTERM or Ctrl-C that comes inside is passed on by `send(number)`, and raised after `wait()`."""
     try:
         yield
     except KeyboardInterrupt as stopped:

@@ -38,7 +38,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Rising:
-    """The rule of a pair from between which something is drawn, or with `strict` of the ends of a scale."""
+    """The rule of two bounds between which something is drawn, or with `strict` of the ends of a scale."""
 
     strict: bool = False
 
@@ -64,7 +64,7 @@ BelowOne = Annotated[float, Range(least=0, below=1)]  # a share that is left out
 PositiveShare = Annotated[float, Range(above=0, most=1)]  # a share that is kept, a factor that makes smaller
 RisingShares = Annotated[tuple[PositiveShare, PositiveShare], Rising()]
 RisingFactors = Annotated[tuple[PositiveFloat, PositiveFloat], Rising()]
-# Of what takes memory or time for each: numbers beyond are slips, and would end in a traceback, or not at all
+# Counts of what takes memory or time: larger ones are slips, and a run would end in a traceback, or never
 Few = Annotated[int, Range(least=1, most=100)]  # layers, views, patches
 FewOrZero = Annotated[int, Range(least=0, most=100)]
 Pixels = Annotated[int, Range(least=1, most=2**16)]  # side of an image

@@ -140,7 +140,7 @@ def test_a_process_that_ends_at_once_leaves_neither_its_lock_nor_what_it_is_writ
     (tmp_path / "leaver.py").write_text(LEAVER)
     process = start_script([f"{tmp_path}/leaver.py", f"{tmp_path}/run"], tmp_path / "out")
     process.join()
-    assert (process.exitcode, (tmp_path / "out.err").read_text()) == (2, "error: rank 1 was stopped\n")
+    assert (process.exitcode, (tmp_path / "out.err").read_text().strip()) == (2, "error: rank 1 was stopped")
     assert os.listdir(tmp_path / "run") == []
 
 
