@@ -96,12 +96,10 @@ class DIMO(Dataset):
                 raise UserError(f"no part in the {split} images of {root} can be cut out: {reasons}")
         super().__init__(split, size, root, [items.paths[i] for i in kept], labels[kept], classes)
         self.boxes, self.left_out = boxes, {why: count for why, count in left_out.items() if count}
-        names = first_few(sorted({os.path.relpath(folder.parent, root) for folder in folders}), 8)
-        self._found = f"{len({os.path.dirname(path) for path in self.paths})} scenes of {names}"
 
     @property
     def matched(self) -> str:
-        return f"{super().matched}, from {self._found}"
+        return f"{super().matched}, from {_scenes_of(self.names)}"
 
 
 class DIMOOneVsAll(OneAgainstAll):
@@ -141,6 +139,17 @@ class DIMOOneVsAll(OneAgainstAll):
             on_error=on_error,
         )
         self._take(every, f"part{normal}", "fail")  # what cannot be read is out already
+
+    @property
+    def matched(self) -> str:
+        return f"{super().matched}, from {_scenes_of(self.names)}"
+
+
+def _scenes_of(names: list[str]) -> str:
+    """How many scenes these images are of, and of which sub-sets."""
+    scenes = {name.partition("/rgb/")[0] for name in names}
+    subsets = sorted({os.path.dirname(scene) or "." for scene in scenes})
+    return f"{len(scenes)} scenes of {first_few(subsets, 8)}"
 
 
 def _check_sides(root: PathText, classes: list[str], learned: Tensor, is_there: bool, fraction: float) -> None:

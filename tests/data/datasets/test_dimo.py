@@ -1,5 +1,6 @@
 """DIMO's layout: where the parts lie, every kind of label, scenes on one side, and what is wrong with half of a set."""
 
+import csv
 import json
 import shutil
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+import train_anomaly
+import train_ssl
 from data import DATASETS, DataConfig, build_dataset, settled
 from data.datasets.bop import project
 from data.datasets.dimo import DIMO, DIMOOneVsAll
@@ -14,6 +17,7 @@ from data.loading import Loader
 from runtime import config
 from runtime.errors import UserError
 from tests.data.datasets.layouts import write, write_dimo
+from tests.images import TOP
 
 
 @pytest.fixture
@@ -372,6 +376,8 @@ def test_one_part_against_the_others(root, normal):
     train, test = (DIMOOneVsAll(split, 16, **about) for split in ("train", "test"))
     assert {*train.defects} == {"good"} and {*test.defects} == {"good", f"part{3 - normal}"}
     assert not {scene_of(name) for name in train.names} & {scene_of(name) for name in test.names}
+    scenes = {name.partition("/rgb/")[0] for name in test.names}
+    assert test.matched.endswith(f"), from {len(scenes)} scenes of real_jaigo, sim_jaigo_rand_light")
     assert not test.has_masks and train.left_out.keys() == {"kept for testing", "of other classes"}
     for i in range(len(train)):
         assert train[i][0].unique().tolist() == [100 * normal]
@@ -416,3 +422,19 @@ def test_the_configuration_builds_it_and_batches_come_from_a_cache_file(root, tm
 
 def test_they_are_rows_of_the_table():
     assert DATASETS["dimo"] is DIMO and DATASETS["dimo_one_vs_all"] is DIMOOneVsAll
+
+
+@pytest.mark.slow
+def test_parts_are_pretrained_on_and_one_is_told_from_the_other(root, monkeypatch):
+    """The table of scores names each part of an image."""
+    monkeypatch.chdir(TOP)
+    about = [f"data.root={root}", "data.size=32", "device=cpu", f"runs={root}/runs"]
+    small = ["epochs=1", "optim.warmup_epochs=0", "batch_size=8", "augment.size=32", "precision=fp32", "sync_bn=false"]
+    train_ssl.main(["configs/simclr_dimo.yaml", *about, *small])
+    weights = f"backbone.weights={root}/runs/simclr_dimo/last.pt"
+    train_anomaly.main(["configs/embedding_dimo.yaml", *about, "data.normal=1", weights, "data.test_fraction=0.34"])
+    test = DIMOOneVsAll("test", 32, root=str(root), normal=1, test_fraction=0.34)
+    with open(root / "runs/embedding_dimo/test_scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == [test.full_name(i) for i in range(len(test))]
+    assert [row["defect"] for row in rows] == test.defects and all("#" in row["nearest_training_image"] for row in rows)
