@@ -172,6 +172,16 @@ def test_parts_partly_outside_behind_unseen_or_small(root):
     )
 
 
+def test_boxes_end_with_the_image_on_the_right_and_below(root):
+    def shift(entries):
+        entries["0"][0]["cam_t_m2c"] = [300, 290, 1000]  # to 144 and 132 of 128 pixels
+
+    edit(root / "real_jaigo/000000/scene_gt.json", shift)
+    dataset = whole_set(root, crop="object", min_crop_size=8)
+    assert dataset.boxes[0].tolist() == [112, 104, 16, 24]
+    assert dataset.original(0).shape == (3, 16, 24)
+
+
 def test_boxes_end_at_whole_pixels_around_the_part(root):
     def shift(entries):
         entries["0"][0]["cam_t_m2c"] = [-99, -151, 1000]  # 24.2 to 64.2, 23.8 to 43.8
@@ -239,10 +249,14 @@ def test_only_the_chosen_sub_sets_are_read(root):
 def test_images_of_another_format_and_other_numbers(root):
     scene = root / "real_jaigo/000000"
     for name in ("gt", "camera", "info"):
-        edit(scene / f"scene_{name}.json", lambda entries: entries.update({"12": entries.pop("1")}))
-    (scene / "rgb/000001.png").unlink()
-    write(scene / "rgb/000012.jpg", np.full((128, 128), 7, np.uint8))
-    assert whole_set(root, crop="object").names[1] == "real_jaigo/000000/rgb/000012.jpg#24,26,20,40"
+        edit(scene / f"scene_{name}.json", lambda e: e.update({"12": e.pop("1"), "9": e.pop("0")}))
+    shutil.rmtree(scene / "rgb")
+    for name in ("12.jpg", "000009.png"):
+        write(scene / "rgb" / name, np.full((128, 128), 7, np.uint8))
+    names = [f"real_jaigo/000000/rgb/{name}" for name in ("000009.png#24,24,20,40", "12.jpg#24,26,20,40")]
+    assert whole_set(root, crop="object").names[:2] == names
+    (scene / "rgb/000009.png").rename(scene / "rgb/9.png")
+    assert whole_set(root, crop="object").names[0] == "real_jaigo/000000/rgb/9.png#24,24,20,40"
 
 
 HALF = {  # what is done to a scene: what the message names
@@ -282,6 +296,10 @@ HALF = {  # what is done to a scene: what the message names
     "no file": (lambda s: (s / "rgb/000001.png").unlink(), ["1 images that", "rgb/000001.png", "on_error=skip"]),
     "name": (lambda s: write(s / "rgb/view.png"), ["view.png is not called by a number"]),
     "twice": (lambda s: write(s / "rgb/1.png"), ["is not called by a number of its own"]),
+    "camera that looks aside": (
+        lambda s: edit(s / "scene_camera.json", lambda e: e["0"].update(cam_K=[200, 0, -1, 0, 200, 64, 0, 0, 1])),
+        ["has its center at -1, 64"],
+    ),
     "cameras of larger images": (
         lambda s: edit(s / "scene_camera.json", lambda e: e["0"].update(cam_K=[4000, 0, 1280, 0, 4000, 1024, 0, 0, 1])),
         ["has its center at 1280, 1024", "128 x 128 pixels"],
