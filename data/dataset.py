@@ -46,6 +46,7 @@ class Dataset:
         defects: for each image "good" or the name of its defect; None: the set has none to find.
         has_masks: whether it is known where the defects are.
         mask_paths: for each image the files of its mask, whose union it is, or None.
+        boxes: of images that are parts of files, int64 (N, 4) top, left, height and width there; None: whole files.
 
     Args:
         size: how images (and masks, by nearest pixels) become H x W; a number S squashes them to S x S.
@@ -66,6 +67,7 @@ class Dataset:
     few = False  # whether no image of `train` can be spared for a threshold, unless the user says so
     numbered = False  # whether the values of a mask number the kinds of defect, so that more than two are no mistake
     saturates = False  # whether it has `regions`, for the sPRO
+    boxes: Tensor | None = None
 
     def __init__(
         self,
@@ -103,8 +105,16 @@ class Dataset:
         return image, label, index
 
     def image(self, index: int) -> Tensor:
-        """uint8 (3, H, W). A set whose images are not files of their own defines this and `sizes`."""
-        return decode(self.paths[index], self.geometry)
+        """uint8 (3, H, W). A set whose images are neither files nor parts of them defines this and `sizes`."""
+        return decode(self.paths[index], self.geometry, self._box(index))
+
+    def original(self, index: int) -> Tensor:
+        """The image at its own size, uint8 (3, h, w)."""
+        geometry = self.geometry.whole(self.sizes[index].tolist())
+        return decode(self.paths[index], geometry, self._box(index))
+
+    def _box(self, index: int) -> list[int] | None:
+        return None if self.boxes is None else self.boxes[index].tolist()
 
     def mask(self, index: int, *, original: bool = False) -> Tensor:
         """The true mask of an image: bool (H, W), or `original` (h, w) as it is stored; empty without one."""
@@ -117,7 +127,7 @@ class Dataset:
     @cached_property
     def sizes(self) -> Tensor:
         """Height and width of each original image, upright: int64 (N, 2), read from the headers when first asked."""
-        return image_sizes(self.paths)
+        return image_sizes(self.paths) if self.boxes is None else self.boxes[:, 2:]
 
     @property
     def mask_known(self) -> Tensor:
@@ -127,7 +137,12 @@ class Dataset:
     @property
     def names(self) -> list[str]:
         """The images' paths below `root`: what an image is known by in later runs, wherever the data lie."""
-        return [os.path.relpath(path, self.root) for path in self.paths]
+        return [os.path.relpath(self.full_name(i), self.root) for i in range(len(self))]
+
+    def full_name(self, index: int) -> str:
+        """The image's path; if it is a part of a file `<path>#<top>,<left>,<height>,<width>`."""
+        box = self._box(index)
+        return self.paths[index] if box is None else f"{self.paths[index]}#{','.join(map(str, box))}"
 
     @property
     def matched(self) -> str:
@@ -143,6 +158,7 @@ class Dataset:
         if len(positions) < len(self):
             self.left_out[why] = len(self) - len(positions)
         self.labels = self.labels[positions]
+        self.boxes = None if self.boxes is None else self.boxes[positions]
         self.paths, self.mask_paths = ([column[i] for i in positions] for column in (self.paths, self.mask_paths))
         if self.defects is not None:
             self.defects = [self.defects[i] for i in positions]

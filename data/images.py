@@ -38,8 +38,10 @@ _UPRIGHT = {
 }
 
 
-def decode(path: str | Path, geometry: int | Geometry) -> Tensor:
+def decode(path: str | Path, geometry: int | Geometry, box: list[int] | None = None) -> Tensor:
     """The image upright, in 8-bit RGB, fitted into the input: uint8 (3, H, W); an int is the side of a square.
+
+    With a `box` (top, left, height and width in the upright image's pixels) this part of it alone.
 
     Grey becomes three equal channels; of more than 8 bits the geometry's range becomes 0 to 255 (`depth.to_8_bit`);
     transparency lies on black; of several frames or pages the first counts. Resized by Pillow's filters, which
@@ -51,7 +53,11 @@ def decode(path: str | Path, geometry: int | Geometry) -> Tensor:
     """
     geometry = as_geometry(geometry)
     with opened(path) as stored, memory_for(stored, geometry):
-        return fitted(_upright(stored, partial(to_8_bit, white=geometry.white, black=geometry.black)), geometry)
+        image = _upright(stored, partial(to_8_bit, white=geometry.white, black=geometry.black))
+        if box is not None:
+            top, left, height, width = box
+            image = image.crop((left, top, left + width, top + height))
+        return fitted(image, geometry)
 
 
 def fitted(image: Image.Image, geometry: int | Geometry) -> Tensor:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from data.dataset import Dataset
 from data.geometry import Geometry
-from data.images import decode
 from runtime.errors import UserError
 
 KEPT = 4  # whole images in memory, for tiles that follow one another are of one image
@@ -55,7 +54,7 @@ class Tiles(Dataset):
         i, top, left = self._corners[index]
         whole = self._whole.get(i)
         if whole is None:
-            whole = self._whole[i] = decode(self._source.paths[i], self._source.geometry.whole(self._sizes[i]))
+            whole = self._whole[i] = self._source.original(i)
             for old in [*self._whole][:-KEPT]:
                 self._whole.pop(old, None)  # another thread may have been faster
         height, width = self.geometry.height, self.geometry.width

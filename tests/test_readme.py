@@ -22,7 +22,7 @@ from evaluation.tasks import knn
 from models.ssl import SSL_METHODS
 from runtime import config
 from runtime.errors import UserError
-from tests.data.datasets.layouts import write_ad2, write_visa
+from tests.data.datasets.layouts import write_ad2, write_dimo, write_visa
 from tests.images import TOP, write_classes, write_mvtec
 from tests.processes import script
 
@@ -62,8 +62,16 @@ def name_of(page: Path) -> str:
 
 
 def commands(page: Path) -> list[str]:
-    blocks = re.findall(r"^```\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    return [line for block in blocks for line in block.splitlines() if re.match(r"(python|torchrun) ", line)]
+    """In its code blocks without a language; those of others are matched too, for else their ends would begin one."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    lines = [line for language, block in blocks if not language for line in block.splitlines()]
+    return [line for line in lines if re.match(r"(python|torchrun) ", line)]
+
+
+def test_commands_are_found_around_blocks_of_other_languages(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```\npython a.py\n```\n\n```yaml\nb: 1\n```\ntext\npython no.py\n```\nls\ntorchrun c.py\n```\n")
+    assert commands(page) == ["python a.py", "torchrun c.py"]
 
 
 def parts(line: str) -> tuple[str, list[str], int]:
@@ -82,6 +90,7 @@ def place(tmp_path_factory):
         write_mvtec(place / "mvtec", category=category, size=64)
     write_visa(place / "VisA_20220922")
     write_ad2(place / "mvtec_ad2/can", size=64)
+    write_dimo(place / "dimo", scenes=8)
     for name in ("mobilenet_v2", "resnet18"):
         torch.save(getattr(torchvision.models, name)().state_dict(), place / f"{name}.pth")
     return place

@@ -62,7 +62,7 @@ class OneAgainstAll(Dataset):
         every.drop_unreadable(on_error)
         defects = ["good" if names[label] == normal else names[label] for label in every.labels.tolist()]
         Dataset.__init__(self, every.split, every.geometry, root, every.paths, defects=defects)
-        self.left_out = every.left_out
+        self.boxes, self.left_out = every.boxes, every.left_out
 
     @property
     def sizes(self) -> Tensor:

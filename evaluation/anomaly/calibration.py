@@ -26,7 +26,7 @@ def calibrate(normal: Findings | None, loader, false_alarm_rate: float) -> dict:
         "scores": normal.scores.tolist(),
         "threshold": normal_threshold(normal.scores, false_alarm_rate=false_alarm_rate),
     }
-    values["suspicious"] = suspicious(normal.scores, [loader.dataset.paths[i] for i in loader.indices.tolist()])
+    values["suspicious"] = suspicious(normal.scores, [loader.dataset.full_name(i) for i in loader.indices.tolist()])
     if normal.maps is not None:
         maps = region_maps(normal.maps, loader.dataset, indices=loader.indices)
         values["pixel_threshold"] = pixel_threshold(maps, false_alarm_rate)

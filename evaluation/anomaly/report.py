@@ -133,7 +133,7 @@ def neighbor_pair(found: Findings, test_set, train_set, caption: Caption) -> Pai
     """The image of a caption beside the training image that its most anomalous patch is nearest to."""
     number = int(found.nearest_image[caption.index])
     places = [None if p is None else tuple(p[caption.index].tolist()) for p in (found.peaks, found.nearest_positions)]
-    lines = [caption.heading, *caption.lines, "nearest:", os.path.basename(train_set.paths[number])]
+    lines = [caption.heading, *caption.lines, "nearest:", os.path.basename(train_set.full_name(number))]
     return Pair(test_set[caption.index][0], places[0], train_set[number][0], places[1], lines, caption.correct)
 
 
@@ -142,11 +142,11 @@ def write_scores(
 ) -> None:
     """test_scores.csv: path, defect, label, score, is_anomalous, nearest_training_image, aupimo (`areas`)."""
     rows = []
-    for i, (path, defect, score) in enumerate(zip(test_set.paths, test_set.defects, found.scores.tolist())):
-        row = {"path": path, "defect": defect, "label": int(test_set.labels[i]), "score": score}
+    for i, (defect, score) in enumerate(zip(test_set.defects, found.scores.tolist())):
+        row = {"path": test_set.full_name(i), "defect": defect, "label": int(test_set.labels[i]), "score": score}
         row["is_anomalous"] = None if threshold is None else int(score > threshold)
         row["nearest_training_image"] = (
-            None if found.nearest_image is None else train_set.paths[int(found.nearest_image[i])]
+            None if found.nearest_image is None else train_set.full_name(int(found.nearest_image[i]))
         )
         row["aupimo"] = None if areas is None or np.isnan(areas[i]) else float(areas[i])
         rows.append(row)

@@ -11,7 +11,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.geometry import FILL
-from data.images import decode
 from data.normalize import normalize
 from data.tiles import spans
 from evaluation.anomaly.detection import gathered
@@ -112,7 +111,7 @@ def examine_set_in_tiles(detector: Detector, loader, text: str, *, tile: int, ov
     most = max(int(distributed.gather_rows(torch.tensor([left], device=device)).max()), 1)
     parts, numbers = [], []
     for i in tqdm(own, text, unit="image", leave=False, disable=not distributed.is_main()):
-        found = examine_tiles(detector, decode(dataset.paths[i], geometry.whole(sizes[i])), **about)
+        found = examine_tiles(detector, dataset.original(i), **about)
         parts.append(_at_size(found, sizes[i], (geometry.height, geometry.width)))
         numbers.append(torch.tensor([i], device=device))
     for _ in range(most - left):  # a detector that is spread over processes needs all of them at every batch

@@ -33,7 +33,7 @@ def root(tmp_path, monkeypatch):
 def decoded(monkeypatch):
     """The paths that are decoded, in a list."""
     paths, decode = [], data.dataset.decode
-    monkeypatch.setattr("data.dataset.decode", lambda path, geometry: paths.append(path) or decode(path, geometry))
+    monkeypatch.setattr("data.dataset.decode", lambda path, *how: paths.append(path) or decode(path, *how))
     return paths
 
 

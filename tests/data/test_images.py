@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data.geometry import Geometry
 from data.images import decode, decode_mask, image_size, image_sizes, in_threads, readable
 from runtime.errors import UserError
 
@@ -156,6 +157,24 @@ def test_orientation(tmp_path, name, orientation):
     expected = pixels(decode(save(tmp_path / "plain.png", upright), 4))
     error = np.abs(pixels(decode(tmp_path / name, 4)).astype(int) - expected)
     assert error.max() <= (0 if name in ("a.png", "a.tif") else 40) and error.mean() < 10
+
+
+@pytest.mark.parametrize("orientation", list(EXIF))
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_box_is_cut_out_of_the_upright_image_before_it_is_resized(tmp_path, orientation, deep):
+    stored = noise(20, 31, 1).astype(np.uint16) * 257 if deep else noise(20, 31)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
+    upright = seen(stored // 257 if deep else stored, orientation).astype(np.uint8)
+    part = upright[3:15, 4:13]
+    assert np.array_equal(pixels(decode(tmp_path / "a.png", Geometry(12, 9), [3, 4, 12, 9])), as_colors(part))
+    small = np.asarray(Image.fromarray(part).resize((5, 5), Image.Resampling.BILINEAR))
+    assert np.array_equal(pixels(decode(tmp_path / "a.png", 5, [3, 4, 12, 9])), as_colors(small))
+
+
+def as_colors(array):
+    return array if array.ndim == 3 else np.stack([array] * 3, axis=2)
 
 
 def test_damaged_exif_is_no_rotation(tmp_path):

@@ -42,9 +42,20 @@ def test_an_image_of_one_tile_and_one_too_small(dataset):
 
 
 def test_an_image_is_decoded_once_for_tiles_that_follow_one_another(dataset, monkeypatch):
-    decoded, decode = [], __import__("data.tiles", fromlist=["decode"]).decode
-    monkeypatch.setattr("data.tiles.decode", lambda *args: decoded.append(args) or decode(*args))
+    decoded, original = [], dataset.original
+    monkeypatch.setattr(dataset, "original", lambda index: decoded.append(index) or original(index))
     tiles = Tiles(dataset, [0, 1, 2] * 3, 32, 0)
     for i in range(len(tiles)):
         tiles.image(i)
     assert len(decoded) == 3 and len(tiles._whole) <= KEPT and torch.equal(tiles.image(0), tiles[0][0])
+
+
+def test_tiles_of_images_that_are_parts_of_files(dataset):
+    dataset.boxes = torch.tensor([[5, 20, 64, 40], [0, 0, 32, 32], [1, 2, 33, 32]])
+    tiles = Tiles(dataset, [0, 2], 32, 0)
+    whole = np.asarray(Image.open(dataset.paths[0]))
+    assert tiles.names[:2] == ["0.png#5,20,64,40#0,0", "0.png#5,20,64,40#0,8"] and len(tiles) == 6
+    assert np.array_equal(tiles.image(1).permute(1, 2, 0), whole[5:37, 28:60])
+    assert np.array_equal(tiles.image(2).permute(1, 2, 0), whole[37:69, 20:52])
+    assert dataset.sizes.tolist() == [[64, 40], [32, 32], [33, 32]]
+    assert dataset.full_name(0) == f"{dataset.paths[0]}#5,20,64,40"

@@ -137,6 +137,12 @@ REFUSED = {  # (section, name): {key: (refused values), (taken values)}
         "test_fraction": ("1 -0.1", "0 none"),
     },
     ("data", "few_shot"): {"shots": ("0", "1"), "draw": ("-1", "0")},
+    ("data", "dimo"): {
+        "min_crop_size": ("0 -1", "8 none"),
+        "test_fraction": ("1 -0.1", "0"),
+        "split_seed": ("-1", "0"),
+    },
+    ("data", "dimo_one_vs_all"): {"normal": ("0", "1"), "min_crop_size": ("0", "1")},
     ("data", "mixed"): {"min_per_class": ("0", "1")},
     ("data", "cifar10"): {"per_class": ("0", "1 none")},
     ("task", "knn"): {"k": ("0 -1", "1"), "temperature": ("0 -1", "0.07")},

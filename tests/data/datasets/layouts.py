@@ -96,3 +96,42 @@ def write_ad2(top: Path, size: int = 0) -> None:
             write(top / place / f"{name}.png", image())
     for name in ("000_regular", "001_underexposed"):
         write(top / f"test_public/ground_truth/bad/{name}_mask.png", mask)
+
+
+def write_dimo(root: Path, scenes: int = 6, views: int = 2) -> None:
+    """DIMO with parts 1 and 2 and a carrier: real scenes, and one synthetic variant of each. Images have 128 x 128
+    pixels of 5 mm; part p shines with 100 p where it lies, 10 mm farther right in each view."""
+    lengths = {1: (200, 100), 2: (100, 300), 101: (5000, 5000)}  # x, y
+    about = {}
+    for part, (x, y) in lengths.items():
+        about[str(part)] = {"min_x": -x / 2, "min_y": -y / 2, "min_z": 0, "size_x": x, "size_y": y, "size_z": 0}
+    (root / "models").mkdir(parents=True)
+    (root / "models/models_info.json").write_text(json.dumps(about))
+    turn = [1, 0, 0, 0, 1, 0, 0, 0, 1]
+    for number in range(scenes):
+        for subset, name in (("real_jaigo", f"{number:06d}"), ("sim_jaigo_rand_light", f"{number:06d}_07")):
+            files: dict[str, dict] = {"gt": {}, "camera": {}, "info": {}}
+            for view in range(views):
+                parts = [(1, -100 + 10 * view, -150), (2, 100 + 10 * view, 50)][: 1 + number % 2]
+                files["gt"][view] = [
+                    {"obj_id": part, "cam_R_m2c": turn, "cam_t_m2c": [x, y, 1000]}
+                    for part, x, y in [*parts, (101, 0, 0)]
+                ]
+                way = "c2w" if subset == "real_jaigo" else "w2c"
+                pose = {f"cam_R_{way}": turn, f"cam_t_{way}": [0, 0, 0]}
+                files["camera"][view] = {"cam_K": [200, 0, 64, 0, 200, 64, 0, 0, 1], **pose}
+                keys = (
+                    "light_id carrier_id composition_type viewpoint_id"
+                    if way == "c2w"
+                    else "light carrier parts viewpoint"
+                )
+                files["info"][view] = dict(zip(keys.split(), (number % 2, number % 3, number % 2, view)))
+                pixels = np.zeros((128, 128), np.uint8)
+                for part, x, y in parts:
+                    width, height = (length // 5 for length in lengths[part])
+                    left, top = 64 + x // 5 - width // 2, 64 + y // 5 - height // 2
+                    pixels[top : top + height, left : left + width] = 100 * part
+                write(root / subset / name / f"rgb/{view:06d}.png", pixels)
+            for kind, entries in files.items():
+                (root / subset / name / f"scene_{kind}.json").write_text(json.dumps(entries))
+            (root / subset / name / "scene_gt_world.json").write_text("[]")

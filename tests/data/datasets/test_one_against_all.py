@@ -70,7 +70,7 @@ def test_published_cifar10(published):  # noqa: F811
 def test_only_what_is_needed_is_decoded(root, monkeypatch):
     decoded = []
     decode = data.dataset.decode
-    monkeypatch.setattr(data.dataset, "decode", lambda path, geometry: decoded.append(path) or decode(path, geometry))
+    monkeypatch.setattr(data.dataset, "decode", lambda path, *how: decoded.append(path) or decode(path, *how))
     train = OneAgainstAll("train", 8, root=str(root), normal="port")
     assert decoded == []
     train = OneAgainstAll("train", 8, root=str(root), normal="port", on_error="skip")
