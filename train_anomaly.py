@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from data import DataConfig, build_dataset, settled, what_is_used
 from data.loading import Loader
 from data.masks import names_with_sizes
-from data.splits import holdout
+from data.splits import holdout, write_splits
 from data.tiles import Tiles
 from evaluation.anomaly.bank_updates import load_memory, update_memory, with_range_of
 from evaluation.anomaly.calibration import calibrate, promise
@@ -93,6 +93,7 @@ def main(argv: list[str]) -> None:
     state: dict = run.open(parts, total, data.names, {"fitted": False, "seconds_fit": 0.0})
     run.log.say(f"{cfg.run_name}: {cfg.detector.name}{weights}, {len(data.learned.indices)} normals to learn from")
     run.log.say(data.note)
+    write_splits(data.tested.dataset, run.folder)
     if state["fitted"] and run.is_finished():  # results without a fitted checkpoint are of an earlier run
         return
 

@@ -35,7 +35,7 @@ from data.augment.view_detail import blur_note
 from data.defects import DEFECTS
 from data.loading import Loader
 from data.normalize import unnormalize
-from data.splits import holdout
+from data.splits import holdout, write_splits
 from evaluation.collapse import collapse_warning, constant_warning, embedding_health
 from evaluation.knn import few_neighbors, knn_metrics
 from models.backbones.build import BackboneConfig, build_backbone, refuse_classifier
@@ -283,6 +283,7 @@ def size_of(method: SSLMethod) -> int:
 
 def introduce(cfg: Config, run: Run, data: Data, method: SSLMethod, notes: dict) -> None:
     """Print what is about to happen, and warnings."""
+    write_splits(data.loader.dataset, run.folder)
     images, steps = len(data.loader.indices), run.total // cfg.epochs
     lines = [
         f"{cfg.run_name}: {cfg.method.name} on {images} images, {cfg.backbone.name} ({notes['weights']})",

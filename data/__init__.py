@@ -33,6 +33,7 @@ from data.defects import DefectConfig as DefectConfig
 from data.depth import WHITE
 from data.geometry import Fit, Geometry, Resample
 from data.loading import Cache
+from data.splits import require_same_classes
 from data.white import find_range, warn_if_dark
 from runtime.distributed import is_main
 from runtime.errors import UserError
@@ -162,11 +163,35 @@ def build_dataset(config: DataConfig, split: str, *, tiled: bool = False) -> Dat
     if config.name not in having:
         raise UserError(f"data.name={config.name} has no split '{split}', which this needs: use {' or '.join(having)}")
     dataset = DATASETS[config.name](split, build_geometry(config), **config.options)
+    _check_classes(config, dataset)
     if is_main():
         say_once(f"data: {dataset.matched}")
     if split == "train":
         warn_if_dark(dataset.paths, dataset.geometry.white)
     return dataset
+
+
+def _check_classes(config: DataConfig, dataset: Dataset) -> None:
+    """`UserError` unless what is tested on has images of just the classes of `train`; of drawn splits, in which a class
+    of one image cannot be on both sides, a warning. Sets with defects, and those that say so, are let pass."""
+    if dataset.split not in ("validation", "test") or dataset.defects is not None or not dataset.same_classes:
+        return
+    drawn = dataset.division is not None and dataset.division.file is None
+    options = config.options | ({"on_error": "fail"} if "on_error" in config.options else {})  # its files are enough
+    learned = DATASETS[config.name]("train", 8, **options)
+    found = {
+        f"split {its.split} of {its.root or config.name}": {
+            its.classes[label] for label in its.labels.unique().tolist()
+        }
+        for its in (learned, dataset)
+    }
+    try:
+        require_same_classes(found)
+    except UserError as error:
+        if not drawn:
+            raise
+        if is_main():
+            say_once(f"warning: {error}")
 
 
 def what_is_used(dataset: Dataset, learned: int, others: dict[str, int]) -> str:

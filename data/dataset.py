@@ -25,6 +25,7 @@ from torch import Tensor
 from data.geometry import Geometry, as_geometry
 from data.images import OnError, decode, decode_mask, fitted, image_sizes, readable
 from data.masks import check_sizes, warn_of_values
+from data.splits import FILE, Division, below
 from runtime.distributed import barrier, is_main
 from runtime.errors import UserError
 from runtime.text import first_few
@@ -47,6 +48,7 @@ class Dataset:
         has_masks: whether it is known where the defects are.
         mask_paths: for each image the files of its mask, whose union it is, or None.
         boxes: of images that are parts of files, int64 (N, 4) top, left, height and width there; None: whole files.
+        division: of a set that has no splits on the disk, which of all its images is in which; else None.
 
     Args:
         size: how images (and masks, by nearest pixels) become H x W; a number S squashes them to S x S.
@@ -68,6 +70,8 @@ class Dataset:
     numbered = False  # whether the values of a mask number the kinds of defect, so that more than two are no mistake
     saturates = False  # whether it has `regions`, for the sPRO
     boxes: Tensor | None = None
+    same_classes = True  # whether all splits must have images of the same classes, unless it has defects
+    division: Division | None = None
 
     def __init__(
         self,
@@ -151,7 +155,16 @@ class Dataset:
         counts = Counter(kinds)
         each = first_few((f"{counts[kind]} {kind}" for kind in sorted(counts, key=lambda k: (k != "good", k))), 20)
         masks = f", {sum(mask is not None for mask in self.mask_paths)} masks" if self.has_masks else ""
-        return f"{self.split} of {self.root or 'several'}: {len(self)} images ({each}){masks}"
+        groups = ""
+        if self.division is not None and self.division.groups is not None:
+            group_of = dict(zip(self.division.names, self.division.groups))
+            groups = f", in {len({group_of.get(name) for name in below(self.root, self.paths)})} groups"
+        return f"{self.split} of {self.root or 'several'}: {len(self)} images ({each}){masks}{groups}"
+
+    @property
+    def divisions(self) -> dict[str, Division]:
+        """`division` by the name of its file in a run folder (`data.splits.write_splits`)."""
+        return {FILE: self.division} if self.division is not None else {}
 
     def keep(self, positions: list[int], why: str) -> None:
         """Leave out all images but these, for the reason `why`; they are numbered anew, the classes stay."""

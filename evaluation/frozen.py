@@ -15,6 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from data import DataConfig, build_dataset, settled, what_is_used
 from data.loading import Loader
+from data.splits import write_splits
 from evaluation.classification import classification_report, confusion_matrix
 from evaluation.collapse import constant_warning, feature_health
 from evaluation.features import extract
@@ -124,6 +125,7 @@ def measure(cfg: FrozenConfig) -> None:
         )
     log.say(f"{name}: {cfg.backbone.name} ({report}), {len(train_set)} training and {len(test_set)} test images")
     log.say(what_is_used(train_set, len(train_set), {}))
+    write_splits(test_set, folder)
     load = {"cache": cfg.data.cache, "workers": cfg.data.workers}
     train, test = (
         extract(backbone, Loader(dataset, cfg.batch_size, device, **load), progress=f"{split} features")

@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from data.dataset import Dataset
 from data.datasets.folder import images_by_class
 from data.datasets.mvtec import GOOD
@@ -12,7 +10,7 @@ from data.geometry import Geometry
 from data.image_files import is_folder, is_junk, refuse_shared_folders
 from data.images import OnError
 from data.masks import Masks, masks_of
-from data.splits import stratified_split
+from data.splits import Division, Draw
 from runtime.errors import UserError
 from runtime.text import first_few
 from runtime.values import BelowOne, PathText, Seed
@@ -37,6 +35,7 @@ class Condition(Dataset):
         masks: `all` abnormal images must have one where there is a folder `ground_truth`, or `some`.
         test_fraction: share of the good images for testing, without a folder `train`; none: 0.2.
         split_seed: of that share; none: 0.
+        splits, group: as for `folder`.
         on_error: `fail` names a broken image when it is decoded; `skip` looks for them now and leaves them out.
 
     Raises:
@@ -55,17 +54,20 @@ class Condition(Dataset):
         masks: Masks = "all",
         test_fraction: BelowOne | None = None,
         split_seed: Seed | None = None,
+        splits: PathText | None = None,
+        group: str | None = None,
         on_error: OnError = "fail",
     ):
         top = _part(Path(root), category)
-        found = good_and_others(top, split, LAYOUT, test_fraction, split_seed, abnormal)
+        draw = Draw(test_fraction=test_fraction, split_seed=split_seed, splits=splits, group=group)
+        found = good_and_others(root, top, split, LAYOUT, draw, abnormal)
         mask_of: dict[str, str | None] = {}
         if split == "test" and found.has_truth:
             defective = [path for path, defect in zip(found.paths, found.defects) if defect != "good"]
             mask_of = dict(zip(defective, masks_of(defective, top / "test", top / "ground_truth", masks)))
         files = [mask_of.get(path) for path in found.paths] if mask_of else None
         super().__init__(split, size, root, found.paths, defects=found.defects, masks=files)
-        self.left_out = found.left_out
+        self.left_out, self.division = found.left_out, found.division
         self.drop_unreadable(on_error)
 
 
@@ -77,27 +79,22 @@ class Found:
     defects: list[str] = field(default_factory=list)  # "good", or the name of the folder
     left_out: dict[str, int] = field(default_factory=dict)  # as of `Dataset`
     has_truth: bool = False  # whether there is a folder of masks
+    division: Division | None = None
 
 
 def good_and_others(
-    top: Path,
-    split: str,
-    layout: str,
-    fraction: float | None,
-    seed: int | None,
-    only: tuple[str, ...] | None = None,
+    root: PathText, top: Path, split: str, layout: str, draw: Draw, only: tuple[str, ...] | None = None
 ) -> Found:
     """Of a folder of normal images and one or more of others, with or without `train` and `test` above them.
 
     Args:
         layout: for messages, what is expected.
-        fraction, seed: share of the normal images that is tested on, without `train`; none: 0.2, 0.
+        draw: of the normal images, without `train`: which are tested on, with all others.
         only: names of the other folders to take; none: all.
     """
     truth, found = is_folder(top / "ground_truth"), Found()
     if is_folder(top / "train"):
-        if fraction is not None or seed is not None:
-            raise UserError(f"{top} is divided by its folder train: leave out data.test_fraction and data.split_seed")
+        draw.refuse(f"{top} is divided by its folder train")
         if not is_folder(top / "test"):
             raise UserError(f"there is no folder {top / 'test'} beside train: {layout}")
         train, test = images_by_class(top / "train"), images_by_class(top / "test")
@@ -112,9 +109,15 @@ def good_and_others(
         others = images_by_class(top)
         if others.pop("ground_truth", None):
             raise UserError(f"{top} has masks, which need folders train and test: {layout}")
-        every = others.pop(_normal(top, others, layout))
-        parts = stratified_split(torch.zeros(len(every)), 0.2 if fraction is None else fraction, seed or 0)
-        learned, tested = ([every[i] for i in positions] for positions in parts)
+        normal, paths = _normal(top, others, layout), [path for its in others.values() for path in its]
+        anomalous = [name != normal for name, its in others.items() for _ in its]
+        found.division = draw.divide(root, paths, tested=anomalous, splits=("train", "test"))
+        split_of = dict(zip(paths, found.division.splits))
+        if draw.splits is not None:
+            found.left_out[f"in no split of {draw.splits}"] = found.division.splits.count("")
+        every = others.pop(normal)
+        learned, tested = ([path for path in every if split_of[path] == its] for its in ("train", "test"))
+        others = {name: [path for path in its if split_of[path] == "test"] for name, its in others.items()}
     if not others:
         raise UserError(f"{top} has good images and no others to tell from them: {layout}")
     if unknown := sorted({*(only or ())} - others.keys()):

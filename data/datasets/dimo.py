@@ -114,6 +114,8 @@ class DIMOOneVsAll(OneAgainstAll):
         UserError: there is no such part, or as for `DIMO`.
     """
 
+    splits = DIMO.splits
+
     def __init__(
         self,
         split: str,

@@ -38,6 +38,7 @@ class FewShot(MVTec):
 
     splits = ("train", "test", "others")
     few = True
+    same_classes = False  # the split others has other categories
 
     def __init__(
         self,
@@ -80,7 +81,8 @@ def _other_categories(root: Path, target: Path, size: int | Geometry, on_error: 
         sets = [MVTec("train", size, root=str(root), category=c.name, on_error=on_error) for c in chosen]
         by_category = {folder.name: category.paths for folder, category in zip(chosen, sets)}
     else:
-        folders = ClassFolder("train", size, root=str(root), test_fraction=0.0, on_error=on_error)
+        share = None if is_folder(root / "train") else 0.0
+        folders = ClassFolder("train", size, root=str(root), test_fraction=share, on_error=on_error)
         by_category = {name: [] for name in folders.classes}
         for path, label in zip(folders.paths, folders.labels.tolist()):
             by_category[folders.classes[label]].append(path)

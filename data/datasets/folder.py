@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
+import torch
 import torchvision
 
 from data.dataset import Dataset
@@ -11,7 +12,7 @@ from data.dataset import download as download_by
 from data.geometry import Geometry
 from data.image_files import is_folder, list_images, refuse_shared_folders
 from data.images import OnError
-from data.splits import stratified_split
+from data.splits import Draw
 from runtime.errors import UserError
 from runtime.values import BelowOne, PathText
 
@@ -31,7 +32,6 @@ WORDS = {  # of Imagenette
     "n03445777": "golf ball",
     "n03888257": "parachute",
 }
-SPLIT_SEED = 0  # of the split into training and test images; fixed, so that every run tests on the same ones
 
 
 class ClassFolder(Dataset):
@@ -39,7 +39,8 @@ class ClassFolder(Dataset):
 
     - `<root>/train/<class>/...` and `<root>/test/<class>/...`: the split is as the folders say;
     - `<root>/<class>/...`: of each class the same `test_fraction` is tested on, drawn by a fixed seed over the sorted
-      paths within the class (`data.splits.stratified_split`), so it depends on nothing but the files' names;
+      paths within the class (`data.splits.stratified_split`), so it depends on nothing but the files' names; or
+      `splits` or `group` says more;
     - images directly in `<root>` (or `<root>/train`): one class, "unlabelled", enough for pretraining on all of them.
 
     Classes are numbered in the order of their sorted names; images may lie at any depth below a class folder.
@@ -48,12 +49,17 @@ class ClassFolder(Dataset):
         size: how images become H x W; a number S squashes them to S x S.
         root: folder with the classes, or with `train` and `test`, or of images without classes.
         test_fraction: in [0, 1), for the layouts without `train`; none: 0.2 of each class folder, 0 without classes.
+        splits: file with the columns path (below `root`) and split, as `splits.csv` in the folder of a run; likewise.
+        group: regular expression, as `ship[0-9]+`: images with the same match in their paths below `root`, or the same
+            text for its part in parentheses, are never in two splits; likewise.
         on_error: `fail` names a broken image when it is decoded; `skip` looks for them now and leaves them out.
 
     Raises:
         UserError: a missing, empty or unreadable folder, an unclear layout, MVTec's layout, a class in test that is not
-            in train, one folder linked as two classes or into training and test.
+            in train, one folder linked as two classes or into training and test, options of a split that there is.
     """
+
+    splits = ("train", "validation", "test")
 
     def __init__(
         self,
@@ -62,16 +68,22 @@ class ClassFolder(Dataset):
         *,
         root: PathText,
         test_fraction: BelowOne | None = None,
+        splits: PathText | None = None,
+        group: str | None = None,
         on_error: OnError = "fail",
     ):
         top = Path(root)
         if not is_folder(top):
             raise UserError(f"data.root={root} is not a folder: {LAYOUT}")
-        divided = (top / "train").is_dir()
-        if not divided:
+        divided, draw = (top / "train").is_dir(), Draw(test_fraction=test_fraction, splits=splits, group=group)
+        if divided:
+            draw.refuse(f"{root} is divided by its folder train")
+        else:
             _refuse_mvtec(top)
         by_class = images_by_class(top / "train" if divided else top)
         classes = list(by_class)
+        if divided and split == "validation":
+            raise UserError(f"{root} is divided by its folders train and test, and has no split for validation")
         if divided and split == "test":
             train = [path for paths in by_class.values() for path in paths]
             by_class = images_by_class(top / "test")
@@ -80,19 +92,25 @@ class ClassFolder(Dataset):
                 raise UserError(f"{top / 'test'} has classes that {top / 'train'} has not: {', '.join(unknown)}")
             refuse_shared_folders(train, (path for paths in by_class.values() for path in paths))
         number = {name: label for label, name in enumerate(classes)}
-        labels = [number[name] for name, paths in by_class.items() for _ in paths]
-        super().__init__(split, size, root, [path for paths in by_class.values() for path in paths], labels, classes)
-        if not divided:
+        labels = torch.tensor([number[name] for name, paths in by_class.items() for _ in paths])
+        paths = [path for its in by_class.values() for path in its]
+        if divided:
+            super().__init__(split, size, root, paths, labels, classes)
+            self.splits = ("train", "test")
+        else:
             share = test_fraction
             if share is None:
                 share = 0.0 if classes == ["unlabelled"] else 0.2
-            train, test = stratified_split(self.labels, share, SPLIT_SEED)
-            other = "testing" if split == "train" else "training"
-            self.keep({"train": train, "test": test}[split].tolist(), f"kept for {other} (data.test_fraction={share})")
-            if not self.paths:
-                raise UserError(
-                    f"{root} with data.test_fraction={share} has no test image: raise it, or add images or classes"
-                )
+            division = draw.divide(root, paths, labels, share=share)
+            kept = division.of(split)
+            if not kept:
+                advice = f"data.splits={splits} has no {split} image: name some there"
+                if splits is None:
+                    advice = f"data.test_fraction={share} has no {split} image: raise it, or add images or classes"
+                raise UserError(f"{root} with {advice}")
+            super().__init__(split, size, root, [paths[i] for i in kept], labels[kept], classes)
+            self.left_out = division.left_out(split, f" (data.test_fraction={share})")
+            self.division, self.splits = division, division.there
         self.drop_unreadable(on_error)
 
 

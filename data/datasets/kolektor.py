@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from data.dataset import Dataset
-from data.datasets.folder import SPLIT_SEED
 from data.geometry import Geometry
 from data.image_files import find_images
 from data.images import OnError, in_threads, mask_values
-from data.splits import stratified_split
+from data.splits import Draw
 from runtime.errors import UserError
 from runtime.values import BelowOne, PathText
 
@@ -26,7 +25,8 @@ class KolektorSDD(Dataset):
     Args:
         size: how images (bilinear) and masks (nearest) become H x W; a number S squashes them to S x S.
         root: folder of kos01 to kos50.
-        test_fraction: in [0, 1), of the good images; the others are trained on.
+        test_fraction: of the good images, the others are trained on; none: 0.2.
+        splits: as for `folder`.
         on_error: `fail` names a broken image when it is decoded; `skip` looks for them now and leaves them out.
 
     Raises:
@@ -39,19 +39,20 @@ class KolektorSDD(Dataset):
         size: int | Geometry,
         *,
         root: PathText,
-        test_fraction: BelowOne = 0.2,
+        test_fraction: BelowOne | None = None,
+        splits: PathText | None = None,
         on_error: OnError = "fail",
     ):
         layout = "expected <root>/kos<number>/Part<number>.jpg and Part<number>_label.bmp"
         paths, masks = _pairs(root, Path(root).glob("kos*"), "_label", layout)
         good = torch.tensor([mask is None for mask in masks])
-        where = good.nonzero().flatten()  # (G,)
-        train, test = stratified_split(torch.zeros(len(where)), test_fraction, SPLIT_SEED)
-        defective = (~good).nonzero().flatten()
-        kept = where[train] if split == "train" else torch.cat([where[test], defective]).sort().values
+        share = 0.2 if test_fraction is None else test_fraction
+        draw = Draw(test_fraction=test_fraction, splits=splits)
+        division = draw.divide(root, paths, share=share, tested=(~good).tolist(), splits=self.splits)
+        kept = torch.tensor(division.of(split), dtype=torch.int64)
         super().__init__(split, size, root, *_chosen(paths, masks, kept, split), on_error=on_error)
-        other = "testing" if split == "train" else "training"
-        self.left_out[f"kept for {other} (data.test_fraction={test_fraction})"] = len(paths) - len(kept)
+        self.left_out |= division.left_out(split, f" (data.test_fraction={share})")
+        self.division = division
 
 
 class KolektorSDD2(Dataset):

@@ -4,14 +4,11 @@ import os
 import re
 from pathlib import Path
 
-import torch
-
 from data.dataset import Dataset
-from data.datasets.folder import SPLIT_SEED
 from data.geometry import Geometry
 from data.image_files import find_images, is_folder
 from data.images import OnError
-from data.splits import stratified_split
+from data.splits import Draw
 from runtime.errors import UserError
 from runtime.values import BelowOne, PathText
 
@@ -28,7 +25,8 @@ class MagneticTile(Dataset):
     Args:
         size: how images (bilinear) and masks (nearest) become H x W; a number S squashes them to S x S.
         root: folder of MT_Free, MT_Blowhole and so on.
-        test_fraction: in [0, 1), of the good tiles; the others are trained on.
+        test_fraction: of the good tiles, the others are trained on; none: 0.25.
+        splits: as for `folder`.
         on_error: `fail` names a broken image when it is decoded; `skip` looks for them now and leaves them out.
 
     Raises:
@@ -41,7 +39,8 @@ class MagneticTile(Dataset):
         size: int | Geometry,
         *,
         root: PathText,
-        test_fraction: BelowOne = 0.25,
+        test_fraction: BelowOne | None = None,
+        splits: PathText | None = None,
         on_error: OnError = "fail",
     ):
         top, found = Path(root), []
@@ -61,22 +60,19 @@ class MagneticTile(Dataset):
                 if mask is None and defect != "good":
                     raise UserError(f"{path} has no mask {os.path.splitext(path)[0]}.png: {LAYOUT}")
                 found.append((path, defect, mask))
-        tested = self._tested_tiles(found, test_fraction)
-        chosen = [row for row in found if (row[1] != "good" or tile(row[0]) in tested) == (split == "test")]
+        draw, share = Draw(test_fraction=test_fraction, splits=splits), 0.25 if test_fraction is None else test_fraction
+        every, tested = [row[0] for row in found], [row[1] != "good" for row in found]
+        tiles = [tile(path) for path in every]
+        division = draw.divide(root, every, share=share, tested=tested, groups=tiles, splits=self.splits)
+        chosen = [found[i] for i in division.of(split)]
         if not chosen:
-            raise UserError(f"{root} has no image for {split} with data.test_fraction={test_fraction}: change that")
+            how = f"data.test_fraction={share}" if splits is None else f"data.splits={splits}"
+            raise UserError(f"{root} has no image for {split} with {how}: change that")
         paths, defects, masks = (list(column) for column in zip(*chosen))
         masks = masks if split == "test" else None
         super().__init__(split, size, root, paths, defects=defects, masks=masks, on_error=on_error)
-        other = "testing" if split == "train" else "training"
-        self.left_out[f"kept for {other} (data.test_fraction={test_fraction})"] = len(found) - len(chosen)
-
-    @staticmethod
-    def _tested_tiles(found: list[tuple], test_fraction: float) -> set[str]:
-        defective = {tile(path) for path, defect, _ in found if defect != "good"}
-        good = sorted({tile(path) for path, *_ in found} - defective)
-        _, test = stratified_split(torch.zeros(len(good)), test_fraction, SPLIT_SEED)
-        return defective | {good[i] for i in test.tolist()}
+        self.left_out |= division.left_out(split, f" (data.test_fraction={share})")
+        self.division = division
 
 
 def tile(path: str) -> str:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from data.dataset import Dataset
 from data.geometry import Geometry, as_geometry
+from data.splits import Division
 from runtime import config
 from runtime.config import suggest
 from runtime.errors import UserError
@@ -84,6 +85,15 @@ class Mixed(Dataset):
     def sizes(self) -> Tensor:
         """As of each part; read from the headers when first asked."""
         return torch.stack([part.sizes[i] for part, i in self._rows])
+
+    @property
+    def divisions(self) -> dict[str, Division]:
+        """As `splits_<set>.csv`, to be handed in as `data.sets.<set>.splits`."""
+        return {
+            file.replace("splits", f"splits_{name.replace('/', '_')}", 1): division
+            for name, part in self.parts.items()
+            for file, division in part.divisions.items()
+        }
 
     @property
     def names(self) -> list[str]:

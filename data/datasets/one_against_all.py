@@ -10,6 +10,7 @@ from data.datasets.cifar import CIFAR10
 from data.datasets.folder import ClassFolder
 from data.geometry import Geometry
 from data.images import OnError
+from data.splits import Draw
 from runtime.errors import UserError
 from runtime.values import BelowOne, PathText
 
@@ -27,12 +28,14 @@ class OneAgainstAll(Dataset):
         size: how images become H x W; a number S squashes them to S x S.
         root: folder with the classes, with `train` and `test`, or with cifar-10-batches-py.
         normal: name of the normal class.
-        test_fraction: in [0, 1), for class folders without `train` and `test`; 0 leaves all images to training.
+        test_fraction, splits, group: as for `folder`.
         on_error: `fail` names a broken image when it is decoded; `skip` looks for them now and leaves them out.
 
     Raises:
         UserError: `normal` is no class of the set, or what the underlying set has to say.
     """
+
+    splits = ClassFolder.splits
 
     def __init__(
         self,
@@ -42,12 +45,19 @@ class OneAgainstAll(Dataset):
         root: PathText,
         normal: str,
         test_fraction: BelowOne | None = None,
+        splits: PathText | None = None,
+        group: str | None = None,
         on_error: OnError = "fail",
     ):
         if (Path(root) / torchvision.datasets.CIFAR10.base_folder).is_dir():
+            Draw(test_fraction=test_fraction, splits=splits, group=group).refuse(
+                f"CIFAR-10 in {root} has its own splits"
+            )
+            if split not in CIFAR10.splits:
+                raise UserError(f"CIFAR-10 in {root} has no split '{split}'")
             every: Dataset = CIFAR10(split, size, root=root)
         else:
-            every = ClassFolder(split, size, root=root, test_fraction=test_fraction)
+            every = ClassFolder(split, size, root=root, test_fraction=test_fraction, splits=splits, group=group)
         self._take(every, normal, on_error)
 
     def _take(self, every: Dataset, normal: str, on_error: OnError) -> None:
@@ -63,6 +73,7 @@ class OneAgainstAll(Dataset):
         defects = ["good" if names[label] == normal else names[label] for label in every.labels.tolist()]
         Dataset.__init__(self, every.split, every.geometry, root, every.paths, defects=defects)
         self.boxes, self.left_out = every.boxes, every.left_out
+        self.division, self.splits = every.division, every.splits
 
     @property
     def sizes(self) -> Tensor:

@@ -12,7 +12,7 @@ from data.datasets.one_against_all import OneAgainstAll
 from data.geometry import Geometry
 from data.image_files import is_folder, refuse_shared_folders
 from data.images import OnError
-from data.splits import stratified_split
+from data.splits import Draw, require_same_classes
 from runtime.errors import UserError
 from runtime.text import first_few
 from runtime.values import BelowOne, PathText, PositiveInt, Seed
@@ -35,6 +35,7 @@ class ScavPortClass(Dataset):
         test_fraction: share of each class for testing, without a folder `train`; none: 0.2.
         validation_fraction: likewise for validation; none: 0, no such split.
         split_seed: of the shares; none: 0.
+        splits, group: as for `folder`.
         on_error: `fail` names a broken image when it is decoded; `skip` looks for them now and leaves them out.
 
     Raises:
@@ -54,32 +55,42 @@ class ScavPortClass(Dataset):
         test_fraction: BelowOne | None = None,
         validation_fraction: BelowOne | None = None,
         split_seed: Seed | None = None,
+        splits: PathText | None = None,
+        group: str | None = None,
         on_error: OnError = "fail",
     ):
         top = Path(root)
-        shares = {"test_fraction": test_fraction, "validation_fraction": validation_fraction, "split_seed": split_seed}
+        draw = Draw(
+            test_fraction=test_fraction,
+            validation_fraction=validation_fraction,
+            split_seed=split_seed,
+            splits=splits,
+            group=group,
+        )
         if not is_folder(top):
             raise UserError(f"data.root={root} is not a folder: {LAYOUT}")
-        left_out = {}
         if is_folder(top / "train"):
-            given = [f"data.{key}" for key, value in shares.items() if value is not None]
-            if given:
-                raise UserError(f"{root} is divided by its folder train, so leave out {', '.join(given)}")
-            by_split = _of_folders(top)
+            draw.refuse(f"{root} is divided by its folder train")
+            division, rows = None, _of_folders(top)
         else:
             by_class = images_by_class(top)
-            _check_classes({str(top): by_class}, n_classes)
-            by_split = _drawn(by_class, test_fraction, validation_fraction, split_seed or 0)
-            for other in by_split.keys() - {split}:
-                left_out[f"kept for {other.replace('test', 'testing')}"] = sum(map(len, by_split[other].values()))
-        _check_classes({f"split {name} of {root}": found for name, found in by_split.items()}, n_classes)
-        if split not in by_split:
-            raise UserError(f"{root} has no images for validation: add a folder val, or set data.validation_fraction")
-        by_class = by_split[split]
-        labels = [label for label, name in enumerate(sorted(by_class)) for _ in by_class[name]]
-        paths = [path for name in sorted(by_class) for path in by_class[name]]
-        super().__init__(split, size, root, paths, labels, sorted(by_class))
-        self.splits, self.left_out = tuple(by_split), left_out
+            _check_classes({str(top): {*by_class}}, n_classes)
+            _check_shares(draw)
+            every = [(path, name) for name, paths in by_class.items() for path in paths]
+            labels = torch.tensor([label for label, paths in enumerate(by_class.values()) for _ in paths])
+            division = draw.divide(root, [path for path, _ in every], labels)
+            rows = [(*row, its) for row, its in zip(every, division.splits)]
+        there = tuple(its for its in ScavPortClass.splits if any(row[2] == its for row in rows))
+        found = {f"split {its} of {root}": {name for _, name, of in rows if of == its} for its in there}
+        _check_classes(found, n_classes)
+        if split not in there:
+            advice = "add a folder val, or set data.validation_fraction" if splits is None else f"name some in {splits}"
+            raise UserError(f"{root} has no images for {split}: {advice}")
+        classes, mine = sorted({name for _, name, _ in rows}), [row for row in rows if row[2] == split]
+        labels = [classes.index(name) for _, name, _ in mine]
+        super().__init__(split, size, root, [path for path, _, _ in mine], labels, classes)
+        self.splits, self.division = there, division
+        self.left_out = division.left_out(split) if division else {}
         self.drop_unreadable(on_error)
 
 
@@ -88,7 +99,8 @@ class ScavPortOneVsAll(OneAgainstAll):
 
     Args:
         normal: name of the normal class, or its number from 0 in the order of the names.
-        root, n_classes, test_fraction, validation_fraction, split_seed, on_error: as for `scavport_class`.
+        root, n_classes, test_fraction, validation_fraction, split_seed, splits, group, on_error: as for
+            `scavport_class`.
 
     Raises:
         UserError: `normal` is no class, or as for `ScavPortClass`.
@@ -107,6 +119,8 @@ class ScavPortOneVsAll(OneAgainstAll):
         test_fraction: BelowOne | None = None,
         validation_fraction: BelowOne | None = None,
         split_seed: Seed | None = None,
+        splits: PathText | None = None,
+        group: str | None = None,
         on_error: OnError = "fail",
     ):
         every = ScavPortClass(
@@ -117,13 +131,14 @@ class ScavPortOneVsAll(OneAgainstAll):
             test_fraction=test_fraction,
             validation_fraction=validation_fraction,
             split_seed=split_seed,
+            splits=splits,
+            group=group,
         )
         names = dict(enumerate(every.classes))
         if normal not in every.classes and not (normal.isdecimal() and int(normal) in names):
             numbered = ", ".join(f"{number} {name}" for number, name in names.items())
             raise UserError(f"data.normal={normal} is no class of {root}: it has {numbered}; {SWEEP}")
         self._take(every, normal if normal in every.classes else names[int(normal)], on_error)
-        self.splits = every.splits
 
 
 class ScavPortAnom(Dataset):
@@ -139,6 +154,7 @@ class ScavPortAnom(Dataset):
         root: folder of the set.
         test_fraction: share of the inliers for testing, without a folder `train`; none: 0.2.
         split_seed: of that share; none: 0.
+        splits, group: as for `folder`.
         on_error: `fail` names a broken image when it is decoded; `skip` looks for them now and leaves them out.
 
     Raises:
@@ -153,6 +169,8 @@ class ScavPortAnom(Dataset):
         root: PathText,
         test_fraction: BelowOne | None = None,
         split_seed: Seed | None = None,
+        splits: PathText | None = None,
+        group: str | None = None,
         on_error: OnError = "fail",
     ):
         layout = (
@@ -160,14 +178,15 @@ class ScavPortAnom(Dataset):
         )
         if not is_folder(root):
             raise UserError(f"data.root={root} is not a folder: {layout}")
-        found = good_and_others(Path(root), split, layout, test_fraction, split_seed)
+        draw = Draw(test_fraction=test_fraction, split_seed=split_seed, splits=splits, group=group)
+        found = good_and_others(root, Path(root), split, layout, draw)
         super().__init__(split, size, root, found.paths, defects=found.defects)
-        self.left_out = found.left_out
+        self.left_out, self.division = found.left_out, found.division
         self.drop_unreadable(on_error)
 
 
-def _of_folders(top: Path) -> dict[str, dict[str, list[str]]]:
-    """{split: {class: paths}} of the folders that are there."""
+def _of_folders(top: Path) -> list[tuple[str, str, str]]:
+    """(path, class, split) of all images in the folders that are there."""
     by_split = {}
     for split, names in FOLDERS.items():
         there = [top / name for name in names if is_folder(top / name)]
@@ -182,42 +201,22 @@ def _of_folders(top: Path) -> dict[str, dict[str, list[str]]]:
         paths = [path for its in by_class.values() for path in its]
         refuse_shared_folders(before, paths)
         before += paths
-    return by_split
+    return [(path, name, split) for split in by_split for name in by_split[split] for path in by_split[split][name]]
 
 
-def _drawn(
-    by_class: dict[str, list[str]], test: float | None, validation: float | None, seed: int
-) -> dict[str, dict[str, list[str]]]:
-    """{split: {class: paths}}, of each class the same shares."""
-    test, validation = 0.2 if test is None else test, validation or 0.0
+def _check_shares(draw: Draw) -> None:
+    test, validation = 0.2 if draw.test_fraction is None else draw.test_fraction, draw.validation_fraction or 0.0
     if not (test > 0 and validation >= 0 and test + validation < 1):
         raise UserError(
             f"data.test_fraction={test} must be above 0, data.validation_fraction={validation} at least 0, and "
             "together below 1"
         )
-    paths = [path for its in by_class.values() for path in its]
-    labels = torch.tensor([label for label, its in enumerate(by_class.values()) for _ in its])
-    rest, tested = stratified_split(labels, test, seed)
-    train, validated = stratified_split(labels[rest], validation / (1 - test), seed)
-    positions = {"train": rest[train], "validation": rest[validated], "test": tested}
-    by_split = {}
-    for split, its in positions.items():
-        if len(its):
-            by_split[split] = {
-                name: [paths[i] for i in its.tolist() if labels[i] == label] for label, name in enumerate(by_class)
-            }
-    return by_split
 
 
-def _check_classes(found: dict[str, dict[str, list[str]]], expected: int) -> None:
-    """Every folder or split must have the same classes, as many as expected, none empty."""
-    where, by_class = next(iter(found.items()))
-    if len(by_class) != expected:
-        names = first_few(by_class, 8)
-        raise UserError(f"{where} has {len(by_class)} classes ({names}), not data.n_classes={expected}: {LAYOUT}")
-    for other, its in found.items():
-        missing = [name for name in by_class if not its.get(name)]
-        unknown = sorted(its.keys() - by_class.keys())
-        if missing or unknown:
-            words = [f"lacks {first_few(missing)}"] * bool(missing) + [f"has {first_few(unknown)} more"] * bool(unknown)
-            raise UserError(f"{other} {' and '.join(words)}, unlike {where}: all splits need the same classes")
+def _check_classes(found: dict[str, set[str]], expected: int) -> None:
+    """Every folder or split must have the same classes, as many as expected."""
+    where, classes = next(iter(found.items()))
+    if len(classes) != expected:
+        names = first_few(sorted(classes), 8)
+        raise UserError(f"{where} has {len(classes)} classes ({names}), not data.n_classes={expected}: {LAYOUT}")
+    require_same_classes(found)

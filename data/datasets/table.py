@@ -1,6 +1,5 @@
 """Images named in a table, CSV or TSV, whatever the folders look like."""
 
-import csv
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -12,12 +11,10 @@ from data.dataset import Dataset
 from data.geometry import Geometry
 from data.images import OnError
 from data.masks import Masks
-from data.splits import grouped_split
+from data.splits import SPLITS, Division, Draw, read_rows
 from runtime.errors import UserError
 from runtime.text import first_few
 from runtime.values import BelowOne, PathText, Seed
-
-SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val"), "validation")
 
 
 class Table(Dataset):
@@ -42,6 +39,7 @@ class Table(Dataset):
         masks: `all` anomalous test images must have one where there is a column, or `some`.
         test_fraction: share for testing, without a column of splits; none: 0.2, of unlabelled images 0.
         split_seed: of that share; none: 0.
+        splits: as for `folder`, in place of a column of splits.
         on_error: `fail` names a broken image when it is decoded; `skip` looks for them now and leaves them out.
 
     Raises:
@@ -67,20 +65,21 @@ class Table(Dataset):
         masks: Masks = "all",
         test_fraction: BelowOne | None = None,
         split_seed: Seed | None = None,
+        splits: PathText | None = None,
         on_error: OnError = "fail",
     ):
         path = Path(root, table)
         columns = {"label": label_column, "split": split_column, "mask": mask_column, "group": group_column}
-        rows, there = _rows(_read(path), path, root, {"path": path_column, **columns})
+        rows, there = _rows(read_rows(path, "data.table"), path, root, {"path": path_column, **columns})
         if normal is None and "mask" in there:
             normal = "good"
         _refuse_normal(path, rows, normal)
+        draw = Draw(test_fraction=test_fraction, split_seed=split_seed, splits=splits)
         if "split" in there:
-            if test_fraction is not None or split_seed is not None:
-                raise UserError(f"{path} has a column of splits: leave out data.test_fraction and data.split_seed")
+            draw.refuse(f"{path} has a column of splits")
         else:
             share = 0.0 if {row.label for row in rows} == {"unlabelled"} else 0.2
-            _divide(rows, normal, share if test_fraction is None else test_fraction, split_seed or 0)
+            self.division = _divide(root, rows, normal, share, draw)
         _check_splits(path, rows, normal)
         mine = [row for row in rows if row.split == split]
         kept = [row for row in mine if split == "test" or normal in (None, row.label)]
@@ -101,6 +100,8 @@ class Table(Dataset):
             self.left_out["anomalous, in the training split"] = len(mine) - len(kept)
             tested = sum(row.split == "test" for row in rows)
             self.left_out["kept for testing"] = 0 if "split" in there else tested
+        if splits is not None:
+            self.left_out[f"in no split of {splits}"] = sum(not row.split for row in rows)
         self.drop_unreadable(on_error)
 
 
@@ -114,41 +115,11 @@ class _Row:
     group: str | None
 
 
-def _read(path: Path) -> list[tuple[int, list[str]]]:
-    """Line numbers and cells of all rows, column names first."""
-    if not path.is_file():
-        there = sorted(p.name for p in path.parent.glob("*") if p.suffix.lower() in (".csv", ".tsv", ".txt"))
-        raise UserError(f"there is no table {path}; tables there: {first_few(there, 4) or 'none'}; set data.table")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"cannot read table {path}: {error}; save it as CSV in UTF-8") from None
-    first = text.partition("\n")[0]
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=max(",;\t", key=first.count), strict=True)
-    rows = []
-    try:
-        for row in reader:
-            cells = [cell.strip() for cell in row]
-            if any(cells):
-                rows.append((reader.line_num, cells))
-    except csv.Error as error:
-        raise UserError(f"line {reader.line_num} of {path} is not CSV: {error}") from None
-    if len(rows) < 2:
-        raise UserError(f"{path} has no row below its column names")
-    columns = rows[0][1]
-    if len({*columns}) < len(columns):
-        raise UserError(f"{path} has two columns of one name: {first_few(columns, 8)}")
-    for line, cells in rows[1:]:
-        if len(cells) != len(columns):
-            raise UserError(f"line {line} of {path} has {len(cells)} cells, and there are {len(columns)} columns")
-    return rows
-
-
 def _rows(
     lines: list[tuple[int, list[str]]], table: Path, root: PathText, names: dict[str, str | None]
 ) -> tuple[list[_Row], set[str]]:
     """The rows, and which kinds of columns there are; a name of None is the kind's own, if there is such a column."""
-    (_, columns), *rest = lines
+    (_, columns), *rest = [(line, [cell.strip() for cell in cells]) for line, cells in lines]
     at: dict[str, int] = {}
     for kind, name in names.items():
         if name in columns or (name is None and kind in columns):
@@ -184,33 +155,32 @@ def _refuse_normal(table: Path, rows: list[_Row], normal: str | None) -> None:
         raise UserError(f"label good of {table} would be an anomaly, but normal images are called so: rename it")
 
 
-def _divide(rows: list[_Row], normal: str | None, share: float, seed: int) -> None:
-    """Give each row a split. Groups with an anomaly are tested on, and of the others a share of each class."""
-    spoiled = {row.group or row.path for row in rows if normal not in (None, row.label)}
-    clean = [row for row in rows if (row.group or row.path) not in spoiled]
-    for row in rows:
-        row.split = "test"
-    if not clean:
-        return
-    classes = sorted({row.label for row in clean})
-    labels = torch.tensor([classes.index(row.label) for row in clean])
-    groups = [row.group or row.path for row in clean]
-    for i in grouped_split(labels, groups, share, seed)[0].tolist():
-        clean[i].split = "train"
+def _divide(root: PathText, rows: list[_Row], normal: str | None, share: float, draw: Draw) -> Division:
+    """Give each row a split: of anomaly sets, groups with an anomaly are tested on."""
+    classes = sorted({row.label for row in rows})
+    labels = torch.tensor([classes.index(row.label) for row in rows])
+    anomalous = None if normal is None else [row.label != normal for row in rows]
+    groups = [row.group or row.path for row in rows]
+    division = draw.divide(root, [row.path for row in rows], labels, share=share, tested=anomalous, groups=groups)
+    for row, split in zip(rows, division.splits):
+        row.split = split
+    if all(row.group is None for row in rows):
+        division.groups = None
+    return division
 
 
 def _check_splits(table: Path, rows: list[_Row], normal: str | None) -> None:
     """No group in two splits, and no class that is not learned."""
     split_of: dict[str, str] = {}
     for row in rows:
-        if row.group is not None and split_of.setdefault(row.group, row.split) != row.split:
+        if row.split and row.group is not None and split_of.setdefault(row.group, row.split) != row.split:
             raise UserError(
                 f"group {row.group} of {table} is in {split_of[row.group]} and, line {row.line}, in {row.split}: "
                 "give all its images one split"
             )
     if normal is None:
         learned = {row.label for row in rows if row.split == "train"}
-        if unknown := sorted({row.label for row in rows} - learned):
+        if unknown := sorted({row.label for row in rows if row.split} - learned):
             raise UserError(f"{table} has no training image of {first_few(unknown)}, but others of it")
 
 

@@ -233,7 +233,7 @@ def test_wrong_layouts_of_condition(tmp_path):
     about = {"root": str(tmp_path), "category": "ring"}
     refused(Condition, ["data.category=lock", "folders there: ring"], root=str(tmp_path), category="lock")
     refused(Condition, ["data.abnormal=rust", "broken, worn"], **about, abnormal=("rust", "worn"))
-    refused(Condition, ["leave out data.test_fraction and data.split_seed"], **about, split_seed=1)
+    refused(Condition, ["leave out data.split_seed"], **about, split_seed=1)
     (tmp_path / "ring/ground_truth/worn/2.png").unlink()
     with pytest.raises(UserError, match="has no mask"):
         Condition("test", 4, **about)
