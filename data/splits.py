@@ -19,7 +19,7 @@ from runtime.text import first_few
 
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val"), "validation")
 FILE = "splits.csv"  # in a run folder
-WORDS = {"train": "training", "test": "testing", "validation": "validation"}
+WORDS = {"train": "training", "validation": "validation", "test": "testing"}
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -45,16 +45,47 @@ def holdout(dataset, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
 def grouped_split(labels: Tensor, groups: list[str], fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """As `stratified_split`, of whole groups: images of one part, scene or vessel are never on both sides.
 
-    A group counts as of its most frequent class, of equally frequent ones the first; `fraction` is of a class's groups.
+    Where each group is of one class, the same fraction of the groups of every class is picked. Where groups hold
+    several, as a vessel does that has all parts, about the same fraction of every class's images: `_spread`.
     """
     names = sorted({*groups})
     number = {name: i for i, name in enumerate(names)}
     group = torch.tensor([number[name] for name in groups])  # (N,)
     counts = torch.zeros(len(names), int(labels.max()) + 1, dtype=torch.int64)
     counts.index_put_((group, labels), torch.ones_like(labels), accumulate=True)
-    _, picked = stratified_split(counts.argmax(1), fraction, seed)
+    if ((counts > 0).sum(1) > 1).any():
+        picked = _spread(counts.numpy(), fraction, seed)
+    else:
+        _, picked = stratified_split(counts.argmax(1), fraction, seed)
     is_picked = torch.isin(group, picked)
     return (~is_picked).nonzero().flatten(), is_picked.nonzero().flatten()
+
+
+def _spread(counts: np.ndarray, fraction: float, seed: int) -> Tensor:
+    """Numbers of the groups to pick, of which int64 `counts` (G, C) has the images of each class.
+
+    In a random order, a group is picked if that brings the picked shares of all classes nearer to `fraction`, in
+    squares; then, for each class without any, the group that does least harm. None is picked that is a class's last.
+    """
+    totals = counts.sum(0)
+    shares = counts / np.maximum(totals, 1)  # (G, C)
+    missing, left, picked = np.where(totals, fraction, 0.0), totals.copy(), []  # (C,), (C,)
+    order = np.random.RandomState(seed).permutation(len(counts)) if fraction > 0 else []
+
+    def pick(group: int) -> None:
+        nonlocal missing, left
+        missing, left = missing - shares[group], left - counts[group]
+        picked.append(int(group))
+
+    for group in order:
+        nearer = ((missing - shares[group]) ** 2).sum() < (missing**2).sum()
+        if nearer and (left > counts[group])[totals > 0].all():
+            pick(group)
+    for label in totals.nonzero()[0] if fraction > 0 else ():
+        able = [g for g in order if counts[g, label] and (left > counts[g])[totals > 0].all() and g not in picked]
+        if able and left[label] == totals[label]:
+            pick(min(able, key=lambda g: ((missing - shares[g]) ** 2).sum()))
+    return torch.tensor(sorted(picked), dtype=torch.int64)
 
 
 @dataclass

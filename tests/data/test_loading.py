@@ -294,7 +294,6 @@ def test_groups_stay_whole_and_their_classes_keep_their_shares():
     rng = np.random.default_rng(0)
     groups = rng.integers(0, 40, 400)
     labels = torch.from_numpy(groups % 3)  # 14, 13 and 13 groups
-    labels[:5] = 2  # a few odd images do not change what a group counts as
     names = [f"g{group:02}" for group in groups]
     rest, picked = grouped_split(labels, names, 0.2, seed=1)
     assert sorted(rest.tolist() + picked.tolist()) == list(range(400))
@@ -306,3 +305,26 @@ def test_groups_stay_whole_and_their_classes_keep_their_shares():
     alone = [f"{i:03}" for i in range(400)]
     assert all(a.equal(b) for a, b in zip(grouped_split(labels, alone, 0.3, 5), stratified_split(labels, 0.3, 5)))
     assert len(grouped_split(labels, ["one"] * 400, 0.5, 0)[1]) == 0
+    assert len(grouped_split(torch.zeros(400, dtype=torch.int64), ["one"] * 400, 0.5, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("vessels", [5, 12, 40])
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.2, 0.5])
+def test_groups_of_many_classes_keep_every_class_on_both_sides(vessels, fraction):
+    """As vessels that all have all parts, one class being rare and one of a single vessel."""
+    rng, worst = np.random.default_rng(vessels), 0.0
+    for seed in range(10):
+        group = rng.integers(0, vessels, 800)
+        labels = rng.choice(6, 800, p=[0.4, 0.3, 0.15, 0.1, 0.03, 0.02])
+        labels[labels == 5] = 0
+        labels[np.flatnonzero(group == 0)[:3]] = 5
+        names = [f"vessel{g}" for g in group]
+        rest, picked = (part.numpy() for part in grouped_split(torch.from_numpy(labels), names, fraction, seed))
+        again = grouped_split(torch.from_numpy(labels), names, fraction, seed)[1]
+        assert again.tolist() == picked.tolist() and sorted([*rest, *picked]) == list(range(800))
+        assert {*group[rest]}.isdisjoint(group[picked]) and (len(picked) == 0) == (fraction == 0)
+        if fraction:
+            assert {*labels[rest]} == {*range(6)} and {*labels[picked]} == {*range(5)}
+        shares = [(labels[picked] == c).sum() / (labels == c).sum() for c in range(4)]
+        worst = max(worst, *(abs(share - fraction) for share in shares))
+    assert worst < {5: 0.21, 12: 0.12, 40: 0.12}[vessels], worst  # one of 5 vessels is 0.2
