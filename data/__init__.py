@@ -14,6 +14,7 @@ from data.augment.recipes import build_augment as build_augment
 from data.dataset import Dataset
 from data.datasets.cifar import CIFAR10, CIFAR10C, CIFAR100
 from data.datasets.condition import Condition
+from data.datasets.detections import Detections
 from data.datasets.dimo import DIMO, DIMOOneVsAll
 from data.datasets.few_shot import FewShot
 from data.datasets.folder import ClassFolder, Imagenette
@@ -70,6 +71,7 @@ DATASETS: dict[str, type[Dataset]] = {
     "dimo": DIMO,
     "dimo_one_vs_all": DIMOOneVsAll,
     "table": Table,
+    "detections": Detections,
 }
 KINDS.update(DATASETS)  # of which a mixed set is made
 

@@ -250,7 +250,7 @@ def write_splits(dataset, folder: Path) -> None:
         with whole_file(folder / name) as file:
             writer = csv.writer(file)  # with \r\n, for only then a name with a \r is quoted
             writer.writerow(["path", "split"])
-            writer.writerows(row for row in zip(division.names, division.splits) if row[1])
+            writer.writerows(row for row in dict.fromkeys(zip(division.names, division.splits)) if row[1])
 
 
 def read_splits(file: str, names: list[str], known: tuple[str, ...]) -> list[str]:

@@ -22,7 +22,7 @@ from evaluation.tasks import knn
 from models.ssl import SSL_METHODS
 from runtime import config
 from runtime.errors import UserError
-from tests.data.datasets.layouts import write_ad2, write_dimo, write_visa
+from tests.data.datasets.layouts import write_ad2, write_dimo, write_fiftyone, write_visa
 from tests.images import TOP, write_classes, write_mvtec
 from tests.processes import script
 
@@ -91,6 +91,7 @@ def place(tmp_path_factory):
     write_visa(place / "VisA_20220922")
     write_ad2(place / "mvtec_ad2/can", size=64)
     write_dimo(place / "dimo", scenes=8)
+    write_fiftyone(place / "detections", [(i, i % 2, [4.0, 4.0, 20.0, 20.0]) for i in range(1, 41)], 40)
     for name in ("mobilenet_v2", "resnet18"):
         torch.save(getattr(torchvision.models, name)().state_dict(), place / f"{name}.pth")
     return place

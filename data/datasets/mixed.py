@@ -50,7 +50,7 @@ class Mixed(Dataset):
         geometry = as_geometry(size)
         self.parts = {name: _part(name, about, split, geometry) for name, about in sets.items()}
         owned = [(name, c) for name, part in self.parts.items() for c in part.classes]  # the parts' classes in a row
-        new = _renamed([f"{name}/{c}" for name, c in owned], merge or {})
+        new = renamed([f"{name}/{c}" for name, c in owned], merge or {})
         classes = sorted({*new})
         first, labels, paths = 0, [], []
         for part in self.parts.values():
@@ -109,9 +109,13 @@ def _part(name: str, about: dict, split: str, geometry: Geometry) -> Dataset:
     return kind(split, geometry, **part.options)
 
 
-def _renamed(names: list[str], merge: dict) -> list[str]:
-    """Each of the classes `<set>/<class>` by its new name."""
-    short = [name.partition("/")[2] for name in names]
+def renamed(names: list[str], merge: dict[str, str]) -> list[str]:
+    """Each of the classes, called `<set>/<class>` or `<class>`, by its new name.
+
+    Raises:
+        UserError: a key of `merge` that is neither one of them nor the `<class>` of one.
+    """
+    short = [name.partition("/")[2] or name for name in names]
     for old in merge:
         if old not in {*names, *short}:
             raise UserError(f"data.merge: {old} is no class{suggest(str(old), names)}")

@@ -143,6 +143,13 @@ REFUSED = {  # (section, name): {key: (refused values), (taken values)}
         "split_seed": ("-1", "0"),
     },
     ("data", "dimo_one_vs_all"): {"normal": ("0", "1"), "min_crop_size": ("0", "1")},
+    ("data", "detections"): {
+        "context": ("0.9 101", "1 1.5"),
+        "min_crop_size": ("0 -1", "1"),
+        "validation_fraction": ("1 -0.1", "0 none"),
+    },
+    ("data", "kolektor_sdd"): {"test_fraction": ("1 -0.1", "0 none")},
+    ("data", "magnetic_tile"): {"test_fraction": ("1 -0.1", "0 none")},
     ("data", "mixed"): {"min_per_class": ("0", "1")},
     ("data", "cifar10"): {"per_class": ("0", "1 none")},
     ("task", "knn"): {"k": ("0 -1", "1"), "temperature": ("0 -1", "0.07")},

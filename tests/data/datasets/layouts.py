@@ -135,3 +135,37 @@ def write_dimo(root: Path, scenes: int = 6, views: int = 2) -> None:
             for kind, entries in files.items():
                 (root / subset / name / f"scene_{kind}.json").write_text(json.dumps(entries))
             (root / subset / name / "scene_gt_world.json").write_text("[]")
+
+
+def coordinates(number, height=30, width=40):
+    """Red is the row, green the column, blue the number: what is cut out says where it was."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([y, x, np.full_like(y, number)], -1).astype(np.uint8)
+
+
+def annotation(key, image, category, bbox, **more):
+    area = bbox[2] * bbox[3]
+    return {"id": key, "image_id": image, "category_id": category, "bbox": bbox, "area": area, **more}
+
+
+def write_fiftyone(root, boxes, count=4, classes=("buoy", "ship"), size=(30, 40)):
+    """As `fiftyone.types.COCODetectionDataset`: data/, labels.json; ids from 1, categories from 0, `annotations` only
+    if there are any, floating-point boxes without `iscrowd`."""
+    rows = []
+    for i in range(1, count + 1):
+        write(root / "data" / f"{i:02}.png", coordinates(i, *size))
+        rows.append(
+            {
+                "id": i,
+                "file_name": f"{i:02}.png",
+                "height": size[0],
+                "width": size[1],
+                "license": None,
+                "coco_url": None,
+            }
+        )
+    categories = [{"id": i, "name": name, "supercategory": None} for i, name in enumerate(classes)]
+    content = {"info": {}, "licenses": [], "categories": categories, "images": rows}
+    if boxes:
+        content["annotations"] = [annotation(i + 1, *box) | {"score": 0.5} for i, box in enumerate(boxes)]
+    (root / "labels.json").write_text(json.dumps(content))
