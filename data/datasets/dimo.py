@@ -15,7 +15,7 @@ from data.datasets.bop import OTHERS, Items, Label, find_scenes, read_models, re
 from data.datasets.one_against_all import OneAgainstAll
 from data.geometry import Geometry, as_geometry
 from data.images import OnError, decode, image_sizes, readable
-from data.splits import grouped_split
+from data.splits import Draw
 from runtime.errors import UserError
 from runtime.text import first_few
 from runtime.values import BelowOne, PathText, Pixels, PositiveInt, Seed
@@ -42,8 +42,9 @@ class DIMO(Dataset):
         label: what the classes are: of parts that are cut out `part`, or of the image its `carrier`, `lighting` or
             `composition`; none: part of these, composition of whole images.
         min_crop_size: parts with a shorter side inside the image, in pixels, are left out; none: 16.
-        test_fraction: share of the scenes for testing.
-        split_seed: of that share.
+        test_fraction: share of the scenes for testing; none: 0.2.
+        split_seed: of that share; none: 0.
+        splits: as for `folder`.
         on_error: `fail` names a broken or missing image at once or when it is decoded; `skip` looks for them now and
             leaves them out.
 
@@ -62,8 +63,9 @@ class DIMO(Dataset):
         crop: Literal["image", "object"] = "image",
         label: Label | None = None,
         min_crop_size: Pixels | None = None,
-        test_fraction: BelowOne = 0.2,
-        split_seed: Seed = 0,
+        test_fraction: BelowOne | None = None,
+        split_seed: Seed | None = None,
+        splits: PathText | None = None,
         on_error: OnError = "fail",
     ):
         whole = crop == "image"
@@ -80,13 +82,15 @@ class DIMO(Dataset):
         classes = sorted({*items.names}, key=_by_number)
         number = {name: i for i, name in enumerate(classes)}
         labels = torch.tensor([number[name] for name in items.names])
-        train, test = (side.tolist() for side in grouped_split(labels, items.groups, test_fraction, split_seed))
-        _check_sides(root, classes, labels[train], bool(test) or split == "train", test_fraction)
-        mine, other, why = (train, test, "testing") if split == "train" else (test, train, "training")
+        draw = Draw(test_fraction=test_fraction, split_seed=split_seed, splits=splits)
+        division = draw.divide(root, items.paths, labels, groups=items.groups, splits=self.splits)
+        mine, how = division.of(split), f"data.test_fraction={test_fraction}" if splits is None else splits
+        _check_sides(root, classes, labels[division.of("train")], bool(mine), split, how)
+        division.groups = None  # `matched` counts scenes
         files = sorted({items.paths[i] for i in mine})
         is_good = {files[i] for i in readable(lambda i: decode(files[i], as_geometry(size)), files, on_error)}
         kept = [i for i in mine if items.paths[i] in is_good]
-        left_out = {f"kept for {why}": len(other), "not readable": len(mine) - len(kept)}
+        left_out = division.left_out(split) | {"not readable": len(mine) - len(kept)}
         boxes = None
         if not whole:
             kept, boxes, unseen = _seen(items, kept, SMALLEST if min_crop_size is None else min_crop_size)
@@ -95,7 +99,11 @@ class DIMO(Dataset):
                 reasons = ", ".join(f"{count} {why}" for why, count in unseen.items() if count)
                 raise UserError(f"no part in the {split} images of {root} can be cut out: {reasons}")
         super().__init__(split, size, root, [items.paths[i] for i in kept], labels[kept], classes)
-        self.boxes, self.left_out = boxes, {why: count for why, count in left_out.items() if count}
+        self.division, self.boxes, self.left_out = (
+            division,
+            boxes,
+            {why: count for why, count in left_out.items() if count},
+        )
 
     @property
     def matched(self) -> str:
@@ -108,7 +116,7 @@ class DIMOOneVsAll(OneAgainstAll):
     Args:
         root: folder with `models` and the sub-sets.
         normal: number of the part.
-        subsets, min_crop_size, test_fraction, split_seed, on_error: as for `dimo`.
+        subsets, min_crop_size, test_fraction, split_seed, splits, on_error: as for `dimo`.
 
     Raises:
         UserError: there is no such part, or as for `DIMO`.
@@ -125,8 +133,9 @@ class DIMOOneVsAll(OneAgainstAll):
         normal: PositiveInt,
         subsets: tuple[str, ...] = (),
         min_crop_size: Pixels = SMALLEST,
-        test_fraction: BelowOne = 0.2,
-        split_seed: Seed = 0,
+        test_fraction: BelowOne | None = None,
+        split_seed: Seed | None = None,
+        splits: PathText | None = None,
         on_error: OnError = "fail",
     ):
         every = DIMO(
@@ -138,6 +147,7 @@ class DIMOOneVsAll(OneAgainstAll):
             min_crop_size=min_crop_size,
             test_fraction=test_fraction,
             split_seed=split_seed,
+            splits=splits,
             on_error=on_error,
         )
         self._take(every, f"part{normal}", "fail")  # what cannot be read is out already
@@ -154,13 +164,13 @@ def _scenes_of(names: list[str]) -> str:
     return f"{len(scenes)} scenes of {first_few(subsets, 8)}"
 
 
-def _check_sides(root: PathText, classes: list[str], learned: Tensor, is_there: bool, fraction: float) -> None:
+def _check_sides(root: PathText, classes: list[str], learned: Tensor, is_there: bool, split: str, how: str) -> None:
     """The split has a scene (`is_there`), and every class is among the labels that are `learned`."""
     if not is_there:
-        raise UserError(f"{root} has no scene for testing with data.test_fraction={fraction}: raise it, or add scenes")
+        raise UserError(f"{root} has no scene for {split} with {how}: change that, or add scenes")
     if rare := sorted({*range(len(classes))} - {*learned.tolist()}):
         names = first_few(classes[i] for i in rare)
-        raise UserError(f"no scene of {root} with {names} is for training: set another data.split_seed")
+        raise UserError(f"no scene of {root} with {names} is for training: give it one in data.splits")
 
 
 def _seen(items: Items, kept: list[int], least: int) -> tuple[list[int], Tensor, dict[str, int]]:

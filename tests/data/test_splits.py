@@ -14,6 +14,7 @@ from data import DATASETS, DataConfig, build_dataset
 from data.splits import Draw, write_splits
 from runtime import config
 from runtime.errors import UserError
+from tests.data.datasets.layouts import write_dimo, write_fiftyone
 
 ODD = [
     "a,b.png",
@@ -49,6 +50,8 @@ def trees(tmp_path):
         write(tmp_path / "tiles/MT_Free/Imgs", [f"exp{i % 2}_num_{i // 2}.jpg"])
     write(tmp_path / "tiles/MT_Crack/Imgs", ["exp1_num_3.jpg"])
     write(tmp_path / "tiles/MT_Crack/Imgs", ["exp1_num_3.png"], 255)
+    write_fiftyone(tmp_path / "boxes", [(i, i % 2, [4.0, 4.0, 20.0, 20.0]) for i in range(1, 31)], 30)
+    write_dimo(tmp_path / "dimo", scenes=8)
     rows = [f"classes/c{k}/ship{i % 5}_{i}.png,c{k},g{i % 5}" for k in range(3) for i in range(10)]
     (tmp_path / "images.csv").write_text("\n".join(["path,label,group", *rows]))
     classes = {"root": str(tmp_path / "classes")}
@@ -62,6 +65,9 @@ def trees(tmp_path):
         "kolektor_sdd": {"root": str(tmp_path / "kolektor")},
         "magnetic_tile": {"root": str(tmp_path / "tiles")},
         "table": {"root": str(tmp_path)},
+        "detections": {"root": str(tmp_path / "boxes"), "validation_fraction": 0.2},
+        "dimo": {"root": str(tmp_path / "dimo"), "crop": "object"},
+        "dimo_one_vs_all": {"root": str(tmp_path / "dimo"), "normal": 1, "test_fraction": 0.3},
     }
 
 

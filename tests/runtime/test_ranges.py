@@ -139,7 +139,7 @@ REFUSED = {  # (section, name): {key: (refused values), (taken values)}
     ("data", "few_shot"): {"shots": ("0", "1"), "draw": ("-1", "0")},
     ("data", "dimo"): {
         "min_crop_size": ("0 -1", "8 none"),
-        "test_fraction": ("1 -0.1", "0"),
+        "test_fraction": ("1 -0.1", "0 none"),
         "split_seed": ("-1", "0"),
     },
     ("data", "dimo_one_vs_all"): {"normal": ("0", "1"), "min_crop_size": ("0", "1")},

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import numpy as np
@@ -342,7 +343,7 @@ def test_parts_alone_need_no_scene_info(root):
 def test_options_that_do_not_go_together(root):
     refused(["data.label=part", "data.crop=object"], root=str(root), label="part")
     refused(["data.min_crop_size", "data.crop=object"], root=str(root), min_crop_size=8)
-    refused(["has no scene for testing", "test_fraction=0"], split="test", root=str(root), test_fraction=0)
+    refused(["has no scene for test", "test_fraction=0"], split="test", root=str(root), test_fraction=0)
 
 
 def test_a_set_with_carriers_only(root):
@@ -351,22 +352,27 @@ def test_a_set_with_carriers_only(root):
     refused(["no part with a number below 100"], root=str(root), crop="object")
 
 
-def test_a_class_that_only_the_test_would_have_is_named(root):
-    """Part 2 lies beside part 1 in one scene, which counts as one of part 1."""
+def test_a_class_of_one_scene_is_never_tested_on(root, tmp_path):
+    """Part 2 lies beside part 1 in one scene, which no seed takes away from the training, but a file can."""
     for path in root.glob("*/*/scene_gt.json"):
         edit(path, lambda e: [parts.insert(0, dict(parts[0], obj_id=1)) for parts in e.values()])
         if path.parent.name[:6] != "000003":
             edit(
                 path, lambda e: [part.update(obj_id=1) for parts in e.values() for part in parts if part["obj_id"] == 2]
             )
-    messages = []
     for seed in range(20):
-        try:
-            DIMO("train", 16, root=str(root), crop="object", split_seed=seed)
-        except UserError as error:
-            messages.append(str(error))
-    assert 0 < len(messages) < 20
-    assert {*messages} == {f"no scene of {root} with part2 is for training: set another data.split_seed"}
+        train = DIMO("train", 16, root=str(root), crop="object", split_seed=seed)
+        assert train.labels.unique().tolist() == list(range(len(train.classes))) and train.division.of("test")
+    file = tmp_path / "hand.csv"
+    rows = {f"{name},{'test' if '/000003' in name else 'train'}" for name in train.division.names}
+    file.write_text("\n".join(["path,split", *sorted(rows)]))
+    message = f"no scene of {root} with part2 is for training: give it one in data.splits"
+    with pytest.raises(UserError, match=re.escape(message)):
+        DIMO("train", 16, root=str(root), crop="object", splits=str(file))
+    some = sorted(rows)[0].replace("train", "test")  # one image alone, of a scene with several
+    file.write_text("\n".join(["path,split", some, *sorted(rows)[1:]]))
+    with pytest.raises(UserError, match="in two splits"):
+        DIMO("train", 16, root=str(root), crop="object", splits=str(file))
 
 
 @pytest.mark.parametrize("crop", ["image", "object"])
