@@ -3,6 +3,7 @@ loads, every file has its size."""
 
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -91,6 +92,8 @@ def place(tmp_path_factory):
     write_visa(place / "VisA_20220922")
     write_ad2(place / "mvtec_ad2/can", size=64)
     write_dimo(place / "dimo", scenes=8)
+    shutil.copytree(place / "mvtec/bottle/train/good", place / "parts/good")
+    shutil.copytree(place / "mvtec/bottle/train/good", place / "parts/bad")
     write_fiftyone(place / "detections", [(i, i % 2, [4.0, 4.0, 20.0, 20.0]) for i in range(1, 41)], 40)
     for name in ("mobilenet_v2", "resnet18"):
         torch.save(getattr(torchvision.models, name)().state_dict(), place / f"{name}.pth")

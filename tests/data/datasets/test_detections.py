@@ -123,14 +123,14 @@ def test_the_smallest_parts_of_a_pixel_stay_inside():
 
 
 def test_context_and_the_smallest_crop(ships):
-    some = Detections("train", 8, root=str(ships), boxes="all", context=1.5, min_crop_size=11, **EVERY)
+    some = Detections("train", 8, root=str(ships), boxes="all", context=1.5, min_crop_size=13, **EVERY)
     assert rows_of(some) == [
         (1, "buoy", 8, 17, 13, 19),  # 20.5 - 3, 10.25 - 2
         (2, "ship", 0, 0, 14, 14),  # -5 + 15 + 3.75
         (2, "buoy", 12, 22, 18, 18),
         (4, "buoy", 0, 0, 30, 40),
     ]
-    assert some.left_out == {"images without boxes": 1, "below data.min_crop_size=11": 1}
+    assert some.left_out == {"images without boxes": 1, "below data.min_crop_size=13": 1}
     with pytest.raises(
         UserError, match=r"no box of the split 'train' of .* can be cut out: 1 images without boxes, 5 below data"
     ):
