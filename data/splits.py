@@ -92,10 +92,16 @@ def _spread(counts: np.ndarray, fraction: float, seed: int) -> Tensor:
 class Division:
     """All images of a set without splits on the disk, and where each belongs."""
 
-    names: list[str]  # paths below the root
+    root: str | Path
+    paths: list[str]
     splits: list[str]  # train, test, validation; empty: in none, which only a file can say
     groups: list[str] | None = None
     file: str | None = None  # that says it; None: it was drawn
+
+    @property
+    def names(self) -> list[str]:
+        """The paths below the root."""
+        return below(self.root, self.paths)
 
     def of(self, split: str) -> list[int]:
         return [i for i, its in enumerate(self.splits) if its == split]
@@ -160,7 +166,7 @@ class Draw:
                 group that the file has in two splits, an expression that is none or that an image does not match,
                 shares without a rest.
         """
-        names = below(root, paths)
+        names = below(root, paths) if self.group is not None or self.splits is not None else []
         if self.group is not None:
             groups = groups_of(names, self.group)
         if self.splits is not None:
@@ -173,7 +179,7 @@ class Draw:
                 )
             if groups is not None:
                 _check_groups(self.splits, names, given, groups)
-            return Division(names, given, groups, self.splits)
+            return Division(root, paths, given, groups, self.splits)
         test = share if self.test_fraction is None else self.test_fraction
         validation, seed = self.validation_fraction or 0.0, self.split_seed or 0
         if not test + validation < 1:
@@ -199,7 +205,7 @@ class Draw:
         for split, positions in (("train", learned), ("validation", validated)):
             for i in positions.tolist():
                 drawn[i] = split
-        return Division(names, drawn, groups)
+        return Division(root, paths, drawn, groups)
 
 
 def below(root: str | Path, paths: list[str]) -> list[str]:

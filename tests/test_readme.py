@@ -92,6 +92,9 @@ def place(tmp_path_factory):
     write_visa(place / "VisA_20220922")
     write_ad2(place / "mvtec_ad2/can", size=64)
     write_dimo(place / "dimo", scenes=8)
+    for i, path in enumerate(sorted((place / "images/train").glob("*/*"))):
+        (place / "classes" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, place / "classes" / path.parent.name / f"ship{i % 3}_{path.name}")
     shutil.copytree(place / "mvtec/bottle/train/good", place / "parts/good")
     shutil.copytree(place / "mvtec/bottle/train/good", place / "parts/bad")
     write_fiftyone(place / "detections", [(i, i % 2, [4.0, 4.0, 20.0, 20.0]) for i in range(1, 41)], 40)
