@@ -51,13 +51,7 @@ def linear_probe(
         UserError: one class only, of which every answer is right.
         ValueError: no class has two training images (nothing to hold out), or shapes that do not fit.
     """
-    if train_features.shape[1:] != test_features.shape[1:] or train_labels.shape != train_features.shape[:1]:
-        raise ValueError(
-            f"expected train_features (N, D), train_labels (N,) and test_features (M, D), got "
-            f"{tuple(train_features.shape)}, {tuple(train_labels.shape)} and {tuple(test_features.shape)}"
-        )
-    if n_classes < 2:
-        raise UserError("a linear probe tells classes apart, and there is only one: give a data set with two or more")
+    check_features(train_features, train_labels, test_features, n_classes)
     settings = {"n_classes": n_classes, "epochs": epochs, "batch_size": batch_size, "seed": seed}
     report = {"lr": learning_rates[0], "holdout_top1": None, "holdout_top1_by_lr": None}
     if len(learning_rates) > 1:
@@ -67,7 +61,9 @@ def linear_probe(
         logits = train_and_apply(
             train_features[fit], train_labels[fit], train_features[held], learning_rates=learning_rates, **settings
         )  # (G, H, n_classes)
-        report = _choose(logits, train_labels[held], learning_rates)
+        best, top1 = best_of(logits, train_labels[held], learning_rates)
+        by_lr = {f"{lr:g}": value for lr, value in zip(learning_rates, top1)}
+        report = {"lr": learning_rates[best], "holdout_top1": top1[best], "holdout_top1_by_lr": by_lr}
     logits = train_and_apply(
         train_features, train_labels, test_features, learning_rates=[report["lr"]], **settings
     )  # (1, M, n_classes)
@@ -89,9 +85,8 @@ def train_and_apply(
     """Train G classifiers, one a learning rate, from the same start on the same batches; logits (G, M, n_classes)."""
     n_train, dim = train_features.shape
     n_rates = len(learning_rates)
-    mean, scale = train_features.mean(0), train_features.std(0, correction=0)  # (D,)
-    scale = torch.where(scale > 1e-6 * mean.abs(), scale, 1)  # a constant feature stays (about) 0
-    inputs = _with_one((train_features - mean) / scale)  # (N, D+1); the column of ones carries the bias
+    train, test = standardized(train_features, test_features)
+    inputs = with_one(train)  # (N, D+1)
     targets = F.one_hot(train_labels, n_classes).to(inputs)  # (N, C)
 
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same numbers on every device
@@ -114,19 +109,37 @@ def train_and_apply(
             weight -= (0.5 + 0.5 * math.cos(math.pi * step / n_steps)) * rates * velocity
             step += 1
 
-    logits = _with_one((test_features - mean) / scale) @ weight  # (M, G*C)
+    logits = with_one(test) @ weight  # (M, G*C)
     return logits.view(-1, n_rates, n_classes).transpose(0, 1)  # (G, M, C)
 
 
-def _choose(logits: Tensor, labels: Tensor, learning_rates: Sequence[float]) -> dict:
-    """The learning rate of best top-1, then lowest cross-entropy, then lowest value; logits (G, H, C), labels (H,)."""
-    finite = logits.isfinite().all(2).all(1)  # (G,) a rate that diverged comes last
+def check_features(train_features: Tensor, train_labels: Tensor, test_features: Tensor, n_classes: int) -> None:
+    """Raises what a classifier of frozen features cannot be trained on."""
+    if train_features.shape[1:] != test_features.shape[1:] or train_labels.shape != train_features.shape[:1]:
+        raise ValueError(
+            f"expected train_features (N, D), train_labels (N,) and test_features (M, D), got "
+            f"{tuple(train_features.shape)}, {tuple(train_labels.shape)} and {tuple(test_features.shape)}"
+        )
+    if n_classes < 2:
+        raise UserError("a linear probe tells classes apart, and there is only one: give a data set with two or more")
+
+
+def standardized(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, D) and (M, D), both with the mean and deviation of `train`; a constant feature becomes (about) 0."""
+    mean, scale = train.mean(0), train.std(0, correction=0)  # (D,)
+    scale = torch.where(scale > 1e-6 * mean.abs(), scale, 1)
+    return (train - mean) / scale, (test - mean) / scale
+
+
+def best_of(logits: Tensor, labels: Tensor, values: Sequence[float]) -> tuple[int, list[float]]:
+    """Which of G classifiers has the best top-1, then the lowest cross-entropy, then the lowest of `values`; and the
+    top-1 of each. logits (G, H, C), labels (H,)."""
+    finite = logits.isfinite().all(2).all(1)  # (G,) one that diverged comes last
     top1 = (logits.argmax(2) == labels).double().mean(1).where(finite, 0.0).tolist()  # G numbers
     loss = [float(F.cross_entropy(one, labels)) if ok else math.inf for one, ok in zip(logits, finite)]
-    best = min(range(len(learning_rates)), key=lambda i: (-top1[i], loss[i], learning_rates[i]))
-    by_lr = {f"{lr:g}": value for lr, value in zip(learning_rates, top1)}
-    return {"lr": learning_rates[best], "holdout_top1": top1[best], "holdout_top1_by_lr": by_lr}
+    return min(range(len(values)), key=lambda i: (-top1[i], loss[i], values[i])), top1
 
 
-def _with_one(x: Tensor) -> Tensor:
-    return torch.cat([x, x.new_ones(len(x), 1)], 1)  # (N, D+1)
+def with_one(x: Tensor) -> Tensor:
+    """(N, D) with a column of ones, which carries the bias: (N, D+1)."""
+    return torch.cat([x, x.new_ones(len(x), 1)], 1)
