@@ -1,7 +1,7 @@
-"""How well a backbone's frozen features tell classes apart: what task=knn and task=linear have in common.
+"""How well a backbone's frozen features tell classes apart: what the tasks on frozen features have in common.
 
-Both take the features and labels of a training and a test set, and give class scores of the test images, from which
-everything else is reported.
+A measure takes the features and labels of a training and a test set, and gives class scores of the test images, from
+which everything else is reported.
 """
 
 import time
@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from data import DataConfig, build_dataset, settled, what_is_used
+from data.dataset import Dataset
 from data.loading import Loader
 from data.splits import write_splits
 from evaluation.classification import classification_report, confusion_matrix
@@ -21,6 +22,7 @@ from evaluation.collapse import constant_warning, feature_health
 from evaluation.features import extract
 from evaluation.knn import KNN_SETTINGS, few_neighbors, knn_scores
 from evaluation.linear_probe import linear_probe
+from evaluation.logistic import logistic_probe
 from models.backbones.build import BackboneConfig, build_backbone
 from plots.confusion import confusion_image
 from plots.heatmaps import save
@@ -78,18 +80,28 @@ def linear(
     return linear_probe(*train, test[0], n_classes=len(classes), epochs=epochs, batch_size=batch_size, seed=seed)
 
 
-MEASURES = {"knn": knn, "linear": linear}  # training and test features -> class scores (N, C) of the test set, metrics
+def logistic(
+    train: Features,
+    test: Features,
+    classes: list[str],
+    say: Callable,  # noqa: ARG001
+    *,
+    seed: Seed = 0,
+) -> tuple[Tensor, dict]:
+    """Logistic regression, solved exactly; its penalty is chosen on a hold-out of the training set.
+
+    Args:
+        seed: of the hold-out.
+    """
+    return logistic_probe(*train, test[0], n_classes=len(classes), seed=seed)
 
 
-@dataclass(kw_only=True)
-class TaskConfig:
-    name: str = config.choice(MEASURES)
-    options: dict = field(default_factory=dict)
+MEASURES = {"knn": knn, "linear": linear, "logistic": logistic}  # -> class scores (N, C) of the test set, metrics
 
 
 @dataclass(kw_only=True)
 class FrozenConfig:
-    task: TaskConfig  # how it is measured
+    task: str  # this one
     data: DataConfig  # the images, of which some train and some test
     backbone: BackboneConfig  # what is measured
     checkpoint: PathText | None = None  # last.pt, best.pt or step_*.pt of a run; none: the backbone of these keys
@@ -100,9 +112,43 @@ class FrozenConfig:
     run_name: str = "eval"  # folder below it, where no checkpoint says another
 
 
-def measure(cfg: FrozenConfig) -> None:
-    """Write the metrics of one backbone's features, by the measure that `cfg.task` names, into its run folder."""
-    name = f"eval_{cfg.task.name}"
+@dataclass(kw_only=True)
+class TaskConfig:
+    name: str = config.choice(MEASURES)
+    options: dict = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class MeasureConfig(FrozenConfig):
+    task: TaskConfig  # how it is measured
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A backbone's features of a training and a test set, and the run folder of what is measured on them."""
+
+    folder: Path
+    log: Log
+    sets: tuple[Dataset, Dataset]
+    train: Features
+    test: Features
+    about: dict  # for results.json
+    began: float
+
+    @property
+    def classes(self) -> list[str]:
+        return self.sets[0].classes
+
+    def write(self, results: dict) -> None:
+        """The end: results.json."""
+        seconds = {"seconds": time.perf_counter() - self.began, "version": code_version()}
+        self.log.results(self.about | results | seconds)
+        distributed.cleanup()
+
+
+def frozen(cfg: FrozenConfig, task: str) -> Frozen:
+    """Open the run folder of a task, build data and backbone, and extract the features."""
+    name = f"eval_{task}"
     folder = config.run_folder(cfg) / name
     device = distributed.setup(cfg.device)
     cfg.data = settled(cfg.data)
@@ -120,7 +166,7 @@ def measure(cfg: FrozenConfig) -> None:
     train_set, test_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "test")
     if len(train_set.labels.unique()) < 2:
         raise UserError(
-            f"task={cfg.task.name} tells classes apart, but all training images of {cfg.data.options['root']} are of "
+            f"task={task} tells classes apart, but all training images of {cfg.data.options['root']} are of "
             "one: data.root needs a folder for each class, two at least"
         )
     log.say(f"{name}: {cfg.backbone.name} ({report}), {len(train_set)} training and {len(test_set)} test images")
@@ -133,14 +179,18 @@ def measure(cfg: FrozenConfig) -> None:
     )
     health = feature_health(train[0])
     log.warn_now(0, constant_warning(health))
-    scores, metrics = MEASURES[cfg.task.name](train, test, train_set.classes, log.say, **cfg.task.options)
-    about = {"task": cfg.task.name, "backbone": cfg.backbone.name, "n_train": len(train_set), "n_test": len(test_set)}
-    results = about | metrics | health | classification_report(scores, test[1], train_set.classes)
+    about = {"task": task, "backbone": cfg.backbone.name, "n_train": len(train_set), "n_test": len(test_set)}
+    return Frozen(folder, log, (train_set, test_set), train, test, about | health, began)
 
+
+def measure(cfg: MeasureConfig) -> None:
+    """Write the metrics of one backbone's features, by the measure that `cfg.task` names, into its run folder."""
+    found = frozen(cfg, cfg.task.name)
+    scores, metrics = MEASURES[cfg.task.name](found.train, found.test, found.classes, found.log.say, **cfg.task.options)
+    report = classification_report(scores, found.test[1], found.classes)
     if distributed.is_main():
-        matrix = confusion_matrix(scores.argmax(1), test[1], len(train_set.classes))
-        image = confusion_image(matrix, train_set.classes)
-        save(image, folder / "confusion.png")
-        log.image("confusion", pil_to_tensor(image))
-    log.results(results | {"seconds": time.perf_counter() - began, "version": code_version()})
-    distributed.cleanup()
+        matrix = confusion_matrix(scores.argmax(1), found.test[1], len(found.classes))
+        image = confusion_image(matrix, found.classes)
+        save(image, found.folder / "confusion.png")
+        found.log.image("confusion", pil_to_tensor(image))
+    found.write(metrics | report)

@@ -19,6 +19,19 @@ TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, descr
         "2_knn/knn200_top1",
         "Share of held-out images whose class the 200 nearest training images give (temperature 0.1).",
     ),
+    "few_label/knn_top1": (
+        "2_few_label/knn_top1",
+        "Share of test images that kNN (k=20) gets right, over labeled images per class; mean over the draws.",
+    ),
+    "few_label/knn_top1_std": ("2_few_label/knn_top1_std", "Its standard deviation over the draws of labeled images."),
+    "few_label/logistic_top1": (
+        "2_few_label/logistic_top1",
+        "Share of test images that logistic regression gets right, over labeled images per class; mean over the draws.",
+    ),
+    "few_label/logistic_top1_std": (
+        "2_few_label/logistic_top1_std",
+        "Its standard deviation over the draws of labeled images.",
+    ),
     "curves": ("2_test/curves", "ROC and precision-recall curve of the test images; the dot is the threshold."),
     "heatmaps": (
         "2_test/heatmaps",

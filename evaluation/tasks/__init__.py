@@ -13,6 +13,9 @@ from runtime.config import pick
 TASKS = {  # modules, of which eval.py imports only the one that runs
     "knn": "evaluation.tasks.knn",
     "linear": "evaluation.tasks.linear",
+    "logistic": "evaluation.tasks.logistic",
+    "few_label": "evaluation.tasks.few_label",
+    "features": "evaluation.tasks.features",
     "compare": "evaluation.tasks.compare",
     "defects": "evaluation.tasks.defects",
     "describe": "evaluation.tasks.describe",

@@ -10,11 +10,11 @@ confusion.png and TensorBoard events to eval_knn/ in the checkpoint's folder (wi
 
 from dataclasses import dataclass
 
-from evaluation.frozen import FrozenConfig, measure
+from evaluation.frozen import MeasureConfig, measure
 
 
 @dataclass(kw_only=True)
-class Config(FrozenConfig):
+class Config(MeasureConfig):
     """The keys of every measure of frozen features; `task.*` are those of `evaluation.frozen.knn`."""
 
 

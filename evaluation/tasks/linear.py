@@ -10,11 +10,11 @@ runs/<run_name>/).
 
 from dataclasses import dataclass
 
-from evaluation.frozen import FrozenConfig, measure
+from evaluation.frozen import MeasureConfig, measure
 
 
 @dataclass(kw_only=True)
-class Config(FrozenConfig):
+class Config(MeasureConfig):
     """The keys of every measure of frozen features; `task.*` are those of `evaluation.frozen.linear`."""
 
 

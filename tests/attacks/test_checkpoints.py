@@ -23,7 +23,7 @@ import train_anomaly
 import train_ssl
 from evaluation.anomaly.compare import compare, load_scores
 from evaluation.anomaly.prediction import examine, load_image, load_run, predicted
-from evaluation.frozen import FrozenConfig
+from evaluation.frozen import MeasureConfig
 from models.anomaly import DetectorConfig, build_detector
 from models.backbones import BACKBONES
 from models.backbones.build import BackboneConfig, build_backbone
@@ -146,7 +146,7 @@ def weights(world: World, name: str, folder: Path):  # noqa: ARG001
 def task(world: World, name: str, folder: Path):  # noqa: ARG001
     """eval.py task=knn and task=linear, up to the backbone."""
     words = ["task=knn", f"checkpoint={folder}", "device=cpu"]
-    cfg = config.load(FrozenConfig, words, *evaluate.stored(FrozenConfig, config.read(words)))
+    cfg = config.load(MeasureConfig, words, *evaluate.stored(MeasureConfig, config.read(words)))
     backbone, _ = build_backbone(cfg.backbone)
     return integrity.checksum({"backbone": backbone.state_dict(), "data": config.as_dict(cfg.data)})
 

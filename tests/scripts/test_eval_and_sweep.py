@@ -1,6 +1,7 @@
 """eval.py on a checkpoint and on weights; sweep.py: a table, a second run that skips, a cell that fails."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import eval as evaluate
 import sweep
 import train_anomaly
 import train_ssl
+from evaluation.knn import knn_scores
 from evaluation.sweep_table import Axes, Outcome, mean_rows
 from runtime.errors import UserError
 from tests.images import write_classes, write_mvtec
@@ -25,7 +27,7 @@ def images(tmp_path_factory):
 def test_eval_needs_only_a_checkpoint(images, tmp_path, capsys):
     small = [f"data.root={images}", "data.size=32", f"runs={tmp_path}", "run_name=run", "epochs=1", "batch_size=8"]
     train_ssl.main(["configs/demo/simclr_demo.yaml", *small, "augment.size=24", "device=cpu"])
-    for task in ("knn", "linear"):
+    for task in ("knn", "logistic", "linear"):
         evaluate.main([f"task={task}", f"checkpoint={tmp_path}/run/last.pt", "device=cpu"])
         out, err = capsys.readouterr()
         results, said = json.loads(out.splitlines()[-1]), err.count("kNN with k=200: there are only 36 training images")
@@ -44,6 +46,38 @@ def test_eval_needs_only_a_checkpoint(images, tmp_path, capsys):
     about = ["backbone=resnet18", f"backbone.weights={tmp_path}/run", "data.name=folder", f"data.root={images}"]
     evaluate.main(["task=knn", *about, "data.size=32", f"runs={tmp_path}", "run_name=other", "device=cpu"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] == first["top1"]
+
+
+def test_few_labels_and_features(images, tmp_path, capsys):
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "weights.pth")
+    about = ["backbone.name=resnet18", f"backbone.weights={tmp_path}/weights.pth", f"runs={tmp_path}", "device=cpu"]
+    about = ["configs/eval_folder.yaml", f"data.root={images}", "data.size=32", *about]
+    evaluate.main([*about, "task=features"])
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    arrays = np.load(results["file"])
+    assert arrays["classes"].tolist() == sorted(path.name for path in (images / "train").iterdir())
+    for split, count in (("train", 36), ("test", 12)):
+        assert arrays[f"{split}_features"].shape == (count, 512) == (count, results["width"])
+        for name, label in zip(arrays[f"{split}_names"], arrays[f"{split}_labels"]):
+            assert (images / name).is_file() and Path(name).parent.name == arrays["classes"][label]
+    evaluate.main([*about, "task=few_label", "per_class=1,30", "draws=2"])
+    out, err = capsys.readouterr()
+    one, all_of_them = json.loads(out.splitlines()[-1])["few_label"]
+    assert (one["n_labeled"], all_of_them["n_labeled"]) == (3, 36) and "have fewer than 30 training images" in err
+    assert all_of_them["knn_top1_std"] == all_of_them["logistic_top1_std"] == 0  # the same images in each draw
+    scores = knn_scores(
+        *(torch.from_numpy(arrays[f"train_{what}"]) for what in ("features", "labels")),
+        torch.from_numpy(arrays["test_features"]),
+        k=20,
+        temperature=0.07,
+        n_classes=3,
+    )
+    assert all_of_them["knn_top1"] == (scores.argmax(1).numpy() == arrays["test_labels"]).mean()
+    lines = [
+        json.loads(line)
+        for line in (Path(results["file"]).parents[1] / "eval_few_label/metrics.jsonl").read_text().splitlines()
+    ]
+    assert [line["step"] for line in lines] == [1, 30] and lines[0]["few_label/knn_top1"] == one["knn_top1"]
 
 
 def test_eval_of_published_weights(images, tmp_path, capsys):
