@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from data import DataConfig, build_dataset, settled, what_is_used
@@ -124,20 +124,21 @@ class MeasureConfig(FrozenConfig):
 
 
 @dataclass(frozen=True)
-class Frozen:
-    """A backbone's features of a training and a test set, and the run folder of what is measured on them."""
+class Opened:
+    """The run folder of a task, the backbone that it measures, and the images."""
 
     folder: Path
     log: Log
-    sets: tuple[Dataset, Dataset]
-    train: Features
-    test: Features
+    device: torch.device
+    backbone: nn.Module
+    train_set: Dataset
+    test_set: Dataset
     about: dict  # for results.json
     began: float
 
     @property
     def classes(self) -> list[str]:
-        return self.sets[0].classes
+        return self.train_set.classes
 
     def write(self, results: dict) -> None:
         """The end: results.json."""
@@ -145,9 +146,23 @@ class Frozen:
         self.log.results(self.about | results | seconds)
         distributed.cleanup()
 
+    def confusion(self, scores: Tensor, labels: Tensor) -> None:
+        """Draw which classes are taken for which; scores (N, C) and labels (N,)."""
+        if distributed.is_main():
+            image = confusion_image(confusion_matrix(scores.argmax(1), labels, len(self.classes)), self.classes)
+            save(image, self.folder / "confusion.png")
+            self.log.image("confusion", pil_to_tensor(image))
 
-def frozen(cfg: FrozenConfig, task: str) -> Frozen:
-    """Open the run folder of a task, build data and backbone, and extract the features."""
+
+def opened(cfg: FrozenConfig, task: str, by_split: Callable[[DataConfig, str], DataConfig] | None = None) -> Opened:
+    """Open the run folder of a task; build backbone and data.
+
+    Args:
+        by_split: what a split's data section becomes, where training and test images differ in it.
+
+    Raises:
+        UserError: the training images are of one class.
+    """
     name = f"eval_{task}"
     folder = config.run_folder(cfg) / name
     device = distributed.setup(cfg.device)
@@ -163,7 +178,8 @@ def frozen(cfg: FrozenConfig, task: str) -> Frozen:
     torch.manual_seed(cfg.seed)
     backbone, report = build_backbone(cfg.backbone)
     backbone.to(device, memory_format=torch.channels_last)
-    train_set, test_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "test")
+    sections = [by_split(cfg.data, split) if by_split else cfg.data for split in ("train", "test")]
+    train_set, test_set = (build_dataset(data, split) for data, split in zip(sections, ("train", "test")))
     if len(train_set.labels.unique()) < 2:
         raise UserError(
             f"task={task} tells classes apart, but all training images of {cfg.data.options['root']} are of "
@@ -172,25 +188,27 @@ def frozen(cfg: FrozenConfig, task: str) -> Frozen:
     log.say(f"{name}: {cfg.backbone.name} ({report}), {len(train_set)} training and {len(test_set)} test images")
     log.say(what_is_used(train_set, len(train_set), {}))
     write_splits(test_set, folder)
+    about = {"task": task, "backbone": cfg.backbone.name, "n_train": len(train_set), "n_test": len(test_set)}
+    return Opened(folder, log, device, backbone, train_set, test_set, about, began)
+
+
+def features_of(cfg: FrozenConfig, found: Opened) -> tuple[Features, Features]:
+    """The features of training and test images; adds their health to the results."""
     load = {"cache": cfg.data.cache, "workers": cfg.data.workers}
     train, test = (
-        extract(backbone, Loader(dataset, cfg.batch_size, device, **load), progress=f"{split} features")
-        for dataset, split in ((train_set, "training"), (test_set, "test"))
+        extract(found.backbone, Loader(dataset, cfg.batch_size, found.device, **load), progress=f"{split} features")
+        for dataset, split in ((found.train_set, "training"), (found.test_set, "test"))
     )
     health = feature_health(train[0])
-    log.warn_now(0, constant_warning(health))
-    about = {"task": task, "backbone": cfg.backbone.name, "n_train": len(train_set), "n_test": len(test_set)}
-    return Frozen(folder, log, (train_set, test_set), train, test, about | health, began)
+    found.log.warn_now(0, constant_warning(health))
+    found.about.update(health)
+    return train, test
 
 
 def measure(cfg: MeasureConfig) -> None:
     """Write the metrics of one backbone's features, by the measure that `cfg.task` names, into its run folder."""
-    found = frozen(cfg, cfg.task.name)
-    scores, metrics = MEASURES[cfg.task.name](found.train, found.test, found.classes, found.log.say, **cfg.task.options)
-    report = classification_report(scores, found.test[1], found.classes)
-    if distributed.is_main():
-        matrix = confusion_matrix(scores.argmax(1), found.test[1], len(found.classes))
-        image = confusion_image(matrix, found.classes)
-        save(image, found.folder / "confusion.png")
-        found.log.image("confusion", pil_to_tensor(image))
-    found.write(metrics | report)
+    found = opened(cfg, cfg.task.name)
+    train, test = features_of(cfg, found)
+    scores, metrics = MEASURES[cfg.task.name](train, test, found.classes, found.log.say, **cfg.task.options)
+    found.confusion(scores, test[1])
+    found.write(metrics | classification_report(scores, test[1], found.classes))

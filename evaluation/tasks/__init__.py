@@ -14,6 +14,7 @@ TASKS = {  # modules, of which eval.py imports only the one that runs
     "knn": "evaluation.tasks.knn",
     "linear": "evaluation.tasks.linear",
     "logistic": "evaluation.tasks.logistic",
+    "protocol": "evaluation.tasks.protocol",
     "few_label": "evaluation.tasks.few_label",
     "features": "evaluation.tasks.features",
     "compare": "evaluation.tasks.compare",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation.frozen import FrozenConfig, frozen
+from evaluation.frozen import FrozenConfig, features_of, opened
 from runtime import distributed
 from runtime.files import whole_file
 
@@ -23,12 +23,13 @@ class Config(FrozenConfig):
 
 
 def run(cfg: Config) -> None:
-    found = frozen(cfg, "features")
+    found = opened(cfg, "features")
+    train, test = features_of(cfg, found)
     arrays = {"classes": np.array(found.classes)}
-    for split, dataset, (features, labels) in zip(("train", "test"), found.sets, (found.train, found.test)):
+    for split, dataset, (features, labels) in (("train", found.train_set, train), ("test", found.test_set, test)):
         arrays |= {f"{split}_features": features.cpu().numpy(), f"{split}_labels": labels.cpu().numpy()}
         arrays[f"{split}_names"] = np.array(dataset.names)
     if distributed.is_main():
         with whole_file(found.folder / "features.npz", "wb") as file:
             np.savez(file, **arrays)
-    found.write({"file": str(found.folder / "features.npz"), "width": found.train[0].shape[1]})
+    found.write({"file": str(found.folder / "features.npz"), "width": train[0].shape[1]})

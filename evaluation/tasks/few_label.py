@@ -10,7 +10,7 @@ results.json and TensorBoard events to eval_few_label/ in the checkpoint's folde
 from dataclasses import dataclass
 
 from evaluation.few_label import DRAWS, LABELS, few_label
-from evaluation.frozen import FrozenConfig, frozen
+from evaluation.frozen import FrozenConfig, features_of, opened
 from evaluation.tables import markdown_table
 from runtime.values import PositiveInt
 
@@ -22,10 +22,11 @@ class Config(FrozenConfig):
 
 
 def run(cfg: Config) -> None:
-    found = frozen(cfg, "few_label")
+    found = opened(cfg, "few_label")
+    train, test = features_of(cfg, found)
     options = {"per_class": cfg.per_class, "draws": cfg.draws, "seed": cfg.seed}
-    rows = few_label(found.train, found.test, n_classes=len(found.classes), **options)
-    counts = found.train[1].bincount(minlength=len(found.classes))
+    rows = few_label(train, test, n_classes=len(found.classes), **options)
+    counts = train[1].bincount(minlength=len(found.classes))
     if few := [str(n) for n in cfg.per_class if (counts < n).any()]:
         found.log.say(f"some classes have fewer than {', '.join(few)} training images, and there they are all taken")
     for row in rows:

@@ -220,6 +220,16 @@ class ViT(nn.Module):
         x = self.norm(x)
         return x[:, 0], x[:, -patches:]
 
+    def class_tokens(self, x: Tensor, blocks: int) -> Tensor:
+        """Images (B, in_channels, H, W) -> the class tokens of the last `blocks` blocks, in their order, each after the
+        LayerNorm: (B, blocks D), official DINO's features for a linear classifier (get_intermediate_layers)."""
+        x, tokens = self.tokens(x), []
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if number >= len(self.blocks) - blocks:
+                tokens.append(self.norm(x[:, 0]))  # (B, D)
+        return torch.cat(tokens, dim=1)
+
     def attention_maps(self, x: Tensor) -> Tensor:
         """Images (B, in_channels, H, W) -> the last block's attention (B, heads, T, T), as official DINO's
         get_last_selfattention; row 0 is the class token's, its last N columns are the patches."""

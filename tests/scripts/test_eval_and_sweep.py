@@ -80,6 +80,21 @@ def test_few_labels_and_features(images, tmp_path, capsys):
     assert [line["step"] for line in lines] == [1, 30] and lines[0]["few_label/knn_top1"] == one["knn_top1"]
 
 
+@pytest.mark.parametrize("backbone", ["resnet18", "vit_tiny"])
+def test_protocol(images, tmp_path, capsys, backbone):
+    patch = ["backbone.patch=8", "backbone.size=32"] if "vit" in backbone else []
+    about = ["data.name=folder", f"data.root={images}", "data.size=32", f"runs={tmp_path}", "device=cpu", *patch]
+    evaluate.main(["task=protocol", "protocol=dino", f"backbone={backbone}", "epochs=2", "train_batch=8", *about])
+    out, err = capsys.readouterr()
+    results = json.loads(out.splitlines()[-1])
+    assert "crops of 32 x 32 pixels, tested on the center of images whose short side is 37 (bicubic)" in err
+    assert (results["width"], results["epochs"], results["train_batch"]) == (768 if patch else 512, 2, 8)
+    assert results["n_test"] == 12 and (tmp_path / "eval/eval_protocol/confusion.png").exists()
+    lines = (tmp_path / "eval/eval_protocol/metrics.jsonl").read_text().splitlines()
+    first, second = map(json.loads, lines)
+    assert second["lr"] == pytest.approx(first["lr"] / 2) == pytest.approx(1e-3 * 8 / 256 / 2)
+
+
 def test_eval_of_published_weights(images, tmp_path, capsys):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "weights.pth")
     about = ["backbone.name=resnet18", f"backbone.weights={tmp_path}/weights.pth", f"runs={tmp_path}"]
