@@ -155,11 +155,16 @@ class Dataset:
         counts = Counter(kinds)
         each = first_few((f"{counts[kind]} {kind}" for kind in sorted(counts, key=lambda k: (k != "good", k))), 20)
         masks = f", {sum(mask is not None for mask in self.mask_paths)} masks" if self.has_masks else ""
-        groups = ""
-        if self.division is not None and self.division.groups is not None:
-            group_of = dict(zip(self.division.names, self.division.groups))
-            groups = f", in {len({group_of.get(name) for name in below(self.root, self.paths)})} groups"
+        groups = "" if self.groups is None else f", in {len({*self.groups})} groups"
         return f"{self.split} of {self.root or 'several'}: {len(self)} images ({each}){masks}{groups}"
+
+    @property
+    def groups(self) -> list[str] | None:
+        """For each image the part, scene or vessel whose images are never on two sides; None: each is its own."""
+        if self.division is None or self.division.groups is None:
+            return None
+        group_of = dict(zip(self.division.names, self.division.groups))
+        return [group_of[name] for name in below(self.root, self.paths)]
 
     @property
     def divisions(self) -> dict[str, Division]:

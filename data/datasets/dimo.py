@@ -86,7 +86,6 @@ class DIMO(Dataset):
         division = draw.divide(root, items.paths, labels, groups=items.groups, splits=self.splits)
         mine, how = division.of(split), f"data.test_fraction={test_fraction}" if splits is None else splits
         _check_sides(root, classes, labels[division.of("train")], bool(mine), split, how)
-        division.groups = None  # `matched` counts scenes
         files = sorted({items.paths[i] for i in mine})
         is_good = {files[i] for i in readable(lambda i: decode(files[i], as_geometry(size)), files, on_error)}
         kept = [i for i in mine if items.paths[i] in is_good]

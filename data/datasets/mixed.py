@@ -87,6 +87,14 @@ class Mixed(Dataset):
         return torch.stack([part.sizes[i] for part, i in self._rows])
 
     @property
+    def groups(self) -> list[str] | None:
+        """Those of the parts; an image of one without groups is its own."""
+        if all(part.groups is None for part in self.parts.values()):
+            return None
+        each = {id(part): (name, part.groups or part.names) for name, part in self.parts.items()}
+        return [f"{each[id(part)][0]}/{each[id(part)][1][i]}" for part, i in self._rows]
+
+    @property
     def divisions(self) -> dict[str, Division]:
         """As `splits_<set>.csv`, to be handed in as `data.sets.<set>.splits`."""
         return {

@@ -11,7 +11,7 @@ from PIL import Image
 import train_anomaly
 import train_ssl
 from data import DATASETS, DataConfig, build_dataset
-from data.splits import Draw, write_splits
+from data.splits import Draw, holdout, write_splits
 from runtime import config
 from runtime.errors import UserError
 from tests.data.datasets.layouts import write_dimo, write_fiftyone
@@ -296,6 +296,26 @@ def test_all_splits_have_the_same_classes(tmp_path, capsys):
     with pytest.raises(UserError, match=r"split test of .* lacks b"):
         build_dataset(section("table", root=str(tmp_path)), "test")
     assert "warning" not in capsys.readouterr().err
+
+
+def test_what_is_held_out_of_the_training_images_are_whole_groups(tmp_path):
+    root = str(tmp_path / "ships")
+    for folder in ("a", "b"):
+        write(tmp_path / "ships" / folder, 20)  # of 5 ships
+    about = {"name": "folder", "root": root, "group": "ship[0-9]"}
+    write_dimo(tmp_path / "dimo")
+    sets = {"grouped": about, "plain": {"name": "folder", "root": root}}
+    for words in (
+        about,
+        {"name": "mixed", "sets": sets},
+        {"name": "dimo", "root": str(tmp_path / "dimo"), "crop": "object"},
+    ):
+        dataset = build_dataset(section(**words), "train")
+        train, held_out = holdout(dataset, 0.3, seed=0)
+        groups = [[dataset.groups[i] for i in side.tolist()] for side in (train, held_out)]
+        assert held_out.numel() and not {*groups[0]} & {*groups[1]} and len(groups[1]) > len({*groups[1]})
+        assert sorted([*train.tolist(), *held_out.tolist()]) == [*range(len(dataset))]
+    assert build_dataset(section("folder", root=root), "train").groups is None
 
 
 def test_classes_of_a_drawn_split_and_of_one_handed_in(two, capsys):

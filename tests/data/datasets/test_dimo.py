@@ -102,7 +102,8 @@ def test_a_crop_shows_its_part_and_nothing_else(root):
     assert dataset.names[0] == "real_jaigo/000000/rgb/000000.png#24,24,20,40"
     assert len({*dataset.names}) == len(dataset)
     assert dataset.matched == (
-        f"train of {root}: 36 images (24 part1, 12 part2), from 12 scenes of real_jaigo, sim_jaigo_rand_light"
+        f"train of {root}: 36 images (24 part1, 12 part2), in 6 groups, from 12 scenes of real_jaigo, "
+        "sim_jaigo_rand_light"
     )
 
 
@@ -401,7 +402,7 @@ def test_one_part_against_the_others(root, normal):
     assert {*train.defects} == {"good"} and {*test.defects} == {"good", f"part{3 - normal}"}
     assert not {scene_of(name) for name in train.names} & {scene_of(name) for name in test.names}
     scenes = {name.partition("/rgb/")[0] for name in test.names}
-    assert test.matched.endswith(f"), from {len(scenes)} scenes of real_jaigo, sim_jaigo_rand_light")
+    assert test.matched.endswith(f", from {len(scenes)} scenes of real_jaigo, sim_jaigo_rand_light")
     assert not test.has_masks and train.left_out.keys() == {"kept for testing", "of other classes"}
     for i in range(len(train)):
         assert train[i][0].unique().tolist() == [100 * normal]
