@@ -155,11 +155,11 @@ class Dataset:
         counts = Counter(kinds)
         each = first_few((f"{counts[kind]} {kind}" for kind in sorted(counts, key=lambda k: (k != "good", k))), 20)
         masks = f", {sum(mask is not None for mask in self.mask_paths)} masks" if self.has_masks else ""
-        groups = "" if self.groups is None else f", in {len({*self.groups})} groups"
+        groups = "" if self.whole_groups is None else f", in {len({*self.whole_groups})} groups"
         return f"{self.split} of {self.root or 'several'}: {len(self)} images ({each}){masks}{groups}"
 
     @property
-    def groups(self) -> list[str] | None:
+    def whole_groups(self) -> list[str] | None:
         """For each image the part, scene or vessel whose images are never on two sides; None: each is its own."""
         if self.division is None or self.division.groups is None:
             return None

@@ -39,9 +39,9 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
 
 def holdout(dataset, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """(train indices, held-out indices) of the dataset, stratified by label, and of whole groups where it has any."""
-    if dataset.groups is None:
+    if dataset.whole_groups is None:
         return stratified_split(dataset.labels, fraction, seed)
-    return grouped_split(dataset.labels, dataset.groups, fraction, seed)
+    return grouped_split(dataset.labels, dataset.whole_groups, fraction, seed)
 
 
 def grouped_split(labels: Tensor, groups: list[str], fraction: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -87,11 +87,11 @@ class Mixed(Dataset):
         return torch.stack([part.sizes[i] for part, i in self._rows])
 
     @property
-    def groups(self) -> list[str] | None:
+    def whole_groups(self) -> list[str] | None:
         """Those of the parts; an image of one without groups is its own."""
-        if all(part.groups is None for part in self.parts.values()):
+        if all(part.whole_groups is None for part in self.parts.values()):
             return None
-        each = {id(part): (name, part.groups or part.names) for name, part in self.parts.items()}
+        each = {id(part): (name, part.whole_groups or part.names) for name, part in self.parts.items()}
         return [f"{each[id(part)][0]}/{each[id(part)][1][i]}" for part, i in self._rows]
 
     @property

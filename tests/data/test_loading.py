@@ -20,7 +20,7 @@ from tests.processes import run_processes
 class Numbers:
     """Image i is filled with i, its label is i % 3; counts how often it is asked for each."""
 
-    groups = None
+    whole_groups = None
 
     def __init__(self, n, masks=False):
         self.labels = torch.arange(n) % 3

@@ -312,10 +312,10 @@ def test_what_is_held_out_of_the_training_images_are_whole_groups(tmp_path):
     ):
         dataset = build_dataset(section(**words), "train")
         train, held_out = holdout(dataset, 0.3, seed=0)
-        groups = [[dataset.groups[i] for i in side.tolist()] for side in (train, held_out)]
+        groups = [[dataset.whole_groups[i] for i in side.tolist()] for side in (train, held_out)]
         assert held_out.numel() and not {*groups[0]} & {*groups[1]} and len(groups[1]) > len({*groups[1]})
         assert sorted([*train.tolist(), *held_out.tolist()]) == [*range(len(dataset))]
-    assert build_dataset(section("folder", root=root), "train").groups is None
+    assert build_dataset(section("folder", root=root), "train").whole_groups is None
 
 
 def test_classes_of_a_drawn_split_and_of_one_handed_in(two, capsys):
