@@ -38,8 +38,11 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
 
 
 def holdout(dataset, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """(train indices, held-out indices) of the dataset, stratified by label: `stratified_split` of its labels."""
-    return stratified_split(dataset.labels, fraction, seed)
+    """(train indices, held-out indices) of the dataset, the same fraction of each label, and of each group of these:
+    `stratified_split`."""
+    strata = [*zip(dataset.labels.tolist(), *dataset.groups.values())]
+    number = {stratum: i for i, stratum in enumerate(sorted({*strata}))}
+    return stratified_split(torch.tensor([number[stratum] for stratum in strata]), fraction, seed)
 
 
 def grouped_split(labels: Tensor, groups: list[str], fraction: float, seed: int) -> tuple[Tensor, Tensor]:
