@@ -66,6 +66,7 @@ class Config:
     overlap: PixelsOrZero | None = None  # pixels that neighboring tiles share; none: as the run was fitted, else 64
     batch_size: PositiveInt = 16  # images, or tiles of one image
     device: str = "auto"  # auto, cpu, cuda or cuda:1; auto: CUDA where there is one
+    category: str | None = None  # of a run of several: what the images show; it has thresholds of its own
     precision: Literal["fp32", "bf16", "fp16"] | None = None  # none: the run's own, which its thresholds are of
     submission: PathText | None = None  # folder of what MVTec AD 2's server takes; the images are a private test set's
 
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> None:
     device = distributed.setup(cfg.device)
     if distributed.world_size() > 1:
         raise UserError("predict.py runs in one process: start it without torchrun, once for each folder")
-    detector, geometry, state = load_run(Path(cfg.run))
+    detector, geometry, state = load_run(Path(cfg.run), cfg.category)
     if other := another_version(state.get("version"), with_script=False):
         say(f"warning: {cfg.run} was made by {other}, so scores may differ from its own")
     detector.to(device)

@@ -149,6 +149,7 @@ def load_detector(
     run: str | Path,
     *,
     threshold: float | None = None,
+    category: str | None = None,
     device: str = "auto",
     precision: Precision | None = None,
     batch_size: int = 16,
@@ -158,16 +159,17 @@ def load_detector(
     Args:
         run: its folder, or the last.pt in it.
         threshold: of the score; None: the run's own.
+        category: of a run of several: what the images show; it has thresholds of its own. None: those of all together.
         device: auto, cpu, cuda or cuda:1; auto: CUDA where there is one.
         precision: None: the run's own, with which its thresholds were measured.
         batch_size: images per forward.
 
     Raises:
-        UserError: there is no such run, or this is one process of several.
+        UserError: there is no such run or category, or this is one process of several.
     """
     if distributed.world_size() > 1:
         raise UserError("load_detector works in one process: call it without torchrun")
-    network, geometry, state = load_run(Path(run))
+    network, geometry, state = load_run(Path(run), category)
     if other := another_version(state.get("version"), with_script=False):
         warnings.warn(f"{run} was made by {other}, so scores may differ from its own", stacklevel=2)
     root = state["config"]["data"]["root"]

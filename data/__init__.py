@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from data.augment.recipes import AugmentConfig as AugmentConfig
 from data.augment.recipes import build_augment as build_augment
 from data.dataset import Dataset
+from data.datasets.categories import open_set
 from data.datasets.cifar import CIFAR10, CIFAR10C, CIFAR100
 from data.datasets.condition import Condition
 from data.datasets.detections import Detections
@@ -110,7 +111,7 @@ def settled(config: DataConfig) -> DataConfig:
     """
     if "auto" not in (config.white, config.black) and config.size != "native":
         return config
-    train_set = DATASETS[config.name]("train", 8, **config.options)  # for its files and their headers
+    train_set = open_set(DATASETS[config.name], "train", 8, config.options)  # for its files and their headers
     if config.size == "native":
         config = replace(config, size=native_size(train_set))
     if "auto" not in (config.white, config.black):
@@ -164,7 +165,7 @@ def build_dataset(config: DataConfig, split: str, *, tiled: bool = False) -> Dat
     having = [name for name, kind in DATASETS.items() if split in kind.splits]
     if config.name not in having:
         raise UserError(f"data.name={config.name} has no split '{split}', which this needs: use {' or '.join(having)}")
-    dataset = DATASETS[config.name](split, build_geometry(config), **config.options)
+    dataset = open_set(DATASETS[config.name], split, build_geometry(config), config.options)
     _check_classes(config, dataset)
     if is_main():
         say_once(f"data: {dataset.matched}")
@@ -180,7 +181,7 @@ def _check_classes(config: DataConfig, dataset: Dataset) -> None:
         return
     drawn = dataset.division is not None and dataset.division.file is None
     options = config.options | ({"on_error": "fail"} if "on_error" in config.options else {})  # its files are enough
-    learned = DATASETS[config.name]("train", 8, **options)
+    learned = open_set(DATASETS[config.name], "train", 8, options)
     found = {
         f"split {its.split} of {its.root or config.name}": {
             its.classes[label] for label in its.labels.unique().tolist()

@@ -15,6 +15,7 @@ To be tested for anomalies it gives `defects`, and `masks` if there are any, in 
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import cached_property
 
 import numpy as np
@@ -49,6 +50,7 @@ class Dataset:
         mask_paths: for each image the files of its mask, whose union it is, or None.
         boxes: of images that are parts of files, int64 (N, 4) top, left, height and width there; None: whole files.
         division: of a set that has no splits on the disk, which of all its images is in which; else None.
+        groups: {kind of group: for each image its group}, such as {"lighting": [...]}; each is tested by itself too.
 
     Args:
         size: how images (and masks, by nearest pixels) become H x W; a number S squashes them to S x S.
@@ -133,6 +135,15 @@ class Dataset:
         """Height and width of each original image, upright: int64 (N, 2), read from the headers when first asked."""
         return image_sizes(self.paths) if self.boxes is None else self.boxes[:, 2:]
 
+    @classmethod
+    def categories(cls, **_options) -> list[str]:
+        """What the option `category` may be, sorted, with these options of the set; nothing of a set without it."""
+        return []
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        return {}
+
     @property
     def mask_known(self) -> Tensor:
         """Whether it is known which pixels are defective, as it is of all good images: bool (N,)."""
@@ -177,9 +188,18 @@ class Dataset:
             self.left_out[why] = len(self) - len(positions)
         self.labels = self.labels[positions]
         self.boxes = None if self.boxes is None else self.boxes[positions]
+        if "sizes" in self.__dict__:  # they have been read
+            self.sizes = self.sizes[positions]
         self.paths, self.mask_paths = ([column[i] for i in positions] for column in (self.paths, self.mask_paths))
         if self.defects is not None:
             self.defects = [self.defects[i] for i in positions]
+
+    def only(self, positions: list[int]) -> "Dataset":
+        """A set of these images alone."""
+        part = copy(self)
+        part.left_out = {}
+        part.keep(positions, "not asked for")
+        return part
 
     def drop_unreadable(self, on_error: OnError) -> None:
         """With `skip` decode all images now and leave out the broken ones, named in one warning."""

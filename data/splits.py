@@ -38,10 +38,14 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
 
 
 def holdout(dataset, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """(train indices, held-out indices) of the dataset, stratified by label, and of whole groups where it has any."""
+    """(train indices, held-out indices) of the dataset, the same fraction of each label, and of each of its `groups` of
+    these; of `whole_groups`, where it has any, all images are on one side."""
+    strata = [*zip(dataset.labels.tolist(), *dataset.groups.values())]
+    number = {stratum: i for i, stratum in enumerate(sorted({*strata}))}
+    numbers = torch.tensor([number[stratum] for stratum in strata], dtype=torch.int64)
     if dataset.whole_groups is None:
-        return stratified_split(dataset.labels, fraction, seed)
-    return grouped_split(dataset.labels, dataset.whole_groups, fraction, seed)
+        return stratified_split(numbers, fraction, seed)
+    return grouped_split(numbers, dataset.whole_groups, fraction, seed)
 
 
 def grouped_split(labels: Tensor, groups: list[str], fraction: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -112,7 +112,9 @@ TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, descr
     "speed/data_wait_share": ("6_speed/data_wait_share", "Share of the time spent waiting for data; 0 is best."),
     "config": ("config", "The resolved configuration."),
     "warning": ("warning", "What was wrong at three consecutive points, and what to do."),
-    "per defect": ("per defect", "Each defect against all good test images, with 95 % bootstrap intervals."),
+    "per defect": ("per defect", "Each defect against the good test images of its category, with 95 % intervals."),
+    "per category": ("per category", "One detector on each category, their mean, and all images together."),
+    "per lighting": ("per lighting", "The test images of each lighting, their mean, and all images together."),
     "compare": ("compare", "Paired bootstrap between runs."),
     "describe": ("describe", "Size and speed of backbones."),
 }

@@ -30,7 +30,7 @@ class Condition(Dataset):
     Args:
         size: how images (bilinear) and masks (nearest) become H x W; a number S squashes them to S x S.
         root: folder of the parts.
-        category: the part, for example ring; `ring_surface` is `ring-surface` too.
+        category: the part, for example ring; `ring_surface` is `ring-surface` too; several as lock,ring, or all.
         abnormal: labels to test on, as `worn,broken`; the others are left out; none: all.
         masks: `all` abnormal images must have one where there is a folder `ground_truth`, or `some`.
         test_fraction: share of the good images for testing, without a folder `train`; none: 0.2.
@@ -69,6 +69,13 @@ class Condition(Dataset):
         super().__init__(split, size, root, found.paths, defects=found.defects, masks=files)
         self.left_out, self.division = found.left_out, found.division
         self.drop_unreadable(on_error)
+
+    @classmethod
+    def categories(cls, **options) -> list[str]:
+        """The folders that have `train`, or one of normal images."""
+        names = _folders(Path(options["root"]))
+        inside = {name: _folders(Path(options["root"], name)) for name in names}
+        return [name for name in names if any(own == "train" or _plain(own) in NORMAL for own in inside[name])]
 
 
 @dataclass
@@ -146,12 +153,16 @@ def _normal(folder: Path, by_label: dict[str, list[str]], layout: str) -> str:
 
 
 def _part(root: Path, category: str) -> Path:
-    names = sorted(e.name for e in root.iterdir() if is_folder(e) and not is_junk(e.name)) if is_folder(root) else []
+    names = _folders(root)
     same = [name for name in names if name == category] or [name for name in names if _plain(name) == _plain(category)]
     if not same:
         there = first_few(names, 6) or "none"
         raise UserError(f"data.category={category} is not in data.root={root}; folders there: {there}; {LAYOUT}")
     return root / same[0]
+
+
+def _folders(top: Path) -> list[str]:
+    return sorted(e.name for e in top.iterdir() if is_folder(e) and not is_junk(e.name)) if is_folder(top) else []
 
 
 def _plain(name: str) -> str:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from data.dataset import Dataset
+from data.datasets.categories import open_set
 from data.geometry import Geometry, as_geometry
 from data.splits import Division
 from runtime import config
@@ -114,7 +115,7 @@ def _part(name: str, about: dict, split: str, geometry: Geometry) -> Dataset:
     kind = KINDS[part.name]
     if split not in kind.splits:
         raise UserError(f"data.sets.{name}: {part.name} has no split '{split}'")
-    return kind(split, geometry, **part.options)
+    return open_set(kind, split, geometry, part.options)
 
 
 def renamed(names: list[str], merge: dict[str, str]) -> list[str]:

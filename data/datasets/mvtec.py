@@ -6,7 +6,7 @@ from typing import Any
 
 from data.dataset import Dataset
 from data.geometry import Geometry
-from data.image_files import find_images, is_folder, refuse_shared_folders
+from data.image_files import find_images, is_folder, is_junk, refuse_shared_folders
 from data.images import OnError
 from data.masks import Masks, masks_of
 from runtime.errors import UserError
@@ -24,7 +24,7 @@ class MVTec(Dataset):
     Args:
         size: how images (bilinear) and masks (nearest) become H x W; a number S squashes them to S x S.
         root: folder of the categories.
-        category: folder below `root`, for example bottle.
+        category: folder below `root`, for example bottle; several as bottle,cable, or all.
         masks: `all` defective test images must have one where there is a folder `ground_truth`; `some`: those without
             are left out of the pixel metrics, and only there.
         on_error: `fail` names a broken image when it is decoded; `skip` looks for them now and leaves them out.
@@ -81,6 +81,12 @@ class MVTec(Dataset):
         """The mask of each defective image of `folder`, or the files of its regions, or None."""
         return masks_of(images, folder, truth, needed)
 
+    @classmethod
+    def categories(cls, **options) -> list[str]:
+        root = Path(options["root"])
+        there = [entry for entry in root.iterdir() if not is_junk(entry.name)] if is_folder(root) else []
+        return sorted(entry.name for entry in there if is_folder(entry / "train" / cls.good))
+
     def _renamed_good(self, folder: Path) -> str:
         """What to do about a folder of good images in `folder` that is not called so; empty if there is none."""
         for name in sorted(os.listdir(folder)) if is_folder(folder) else []:
@@ -91,10 +97,8 @@ class MVTec(Dataset):
     def _no_category(self, root: Path, category: str) -> str:
         if not is_folder(root):
             return f"data.root={root} is not a folder: {self.layout}"
-        found = sorted(entry.name for entry in root.iterdir() if is_folder(entry / "train" / self.good))
-        return (
-            f"data.category={category} is not in {root}; categories there: {', '.join(found) or 'none'}; {self.layout}"
-        )
+        found = ", ".join(self.categories(root=root)) or "none"
+        return f"data.category={category} is not in {root}; categories there: {found}; {self.layout}"
 
 
 class BTAD(MVTec):
@@ -104,7 +108,7 @@ class BTAD(MVTec):
 
     Args:
         root: folder BTech_Dataset_transformed, which holds 01, 02 and 03.
-        category: 01, 02 or 03; in a YAML file between quotes.
+        category: 01, 02 or 03; in a YAML file between quotes; several as 01,02, or all.
     """
 
     layout = (

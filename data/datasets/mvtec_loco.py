@@ -24,7 +24,7 @@ class MVTecLOCO(MVTec):
 
     Args:
         root: folder of the categories.
-        category: breakfast_box, juice_bottle, pushpins, screw_bag or splicing_connectors.
+        category: breakfast_box, juice_bottle, pushpins, screw_bag or splicing_connectors; several as a,b, or all.
 
     Raises:
         UserError: as for `MVTec`; no `defects_config.json`, a region of several values or of one that it does not name.

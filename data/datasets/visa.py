@@ -26,7 +26,7 @@ class VisA(Dataset):
     Args:
         size: how images (bilinear) and masks (nearest) become H x W; a number S squashes them to S x S.
         root: folder VisA_20220922, which holds `split_csv` and the objects.
-        category: the object, for example candle.
+        category: the object, for example candle; several as candle,pcb1, or all.
         table: which split: `1cls` is the usual one for detectors.
         on_error: `fail` names a broken image when it is decoded; `skip` looks for them now and leaves them out.
 
@@ -47,7 +47,7 @@ class VisA(Dataset):
         on_error: OnError = "fail",
     ):
         rows = _rows(Path(root), table)
-        objects = sorted({row["object"] for row in rows})
+        objects = _objects(rows)
         if category not in objects:
             raise UserError(f"data.category={category} is not in {table}.csv of {root}; objects: {', '.join(objects)}")
         rows = [row for row in rows if row["object"] == category and row["split"] == split]
@@ -72,6 +72,14 @@ class VisA(Dataset):
         super().__init__(split, size, root, paths, defects=defects, masks=tested, on_error=on_error)
         if len(kept) < len(rows):
             self.left_out["anomalous"] = len(rows) - len(kept)
+
+    @classmethod
+    def categories(cls, **options) -> list[str]:
+        return _objects(_rows(Path(options["root"]), options["table"]))
+
+
+def _objects(rows: list[dict[str, str]]) -> list[str]:
+    return sorted({row["object"] for row in rows})
 
 
 def _rows(root: Path, table: str) -> list[dict[str, str]]:

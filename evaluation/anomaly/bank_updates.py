@@ -19,8 +19,9 @@ from runtime.integrity import faults_of_part, first_two
 from runtime.values import coerce
 from runtime.version import another_version
 
-SECTIONS = {"backbone": BackboneConfig, "detector": DetectorConfig, "data": DataConfig}  # must be what the old run had,
-FREE = ("backbone.weights", "backbone.part", "detector.image_score", "data.masks")  # but for what changes no memory
+# what must be as the old run had it, but for FREE, which changes nothing that a memory already holds
+SECTIONS = {"backbone": BackboneConfig, "detector": DetectorConfig, "data": DataConfig}
+FREE = ("backbone.weights", "backbone.part", "detector.image_score", "data.masks", "data.category")
 
 
 def with_range_of(path: str, config: DataConfig) -> DataConfig:

@@ -89,26 +89,34 @@ def anomaly_results(
     *,
     seed: int,
     histograms: Histograms | None = None,
+    per_defect: dict[str, dict] | None = None,
 ) -> dict:
-    """Metrics with intervals over the whole test set, and `per_defect`: each one's against all good images.
+    """Metrics with intervals and `alarms` of the whole test set, and `per_defect`: each one's against all good images.
 
-    Pixel metrics are None without maps or masks; `histograms` are their `pixel_histograms`. `observed_false_alarms` and
-    `observed_detections` are the shares of good and of defective test images above the threshold, which came from
-    normal images alone.
+    Pixel metrics are None without maps or masks; `histograms` are their `pixel_histograms`. `per_defect`: its rows, if
+    they are there already.
     """
     labels, defects = dataset.labels, np.array(dataset.defects)
     results = with_intervals(scores, labels, maps, masks, seed=seed, histograms=histograms)
-    per_defect = {}
-    for name in sorted(set(dataset.defects) - {"good"}):
+    names = sorted(set(dataset.defects) - {"good"}) if per_defect is None else []
+    per_defect = per_defect or {}
+    for name in names:
         chosen = np.flatnonzero((defects == name) | (defects == "good"))
         metrics = with_intervals(scores[chosen], labels[chosen], None, None, seed=seed)
         if maps is not None and masks is not None:
             metrics |= pixel_metrics([maps[i] for i in chosen], [masks[i] for i in chosen])
         kept = ("image_auroc", "image_auroc_interval", *PIXEL_METRICS)
         per_defect[name] = {key: metrics[key] for key in kept} | {"n": int((defects == name).sum())}
-    results |= {"threshold": threshold, "observed_false_alarms": None, "observed_detections": None}
-    for key, group in (("observed_false_alarms", labels == 0), ("observed_detections", labels == 1)):
-        if threshold is not None and group.any():
-            results[key] = float((scores[group] > threshold).float().mean())
+    results |= {"threshold": threshold, **alarms(scores, labels, threshold)}
     counts = {"n_test_normal": int((labels == 0).sum()), "n_test_anomalous": int((labels == 1).sum())}
     return results | counts | {"per_defect": per_defect}
+
+
+def alarms(scores: Tensor, labels: Tensor, threshold: float | None) -> dict[str, float | None]:
+    """`observed_false_alarms` and `observed_detections`: the shares of good and of defective test images above the
+    threshold, which came from normal images alone; None without such images or without a threshold."""
+    shares: dict[str, float | None] = {}
+    for key, group in (("observed_false_alarms", labels == 0), ("observed_detections", labels == 1)):
+        known = threshold is not None and bool(group.any())
+        shares[key] = float((scores[group] > threshold).float().mean()) if known else None
+    return shares

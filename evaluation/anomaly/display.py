@@ -24,16 +24,23 @@ def heat_range(maps: Array | list[Array]) -> tuple[float, float]:
 
 
 def pick_images(
-    scores: Array, labels: Array, defects: list[str], threshold: float | None, *, each: int = 3
+    scores: Array,
+    labels: Array,
+    defects: list[str],
+    threshold: float | None,
+    *,
+    each: int = 3,
+    kinds: list[str] | None = None,
 ) -> list[Caption]:
     """Choose the images that tell most about a detector; every image at most once.
 
     In this order: the `each` defects that scored lowest (misses, if not above the threshold), the `each` good images
-    that scored highest (false alarms, if above it), then of every defect type the highest and the median image, and
-    the median good one. Without a threshold there is no verdict.
+    that scored highest (false alarms, if above it), then of every kind of defective images the highest and the
+    median one, and the median good one of every kind. Without a threshold there is no verdict.
 
     Args:
         scores: (N,). labels: (N,) 0 or 1. defects: N names, "good" for the normal ones.
+        kinds: N names of what is either all good or all defective; none: `defects`.
 
     Raises:
         UserError: a score is NaN.
@@ -44,9 +51,11 @@ def pick_images(
     by_score = np.argsort(scores, kind="stable")
     bad, good = by_score[labels[by_score]], by_score[~labels[by_score]]
     chosen = [(i, "low for a defect") for i in bad[:each]] + [(i, "high for a good one") for i in good[::-1][:each]]
-    for name in sorted(set(defects), key=lambda name: (name == "good", name)):
-        members = [i for i in by_score if defects[i] == name]
-        if name != "good":
+    kinds = defects if kinds is None else kinds
+    is_defective = dict(zip(kinds, labels.tolist()))
+    for name in sorted(is_defective, key=lambda name: (not is_defective[name], name)):
+        members = [i for i in by_score if kinds[i] == name]
+        if is_defective[name]:
             chosen.append((members[-1], "highest of its kind"))
         chosen.append((members[(len(members) - 1) // 2], "median of its kind"))
     captions: dict[int, Caption] = {}

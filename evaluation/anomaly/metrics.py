@@ -92,6 +92,19 @@ def pixel_metrics(maps: Images, masks: Images) -> dict[str, float | None]:
     return dict(zip(PIXEL_METRICS, [*ranking_metrics(counts), *pro]))
 
 
+def segmentation_f1(maps: Images, masks: Images, threshold: float) -> float | None:
+    """F1 of "the pixel scores above the threshold" over the pixels of all images together; None without a masked pixel.
+
+    `maps` and `masks` as for `pixel_metrics`. Raises UserError on NaN scores.
+    """
+    maps, masks = mapped_images(maps, masks)
+    masked = sum(np.count_nonzero(mask) for mask in masks)
+    if not masked:
+        return None
+    above = sum(np.count_nonzero(scores > threshold) for scores in maps)
+    return 2 * sum(np.count_nonzero(scores[mask] > threshold) for scores, mask in zip(maps, masks)) / (masked + above)
+
+
 def sorted_positives(maps: list[np.ndarray], masks: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Scores of the masked pixels, ascending, and with each 1 / the size of its region: (P,), (P,)."""
     positives = np.concatenate([scores[mask] for scores, mask in zip(maps, masks)])

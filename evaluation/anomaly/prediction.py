@@ -30,6 +30,7 @@ from models.anomaly.detector import Detector, Findings
 from models.backbones.build import BackboneConfig, build_backbone
 from runtime import checkpoint, config
 from runtime.errors import UserError
+from runtime.text import first_few
 from runtime.values import coerce
 from training.optim import PRECISIONS
 
@@ -57,12 +58,12 @@ class Prediction:
     nearest_training_image: str | None  # its path below data.root; None: the detector remembers none
 
 
-def load_run(folder: Path) -> tuple[Detector, Geometry, dict]:
+def load_run(folder: Path, category: str | None = None) -> tuple[Detector, Geometry, dict]:
     """The detector of a run folder in eval mode on the CPU, how its images become inputs, and the checkpoint's other
-    values.
+    values. `category`: of a run of several the one that the images are of, whose thresholds and normal images count.
 
     Raises:
-        UserError: there is no finished run of train_anomaly.py.
+        UserError: there is no finished run of train_anomaly.py, or it has no such category.
     """
     file = checkpoint.file_of(folder)
     if not file.exists():
@@ -82,6 +83,12 @@ def load_run(folder: Path) -> tuple[Detector, Geometry, dict]:
     except UserError as error:
         raise UserError(f"the config in {file}: {error}") from None
     require_calibration(state, file)
+    if category is not None:
+        each = state["calibration"].get("per_category", {})
+        if category not in each:
+            there = f"of {first_few(each, 8)}" if each else "of one category, which needs no name"
+            raise UserError(f"category={category} has no thresholds in {folder}, a run {there}")
+        state["calibration"] = each[category]
     detector.to(memory_format=torch.channels_last).eval()
     detector.load_fitted(state.pop("model", None), file, (geometry.height, geometry.width))
     return detector, geometry, state
@@ -89,11 +96,12 @@ def load_run(folder: Path) -> tuple[Detector, Geometry, dict]:
 
 def require_calibration(state: dict, path: Path) -> None:
     """UserError unless the checkpoint has the values of `calibrate` that a prediction needs, and the images' names."""
-    values = state["calibration"]
-    wrong = [key for key in ("threshold", "pixel_threshold", "low", "high") if not is_number(values.get(key, ""))]
-    normals = values.get("scores")
-    if normals is not None and not (isinstance(normals, list) and normals and all(map(is_number, normals))):
-        wrong.append("scores")
+    wrong, each = [], state["calibration"].get("per_category", {})
+    for values in (state["calibration"], *(each.values() if isinstance(each, dict) else [{}])):
+        wrong += [key for key in ("threshold", "pixel_threshold", "low", "high") if not is_number(values.get(key, ""))]
+        normals = values.get("scores")
+        if normals is not None and not (isinstance(normals, list) and normals and all(map(is_number, normals))):
+            wrong.append("scores")
     if wrong or any(number >= len(state.get("names", ())) for number in state.get("learned", (0,))):
         what = f"calibration.{wrong[0]}" if wrong else "names"
         raise UserError(f"{path} was edited: {what} is missing or cannot be what was saved; run train_anomaly.py again")

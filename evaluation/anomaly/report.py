@@ -1,8 +1,9 @@
 """What a run of train_anomaly.py shows of its test: metrics, tables, curves, images, in its folder and TensorBoard.
 
-test_scores.csv (a line per image), test_scores.pt (for eval.py task=compare), heatmaps.png (the best, the worst and the
-most mistaken; where no normal was spared for thresholds, the scale of the colors is that of the good test images),
-neighbors.png (what they were compared with), curves.png, scores.png, suspicious.png.
+test_scores.csv (a line per image, with its category or lighting where the set has those), test_scores.pt (for eval.py
+task=compare), heatmaps.png (the best, the worst and the most mistaken; where no normal was spared for thresholds, the
+scale of the colors is that of the good test images), neighbors.png (what they were compared with), curves.png,
+scores.png.
 """
 
 import os
@@ -15,13 +16,12 @@ import numpy as np
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from evaluation.anomaly.bootstrap import pixel_histograms
 from evaluation.anomaly.compare import save_scores
-from evaluation.anomaly.detection import anomaly_results, region_maps, region_masks, without_pixels
 from evaluation.anomaly.display import heat_range, pick_images, ranking_curves
-from evaluation.anomaly.pimo import BOUNDS, aupimo, aupimo_results
-from evaluation.anomaly.spro import spro_line, spro_results
-from evaluation.anomaly.unseen import crop_line, crop_results
+from evaluation.anomaly.groups import all_results, examined, group_table
+from evaluation.anomaly.pimo import BOUNDS
+from evaluation.anomaly.spro import spro_line
+from evaluation.anomaly.unseen import crop_line
 from evaluation.tables import csv_table, markdown_table, with_interval
 from models.anomaly.detector import Findings
 from plots.curves import histogram_image, roc_pr_image
@@ -46,39 +46,30 @@ def report(
     """
     threshold, folder, seed = calibration["threshold"], log.folder, log.config["seed"]
     has_masks = found.maps is not None and test_set.has_masks
-    maps, areas = None if found.maps is None else region_maps(found.maps, test_set, original=original), None
-    masks = region_masks(test_set, original=original) if has_masks else None
-    if has_masks:
-        maps, masks = (without_pixels(values, test_set.mask_known) for values in (maps, masks))
-    shown = has_masks and any(m.any() for m in masks) and not all(m.all() for m in masks)
-    histograms = pixel_histograms(maps, masks) if shown else None
-    results = anomaly_results(found.scores, maps, masks, test_set, threshold, seed=seed, histograms=histograms)
-    if has_masks:
-        areas = aupimo(maps, masks, test_set.labels)
-        results |= aupimo_results(areas, test_set, results["per_defect"], seed=seed)
-        if areas is None:
-            log.say(f"AUPIMO: none, for the good test images have fewer than {1 / BOUNDS[0]:,.0f} pixels")
+    test = examined(found, test_set, original=original)
+    results, histograms, areas = all_results(test, calibration, seed=seed)
+    maps = test.maps
+    if has_masks and areas is None:
+        log.say(f"AUPIMO: none, for the good test images have fewer than {1 / BOUNDS[0]:,.0f} pixels")
     if has_masks and test_set.saturates:
-        whole = maps if original else region_maps(found.maps, test_set, original=True)
-        results |= spro_results(whole, test_set, results["per_defect"])
         log.say(spro_line(results))
-    results |= {
-        key: calibration[key] for key in ("pixel_threshold", "promised_false_alarm_rate", "n_normals", "suspicious")
-    }
+    results |= {key: calibration[key] for key in ("promised_false_alarm_rate", "n_normals", "suspicious")}
     if test_set.geometry.fit == "crop":
-        results |= crop_results(found.scores, maps, masks, test_set)
         log.say(crop_line(results))
     for line in calibration["suspicious"]:
         log.say(f"suspicious normal, look at it: {line['path']} (score {line['score']:.4g})")
     write_scores(folder, found, test_set, learned_set, threshold, areas)
     save_scores(folder / "test_scores.pt", test_set.names, test_set.labels, found.scores, results, histograms)
 
-    table = defect_table(results)
-    log.text("per defect", table)
-    print(printable(table), file=sys.stderr)
+    tables = {"per defect": defect_table(results)}
+    tables |= {f"per {kind}": group_table(results, kind) for kind in test_set.groups}
+    for name, table in tables.items():
+        log.text(name, table)
+        print(printable(table), file=sys.stderr)
     defects = np.array(test_set.defects)
+    kinds = np.array(kinds_of(test_set))
     groups = {"training normals": normal.scores} if normal is not None else {}
-    groups |= {name: found.scores[defects == name] for name in sorted(set(defects), key=lambda n: (n != "good", n))}
+    groups |= {name: found.scores[kinds == name] for name in sorted({*kinds.tolist()}, key=good_first)}
     for name, scores in groups.items():
         log.histogram(f"scores/{name}", scores)
     show(log, "scores", histogram_image(groups, threshold))
@@ -89,7 +80,7 @@ def report(
         share = (found.scores - least) / (most - least).clamp(min=1e-12)
         log.precision_recall("precision_recall", test_set.labels, share)
 
-    chosen = pick_images(found.scores, test_set.labels, test_set.defects, threshold)
+    chosen = pick_images(found.scores, test_set.labels, test_set.defects, threshold, kinds=kinds.tolist())
     title = f"{log.config['detector']['name']}, {log.config['backbone']['name']}, {log.config['run_name']}"
     low, high = calibration["low"], calibration["high"]
     if maps is not None and low is None and (defects == "good").any():  # no normals to spare
@@ -106,6 +97,19 @@ def report(
         save(neighbor_sheet(pairs, title=title), folder / "neighbors.png")
         show_pages(log, "neighbors", neighbor_sheet, pairs, title)
     return results
+
+
+def kinds_of(test_set) -> list[str]:
+    """What images are shown by: their defects; of several categories "<category>: good" and "<category>: defective"."""
+    if "category" not in test_set.groups:
+        return test_set.defects
+    pairs = zip(test_set.groups["category"], test_set.defects)
+    return [f"{category}: {'good' if defect == 'good' else 'defective'}" for category, defect in pairs]
+
+
+def good_first(name: str) -> tuple:
+    """Sorts the values of `kinds_of`."""
+    return name != "good", name.rpartition(": ")[0], not name.endswith(": good"), name
 
 
 def show(log: Log, name: str, image: Image.Image) -> None:
@@ -140,10 +144,13 @@ def neighbor_pair(found: Findings, test_set, train_set, caption: Caption) -> Pai
 def write_scores(
     folder: Path, found: Findings, test_set, train_set, threshold: float | None, areas: np.ndarray | None
 ) -> None:
-    """test_scores.csv: path, defect, label, score, is_anomalous, nearest_training_image, aupimo (`areas`)."""
+    """test_scores.csv: path, the set's groups, defect, label, score, is_anomalous, nearest_training_image, aupimo
+    (`areas`)."""
+    groups = test_set.groups
     rows = []
     for i, (defect, score) in enumerate(zip(test_set.defects, found.scores.tolist())):
-        row = {"path": test_set.full_name(i), "defect": defect, "label": int(test_set.labels[i]), "score": score}
+        row = {"path": test_set.full_name(i), **{kind: names[i] for kind, names in groups.items()}, "defect": defect}
+        row |= {"label": int(test_set.labels[i]), "score": score}
         row["is_anomalous"] = None if threshold is None else int(score > threshold)
         row["nearest_training_image"] = (
             None if found.nearest_image is None else train_set.full_name(int(found.nearest_image[i]))

@@ -42,16 +42,19 @@ def spro(maps: Sequence[Tensor], regions: Sequence[Sequence[Region]]) -> dict[st
     return {key: area_under(gain, counts, limit) / len(values) for key, limit in SPRO_LIMITS.items()}
 
 
-def spro_results(maps: Sequence[Tensor], dataset, per_defect: dict[str, dict]) -> dict[str, float | None]:
-    """`spro` of each kind of defect against the good images, put into its row of `per_defect`, and the means of these.
+def spro_rows(maps: Sequence[Tensor], dataset, per_defect: dict[str, dict]) -> None:
+    """Put `spro` of each kind of defect against the good images into its row of `per_defect`.
 
-    `maps` at the size of the originals. So is `image_auroc_mean`, the mean of the kinds' image AUROCs. A defective
-    image whose mask is missing is in no sPRO.
+    `maps` at the size of the originals. A defective image whose mask is missing is in no sPRO.
     """
     known, defects = dataset.mask_known.tolist(), dataset.defects
     for name, row in per_defect.items():
         chosen = [i for i, defect in enumerate(defects) if defect in (name, "good") and known[i]]
         row |= spro([maps[i] for i in chosen], [dataset.regions(i) for i in chosen])
+
+
+def spro_means(per_defect: dict[str, dict]) -> dict[str, float | None]:
+    """The means of `spro` over the kinds of defects, and `image_auroc_mean`, that of their image AUROCs."""
     means = {}
     for key in ("image_auroc", *SPRO_LIMITS):
         values = [row[key] for row in per_defect.values() if row[key] is not None]
@@ -60,7 +63,7 @@ def spro_results(maps: Sequence[Tensor], dataset, per_defect: dict[str, dict]) -
 
 
 def spro_line(results: dict) -> str:
-    """The means of `spro_results`, among the results of the test, in one line."""
+    """`spro_means`, among the results of the test, in one line."""
     rows = [("mean", results | {"image_auroc": results["image_auroc_mean"]}), *results["per_defect"].items()]
     texts = [
         [f"{name}:"] + ["-" if row[key] is None else f"{row[key]:.3f}" for key in ("image_auroc", "spro_005")]

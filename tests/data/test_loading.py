@@ -23,6 +23,7 @@ class Numbers:
     whole_groups = None
 
     def __init__(self, n, masks=False):
+        self.groups = {}
         self.labels = torch.arange(n) % 3
         self.masks = masks
         self.asked = [0] * n
@@ -285,7 +286,15 @@ def test_split_is_a_function_of_the_seed():
     assert stratified_split(torch.zeros(10), 0.2, seed=0)[1].tolist() == [2, 8]  # must never move
 
 
-def test_holdout_is_stratified_by_label():
+def test_holdout_is_stratified_by_label_and_group():
+    grouped = Numbers(40)
+    grouped.labels = torch.zeros(40, dtype=torch.int64)
+    grouped.groups = {"category": ["b"] * 10 + ["a"] * 30}
+    _, held_out = holdout(grouped, 0.1, seed=4)
+    assert held_out.tolist() == [  # each as a set of its own
+        *stratified_split(torch.zeros(10), 0.1, seed=4)[1].tolist(),
+        *(10 + stratified_split(torch.zeros(30), 0.1, seed=4)[1]).tolist(),
+    ]
     train, held_out = holdout(Numbers(30), 0.1, seed=4)
     assert (held_out % 3).bincount().tolist() == [1, 1, 1] and len(train) == 27
     nothing = stratified_split(torch.empty(0, dtype=torch.int64), 0.5, seed=0)

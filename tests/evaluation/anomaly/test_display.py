@@ -7,6 +7,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from evaluation.anomaly.display import heat_range, pick_images, ranking_curves
 from evaluation.anomaly.metrics import image_metrics
+from evaluation.anomaly.report import good_first
 from runtime.errors import UserError
 
 
@@ -79,3 +80,23 @@ def test_curves_without_a_class(labels):
     curves = ranking_curves(scores, labels, image_metrics(scores, np.array(labels)), None)
     assert curves.auroc is curves.ap is None and (curves.hits, curves.false_alarms) == (0, 0)
     assert len(curves.recall) == len(labels)
+
+
+def test_kinds_instead_of_defects():
+    defects = ["good", "a/hole", "good", "a/crack", "b/hole", "a/hole"]
+    kinds = [f"{c}: {'good' if d == 'good' else 'defective'}" for c, d in zip("aababa", defects)]
+    captions = pick_images([0.1, 0.9, 0.2, 0.8, 0.7, 0.6], [0, 1, 0, 1, 1, 1], defects, 0.5, each=0, kinds=kinds)
+    assert [(c.index, c.lines[0], c.lines[-1]) for c in captions] == [
+        (1, "a/hole", "highest of its kind"),
+        (3, "a/crack", "median of its kind"),
+        (4, "b/hole", "highest of its kind"),
+        (0, "good", "median of its kind"),
+        (2, "good", "median of its kind"),
+    ]
+    assert sorted(["good", "z", "a: defective", "a: good", "b: good"], key=good_first) == [
+        "good",
+        "z",
+        "a: good",
+        "a: defective",
+        "b: good",
+    ]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from evaluation.anomaly.metrics import image_metrics, pixel_metrics
-from evaluation.anomaly.spro import SPRO_LIMITS, spro, spro_line, spro_results
+from evaluation.anomaly.spro import SPRO_LIMITS, spro, spro_line, spro_means, spro_rows
 from tests.evaluation.anomaly.test_metrics import area, flood_fill, random_case
 
 
@@ -110,7 +110,8 @@ def test_logical_and_structural_each_against_the_good_images():
     rows = {}
     for name, chosen in (("logical_anomalies", [0, 1, 2]), ("structural_anomalies", [0, 1, 3, 4])):
         rows[name] = image_metrics(scores[chosen], torch.tensor([kinds[i] != "good" for i in chosen]).long())
-    results = spro_results(maps, tested, rows)
+    spro_rows(maps, tested, rows)
+    results = spro_means(rows)
     logical = by_thresholds([maps[i] for i in (0, 1, 2)], [regions[i] for i in (0, 1, 2)])
     structural = by_thresholds([maps[i] for i in (0, 1, 3)], [regions[i] for i in (0, 1, 3)])
     for key in SPRO_LIMITS:
