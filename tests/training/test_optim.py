@@ -6,7 +6,7 @@ from torch import nn
 
 from runtime.errors import UserError
 from training.ema import ema_update
-from training.optim import OptimConfig, _depth, build_optimizer, clip_gradients, parameter_groups, set_rates
+from training.optim import OptimConfig, build_optimizer, clip_gradients, depth_of, parameter_groups, set_rates
 
 
 class Tiny(nn.Module):
@@ -85,7 +85,7 @@ def test_depths_of_published_names():
         "head.decoder.layer1.0.conv1.weight": None,
         "backbones.layer1.0.weight": None,
     }
-    assert {name: _depth(name) for name in depths} == depths
+    assert {name: depth_of(name) for name in depths} == depths
 
 
 def test_rates_reach_the_groups():
