@@ -165,6 +165,7 @@ def prepare_data(cfg: Config, run: Run) -> Data:
     """Read the three sets of images, or hold validation images out of the training set. Settles `cfg.data`."""
     cfg.data = settled(cfg.data)
     train_set, test_set = (build_dataset(cfg.data, split) for split in ("train", "test"))
+    classes = train_set.classes or []
     if len(train_set.labels.unique()) < 2:
         raise errors.UserError(
             "a classifier tells classes apart, and all training images are of one: data.root needs a folder for each"
@@ -185,7 +186,7 @@ def prepare_data(cfg: Config, run: Run) -> Data:
     len(loader)  # raises if there is no batch
     tested, validation = Loader(test_set, micro_batch, run.device, **load), None
     names = {"names": train_set.names, "learned": train_ids.tolist(), "tested": test_set.names}
-    names["classes"] = train_set.classes
+    names["classes"] = classes
     if own:
         validation = Loader(build_dataset(cfg.data, "validation"), micro_batch, run.device, **load)
         names["validation"] = validation.dataset.names
@@ -202,7 +203,7 @@ def prepare_data(cfg: Config, run: Run) -> Data:
     def criterion(logits: Tensor, targets: Tensor) -> Tensor:
         return LOSSES[cfg.loss.name](logits, targets, **cfg.loss.options)
 
-    return Data(loader, augment, mix, criterion, validation, tested, train_set.classes, names, note)
+    return Data(loader, augment, mix, criterion, validation, tested, classes, names, note)
 
 
 def build_networks(cfg: Config, run: Run, data: Data) -> tuple[Classifier, str]:

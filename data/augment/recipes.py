@@ -240,10 +240,11 @@ class AugmentConfig:
     options: dict = field(default_factory=dict)
 
 
-def build_augment(config: AugmentConfig, seed: int, sizes: Tensor) -> Augment | PatchGrid:
+def build_augment(config: AugmentConfig, seed: int, sizes: Tensor | None) -> Augment | PatchGrid:
     """What makes the views of an `augment` section, ready to call: `views = augment(images, sample_ids, epoch)`.
 
-    `augment.views` describes them, each with its `size`. sizes (N, 2): heights and widths of the original images.
+    `augment.views` describes them, each with its `size`. sizes (N, 2): heights and widths of the original images;
+    None: crops are drawn in the stored ones.
     """
     recipe = RECIPES[config.name]
     if recipe is PatchGrid:

@@ -35,6 +35,22 @@ def test_groups_decay_matrices_only_and_scale_by_depth():
     assert len(parameter_groups(model)) == 2
 
 
+def test_a_backbone_has_its_own_rate():
+    """Times the layers' decay; the head keeps `lr`. Without a backbone the key is a mistake."""
+    model = Tiny()
+    names = {id(p): n for n, p in model.named_parameters()}
+    config = OptimConfig(name="sgd", lr=1e-2, backbone_lr=1e-3, layer_decay=0.5)
+    optimizer = build_optimizer(config, model)
+    set_rates(optimizer, 1e-2, 0.0)
+    rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates["online.head.weight"] == rates["online.head.bias"] == 1e-2
+    assert rates["online.backbone.layer4.0.weight"] == pytest.approx(0.5e-3)
+    assert rates["online.backbone.conv1.weight"] == pytest.approx(1e-3 * 0.5**5)
+    assert build_optimizer(OptimConfig(name="sgd", lr=1.0, backbone_lr=1.0), nn.Linear(2, 2))
+    with pytest.raises(UserError, match=r"optim\.backbone_lr is set, but Linear has no backbone to train: set it to"):
+        build_optimizer(config, nn.Linear(2, 2))
+
+
 def test_decay_of_everything():
     """Official MoCo, SimSiam and SupCon hand all parameters to SGD with one weight decay."""
     optimizer = build_optimizer(OptimConfig(name="sgd", lr=1.0, weight_decay=5e-4, decay_norms=True), Tiny())
