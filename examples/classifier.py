@@ -12,7 +12,6 @@ takes.
 import runtime.threads  # before torch
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from data.augment.recipes import crop
@@ -20,6 +19,7 @@ from data.augment.views import Augment
 from data.datasets.folder import ClassFolder
 from data.loading import Loader
 from evaluation.features import extract
+from losses.supervised import cross_entropy, soft_targets
 from models.backbones.resnet import ResNet18
 from models.weights.load import load_weights
 from training.schedule import warmup_cosine
@@ -34,8 +34,8 @@ def train(
     epochs: int = 8,
     head_epochs: int = 1,  # in which the classifier learns and the backbone does not
     batch_size: int = 32,
-    lr: float = 1e-1,  # of the classifier
-    backbone_lr: float = 2e-2,
+    lr: float = 2e-2,  # of the classifier
+    backbone_lr: float = 1e-2,
     seed: int = 0,
 ) -> tuple[list[float], float]:
     """Returns the loss of every step, and the share of test images that are told."""
@@ -66,7 +66,7 @@ def train(
                 group["lr"] = warmup_cosine(len(losses), total, start=group["peak"])
 
             (views,) = augment(batch, ids, epoch)  # (B, 3, h, w)
-            loss = F.cross_entropy(model(views), labels)
+            loss = cross_entropy(model(views), soft_targets(labels, len(images.classes)))
 
             optimizer.zero_grad()
             loss.backward()

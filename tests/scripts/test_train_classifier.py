@@ -156,6 +156,7 @@ def test_a_plateau_lowers_the_rate(images, tmp_path, monkeypatch):
         "plateau.factor=0.15",
         "optim.schedule=constant",
         "epochs=6",
+        "optim.lr=0.1",
         "optim.backbone_lr=0.01",
     ]
     train_classifier.main(words(images, tmp_path, *about, "unfreeze.layers=1", "unfreeze.head_epochs=0"))
