@@ -62,7 +62,8 @@ def test_the_documentation_runs_as_it_stands(place, monkeypatch, capsys):
     for block in blocks:
         exec(block, names)
     out, err = capsys.readouterr()
-    lines = out.splitlines()
+    *lines, classes = out.splitlines()
+    assert classes.startswith("['class") and names["probabilities"].shape == (8, 3)
     assert lines[0].startswith("torch.Size([8, 512]) [(8, 64, 8, 8), (8, 128, 4, 4), (8, 256, 2, 2), (8, 512, 1, 1)]")
     assert len(lines) == 1 + 8 + 1 and err == ""
     assert lines[-1].startswith("torch.Size([48, 48]) ") and Path(lines[-1].split()[-1]).is_file()
