@@ -52,7 +52,7 @@ def test_early_stopping_keeps_the_weights_of_the_lowest_loss(losses, min_delta, 
             break
     assert (epoch if watch.ended else None) == end and watch.epoch == kept
     watch.restore(model)
-    assert float(model.weight) == kept
+    assert model.weight.item() == kept
 
 
 def test_epochs_before_the_last_unfreezing_count_for_no_patience_but_may_be_the_best():
@@ -72,7 +72,7 @@ def test_restore_false_keeps_no_weights():
     watch.see(1, 1.0, model, counts=True)
     nn.init.constant_(model.weight, 7)
     watch.restore(model)
-    assert float(model.weight) == 7 and watch.state_dict()["weights"] == {} and not watch.restores
+    assert model.weight.item() == 7 and watch.state_dict()["weights"] == {} and not watch.restores
 
 
 def test_taken_up_again_it_goes_on_as_before():
