@@ -1,4 +1,4 @@
-"""Backbones and detectors for notebooks and other programs: images in, features or verdicts out.
+"""Backbones, detectors and classifiers for notebooks and other programs: images in, features, verdicts or classes out.
 
     import scavenge
 
@@ -7,6 +7,8 @@
     detector = scavenge.load_detector("runs/patchcore_own")
     for result in detector(["a.png", "b.png"]):
         print(result.path, result.score, result.is_anomalous, result.p_value)
+    classifier = scavenge.load_classifier("runs/classifier_own")
+    probabilities = classifier(["a.png", "b.png"])  # (2, C), of classifier.classes
 
 Images are a list of paths (files of any sizes), a uint8 array (N, H, W, 3) or a uint8 tensor (N, 3, H, W), all in RGB;
 they are fitted into the input as in the run. Results lie on the CPU. Nothing is printed; what is doubtful is a Python
@@ -44,9 +46,11 @@ from evaluation.anomaly.prediction import (
     predicted,
 )
 from evaluation.features import stored_sections
+from losses.supervised import probabilities
 from models.anomaly.detector import Detector
 from models.backbones.build import BackboneConfig, build_backbone
-from runtime import config, distributed
+from models.classifier import Classifier, load_trained
+from runtime import checkpoint, config, distributed
 from runtime.errors import UserError
 from runtime.values import coerce
 from runtime.version import another_version
@@ -104,6 +108,27 @@ class LoadedDetector:
         about: dict[str, Any] = {"batch_size": self.batch_size, "precision": self.precision, **tiles}
         examined = examine(self.network, loaded, self.device, **about)
         return [predicted(item, found, self.state, self.threshold) for item, found in examined]
+
+
+@dataclass(repr=False, eq=False)
+class LoadedClassifier:
+    """The classifier of a run; calling it gives the probability of each class."""
+
+    network: Classifier  # in eval mode
+    classes: list[str]
+    geometry: Geometry  # fits images into its input
+    loss: str  # that it was trained by, and that its probabilities are of (losses/supervised.py)
+    device: torch.device
+    batch_size: int
+
+    @torch.no_grad()
+    def __call__(self, images: Images) -> Tensor:
+        """Of N images and C classes: float32 (N, C)."""
+        loaded, found = load(images, self.geometry, self.batch_size), []
+        while batch := list(islice(loaded, self.batch_size)):
+            pixels = normalize(torch.stack([item.image for item in batch]).to(self.device))  # (B, 3, H, W)
+            found.append(probabilities(self.network(pixels), self.loss).cpu())
+        return torch.cat(found)
 
 
 def load_backbone(
@@ -178,6 +203,25 @@ def load_detector(
     precision = coerce(precision or state["config"]["precision"], Precision, "precision")
     device = find_device(device)
     return LoadedDetector(network.to(device), geometry, state, threshold, device, precision, batch_size)
+
+
+def load_classifier(run: str | Path, *, device: str = "auto", batch_size: int = 64) -> LoadedClassifier:
+    """The classifier of a run of train_classifier.py: of a finished one the weights that were tested.
+
+    Args:
+        run: its folder, or a checkpoint in it.
+        device: auto, cpu, cuda or cuda:1; auto: CUDA where there is one.
+        batch_size: images per forward.
+
+    Raises:
+        UserError: a file that cannot be read, or is not of such a run.
+    """
+    network, state = load_trained(run)
+    if other := another_version(state.get("version"), with_script=False):
+        warnings.warn(f"{run} was made by {other}, so probabilities may differ from its own", stacklevel=2)
+    data = config.build(DataConfig, checkpoint.section(state, "data", run), "data.")
+    where, loss = find_device(device), state["config"]["loss"]["name"]
+    return LoadedClassifier(network.to(where), state["classes"], build_geometry(data), loss, where, batch_size)
 
 
 # -------------------------------------------------------------------- what is given

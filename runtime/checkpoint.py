@@ -150,7 +150,7 @@ def load(path: str | Path, advice: str = "") -> dict:
     state, path = read(path, advice), file_of(path)
     if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
         ending = f"; {advice}" if advice else ""
-        raise UserError(f"{path} is not a checkpoint of train_ssl.py or train_anomaly.py{ending}")
+        raise UserError(f"{path} is not a checkpoint of a training script{ending}")
     kinds = {key: kind for kind, keys in integrity.KINDS.items() for key in keys if key in state}
     if wrong := [key for key, kind in kinds.items() if not integrity.is_a(kind, state[key])]:
         what = f"{path} was edited: its {first_few(wrong)} cannot be what was saved"
@@ -202,6 +202,8 @@ IMAGES = {  # of a run, under these keys of its checkpoint
     "names": "training images",
     "learned": "numbers of the training images that are not held out",
     "elsewhere": "images of another set that it learns from",
+    "validation": "validation images",
+    "classes": "names of the classes",
     "tested": "test images",
     "masks": "masks of the test images, or their sizes in bytes,",
 }

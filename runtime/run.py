@@ -44,7 +44,7 @@ class Run:
 
     Attributes:
         device: of this process. world: number of processes. folder: the run folder, which `open` makes.
-        start, total: the step where training (re)starts, and the number of steps.
+        start, total: the step where training (re)starts, and the number of steps; a script lowers it to end early.
         log: lines, curves, images. window: what happened since the last point of the curves. Both come with `open`.
     """
 
@@ -104,6 +104,8 @@ class Run:
                 if self.stops(step + 1):
                     distributed.barrier()  # no process leaves before rank 0 has saved
                     raise signals.Stopped(self._signal, self._way_back(step + 1))
+                if step + 1 >= self.total:  # which the script may have lowered
+                    break
         signals.release()
 
     def _way_back(self, done: int) -> str:

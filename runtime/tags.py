@@ -32,6 +32,10 @@ TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, descr
         "2_few_label/logistic_top1_std",
         "Its standard deviation over the draws of labeled images.",
     ),
+    "validation/loss": ("2_validation/loss", "Loss of the validation images, which plateau and early_stopping follow."),
+    "validation/top1": ("2_validation/top1", "Share of the validation images whose class is the likeliest one."),
+    "validation/top5": ("2_validation/top5", "Share of them whose class is among the five likeliest ones."),
+    "validation/macro_f1": ("2_validation/macro_f1", "Mean over the classes of F1, so that rare ones count as much."),
     "curves": ("2_test/curves", "ROC and precision-recall curve of the test images; the dot is the threshold."),
     "heatmaps": (
         "2_test/heatmaps",
@@ -108,6 +112,7 @@ TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, descr
     "lr": ("5_optimizer/lr", "Learning rate of the last step."),
     "grad_norm": ("5_optimizer/grad_norm", "Norm of all gradients in the last step, before clipping."),
     "epoch": ("5_optimizer/epoch", "Epochs done."),
+    "layers": ("5_optimizer/layers", "Layers of the backbone, from the top, that learn beside the classifier."),
     "speed/images_per_second": ("6_speed/images_per_second", "Training images per second, over all processes."),
     "speed/data_wait_share": ("6_speed/data_wait_share", "Share of the time spent waiting for data; 0 is best."),
     "config": ("config", "The resolved configuration."),

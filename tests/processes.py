@@ -22,7 +22,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TOP = Path(__file__).parent.parent
-PRELOADED = ["tests.images", "train_ssl", "train_anomaly", "eval", "predict", "sweep", "sklearn.metrics", "scipy.stats"]
+PRELOADED = ["tests.images", "train_ssl", "train_anomaly", "train_classifier", "eval", "predict", "sweep"]
+PRELOADED += ["sklearn.metrics", "scipy.stats"]
 
 
 def _start_server() -> None:

@@ -16,6 +16,7 @@ import eval as evaluate
 import predict
 import sweep
 import train_anomaly
+import train_classifier
 import train_ssl
 from data import build_augment
 from data.demo.generate import generate
@@ -38,6 +39,15 @@ SMALL = {
         "precision=fp32",
     ],
     "train_anomaly.py": ["data.size=64", "batch_size=4", "device=cpu"],
+    "train_classifier.py": [
+        "epochs=1",
+        "unfreeze.head_epochs=0",
+        "batch_size=4",
+        "data.size=64",
+        "augment.size=64",
+        "device=cpu",
+        "precision=fp32",
+    ],
     "eval.py": ["data.size=32", "device=cpu"],
     "predict.py": ["device=cpu"],
 }
@@ -228,8 +238,9 @@ def test_every_table_says_where_it_comes_from(page):
 
 
 SCHEMAS = {"train_ssl.py": train_ssl.Config, "train_anomaly.py": train_anomaly.Config, "eval.py": knn.Config,
-           "sweep.py": sweep.Config}  # fmt: skip
-MAINS = {"train_ssl.py": train_ssl, "train_anomaly.py": train_anomaly, "eval.py": evaluate, "predict.py": predict}
+           "train_classifier.py": train_classifier.Config, "sweep.py": sweep.Config}  # fmt: skip
+MAINS = {"train_ssl.py": train_ssl, "train_anomaly.py": train_anomaly, "train_classifier.py": train_classifier,
+         "eval.py": evaluate, "predict.py": predict}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -83,7 +83,7 @@ def test_no_file_has_a_name_without_a_topic():
     assert [str(path) for path in FILES if path.stem in FORBIDDEN] == []
 
 
-@pytest.mark.parametrize("script", ["train_ssl", "train_anomaly", "eval", "sweep", "predict"])
+@pytest.mark.parametrize("script", ["train_ssl", "train_anomaly", "train_classifier", "eval", "sweep", "predict"])
 def test_main_is_one_screen(script):
     tree = ast.parse((TOP / f"{script}.py").read_text())
     main = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")

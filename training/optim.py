@@ -98,6 +98,7 @@ class OptimConfig:
     final_weight_decay: Factor | None = None  # a cosine from weight_decay to this (DINO); none: constant
     layer_decay: PositiveShare = 1.0  # learning rate x this per stage (ResNet, ConvNeXt) or block (others) to the head
     decay_norms: bool = False  # decay biases and norms, too (official SGD recipes of MoCo, SimSiam, SupCon, PsCo)
+    backbone_lr: PositiveFactor | None = None  # where `lr` is, for a module `backbone`; none: lr
     bias_lr_scale: Factor = 1.0  # learning rate x this for biases, norms; Barlow Twins: 0.0048 / 0.2 = 0.024
     fix_predictor_lr: bool = False  # a module `predictor` learns at the peak rate throughout (SimSiam)
     predictor_lr_scale: PositiveFactor = 1.0  # learning rate x this for a module `predictor`; BYOL without target: 10
@@ -136,6 +137,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
     groups = parameter_groups(
         model,
         layer_decay=config.layer_decay,
+        backbone_lr_scale=1.0 if config.backbone_lr is None else config.backbone_lr / config.lr,
         decay_norms=config.decay_norms,
         bias_lr_scale=config.bias_lr_scale,
         fix_predictor_lr=config.fix_predictor_lr,
@@ -148,6 +150,7 @@ def parameter_groups(
     model: nn.Module,
     *,
     layer_decay: float = 1.0,
+    backbone_lr_scale: float = 1.0,
     decay_norms: bool = False,
     bias_lr_scale: float = 1.0,
     fix_predictor_lr: bool = False,
@@ -159,20 +162,23 @@ def parameter_groups(
     `lr_scale` is layer_decay^(L+1-l) with l = 0 for the stem (a MobileNet's counts as its first block), 1..L for the
     stages and L+1 for heads (official DINOv2's rule), times bias_lr_scale for parameters of at most one dimension,
     biases and norms (official Barlow Twins' rule). Only a module named `backbone` has a stem and stages; RD4AD's
-    decoder, with its own layers 1 to 3, is a head.
+    decoder, with its own layers 1 to 3, is a head. backbone_lr_scale multiplies all of such a module's.
     `fixed_lr`: with fix_predictor_lr the parameters of a module named `predictor`, which no schedule moves (official
     SimSiam's --fix-pred-lr). predictor_lr_scale multiplies theirs: BYOL needs no target if the predictor learns ten
     times as fast (Grill et al. 2020, appendix), and in short runs its embeddings keep their rank.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    depths = {name: _depth(name) for name, _ in named}
+    depths = {name: depth_of(name) for name, _ in named}
     head = max((d for d in depths.values() if d is not None), default=0) + 1
-    groups, predictors = {}, []
+    groups, predictors, backbones = {}, [], []
     for name, p in named:
         depth = depths[name]
         depth = head if depth is None else depth
         decayed = decay_norms or (p.ndim > 1 and not name.endswith(".bias"))
         scale = layer_decay ** (head - depth) * (bias_lr_scale if p.ndim <= 1 else 1.0)
+        if "backbone" in name.split(".")[:-1]:
+            backbones.append(name)
+            scale *= backbone_lr_scale
         predicts = "predictor" in name.split(".")[:-1]
         if predicts:
             predictors.append(name)
@@ -180,12 +186,13 @@ def parameter_groups(
         fixed = fix_predictor_lr and predicts
         group = {"params": [], "decayed": decayed, "lr_scale": scale, "fixed_lr": fixed}
         groups.setdefault((decayed, scale, fixed), group)["params"].append(p)
-    for option, asked, plain in (
-        ("fix_predictor_lr", fix_predictor_lr, "false"),
-        ("predictor_lr_scale", predictor_lr_scale != 1.0, "1"),
+    for option, asked, plain, part, found in (
+        ("fix_predictor_lr", fix_predictor_lr, "false", "predictor", predictors),
+        ("predictor_lr_scale", predictor_lr_scale != 1.0, "1", "predictor", predictors),
+        ("backbone_lr", backbone_lr_scale != 1.0, "none", "backbone to train", backbones),
     ):
-        if asked and not predictors:
-            raise UserError(f"optim.{option} is set, but {type(model).__name__} has no predictor: set it to {plain}")
+        if asked and not found:
+            raise UserError(f"optim.{option} is set, but {type(model).__name__} has no {part}: set it to {plain}")
     return list(groups.values())
 
 
@@ -193,7 +200,7 @@ STEM = re.compile(r"(conv1|bn1|stem|patch_embed|cls_token|pos_embed|register_tok
 STAGE = re.compile(r"(layer|features\.|blocks\.|stages\.)(\d+)\.")
 
 
-def _depth(name: str) -> int | None:
+def depth_of(name: str) -> int | None:
     """Position of a backbone's parameter by its published name; None for what follows the stages and for everything
     outside a module `backbone`."""
     inside = re.search(r"(?:^|\.)backbone\.(.+)", name)

@@ -186,6 +186,23 @@ def aligned(
     return cycle([view], views)
 
 
+def crop(
+    *,
+    size: Pixels = 224,
+    scale: RisingShares = (0.08, 1.0),
+    flip_p: UnitInterval = 0.5,
+    jitter: UnitInterval = 0.0,
+    interpolation: Interpolation = "bilinear",
+) -> list[View]:
+    """One view for a classifier: a random crop and a flip, as in torchvision's reference training (presets.py).
+
+    Args:
+        jitter: brightness, contrast and saturation change by up to this factor.
+    """
+    colors = {"jitter_p": float(jitter > 0), "jitter": (jitter, jitter, jitter, 0.0)}
+    return [View(size, scale=scale, interpolation=interpolation, flip_p=flip_p, **colors)]
+
+
 def none(*, size: Pixels = 224) -> list[View]:
     """One view, resized and normalized and nothing else."""
     return [View(size)]
@@ -210,6 +227,7 @@ RECIPES: dict[str, Callable[..., list[View]] | type[PatchGrid]] = {
     "dino": dino,
     "aligned": aligned,
     "patches": PatchGrid,
+    "crop": crop,
     "none": none,
 }
 
@@ -222,10 +240,11 @@ class AugmentConfig:
     options: dict = field(default_factory=dict)
 
 
-def build_augment(config: AugmentConfig, seed: int, sizes: Tensor) -> Augment | PatchGrid:
+def build_augment(config: AugmentConfig, seed: int, sizes: Tensor | None) -> Augment | PatchGrid:
     """What makes the views of an `augment` section, ready to call: `views = augment(images, sample_ids, epoch)`.
 
-    `augment.views` describes them, each with its `size`. sizes (N, 2): heights and widths of the original images.
+    `augment.views` describes them, each with its `size`. sizes (N, 2): heights and widths of the original images;
+    None: crops are drawn in the stored ones.
     """
     recipe = RECIPES[config.name]
     if recipe is PatchGrid:

@@ -13,6 +13,7 @@ import yaml
 import eval as evaluate
 import sweep
 import train_anomaly
+import train_classifier
 import train_ssl
 from evaluation.tasks import module_of
 from runtime.schema import chooser_of, hints_of, options_of, section_of
@@ -94,7 +95,13 @@ def written(value) -> str:
 
 def script_of(raw: dict) -> ModuleType:
     """The script whose config this is."""
-    of = {"detectors": sweep, "task": evaluate, "detector": train_anomaly, "method": train_ssl}
+    of = {
+        "detectors": sweep,
+        "task": evaluate,
+        "detector": train_anomaly,
+        "method": train_ssl,
+        "head": train_classifier,
+    }
     return next(script for key, script in of.items() if key in raw)
 
 

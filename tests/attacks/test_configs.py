@@ -16,6 +16,7 @@ import yaml
 import eval as evaluate
 import sweep
 import train_anomaly
+import train_classifier
 import train_ssl
 from evaluation.tasks import module_of
 from runtime import config, errors
@@ -25,7 +26,7 @@ from runtime.yaml_text import read_yaml
 from tests.attacks.configs import BOMB, FILES, NUMBERS, Raw, ends, keys_of, mutation, put, script_of, written
 from tests.images import TOP, write_classes, write_mvtec
 from tests.processes import start_script
-from tests.scripts import test_train_anomaly, test_train_ssl
+from tests.scripts import test_train_anomaly, test_train_classifier, test_train_ssl
 
 MOST = 300  # characters of a line
 SECONDS = 1.0  # of computing, until an answer
@@ -137,6 +138,11 @@ def small_runs(folder: Path) -> list[tuple[str, type, dict]]:
     for name in test_train_ssl.TINY:
         words = test_train_ssl.words(name, classes, folder / "runs", "epochs=1", "batch_size=6", "data.workers=0")
         found.append(("train_ssl.py", train_ssl.Config, plain(train_ssl.Config, words)))
+    for more in ([], [*test_train_classifier.MIXED, *test_train_classifier.EARLY]):
+        words = test_train_classifier.words(
+            classes, folder / "runs", "epochs=1", "batch_size=6", "data.workers=0", *more
+        )
+        found.append(("train_classifier.py", train_classifier.Config, plain(train_classifier.Config, words)))
     for name in test_train_anomaly.TINY:
         short = ["epochs=1"] if name in test_train_anomaly.BY_GRADIENT else []
         words = test_train_anomaly.words(name, parts, folder / "runs", *short, "data.workers=0")

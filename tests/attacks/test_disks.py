@@ -15,7 +15,7 @@ from PIL import Image
 from data.image_files import find_images
 from tests.attacks.small_disk import BLOCK, SmallDisk
 from tests.images import write_classes, write_mvtec
-from tests.scripts import test_train_anomaly, test_train_ssl
+from tests.scripts import test_train_anomaly, test_train_classifier, test_train_ssl
 from tests.scripts.test_predict import write_run
 
 DEMO = """
@@ -32,7 +32,7 @@ metrics: [top1]
 runs: {disk}
 run_name: grid
 """
-SCRIPTS = ("train_ssl", "train_anomaly", "predict", "eval", "sweep", "demo")
+SCRIPTS = ("train_ssl", "train_anomaly", "train_classifier", "predict", "eval", "sweep", "demo")
 OF_TIME = ("seconds", "images_per_second", "data_wait_share", "time", "checksum")  # which covers them
 
 
@@ -59,6 +59,7 @@ def commands(disk, tmp_path_factory) -> dict[str, list[str]]:
     return {
         "train_ssl": ["train_ssl.py", *test_train_ssl.words("simclr", classes, disk.path, *more)],
         "train_anomaly": ["train_anomaly.py", *detector],
+        "train_classifier": ["train_classifier.py", *test_train_classifier.words(classes, disk.path)],
         "predict": ["predict.py", str(place / "run"), str(images), f"out={disk.path}/out", "device=cpu"],
         "eval": ["eval.py", *of_eval, f"runs={disk.path}"],
         "sweep": ["sweep.py", str(place / "sweep.yaml")],

@@ -23,7 +23,7 @@ from runtime import scripts, signals
 from runtime.errors import UserError
 from tests.images import TOP, command, write_classes, write_mvtec
 from tests.processes import start_script
-from tests.scripts import test_train_anomaly, test_train_ssl
+from tests.scripts import test_train_anomaly, test_train_classifier, test_train_ssl
 from tests.sweeps import SCRIPT, YAML
 
 KILLED = -9
@@ -168,6 +168,11 @@ def ssl(place: Path, *more: str) -> Callable[[Path], list[str]]:
     return lambda folder: ["train_ssl.py", *test_train_ssl.words("simclr", place / "classes", folder, *about)]
 
 
+def classifier(place: Path, *more: str) -> Callable[[Path], list[str]]:
+    about = ["save_every=2", "early_stopping.patience=2", *more]
+    return lambda folder: ["train_classifier.py", *test_train_classifier.words(place / "classes", folder, *about)]
+
+
 def sweep(place: Path, **keys) -> Callable[[Path], list[str]]:
     def words(folder: Path) -> list[str]:
         path = place / f"{folder.name}.yaml"
@@ -198,6 +203,7 @@ def cases(place: Path) -> dict[str, Case]:
     grid |= {"detectors": {"a": f"{place}/my_test.py {place}/x.yaml"}, "tasks": {"one": "data.root=1", "two": "k=2"}}
     return {
         "train_ssl": Case(ssl(place), 22),
+        "train_classifier": Case(classifier(place), 10),
         "by gradient": Case(anomaly(place, "rd4ad"), 14),
         "trained, then fitted": Case(anomaly(place, "cflow", "epochs=2"), 8),
         "fitted": Case(anomaly(place, "patchcore"), 12),

@@ -19,7 +19,7 @@ from runtime import config
 from tests.attacks.small_disk import SmallDisk
 from tests.images import TOP, command, write_classes, write_mvtec
 from tests.processes import environments_of, start_script
-from tests.scripts import test_train_anomaly, test_train_ssl
+from tests.scripts import test_train_anomaly, test_train_classifier, test_train_ssl
 
 MINUTE = 60  # seconds from the cause to the end of all
 DIED = "error: another process of this run died without an error message; did it run out of memory?"
@@ -165,7 +165,8 @@ def test_a_slow_rank_and_one_that_is_stopped_for_a_moment_are_waited_for(waiting
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("images")
-    return {"train_ssl": write_classes(place / "classes"), "train_anomaly": write_mvtec(place / "mvtec")}
+    classes = write_classes(place / "classes")
+    return {"train_ssl": classes, "train_classifier": classes, "train_anomaly": write_mvtec(place / "mvtec")}
 
 
 def command_of(name: str, images: dict[str, Path], runs: Path) -> list[str]:
@@ -173,6 +174,8 @@ def command_of(name: str, images: dict[str, Path], runs: Path) -> list[str]:
     more = ["epochs=5000", "data.cache=none", "data.workers=0", "holdout=0"]
     if name == "train_ssl":
         return ["train_ssl.py", *test_train_ssl.words("simclr", images[name], runs, *more)]
+    if name == "train_classifier":
+        return ["train_classifier.py", *test_train_classifier.words(images[name], runs, *more)]
     return ["train_anomaly.py", *test_train_anomaly.words("rd4ad", images[name], runs, *more)]
 
 
@@ -181,7 +184,7 @@ def in_training(folder: Path) -> Callable[[], bool]:
     return lambda: (folder / "last.pt").exists() and '"step": 5,' in (folder / "metrics.jsonl").read_text()
 
 
-SCRIPTS = ("train_ssl", "train_anomaly")
+SCRIPTS = ("train_ssl", "train_anomaly", "train_classifier")
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.images import TOP, command, write_classes, write_mvtec
 from tests.processes import environments_of, start_script
 from tests.scripts.test_train_anomaly import words as anomaly_words
+from tests.scripts.test_train_classifier import words as classifier_words
 from tests.scripts.test_train_ssl import words as ssl_words
 
 LAUNCHER = str(Path(__file__).with_name("signal_at.py"))
@@ -349,6 +350,14 @@ def without_runs(words: list[str], *keys: str) -> list[str]:
 def test_train_ssl(name, hits, more, about, classes, tmp_path):
     words = ["train_ssl.py", *without_runs(ssl_words(name, classes, tmp_path, *ODD, *more))]
     try_chain(words, tmp_path, hits, **about)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_train_classifier(processes, classes, tmp_path):
+    more = ["save_every=5", "log_every=3", "early_stopping.patience=1", "early_stopping.min_delta=100", "epochs=9"]
+    words = ["train_classifier.py", *without_runs(classifier_words(classes, tmp_path, *more))]
+    try_chain(words, tmp_path, 4, processes=processes, steps=8)
 
 
 @pytest.mark.slow

@@ -11,14 +11,17 @@ import eval as evaluate
 import predict
 import sweep
 import train_anomaly
+import train_classifier
 import train_ssl
 from data import DATASETS
 from data.augment.recipes import RECIPES
 from data.defects import DEFECTS
 from evaluation.frozen import MEASURES
 from evaluation.tasks import TASKS, module_of
+from losses.supervised import LOSSES
 from models.anomaly import DETECTORS
 from models.backbones import BACKBONES
+from models.classifier import HEADS
 from models.ssl import SSL_METHODS
 from runtime import help
 from runtime.schema import choice, chooser_of, option_types, section_of
@@ -34,12 +37,15 @@ TABLES = {
     "defect": DEFECTS,
     "optim": OPTIMIZERS,
     "task": MEASURES,
+    "head": HEADS,
+    "loss": LOSSES,
 }
 SCHEMAS = [
     train_ssl.Config,
     train_anomaly.Config,
     predict.Config,
     sweep.Config,
+    train_classifier.Config,
     *(module_of(task).Config for task in TASKS),
 ]
 
@@ -92,7 +98,8 @@ def test_every_key_has_its_line(schema):
 
 @pytest.mark.parametrize(
     ("main", "schema"),
-    [(train_ssl, SCHEMAS[0]), (train_anomaly, SCHEMAS[1]), (predict, SCHEMAS[2]), (sweep, SCHEMAS[3])],
+    [(train_ssl, SCHEMAS[0]), (train_anomaly, SCHEMAS[1]), (predict, SCHEMAS[2]), (sweep, SCHEMAS[3])]
+    + [(train_classifier, SCHEMAS[4])],
     ids=lambda x: x.__name__,
 )
 def test_every_script_lists_all_keys_without_arguments(main, schema, printed):

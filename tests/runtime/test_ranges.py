@@ -10,7 +10,9 @@ import yaml
 
 import predict
 import train_anomaly
+import train_classifier
 import train_ssl
+from data.augment.mixing import MixConfig
 from evaluation.frozen import TaskConfig
 from evaluation.tasks import TASKS, module_of
 from runtime import config, help
@@ -20,10 +22,13 @@ from runtime.values import Few, NonNegativeFloat, PositiveFloat, Range, coerce, 
 from tests.attacks.configs import FILES, schema_of
 from tests.runtime.test_help import TABLES
 from training.optim import OptimConfig
+from training.plateau import EarlyStoppingConfig, PlateauConfig
+from training.unfreezing import UnfreezeConfig
 
 REFUSED = {  # (section, name): {key: (refused values), (taken values)}
     ("optim", "sgd"): {
         "lr": ("-1 0 -0.0 1e11", "1e-9 2"),
+        "backbone_lr": ("-1 0 1e11", "1e-9 none"),
         "momentum": ("-0.1 1.1", "0 1"),
         "weight_decay": ("-1e-9", "0 0.1"),
         "final_weight_decay": ("-1", "0 none"),
@@ -152,6 +157,10 @@ REFUSED = {  # (section, name): {key: (refused values), (taken values)}
     ("data", "magnetic_tile"): {"test_fraction": ("1 -0.1", "0 none")},
     ("data", "mixed"): {"min_per_class": ("0", "1")},
     ("data", "cifar10"): {"per_class": ("0", "1 none")},
+    ("augment", "crop"): {"size": ("0", "32"), "scale": ("0,1", "0.5,1"), "jitter": ("-0.1 1.1", "0 1")},
+    ("head", "linear"): {"dropout": ("1 -0.1", "0")},
+    ("head", "mlp"): {"hidden": ("-1", "0"), "dropout": ("1", "0.5")},
+    ("loss", "focal"): {"gamma": ("-1", "0 2")},
     ("task", "knn"): {"k": ("0 -1", "1"), "temperature": ("0 -1", "0.07")},
     ("task", "linear"): {"epochs": ("0", "1"), "batch_size": ("0", "1"), "seed": ("-1", "0")},
 }
@@ -177,6 +186,19 @@ SCRIPTS = {  # those of a script's own
         "save_every": ("0", "1"),
         "seed": ("-1", "0"),
     },
+    train_classifier.Config: {
+        "epochs": ("0 -1", "1"),
+        "batch_size": ("0", "1"),
+        "label_smoothing": ("1 -0.1", "0 0.1"),
+        "holdout": ("1 -0.1", "0 none"),
+        "log_every": ("0", "1"),
+        "save_every": ("0", "1"),
+        "seed": ("-1", "0"),
+    },
+    UnfreezeConfig: {"head_epochs": ("-1", "0"), "layer_epochs": ("-1", "0"), "layers": ("-1", "0 none")},
+    PlateauConfig: {"factor": ("0 1", "0.15"), "patience": ("-1", "0"), "threshold": ("-1", "0")},
+    EarlyStoppingConfig: {"patience": ("0", "1"), "min_delta": ("-1", "0")},
+    MixConfig: {"mixup": ("-1 101", "0"), "cutmix": ("-1", "0"), "p": ("1.1", "0 1")},
     predict.Config: {
         "tile": ("-1", "0"),
         "overlap": ("-1", "0"),
@@ -186,7 +208,8 @@ SCRIPTS = {  # those of a script's own
     module_of("defects").Config: {"images": ("0 1000", "6"), "seed": ("-1", "0")},
     module_of("describe").Config: {"size": ("0", "224"), "batch_size": ("0", "16")},
 }
-CONFIGS = {name: kind for schema in (train_ssl.Config, train_anomaly.Config) for name, kind in hints_of(schema).items()}
+TRAINING = [train_ssl.Config, train_anomaly.Config, train_classifier.Config]
+CONFIGS = {name: kind for schema in TRAINING for name, kind in hints_of(schema).items()}
 CONFIGS["task"] = TaskConfig
 ROWS = [
     (section, name, key, refused, taken)
@@ -243,7 +266,7 @@ def test_no_number_of_ours_lacks_a_range():
         for key, (kind, _) in option_types(table[name]).items()
         if numbers_in(kind)
     ]
-    schemas = [train_ssl.Config, train_anomaly.Config, predict.Config, *(module_of(task).Config for task in TASKS)]
+    schemas = [*TRAINING, predict.Config, *(module_of(task).Config for task in TASKS)]
     sections = [section for schema in schemas for section in map(section_of, hints_of(schema).values()) if section]
     for schema in [*schemas, *sections]:
         bare += [f"{schema.__name__}.{key}" for key, kind in hints_of(schema).items() if numbers_in(kind)]

@@ -10,13 +10,14 @@ import torch
 import eval as evaluate
 import predict
 import train_anomaly
+import train_classifier
 import train_ssl
 from models.backbones import BACKBONES
 from runtime.config import overlay
 from tests.images import write_classes, write_mvtec
 from tests.networks import FourStages
 from tests.pretended_cuda import pretended_cuda
-from tests.scripts import test_train_anomaly, test_train_ssl
+from tests.scripts import test_train_anomaly, test_train_classifier, test_train_ssl
 from tests.slow import leaving
 
 # Files that read values of the device by design, none of them in every step: run.py, log.py and collapse.py read when a
@@ -98,6 +99,16 @@ def test_a_step_of_pretraining_reads_nothing(name, classes, small_backbone, tmp_
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 4
     assert {file for file, _ in reads} <= CURVES | EVALUATION
     assert reads["run.py", "read"] == 1
+
+
+def test_a_step_of_fine_tuning_reads_nothing(classes, small_backbone, tmp_path, capsys):
+    """Mixed, in stages, with validation after each epoch: twelve steps, of which three have a point of the curves."""
+    more = [*test_train_classifier.MIXED, *test_train_classifier.STAGES, "early_stopping.patience=2", "save_every=9"]
+    words = [*without_backbone(test_train_classifier.words(classes, tmp_path, *more)), *small_backbone]
+    reads = on_cuda(train_classifier.main, words, "log_every=9")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 12
+    assert {file for file, _ in reads} <= CURVES | EVALUATION | {"train_classifier.py"}, reads
+    assert reads["train_classifier.py", "measure"] <= 2 * 5  # logits and labels of three validations and the end's two
 
 
 @pytest.mark.parametrize("name", leaving(test_train_anomaly.HEAVY, test_train_anomaly.TINY))

@@ -17,6 +17,7 @@ from PIL import Image
 import predict
 import scavenge
 import train_anomaly
+import train_classifier
 import train_ssl
 from data import DataConfig, build_dataset
 from data.geometry import Geometry
@@ -42,6 +43,9 @@ def place(tmp_path_factory):
     anomaly = [f"data.root={place}/mvtec", "data.category=part"]
     train_anomaly.main([f"{TOP}/configs/demo/patchcore_demo.yaml", *about, *anomaly, "run_name=patchcore_own"])
     train_anomaly.main([f"{TOP}/configs/demo/embedding_demo.yaml", *about, *anomaly, "run_name=embedding"])
+    classes = [f"data.root={place}/classes", "augment.size=32", "epochs=1", "run_name=classifier"]
+    classes += ["unfreeze.head_epochs=1", "backbone=mobilenet_v2", "backbone.width=0.25"]
+    train_classifier.main([f"{TOP}/configs/demo/classifier_demo.yaml", *about, *classes])
     return place
 
 
@@ -58,7 +62,8 @@ def test_the_documentation_runs_as_it_stands(place, monkeypatch, capsys):
     for block in blocks:
         exec(block, names)
     out, err = capsys.readouterr()
-    lines = out.splitlines()
+    *lines, classes = out.splitlines()
+    assert classes.startswith("['class") and names["probabilities"].shape == (8, 3)
     assert lines[0].startswith("torch.Size([8, 512]) [(8, 64, 8, 8), (8, 128, 4, 4), (8, 256, 2, 2), (8, 512, 1, 1)]")
     assert len(lines) == 1 + 8 + 1 and err == ""
     assert lines[-1].startswith("torch.Size([48, 48]) ") and Path(lines[-1].split()[-1]).is_file()

@@ -9,7 +9,14 @@ from tests.images import TOP
 
 
 @pytest.mark.parametrize(
-    ("script", "room"), [("train_ssl", "models.anomaly"), ("train_anomaly", "models.ssl"), ("eval", "models.anomaly")]
+    ("script", "room"),
+    [
+        ("train_ssl", "models.anomaly"),
+        ("train_anomaly", "models.ssl"),
+        ("eval", "models.anomaly"),
+        ("train_classifier", "models.ssl"),
+        ("train_classifier", "models.anomaly"),
+    ],
 )
 def test_a_script_does_not_load_the_other_ones_methods(script, room):
     program = f"import {script}, sys; print(*sys.modules)"

@@ -6,7 +6,7 @@ from torch import nn
 
 from runtime.errors import UserError
 from training.ema import ema_update
-from training.optim import OptimConfig, _depth, build_optimizer, clip_gradients, parameter_groups, set_rates
+from training.optim import OptimConfig, build_optimizer, clip_gradients, depth_of, parameter_groups, set_rates
 
 
 class Tiny(nn.Module):
@@ -33,6 +33,22 @@ def test_groups_decay_matrices_only_and_scale_by_depth():
     assert found["online.backbone.layer1.1.weight"] == (False, 0.5**4)
     assert found["online.backbone.conv1.weight"] == (True, 0.5**5)
     assert len(parameter_groups(model)) == 2
+
+
+def test_a_backbone_has_its_own_rate():
+    """Times the layers' decay; the head keeps `lr`. Without a backbone the key is a mistake."""
+    model = Tiny()
+    names = {id(p): n for n, p in model.named_parameters()}
+    config = OptimConfig(name="sgd", lr=1e-2, backbone_lr=1e-3, layer_decay=0.5)
+    optimizer = build_optimizer(config, model)
+    set_rates(optimizer, 1e-2, 0.0)
+    rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates["online.head.weight"] == rates["online.head.bias"] == 1e-2
+    assert rates["online.backbone.layer4.0.weight"] == pytest.approx(0.5e-3)
+    assert rates["online.backbone.conv1.weight"] == pytest.approx(1e-3 * 0.5**5)
+    assert build_optimizer(OptimConfig(name="sgd", lr=1.0, backbone_lr=1.0), nn.Linear(2, 2))
+    with pytest.raises(UserError, match=r"optim\.backbone_lr is set, but Linear has no backbone to train: set it to"):
+        build_optimizer(config, nn.Linear(2, 2))
 
 
 def test_decay_of_everything():
@@ -85,7 +101,7 @@ def test_depths_of_published_names():
         "head.decoder.layer1.0.conv1.weight": None,
         "backbones.layer1.0.weight": None,
     }
-    assert {name: _depth(name) for name in depths} == depths
+    assert {name: depth_of(name) for name in depths} == depths
 
 
 def test_rates_reach_the_groups():

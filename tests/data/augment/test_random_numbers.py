@@ -5,6 +5,7 @@ import torch
 from scipy import stats
 
 from data.augment import random_numbers
+from data.augment.mixing import Mix, MixConfig
 from data.augment.patch_grid import PatchGrid
 from data.augment.random_numbers import KINDS, stream, uniform
 from data.augment.views import Augment, View
@@ -120,6 +121,7 @@ def test_all_that_is_drawn_is_in_the_table(monkeypatch):
     images, ids = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), torch.arange(2)
     Augment([View(16)], 0)(images, ids, 0)
     PatchGrid(0, size=12, gap=2, jitter=1)(images, ids, 0)
+    Mix(MixConfig(mixup=1.0), 0)(images.float(), torch.eye(2), ids, 0)
     for make in DEFECTS.values():
         make()(images, ids, 0, seed=0)
     for skipping in (DEFECTS["nsa"](background=(0.0, 1.0)), DEFECTS["noise"](skip_background=True)):

@@ -17,10 +17,10 @@ from runtime import config
 
 UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 VIEWS = [name for name in RECIPES if name != "patches"]
-FLIPPED = ["simclr", "moco", "byol", "psco", "dino"]
+FLIPPED = ["simclr", "moco", "byol", "psco", "dino", "crop"]
 SMALL = {"dino": {"size": 48, "local_size": 24, "local_crops": 1, "strips": 1, "strip_size": (40, 12)}}
 
-COUNTS = {"simclr": 2, "moco": 2, "byol": 2, "psco": 2, "aligned": 2, "dino": 11, "patches": 9, "none": 1}
+COUNTS = {"simclr": 2, "moco": 2, "byol": 2, "psco": 2, "aligned": 2, "dino": 11, "patches": 9, "crop": 1, "none": 1}
 
 # recipe, options: for each view crop, jitter, gray_p, blur_p, solarize_p, interpolation (reference: official files)
 OFFICIAL = {
@@ -34,6 +34,7 @@ OFFICIAL = {
         ((0.2, 1.0), (0.4, 0.4, 0.4, 0.1), 0.2, 0.0, 0.0, "bicubic"),
         ((0.2, 1.0), (0.0, 0.0, 0.0, 0.0), 0.0, 0.0, 0.0, "bicubic"),
     ],
+    ("crop", ()): [((0.08, 1.0), (0.0, 0.0, 0.0, 0.0), 0.0, 0.0, 0.0, "bilinear")],
     ("dino", ("local_crops", 1)): [
         ((0.4, 1.0), (0.4, 0.4, 0.2, 0.1), 0.2, 1.0, 0.0, "bicubic"),
         ((0.4, 1.0), (0.4, 0.4, 0.2, 0.1), 0.2, 0.1, 0.2, "bicubic"),
@@ -92,6 +93,8 @@ def test_options_reach_the_views():
     first, second = RECIPES["byol"](size=32, scale=(0.2, 1.0), blur_p=(0.0, 0.3), solarize_p=(0.1, 0.4))
     assert (first.size, first.scale, first.blur_p, first.solarize_p) == (32, (0.2, 1.0), 0.0, 0.1)
     assert second == replace(first, blur_p=0.3, solarize_p=0.4)
+    (light,) = RECIPES["crop"](size=32, jitter=0.3)
+    assert (light.size, light.jitter_p, light.jitter) == (32, 1.0, (0.3, 0.3, 0.3, 0.0))
     strong, weak = RECIPES["psco"](size=224, blur_p=0.5, scale=(0.3, 0.9))
     assert (strong.blur_p, weak.blur_p, weak.size, weak.scale) == (0.5, 0.0, 224, (0.3, 0.9))
     assert {v.interpolation for n in FLIPPED for v in RECIPES[n](interpolation="bilinear")} == {"bilinear"}

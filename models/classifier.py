@@ -1,0 +1,101 @@
+"""A classifier: a backbone and a head. What train_classifier.py trains, and what loads it again."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.backbones.build import BackboneConfig, build_backbone
+from models.heads import mlp
+from runtime import checkpoint, config
+from runtime.errors import UserError
+from runtime.integrity import faults, first_two
+from runtime.schema import choice
+from runtime.values import BelowOne, WidthOrZero
+
+
+def linear_head(features: int, classes: int, *, dropout: BelowOne = 0.0) -> nn.Sequential:
+    """One linear layer: (B, features) -> logits (B, classes).
+
+    Args:
+        dropout: share of the features that a step leaves out.
+    """
+    return nn.Sequential(nn.Dropout(dropout), nn.Linear(features, classes))
+
+
+def mlp_head(features: int, classes: int, *, hidden: WidthOrZero = 0, dropout: BelowOne = 0.0) -> nn.Sequential:
+    """Two linear layers with a ReLU between them: (B, features) -> logits (B, classes).
+
+    Args:
+        hidden: width between them; 0: that of the features.
+        dropout: share of the features that a step leaves out.
+    """
+    widths = [features, hidden or features, classes]
+    return nn.Sequential(nn.Dropout(dropout), *mlp(widths, batch_norm=False, bias=True, last_bias=True))
+
+
+HEADS: dict[str, Callable[..., nn.Sequential]] = {"linear": linear_head, "mlp": mlp_head}
+
+
+@dataclass(kw_only=True)
+class HeadConfig:
+    """`head.*`: its name and its keyword-only arguments."""
+
+    name: str = choice(HEADS)
+    options: dict = field(default_factory=dict)
+
+
+class Classifier(nn.Module):
+    """Images (B, 3, H, W), normalized, -> logits (B, C)."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x))
+
+
+def build_classifier(backbone: BackboneConfig, head: HeadConfig, n_classes: int) -> tuple[Classifier, str]:
+    """The classifier, its backbone with its weights, and one line on where these come from.
+
+    Raises:
+        UserError: the backbone has a classifier of its own, or its weights do not fit.
+    """
+    if backbone.options.get("num_classes"):
+        raise UserError(
+            f"backbone.num_classes={backbone.options['num_classes']}: head makes the classes of the images; remove it"
+        )
+    network, weights = build_backbone(backbone)
+    return Classifier(network, HEADS[head.name](network.num_features, n_classes, **head.options)), weights
+
+
+def load_trained(path: str | Path) -> tuple[Classifier, dict]:
+    """The classifier of a run of train_classifier.py in eval mode on the CPU, and the checkpoint's other values, with
+    the names of its `classes`.
+
+    Args:
+        path: a checkpoint, or a run folder, whose last.pt is meant.
+
+    Raises:
+        UserError: it is no such checkpoint, or was edited.
+    """
+    state, file = checkpoint.load(path), checkpoint.file_of(path)
+    if "head" not in state["config"]:
+        raise UserError(f"{file} holds no classifier: name a run folder of train_classifier.py")
+    sections = {name: checkpoint.section(state, name, file) for name in ("backbone", "head", "loss")}
+    if not (isinstance(state.get("classes"), list) and len(state["classes"]) > 1):
+        raise UserError(f"{file} was edited: it has no names of classes")
+    try:
+        backbone = config.build(BackboneConfig, sections["backbone"] | {"weights": None}, "backbone.")  # all in "model"
+        head = config.build(HeadConfig, sections["head"], "head.")
+        model, _ = build_classifier(backbone, head, len(state["classes"]))
+    except UserError as error:
+        raise UserError(f"the config in {file}: {error}") from None
+    weights = state.pop("model", None)
+    if wrong := list(faults(model.state_dict(), weights, "model")):
+        raise UserError(f"{file} does not fit its own config: {first_two(wrong)}; {checkpoint.advice_on(file)}")
+    model.load_state_dict(weights)
+    return model.to(memory_format=torch.channels_last).eval(), state

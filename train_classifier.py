@@ -1,0 +1,296 @@
+"""Fine-tune or train a classifier and test it.
+
+    python train_classifier.py configs/classifier_own.yaml data.root=/images backbone.weights=IMAGENET1K_V1
+    torchrun --nproc_per_node=2 train_classifier.py configs/classifier_stl10.yaml backbone.weights=runs/dino/last.pt
+
+Writes runs/<run_name>/: last.pt, metrics.jsonl, results.json, confusion.png, TensorBoard events. What is chosen is
+chosen on validation images: the set's split `validation`, where it has one, else a seeded part of the training images.
+With `early_stopping` the weights of the lowest validation loss are kept and tested, without it the last ones; the test
+images are seen once, at the end. The same command resumes a run that was killed. The whole loop is in `main`; what it
+calls of this script stands below it in that order.
+"""
+
+import runtime.threads  # before torch
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
+
+from data import AugmentConfig, DataConfig, build_augment, build_dataset, settled, what_is_used
+from data.augment.mixing import Mix, MixConfig
+from data.loading import Loader
+from data.normalize import normalize, unnormalize
+from data.splits import holdout, write_splits
+from evaluation.classification import classification_report, confusion_matrix
+from evaluation.features import extract
+from losses.supervised import LOSSES, LossConfig, soft_targets
+from models.backbones.build import BackboneConfig
+from models.classifier import Classifier, HeadConfig, build_classifier
+from plots.confusion import confusion_image
+from plots.heatmaps import save
+from plots.sheets import view_sheets
+from runtime import config, distributed, errors
+from runtime.run import Run
+from runtime.values import BelowOne, PathText, PositiveInt, Seed
+from training.optim import OptimConfig, apply_gradients, build_optimizer, mixed_precision, set_rates
+from training.plateau import EarlyStoppingConfig, PlateauConfig, ValidationWatch
+from training.rehearsal import batch_norm_needs_more, naming, no_trace
+from training.schedule import check_lengths
+from training.unfreezing import Layers, UnfreezeConfig
+
+
+@dataclass(kw_only=True)
+class Config:
+    data: DataConfig  # the images
+    backbone: BackboneConfig  # what is fine-tuned
+    head: HeadConfig  # what makes classes of its features
+    augment: AugmentConfig  # the one view of an image that a step sees
+    mix: MixConfig | None = None  # mixup and CutMix of the views
+    loss: LossConfig  # of logits and targets
+    label_smoothing: BelowOne = 0.0  # share of a training target that is spread over all classes
+    optim: OptimConfig  # optimizer and rates
+    unfreeze: UnfreezeConfig = field(default_factory=UnfreezeConfig)  # the classifier first, then layer by layer
+    plateau: PlateauConfig | None = None  # a lower rate where the validation loss no longer falls
+    early_stopping: EarlyStoppingConfig | None = None  # an end there
+    epochs: PositiveInt  # passes over the training set, at most
+    batch_size: PositiveInt  # images per step, over all processes
+    holdout: BelowOne | None = None  # share kept for validation; none: 0.1, or 0 if the set has a split `validation`
+    log_every: PositiveInt = 10  # steps between points of the curves
+    save_every: PositiveInt = 500  # steps between checkpoints
+    seed: Seed = 0  # of the weights, the order, the views and the hold-out
+    device: str = "auto"  # auto, cpu, cuda or cuda:1; auto: CUDA where there is one
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # fp16's scaler waits for the device once per step
+    compile: bool = False  # the forward, by torch.compile
+    sync_bn: bool = False  # BatchNorm over all processes; CUDA only
+    resume: Literal["auto", "never"] = "auto"  # auto: resume a killed run; never: remove what is there
+    runs: PathText = "runs"  # folder of all runs
+    run_name: str  # folder below it; the name of the YAML file unless given
+
+
+def main(argv: list[str]) -> None:
+    cfg = config.load(Config, argv)
+    run = Run(cfg)
+    check(cfg, run)
+    data = prepare_data(cfg, run)
+    model, weights = build_networks(cfg, run, data)
+    optimizer, layers = build_optimizer(cfg.optim, model), Layers(model, model.backbone)
+    autocast, scaler = mixed_precision(cfg.precision, run.device)
+    compiled: Any = torch.compile(model) if cfg.compile else model
+    watch = ValidationWatch(cfg.plateau, cfg.early_stopping)
+    epoch_steps = len(data.loader)
+
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "watch": watch}
+    state = run.open(parts, cfg.epochs * epoch_steps, data.names, {"curves": {}, "metrics": {}})
+    run.total = run.start if watch.ended else run.total
+    introduce(cfg, run, data, model, weights, layers)
+    if run.is_finished():
+        return
+
+    for step in run.steps():
+        epoch, batch = divmod(step, epoch_steps)
+        if batch == 0 or step == run.start:
+            batches = data.loader.epoch(epoch, first_batch=batch)
+            if layers.train(cfg.unfreeze.layers_at(epoch, layers.count)):
+                network = distributed.data_parallel(compiled)  # anew, for it expects the gradients of these layers
+        lr = cfg.optim.lr_at(step, cfg.epochs * epoch_steps, epoch_steps, cfg.batch_size) * watch.rate
+        set_rates(optimizer, lr, cfg.optim.weight_decay_at(step, cfg.epochs * epoch_steps), lr)
+
+        images, labels, ids = run.window.next(batches)
+        (views,) = data.augment(images, ids, epoch)  # (B, 3, h, w)
+        targets = soft_targets(labels, len(data.classes), cfg.label_smoothing)  # (B, C)
+        if data.mix is not None:
+            views, targets = data.mix(views, targets, ids, epoch)
+        torch.manual_seed(cfg.seed + 1_000_003 * step + 1009 * distributed.rank())
+        with autocast():
+            loss = data.criterion(network(views), targets)
+        scaler.scale(loss).backward()
+        run.window.add(loss)
+        grad_norm = apply_gradients(optimizer, scaler, model.parameters(), cfg.optim)
+
+        done = step + 1
+        if step == 0:
+            log_views(run, images, views)
+        if done % epoch_steps == 0 and data.validation is not None:
+            state["metrics"] = validate(run, data, model, autocast, done)
+            last_stage = cfg.unfreeze.is_last(epoch, layers.count)
+            watch.see(epoch + 1, state["metrics"]["validation/loss"], model, counts=last_stage)
+            run.total = done if watch.ended else run.total
+        save_due, stops = run.due(done, cfg.save_every), run.stops(done)
+        log_due = save_due or run.due(done, cfg.log_every)
+        if log_due or stops:
+            run.check(done, lr, grad_norm, scaler)
+        if log_due:
+            rates = {"lr": lr, "grad_norm": grad_norm, "epoch": done / epoch_steps, "layers": layers.learning}
+            state["curves"] = run.curves(done, rates)
+        if save_due or stops:
+            run.save(done, **state)
+    finish(cfg, run, data, model, watch, state, autocast)
+
+
+def check(cfg: Config, run: Run) -> None:
+    """Refuse what cannot work, as far as the config alone tells."""
+    lengths = {"optim.warmup_epochs": cfg.optim.warmup_epochs, "unfreeze.head_epochs": cfg.unfreeze.head_epochs}
+    check_lengths(cfg.epochs, lengths)
+    if cfg.batch_size % run.world:
+        raise errors.UserError(f"batch_size={cfg.batch_size} is no multiple of {run.world} processes")
+    if cfg.mix is not None and cfg.batch_size // run.world % 2:
+        raise errors.UserError(
+            f"mix takes images in pairs: batch_size={cfg.batch_size} must be an even number for each of {run.world} "
+            "processes"
+        )
+    if cfg.sync_bn and run.world > 1 and run.device.type != "cuda":
+        raise errors.UserError("sync_bn=true needs CUDA devices; set sync_bn=false on a CPU")
+
+
+@dataclass
+class Data:
+    """What a run learns from, as `prepare_data` makes it ready."""
+
+    loader: Loader  # training images
+    augment: Callable[..., list[Tensor]]  # views = augment(images, ids, epoch)
+    mix: Mix | None
+    criterion: Callable[[Tensor, Tensor], Tensor]  # of logits and targets, (B, C) each
+    validation: Loader | None
+    tested: Loader
+    classes: list[str]
+    names: dict[str, list]  # for the checkpoint
+    note: str  # for the user
+
+
+def prepare_data(cfg: Config, run: Run) -> Data:
+    """Read the three sets of images, or hold validation images out of the training set. Settles `cfg.data`."""
+    cfg.data = settled(cfg.data)
+    train_set, test_set = (build_dataset(cfg.data, split) for split in ("train", "test"))
+    classes = train_set.classes or []
+    if len(train_set.labels.unique()) < 2:
+        raise errors.UserError(
+            "a classifier tells classes apart, and all training images are of one: data.root needs a folder for each"
+        )
+    own = cfg.holdout is None and "validation" in train_set.splits
+    share = cfg.holdout if cfg.holdout is not None else 0.0 if own else 0.1
+    train_ids, held_out = holdout(train_set, share, cfg.seed)
+    if (cfg.plateau or cfg.early_stopping) and not own and not len(held_out):
+        raise errors.UserError(
+            f"plateau and early_stopping need validation images, and holdout={share} leaves none: set holdout=0.1"
+        )
+    note = what_is_used(train_set, len(train_ids), {f"held out for validation (holdout={share})": len(held_out)})
+
+    load: dict[str, Any] = {"seed": cfg.seed, "cache": cfg.data.cache, "workers": cfg.data.workers}
+    order: dict[str, Any] = {"shuffle": True, "drop_last": True, "balanced": cfg.data.balanced}
+    micro_batch = cfg.batch_size // run.world
+    loader = Loader(train_set, micro_batch, run.device, indices=train_ids, **order, **load)
+    len(loader)  # raises if there is no batch
+    tested, validation = Loader(test_set, micro_batch, run.device, **load), None
+    names = {"names": train_set.names, "learned": train_ids.tolist(), "tested": test_set.names}
+    names["classes"] = classes
+    if own:
+        validation = Loader(build_dataset(cfg.data, "validation"), micro_batch, run.device, **load)
+        names["validation"] = validation.dataset.names
+    elif len(held_out):
+        validation = Loader(train_set, micro_batch, run.device, indices=held_out, **load)
+    sizes = train_set.sizes if cfg.data.fit == "squash" else None  # of originals, which only then are whole
+    augment, mix = build_augment(cfg.augment, cfg.seed, sizes), Mix(cfg.mix, cfg.seed) if cfg.mix else None
+    if len(augment.views) != 1:
+        raise errors.UserError(
+            f"a classifier sees one view of an image, and augment={cfg.augment.name} makes {len(augment.views)}: "
+            "use augment=crop"
+        )
+
+    def criterion(logits: Tensor, targets: Tensor) -> Tensor:
+        return LOSSES[cfg.loss.name](logits, targets, **cfg.loss.options)
+
+    return Data(loader, augment, mix, criterion, validation, tested, classes, names, note)
+
+
+def build_networks(cfg: Config, run: Run, data: Data) -> tuple[Classifier, str]:
+    """The classifier, and in words where its backbone's weights come from. One image has passed through it in both
+    modes, so that what cannot work is found before the run folder is touched."""
+    torch.manual_seed(cfg.seed)
+    model, weights = build_classifier(cfg.backbone, cfg.head, len(data.classes))
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cfg.sync_bn else model
+    model.to(run.device).to(memory_format=torch.channels_last)
+    image = data.loader.dataset[data.names["learned"][0]][0].to(run.device)  # (3, H, W) uint8
+    rows = min(cfg.batch_size // run.world, 2)
+    (view,) = data.augment(image.repeat(rows, 1, 1, 1), torch.zeros(rows, dtype=torch.int64), 0)
+    sizes = {f"augment.{key}": value for key, value in cfg.augment.options.items() if key == "size"}
+    autocast, _ = mixed_precision(cfg.precision, run.device)
+    with naming(sizes), batch_norm_needs_more(cfg.batch_size), no_trace(model, run.device, training=True), autocast():
+        model(view)
+    with naming({"data.size": tuple(image.shape[1:])}), no_trace(model, run.device, training=False), autocast():
+        model(normalize(image[None]))
+    return model, weights
+
+
+def introduce(cfg: Config, run: Run, data: Data, model: Classifier, weights: str, layers: Layers) -> None:
+    """Print what is about to happen."""
+    write_splits(data.tested.dataset, run.folder)
+    size, end = sum(p.numel() for p in model.parameters()), cfg.unfreeze.layers_at(cfg.epochs - 1, layers.count)
+    validated = "none" if data.validation is None else f"{len(data.validation.indices)} images"
+    last = "" if cfg.unfreeze.is_last(cfg.epochs - 1, layers.count) else ": epochs ends before the others' turn"
+    for line in (
+        f"{cfg.run_name}: {len(data.classes)} classes, {cfg.backbone.name} ({weights}), {cfg.head.name} head, "
+        f"{cfg.loss.name}",
+        f"{size:,} parameters, {len(data.loader)} steps per epoch, step {run.start} of {run.total}, "
+        f"{run.world} x {run.device}",
+        f"layers of the backbone that learn in the end: {end} of {layers.count}{last}",
+        f"{data.note}; validation: {validated}, test: {len(data.tested.indices)} images",
+    ):
+        run.log.say(line)
+
+
+def log_views(run: Run, images: Tensor, views: Tensor) -> None:
+    """Write the first eight images of a batch, and what the network sees of them, to TensorBoard."""
+    for name, sheet in view_sheets(images[:8], [unnormalize(views[:8])]).items():
+        run.log.image(f"views/{name}", pil_to_tensor(sheet))
+
+
+def measure(data: Data, model: Classifier, loader: Loader, autocast: Callable) -> tuple[dict, Tensor, Tensor]:
+    """`classification_report` of the loader's images with the loss of their labels, logits (N, C) and labels (N,)."""
+    distributed.share_buffers(model)
+    with autocast():
+        logits, labels = (rows.cpu() for rows in extract(model, loader))
+    loss = float(data.criterion(logits.double(), soft_targets(labels, len(data.classes))))
+    return {"loss": loss} | classification_report(logits, labels, data.classes), logits, labels
+
+
+def validate(run: Run, data: Data, model: Classifier, autocast: Callable, done: int) -> dict[str, float]:
+    """Write the metrics of the validation images as a point of the curves; returns it."""
+    assert data.validation is not None
+    with run.window.paused():
+        report, _, _ = measure(data, model, data.validation, autocast)
+        kept = {f"validation/{key}": report[key] for key in ("loss", "top1", "top5", "macro_f1")}
+        return run.log.scalars(done, kept)
+
+
+def finish(
+    cfg: Config, run: Run, data: Data, model: Classifier, watch: ValidationWatch, state: dict, autocast: Callable
+) -> None:
+    """Keep the weights that `early_stopping` chose on the validation images, save them, and test, once."""
+    watch.restore(model)
+    run.save(run.total, **state)
+    epochs = run.total // len(data.loader)
+    results: dict[str, Any] = {"backbone": cfg.backbone.name, "head": cfg.head.name, "epochs": epochs}
+    results |= {"steps": run.total, "tested_epoch": watch.epoch if watch.restores else epochs}
+    results["chosen"] = "lowest validation loss" if watch.restores else "last epoch"
+    results["ended"] = "by early_stopping" if watch.ended else "after all epochs"
+    results |= {"n_train": len(data.loader.indices), "n_validation": 0, "loss": state["curves"].get("loss")}
+    if data.validation is not None:
+        report, _, _ = measure(data, model, data.validation, autocast)
+        results["n_validation"] = report["n_test"]
+        results |= {f"validation_{key}": report[key] for key in ("loss", "top1", "top5", "macro_f1")}
+    report, logits, labels = measure(data, model, data.tested, autocast)
+    results["test_loss"] = report.pop("loss")
+    if distributed.is_main():
+        matrix = confusion_matrix(logits.argmax(1), labels, len(data.classes))
+        image = confusion_image(matrix, data.classes)
+        save(image, run.folder / "confusion.png")
+        run.log.image("confusion", pil_to_tensor(image))
+    run.finish(results | report | {"seconds": run.seconds})
+
+
+if __name__ == "__main__":
+    errors.run(main)
