@@ -1,0 +1,63 @@
+"""What the report on a data set consists of: sections, and in each what is wrong, tables, charts and images.
+
+A further section is one file beside this one with a function that returns a `Section`, and one line in
+evaluation/tasks/data.py. The report, results.json, TensorBoard and the PNG files follow from what is in it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+Weight = Literal["error", "warning", "note"]  # of problems, the worst first
+
+
+class Problem(NamedTuple):
+    """One line at the top of the report, such as `3 images of test are also in train`."""
+
+    weight: Weight
+    text: str
+
+
+@dataclass
+class Table:
+    """Cells are texts; the first column says what the row is about, and the others are numbers."""
+
+    header: list[str]
+    rows: list[list[str]]
+    title: str = ""
+
+
+@dataclass
+class Chart:
+    """A drawing as SVG (plots/bars.py), with its title in it."""
+
+    svg: str
+
+
+@dataclass
+class Gallery:
+    """Images under one title, in a PNG file and TensorBoard as one sheet; `tiles` are captions and images, uint8
+    (3, h, w) with at most about 200 pixels a side."""
+
+    title: str
+    tiles: list[tuple[str, Tensor]]
+    note: str = ""  # what is shown, and what is not
+
+
+@dataclass
+class Section:
+    """One part of the report.
+
+    Attributes:
+        key: of its numbers in results.json.
+        numbers: what a program reads.
+        problems: for the top of the report.
+        parts: in the order of the report; a text is a paragraph.
+    """
+
+    key: str
+    title: str
+    numbers: dict = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    parts: list[str | Table | Chart | Gallery] = field(default_factory=list)

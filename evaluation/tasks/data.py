@@ -1,0 +1,80 @@
+"""The look at a data set before training: counts, statistics, broken files, duplicates, leakage, odd images.
+
+    python eval.py task=data data.name=folder data.root=/images
+
+Writes report.html (one file, to be read), report.md, results.json, images.csv, sheets/ and TensorBoard events to
+runs/<run_name>/eval_data/.
+"""
+
+import inspect as python
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from data import DATASETS, DataConfig, build_dataset, settled
+from data.dataset import Dataset
+from evaluation.dataset import overview, report
+from evaluation.dataset.inspection import inspect
+from runtime import checkpoint, config, distributed
+from runtime.errors import UserError
+from runtime.log import Log
+from runtime.values import PathText, Pixels
+from runtime.version import code_version
+
+
+@dataclass(kw_only=True)
+class LookConfig(DataConfig):
+    size: tuple[Pixels, ...] | Literal["native"] = (224,)  # pixels of the inputs, as the other scripts take it
+
+
+@dataclass(kw_only=True)
+class Config:
+    task: str  # this one
+    data: LookConfig  # the images, of all splits
+    device: str = "auto"  # auto, cpu, cuda or cuda:1; auto: CUDA where there is one
+    runs: PathText = "runs"  # folder of all runs
+    run_name: str = "eval"  # folder below it
+
+
+def run(cfg: Config) -> None:
+    folder = config.run_folder(cfg) / "eval_data"
+    distributed.setup(cfg.device)
+    resolved = config.as_dict(cfg)
+    sets, missing = open_splits(settled(cfg.data))
+    checkpoint.open_run(folder, resolved)
+    log = Log(folder, cfg)
+    splits = {name: inspect(dataset) for name, dataset in sets.items()}
+    sections = [
+        overview.counts(splits),
+    ]
+    if distributed.is_main():
+        report.write(sections, f"Data set {cfg.data.options.get('root', cfg.data.name)}", folder)
+    results = {"task": "data", "missing": missing} | {section.key: section.numbers for section in sections}
+    log.results(results | {"version": code_version()})
+    distributed.cleanup()
+
+
+def open_splits(data: DataConfig) -> tuple[dict[str, Dataset], dict[str, str]]:
+    """The splits that there are, and for the others why not.
+
+    Where a broken file keeps a split from being made, it is made without that file (`on_error=skip`).
+
+    Raises:
+        UserError: there is none.
+    """
+    sets, missing = {}, {}
+    ways = [data]
+    if "on_error" in python.signature(DATASETS[data.name]).parameters:
+        ways.append(replace(data, options={**data.options, "on_error": "skip"}))
+    for split in DATASETS[data.name].splits:
+        reasons = []
+        for way in ways:
+            try:
+                sets[split] = build_dataset(way, split, tiled=True)
+                break
+            except UserError as error:
+                reasons.append(str(error))
+        else:
+            missing[split] = reasons[0]
+    if not sets:
+        raise UserError(next(iter(missing.values())))
+    return sets, missing
