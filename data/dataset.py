@@ -14,7 +14,8 @@ To be tested for anomalies it gives `defects`, and `masks` if there are any, in 
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch import Tensor
 from data.geometry import Geometry, as_geometry
 from data.images import OnError, decode, decode_mask, fitted, image_sizes, readable
 from data.masks import check_sizes, warn_of_values
+from data.opening import memory_for, opened
 from data.splits import FILE, Division, below
 from runtime.distributed import barrier, is_main
 from runtime.errors import UserError
@@ -44,6 +46,7 @@ class Dataset:
         labels, classes: int64 (N,), and the names of their values.
         sizes: int64 (N, 2), heights and widths of the original images.
         left_out: {reason: how many images of the folder are not in the set for it}.
+        unreadable: {path: reason} of those that `on_error=skip` left out.
         defects: for each image "good" or the name of its defect; None: the set has none to find.
         has_masks: whether it is known where the defects are.
         mask_paths: for each image the files of its mask, whose union it is, or None.
@@ -94,6 +97,7 @@ class Dataset:
         self.defects, self.has_masks = defects, masks is not None
         self.mask_paths = [[mask] if isinstance(mask, str) else mask for mask in masks or [None] * len(paths)]
         self.left_out: dict[str, int] = {}
+        self.unreadable: dict[str, str] = {}
         self.drop_unreadable(on_error)
         pairs = [(path, mask) for path, files in zip(self.paths, self.mask_paths) for mask in files or ()]
         check_sizes(pairs)
@@ -119,6 +123,17 @@ class Dataset:
 
     def _box(self, index: int) -> list[int] | None:
         return None if self.boxes is None else self.boxes[index].tolist()
+
+    @contextmanager
+    def stored(self, index: int) -> Iterator[Image.Image]:
+        """An image as its file has it, not yet decoded, and memory kept for that. A set whose images are not files of
+        their own defines this too.
+
+        Raises:
+            UserError: the file cannot be read, or what is done with the image inside fails.
+        """
+        with opened(self.paths[index]) as image, memory_for(image, self.geometry):
+            yield image
 
     def mask(self, index: int, *, original: bool = False) -> Tensor:
         """The true mask of an image: bool (H, W), or `original` (h, w) as it is stored; empty without one."""
@@ -178,7 +193,7 @@ class Dataset:
 
     def drop_unreadable(self, on_error: OnError) -> None:
         """With `skip` decode all images now and leave out the broken ones, named in one warning."""
-        self.keep(readable(self.__getitem__, self.paths, on_error), "not readable")
+        self.keep(readable(self.__getitem__, self.paths, on_error, self.unreadable), "not readable")
 
 
 class ArrayDataset(Dataset):
@@ -212,8 +227,19 @@ class ArrayDataset(Dataset):
     def image(self, index: int) -> Tensor:
         if self.arrays is None:
             return super().image(index)
+        return fitted(self._row(index), self.geometry)
+
+    @contextmanager
+    def stored(self, index: int) -> Iterator[Image.Image]:
+        if self.arrays is None:
+            with super().stored(index) as image:
+                yield image
+        else:
+            yield self._row(index)
+
+    def _row(self, index: int) -> Image.Image:
         file, _, row = self.paths[index].rpartition("#")
-        return fitted(Image.fromarray(np.ascontiguousarray(self.arrays[file][int(row)])), self.geometry)
+        return Image.fromarray(np.ascontiguousarray(self.arrays[file][int(row)]))
 
 
 def download(fetch: Callable[[], object], root: PathText) -> None:

@@ -61,3 +61,8 @@ class Section:
     numbers: dict = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     parts: list[str | Table | Chart | Gallery] = field(default_factory=list)
+
+
+def count(number: int, noun: str) -> str:
+    """`1 image`, `1,200 images`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -12,7 +12,7 @@ from typing import Literal
 
 from data import DATASETS, DataConfig, build_dataset, settled
 from data.dataset import Dataset
-from evaluation.dataset import overview, report
+from evaluation.dataset import contact, copies, overview, quality, report, statistics, tables
 from evaluation.dataset.inspection import inspect
 from runtime import checkpoint, config, distributed
 from runtime.errors import UserError
@@ -37,18 +37,34 @@ class Config:
 
 def run(cfg: Config) -> None:
     folder = config.run_folder(cfg) / "eval_data"
-    distributed.setup(cfg.device)
+    device = distributed.setup(cfg.device)
     resolved = config.as_dict(cfg)
     sets, missing = open_splits(settled(cfg.data))
     checkpoint.open_run(folder, resolved)
     log = Log(folder, cfg)
-    splits = {name: inspect(dataset) for name, dataset in sets.items()}
-    sections = [
-        overview.counts(splits),
-    ]
+    splits = {name: inspect(dataset, device) for name, dataset in sets.items()}
+    results: dict = {"task": "data", "images": {name: len(dataset) for name, dataset in sets.items()}}
     if distributed.is_main():
-        report.write(sections, f"Data set {cfg.data.options.get('root', cfg.data.name)}", folder)
-    results = {"task": "data", "missing": missing} | {section.key: section.numbers for section in sections}
+        section, pairs = copies.copies(splits)
+        sections = [
+            section,
+            overview.broken(splits),
+            overview.counts(splits, missing),
+            overview.files(splits),
+            statistics.statistics(splits),
+            quality.odd_images(splits),
+            contact.contact_sheets(splits),
+        ]
+        root = cfg.data.options.get("root", "several folders")
+        about = f"{cfg.data.name}: {', '.join(f'{len(d):,} images of {name}' for name, d in sets.items())}"
+        report.write(sections, f"Data set {root}", about, folder, log)
+        tables.write(splits, pairs, folder)
+        problems = report.sorted_problems(sections)
+        for problem in problems:
+            log.say(f"{problem.weight}: {problem.text}")
+        results["problems"] = [problem._asdict() for problem in problems]
+        results |= {section.key: section.numbers for section in sections}
+        log.say(f"report: {folder / 'report.html'}")
     log.results(results | {"version": code_version()})
     distributed.cleanup()
 

@@ -1,0 +1,150 @@
+"""Images that show the same: within a split, and in two splits, where testing is on what was learned from.
+
+Exact copies have the same decoded pixels. Near ones are resized, encoded anew, flipped or rotated by quarter turns
+(data/duplicates.py). Each image is reported with its nearest copy only.
+"""
+
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.duplicates import nearest, turned
+from evaluation.dataset.inspection import Inspected, tile
+from evaluation.dataset.section import Gallery, Problem, Section, Table, count
+from runtime.text import first_few
+
+SHOWN, SIDE, GAP = 12, 150, 4  # pairs of each kind in the report, pixels of an image's side, between two
+LISTED = 100  # pairs of each kind in results.json
+
+
+class Pair(NamedTuple):
+    """An image and the one that it is a copy of: positions in their splits, and how they differ."""
+
+    image: int
+    other: int
+    distance: float  # root mean square difference of 16 x 16 gray values, 0 to 255
+    exact: bool
+    how: str
+
+
+def copies(splits: dict[str, Inspected]) -> tuple[Section, list[dict]]:
+    """The section, and all pairs as rows of copies.csv."""
+    numbers: dict = {"across": {}, "within": {}}
+    problems, parts, table, rows = [], [], [], []
+    places = [(later, earlier) for earlier, later in combinations(splits, 2)] + [(name, name) for name in splits]
+    for name, other in places:
+        pairs = find(splits[name], None if name == other else splits[other])
+        where = f"{name} in {other}"
+        exact = sum(pair.exact for pair in pairs)
+        images = len({i for pair in pairs for i in ((pair.image, pair.other) if name == other else (pair.image,))})
+        about = {"images": images, "exact": exact, "near": len(pairs) - exact}
+        mine, theirs = splits[name], splits[other]
+        mixed = [pair for pair in pairs if mine.kinds[pair.image] != theirs.kinds[pair.other]]
+        listed = [_entry(name, other, splits, pair) for pair in pairs]
+        numbers["within" if name == other else "across"][where] = about | {
+            "other_class": len(mixed),
+            "pairs": listed[:LISTED],
+        }
+        rows += listed
+        table.append([where, f"{images:,}", f"{exact:,}", f"{len(pairs) - exact:,}", f"{len(mixed):,}"])
+        if not pairs:
+            continue
+        if name != other:
+            is_leak = f"{count(images, 'image')} of {name} {'is' if images == 1 else 'are'} also in {other}"
+            problems.append(Problem("error", f"{is_leak} ({exact:,} exact, {len(pairs) - exact:,} near copies)"))
+        else:
+            text = f"{count(images, 'image')} of {name} {'have' if images > 1 else 'has'} a copy in {name}"
+            problems.append(Problem("warning", f"{text} ({count(exact, 'exact pair')}, {len(pairs) - exact:,} near)"))
+        if mixed:
+            named = first_few(
+                f"{mine.names[p.image]} ({mine.kinds[p.image]}) and {theirs.names[p.other]} ({theirs.kinds[p.other]})"
+                for p in mixed[:1]
+            )
+            text = f"{count(len(mixed), 'pair')} of copies {'is' if len(mixed) == 1 else 'are'} of two classes: {named}"
+            problems.append(Problem("error", text))
+        parts.append(_gallery(name, other, splits, pairs))
+    about = (
+        "Exact copies have the same pixels; near ones are resized, encoded anew, flipped or rotated. Each image is "
+        "listed once, with its nearest copy; copies.csv has all pairs. The distance is that of 16 x 16 gray values."
+    )
+    header = ["where", "images with a copy", "exact pairs", "near pairs", "of two classes"]
+    tables: list = [about, Table(header, table)]
+    return Section("copies", "Copies and leakage", numbers, problems, [*tables, *parts]), rows
+
+
+def find(split: Inspected, others: Inspected | None = None) -> list[Pair]:
+    """Each image of the split that has a copy among the others (None: in the split itself, each pair once), with the
+    nearest one, an exact one before all: exact ones first, then by distance."""
+    base = split if others is None else others
+    if not len(split.readable) or not len(base.readable):
+        return []
+    same = _same_pixels(split, others)
+    position, distance = nearest(split.fingerprints, None if others is None else others.fingerprints)
+    exact = same >= 0
+    position, distance = torch.where(exact, same, position), distance.masked_fill(exact, 0)
+    pairs, seen = [], set()
+    for i in (position >= 0).nonzero()[:, 0].tolist():
+        j = int(position[i])
+        image, other = int(split.readable[i]), int(base.readable[j])
+        if others is None:
+            image, other = max(image, other), min(image, other)
+            if (image, other) in seen:
+                continue
+            seen.add((image, other))
+        how = "same pixels" if exact[i] else turned(split.fingerprints, i, base.fingerprints, j)
+        pairs.append(Pair(image, other, float(distance[i]), bool(exact[i]), how))
+    return sorted(pairs, key=lambda pair: (not pair.exact, pair.distance, pair.image))
+
+
+def _same_pixels(split: Inspected, others: Inspected | None) -> Tensor:
+    """For each readable image the first of the others with the same pixels, among the readable ones: -1 without one."""
+    first: dict[tuple, list[int]] = {}
+    base = split if others is None else others
+    for j, key in enumerate(map(tuple, base.rows["digest"][base.readable].tolist())):
+        first.setdefault(key, []).append(j)
+        del first[key][2:]  # itself, and one that is not
+    found = []
+    for i, key in enumerate(map(tuple, split.rows["digest"][split.readable].tolist())):
+        candidates = [j for j in first.get(key, []) if others is not None or j != i]
+        found.append(candidates[0] if candidates else -1)
+    return torch.tensor(found, dtype=torch.int64)
+
+
+def _entry(name: str, other: str, splits: dict[str, Inspected], pair: Pair) -> dict:
+    a, b = splits[name], splits[other]
+    return {
+        "split": name,
+        "image": a.names[pair.image],
+        "class": a.kinds[pair.image],
+        "other_split": other,
+        "other_image": b.names[pair.other],
+        "other_class": b.kinds[pair.other],
+        "how": pair.how,
+        "distance": round(pair.distance, 3),
+    }
+
+
+def _gallery(name: str, other: str, splits: dict[str, Inspected], pairs: list[Pair]) -> Gallery:
+    """Pairs side by side, spread from the most to the least alike."""
+    chosen = [pairs[k] for k in np.unique(np.linspace(0, len(pairs) - 1, SHOWN).round().astype(int))]
+    tiles = []
+    for pair in chosen:
+        a, b = splits[name], splits[other]
+        images = tile(a.dataset, pair.image, SIDE), tile(b.dataset, pair.other, SIDE)
+        caption = f"{a.names[pair.image]} | {b.names[pair.other]}: {pair.how}, distance {pair.distance:.2f}"
+        tiles.append((caption, _beside(*images)))
+    title = f"Copies within {name}" if name == other else f"In {name} and in {other}"
+    left = len(pairs) - len(chosen)
+    return Gallery(title, tiles, "from the most to the least alike" + (f", {left:,} more between them" if left else ""))
+
+
+def _beside(left: Tensor, right: Tensor) -> Tensor:
+    """Two images (3, h, w), white where the lower one ends."""
+    height = max(left.shape[1], right.shape[1])
+    paper = torch.full((3, height, left.shape[2] + GAP + right.shape[2]), 255, dtype=torch.uint8)
+    paper[:, : left.shape[1], : left.shape[2]] = left
+    paper[:, : right.shape[1], left.shape[2] + GAP :] = right
+    return paper
