@@ -12,41 +12,40 @@ WIDTH, NAMES, NOTES, ROW, TOP = 760, 150, 130, 46, 44  # pixels: of a chart, its
 SHADES = ((95, 105, 115), (0, 130, 200), (170, 120, 190), (60, 160, 120), (210, 140, 60))  # of splits, in their order
 
 
-def histogram_svg(title: str, groups: dict[str, np.ndarray], limit: float | None = None, *, below: bool = True) -> str:
-    """Histograms of `groups` {name: (N_i,) finite} in rows over one axis, as high as each one's fullest bar.
+def histogram_svg(
+    title: str, groups: dict[str, np.ndarray], *, low: float | None = None, high: float | None = None
+) -> str:
+    """Histograms of `groups` {name: (N_i,) finite} in rows over one axis, each scaled to its fullest bar.
 
-    What lies below (else above) the limit is orange, and its number stands on the right.
+    Bars below `low` or above `high` are orange, and the number of such values stands on the right.
     """
-    edges = bar_edges(np.concatenate([np.empty(0), *groups.values()]), limit)
-    low, high = float(edges[0]), float(edges[-1])
+    limits = [limit for limit in (low, high) if limit is not None]
+    edges = bar_edges(np.concatenate([np.empty(0), *groups.values(), limits]), limits[0] if limits else None)
+    first, last = float(edges[0]), float(edges[-1])
     left, right, bottom = NAMES, WIDTH - NOTES, TOP + ROW * len(groups)
 
     def x(value: float) -> float:
-        return left + (value - low) / (high - low) * (right - left)
+        return left + (value - first) / (last - first) * (right - left)
+
+    def is_odd(value: np.ndarray) -> np.ndarray:
+        return (value < (-np.inf if low is None else low)) | (value > (np.inf if high is None else high))
 
     marks = [_text(0, 18, title, 15, INK)]
-    for value, text in ticks(low, high):
-        marks += [
-            _line(x(value), TOP - 6, x(value), bottom + 4, GRID),
-            _text(x(value), bottom + 18, text, 12, SOFT, "middle"),
-        ]
+    for value, text in ticks(first, last):
+        marks.append(_line(x(value), TOP - 6, x(value), bottom + 4, GRID))
+        marks.append(_text(x(value), bottom + 18, text, 12, SOFT, "middle"))
     for number, (name, values) in enumerate(groups.items()):
         base = TOP + ROW * (number + 1)
-        counts = np.histogram(values, edges)[0]
+        counts, odd = np.histogram(values, edges)[0], is_odd((edges[:-1] + edges[1:]) / 2)
         for i in np.flatnonzero(counts).tolist():
             height = max(2.0, (ROW - 10) * counts[i] / counts.max())
-            odd = limit is not None and (edges[i + 1] <= limit + 1e-12 if below else edges[i] >= limit - 1e-12)
             a, b = x(float(edges[i])), x(float(edges[i + 1]))
-            marks.append(_box(a + 0.5, base - height, b - a - 1, height, ALARM if odd else USUAL))
-        beyond = None if limit is None else int((values < limit if below else values > limit).sum())
-        note = f"{len(values):,} images" if beyond is None else f"{beyond:,} of {len(values):,}"
-        marks += [
-            _line(left, base, right, base, SOFT),
-            _text(0, base - 12, _short(name), 13, INK),
-            _text(right + 10, base - 12, note, 13, SOFT),
-        ]
-    if limit is not None:
-        marks.append(_line(x(limit), TOP - 6, x(limit), bottom, INK, dashed=True))
+            marks.append(_box(a + 0.5, base - height, b - a - 1, height, ALARM if odd[i] else USUAL))
+        note = f"{int(is_odd(values).sum()):,} of {len(values):,}" if limits else f"{len(values):,} images"
+        marks.append(_line(left, base, right, base, SOFT))
+        marks.append(_text(0, base - 12, _short(name), 13, INK))
+        marks.append(_text(right + 10, base - 12, note, 13, SOFT))
+    marks += [_line(x(limit), TOP - 6, x(limit), bottom, INK, dashed=True) for limit in limits]
     return _svg(WIDTH, bottom + 26, marks, title)
 
 
@@ -63,7 +62,7 @@ def bars_svg(title: str, counts: dict[str, list[int]], groups: list[str]) -> str
         marks.append(_text(0, y + thick * len(numbers) / 2 + 4, _short(name), 13, INK))
         for i, number in enumerate(numbers):
             length = (WIDTH - NAMES - 70) * number / most
-            marks.append(_box(NAMES, y, max(length, 1), thick - 2, SHADES[i % len(SHADES)]))
+            marks += [_box(NAMES, y, max(length, 1), thick - 2, SHADES[i % len(SHADES)])] * (number > 0)
             marks.append(_text(NAMES + length + 6, y + thick - 3, f"{number:,}", min(12, thick + 1), SOFT))
             y += thick
         y += 8
@@ -76,7 +75,8 @@ def _svg(width: float, height: float, marks: list[str], title: str) -> str:
 
 
 def _text(x: float, y: float, text: str, size: int, color: tuple, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{_hex(color)}" text-anchor="{anchor}">{_safe(text)}</text>'
+    about = f'font-size="{size}" fill="{_hex(color)}" text-anchor="{anchor}"'
+    return f'<text x="{x:.1f}" y="{y:.1f}" {about}>{_safe(text)}</text>'
 
 
 def _box(x: float, y: float, width: float, height: float, color: tuple) -> str:

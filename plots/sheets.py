@@ -85,8 +85,7 @@ def contact_sheet(tiles: list[tuple[str, Tensor]], title: str, columns: int = 6)
         row, column = divmod(number, columns)
         x, y = MARGIN + column * (width + GAP), top + row * block
         paper.paste(to_pil(image), (x, y))
-        first, _, second = caption.rpartition(": ") if ": " in caption else (caption, "", "")
-        for line, text in enumerate((first, second)):
+        for line, text in enumerate(caption.split("\n")[:2]):
             write(pen, (x, y + height + 3 + 16 * line), text, SOFT, 13, width=width)
     return paper
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from data.duplicates import nearest, turned
 from evaluation.dataset.inspection import Inspected, tile
 from evaluation.dataset.section import Gallery, Problem, Section, Table, count
-from runtime.text import first_few
 
 SHOWN, SIDE, GAP = 12, 150, 4  # pairs of each kind in the report, pixels of an image's side, between two
 LISTED = 100  # pairs of each kind in results.json
@@ -54,15 +53,15 @@ def copies(splits: dict[str, Inspected]) -> tuple[Section, list[dict]]:
             continue
         if name != other:
             is_leak = f"{count(images, 'image')} of {name} {'is' if images == 1 else 'are'} also in {other}"
-            problems.append(Problem("error", f"{is_leak} ({exact:,} exact, {len(pairs) - exact:,} near copies)"))
+            kinds = f"{exact:,} exact, {len(pairs) - exact:,} near copies"
+            first = f"{mine.names[pairs[0].image]} is {theirs.names[pairs[0].other]}"
+            problems.append(Problem("error", f"{is_leak} ({kinds}; {first})"))
         else:
             text = f"{count(images, 'image')} of {name} {'have' if images > 1 else 'has'} a copy in {name}"
             problems.append(Problem("warning", f"{text} ({count(exact, 'exact pair')}, {len(pairs) - exact:,} near)"))
         if mixed:
-            named = first_few(
-                f"{mine.names[p.image]} ({mine.kinds[p.image]}) and {theirs.names[p.other]} ({theirs.kinds[p.other]})"
-                for p in mixed[:1]
-            )
+            (i, j, *_) = mixed[0]
+            named = f"{mine.names[i]} ({mine.kinds[i]}) and {theirs.names[j]} ({theirs.kinds[j]})"
             text = f"{count(len(mixed), 'pair')} of copies {'is' if len(mixed) == 1 else 'are'} of two classes: {named}"
             problems.append(Problem("error", text))
         parts.append(_gallery(name, other, splits, pairs))
@@ -127,6 +126,10 @@ def _entry(name: str, other: str, splits: dict[str, Inspected], pair: Pair) -> d
     }
 
 
+def _how(pair: Pair) -> str:
+    return pair.how if pair.exact else f"{pair.how}, distance {pair.distance:.2f}"
+
+
 def _gallery(name: str, other: str, splits: dict[str, Inspected], pairs: list[Pair]) -> Gallery:
     """Pairs side by side, spread from the most to the least alike."""
     chosen = [pairs[k] for k in np.unique(np.linspace(0, len(pairs) - 1, SHOWN).round().astype(int))]
@@ -134,7 +137,7 @@ def _gallery(name: str, other: str, splits: dict[str, Inspected], pairs: list[Pa
     for pair in chosen:
         a, b = splits[name], splits[other]
         images = tile(a.dataset, pair.image, SIDE), tile(b.dataset, pair.other, SIDE)
-        caption = f"{a.names[pair.image]} | {b.names[pair.other]}: {pair.how}, distance {pair.distance:.2f}"
+        caption = f"{a.names[pair.image]} | {b.names[pair.other]}\n{_how(pair)}"
         tiles.append((caption, _beside(*images)))
     title = f"Copies within {name}" if name == other else f"In {name} and in {other}"
     left = len(pairs) - len(chosen)

@@ -139,10 +139,11 @@ def _measure(row: np.ndarray, image: Image.Image) -> None:
     row["width"], row["height"] = image.size
     counts = np.array(image.histogram(), np.int64).reshape(-1, 256)  # (C, 256)
     row["sums"], row["squares"] = counts @ np.arange(256), counts @ np.arange(256) ** 2  # of one channel: three times
-    shares = counts[counts > 0] / counts.sum()
-    row["entropy"] = -(shares * np.log2(shares)).sum()  # as PIL.Image.entropy: of all channels together
     gray = image.convert("L")
     row["gray"] = len(counts) == 1 or _all_equal(image, counts)
+    different = counts[:1] if row["gray"] else counts
+    shares = different[different > 0] / different.sum()
+    row["entropy"] = -(shares * np.log2(shares)).sum()
     edges = np.array(gray.filter(ImageFilter.FIND_EDGES).histogram(), np.int64)
     row["edges"], row["edges_squared"] = edges @ np.arange(256), edges @ np.arange(256) ** 2
     small = print_of(np.asarray(gray.resize((SIDE, SIDE), Image.Resampling.BILINEAR)))

@@ -20,10 +20,8 @@ def counts(splits: dict[str, Inspected], missing: dict[str, str]) -> Section:
     found = sorted({kind for counter in by_split.values() for kind in counter}, key=lambda kind: (kind != "good", kind))
     kinds = list(dict.fromkeys([*declared, *found]))
     totals = {kind: sum(counter[kind] for counter in by_split.values()) for kind in kinds}
-    rows = [[kind, *(f"{counter[kind]:,}" for counter in by_split.values())] for kind in kinds]
-    sums = ["all", *(f"{len(split.dataset):,}" for split in splits.values())]
     problems = [
-        Problem("error" if name in ("train", "test") else "note", f"there is no split {name}: {why}")
+        Problem("warning" if name in ("train", "test") else "note", f"no split {name}: {why}")
         for name, why in missing.items()
     ]
     for name, counter in by_split.items():
@@ -34,20 +32,28 @@ def counts(splits: dict[str, Inspected], missing: dict[str, str]) -> Section:
             (large, most), (small, least) = learned.most_common()[0], learned.most_common()[-1]
             text = f"classes are of unequal size: train has {count(most, 'image')} of {large}, {least:,} of {small}"
             problems.append(Problem("warning", f"{text} (data.balanced=true shows each class equally often)"))
-        for why, number in splits[name].dataset.left_out.items():
-            if number and why != "not readable":
-                problems.append(Problem("note", f"{count(number, 'image')} left out of {name}: {why}"))
+    rest = [
+        [name, f"{number:,}", why]
+        for name, split in splits.items()
+        for why, number in split.dataset.left_out.items()
+        if number
+    ]
     numbers = {name: {kind: counter[kind] for kind in kinds if counter[kind]} for name, counter in by_split.items()}
+    shown = kinds if len(kinds) <= MOST_ROWS else sorted(kinds, key=lambda kind: -totals[kind])
+    if len(kinds) > MOST_ROWS:
+        shown = shown[: MOST_ROWS // 2] + shown[-MOST_ROWS // 2 :]
+    rows = [[kind, *(f"{counter[kind]:,}" for counter in by_split.values())] for kind in shown]
+    sums = ["all", *(f"{len(split.dataset):,}" for split in splits.values())]
     parts: list = [Table(["class", *splits], [*rows, sums])]
-    if 1 < len(kinds) <= MOST_ROWS:
-        parts.insert(0, Chart(bars_svg("Images of each class", {k: [c[k] for c in by_split.values()] for k in kinds},
-                                       list(splits))))  # fmt: skip
-    elif len(kinds) > MOST_ROWS:
-        largest = sorted(kinds, key=lambda kind: -totals[kind])
-        some = largest[: MOST_ROWS // 2] + largest[-MOST_ROWS // 2 :]
-        rows = [row for kind in some for row in rows if row[0] == kind]
-        parts = [f"The {MOST_ROWS // 2} largest and smallest of {len(kinds)} classes.", Table(["class", *splits],
-                                                                                             [*rows, sums])]  # fmt: skip
+    if len(kinds) > MOST_ROWS:
+        parts.insert(0, f"The {MOST_ROWS // 2} largest and {MOST_ROWS // 2} smallest of {len(kinds):,} classes.")
+    elif len(kinds) > 1:
+        bars = {kind: [counter[kind] for counter in by_split.values()] for kind in kinds}
+        parts.insert(0, Chart(bars_svg("Images of each class", bars, list(splits))))
+    if rest:
+        parts.append(
+            Table(["split", "images", "reason"], rows=rest, title="Images that are not in a split", texts=True)
+        )
     return Section("counts", "Classes", numbers, problems, parts)
 
 
@@ -102,7 +108,8 @@ def broken(splits: dict[str, Inspected]) -> Section:
     problems = [Problem("error", f"{count(n, 'image')} of {name} cannot be read") for name, n in number.items()]
     parts: list = ["All images can be read."]
     if found:
-        parts = [Table(["image", "split", "reason"], [[path, name, why] for name, path, why in found[:MOST_ROWS]])]
+        parts = [Table(["image", "split", "reason"], [[path, name, why] for name, path, why in found[:MOST_ROWS]],
+                       texts=True)]  # fmt: skip
         if len(found) > MOST_ROWS:
             parts.append(f"The first {MOST_ROWS} of {len(found):,}; results.json has all.")
     entries = [{"split": name, "image": path, "reason": why} for name, path, why in found]

@@ -29,7 +29,10 @@ def sharpness(rows: np.ndarray) -> np.ndarray:
 
 
 def information(rows: np.ndarray) -> np.ndarray:
-    """A tenth of the entropy in bits of the histogram of all channels together: (N,)."""
+    """A tenth of the entropy in bits of the histogram of all channels together: (N,).
+
+    As CleanVision's, but of one channel where all are equal: whether a gray image is stored as one must not matter.
+    """
     return rows["entropy"] / 10
 
 
@@ -57,7 +60,7 @@ MEASURES = {
 def odd_images(splits: dict[str, Inspected]) -> Section:
     """Images beyond a limit: counts, histograms and the worst ones."""
     numbers: dict = {}
-    problems, parts, charts = [], [], {}
+    problems, parts = [], []
     total = sum(len(split.readable) for split in splits.values())
     for kind, measure in MEASURES.items():
         scores = {name: measure.score(split.rows[split.readable]) for name, split in splits.items()}
@@ -65,8 +68,6 @@ def odd_images(splits: dict[str, Inspected]) -> Section:
                for name, values in scores.items()}  # fmt: skip
         found = sum(int(flags.sum()) for flags in odd.values())
         numbers[kind] = {name: int(flags.sum()) for name, flags in odd.items()} | {"limit": measure.limit}
-        title = f"{measure.axis.capitalize()}: {kind} {'below' if measure.below else 'above'} {measure.limit:g}"
-        charts[kind] = Chart(histogram_svg(title, scores, measure.limit, below=measure.below))
         if not found:
             continue
         text = f"{count(found, 'image')} ({found / total:.1%}) {'is' if found == 1 else 'are'} {kind}"
@@ -77,13 +78,28 @@ def odd_images(splits: dict[str, Inspected]) -> Section:
             for i, s in zip(split.readable[odd[name]].tolist(), scores[name][odd[name]].tolist())
         )[:SHOWN]
         numbers[kind]["worst"] = [{"split": n, "image": splits[n].names[i], "score": abs(s)} for s, n, i in worst]
-        tiles = [(f"{splits[n].names[i]}: {abs(s):.3f}", tile(splits[n].dataset, i, SIDE)) for s, n, i in worst]
+        tiles = [(f"{splits[n].names[i]}\n{abs(s):.3f}", tile(splits[n].dataset, i, SIDE)) for s, n, i in worst]
         shown = f"the {len(worst)} worst of {found:,}" if found > len(worst) else "worst first"
         parts.append(Gallery(f"{kind.capitalize()} images", tiles, f"{shown}, with their {measure.axis}"))
     about = (
-        "The limits are those of CleanVision, made for photographs. On plain surfaces many images lie beyond them: look "
+        "The limits are those of CleanVision, made for photographs. On plain surfaces many images lie beyond them: see "
         "whether an image stands apart from the others."
     )
-    charts.pop("light")  # of the same scores as `dark`
-    return Section("odd_images", "Dark, light, blurred and other odd images", numbers, problems,
-                   [about, *charts.values(), *parts])  # fmt: skip
+    title = "Dark, light, blurred and other odd images"
+    return Section("odd_images", title, numbers, problems, [about, *_charts(splits), *parts])
+
+
+def _charts(splits: dict[str, Inspected]) -> list[Chart]:
+    """A histogram of each score that is not the same for all images, with its limits."""
+    charts = []
+    for score in dict.fromkeys(measure.score for measure in MEASURES.values()):
+        groups = {name: score(split.rows[split.readable]) for name, split in splits.items()}
+        if len(np.unique(np.concatenate(list(groups.values())))) < 2:
+            continue
+        about = {kind: measure for kind, measure in MEASURES.items() if measure.score is score}
+        words = [f"{kind} {'below' if m.below else 'above'} {m.limit:g}" for kind, m in about.items()]
+        axis = next(iter(about.values())).axis
+        low, high = ([m.limit for m in about.values() if m.below is below] for below in (True, False))
+        title = f"{axis[0].upper()}{axis[1:]}: {', '.join(words)}"
+        charts.append(Chart(histogram_svg(title, groups, low=min(low, default=None), high=min(high, default=None))))
+    return charts

@@ -21,11 +21,12 @@ class Problem(NamedTuple):
 
 @dataclass
 class Table:
-    """Cells are texts; the first column says what the row is about, and the others are numbers."""
+    """Cells are texts. The first column says what the row is about, the others are numbers, unless `texts`."""
 
     header: list[str]
     rows: list[list[str]]
     title: str = ""
+    texts: bool = False
 
 
 @dataclass
@@ -37,12 +38,12 @@ class Chart:
 
 @dataclass
 class Gallery:
-    """Images under one title, in a PNG file and TensorBoard as one sheet; `tiles` are captions and images, uint8
-    (3, h, w) with at most about 200 pixels a side."""
+    """Images under one title, in a PNG file and TensorBoard as one sheet; `tiles` are captions of one or two lines and
+    images, uint8 (3, h, w) with at most about 300 pixels a side."""
 
     title: str
     tiles: list[tuple[str, Tensor]]
-    note: str = ""  # what is shown, and what is not
+    note: str = ""  # which ones these are
 
 
 @dataclass

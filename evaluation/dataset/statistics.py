@@ -16,7 +16,7 @@ from evaluation.dataset.section import Problem, Section, Table
 
 
 def statistics(splits: dict[str, Inspected]) -> Section:
-    """Of what a network gets, in [0, 1] and before it is resized, and of the values of deep files as they are stored."""
+    """Of what a network gets, in [0, 1] and before it is resized, and of deep files' values as they are stored."""
     numbers: dict = {}
     rows, deep_rows, problems = [], [], []
     for name, split in splits.items():

@@ -55,9 +55,9 @@ def run(cfg: Config) -> None:
             quality.odd_images(splits),
             contact.contact_sheets(splits),
         ]
-        root = cfg.data.options.get("root", "several folders")
+        where = [str(cfg.data.options[key]) for key in ("root", "category") if key in cfg.data.options]
         about = f"{cfg.data.name}: {', '.join(f'{len(d):,} images of {name}' for name, d in sets.items())}"
-        report.write(sections, f"Data set {root}", about, folder, log)
+        report.write(sections, f"Data set {'/'.join(where) or cfg.data.name}", about, folder, log)
         tables.write(splits, pairs, folder)
         problems = report.sorted_problems(sections)
         for problem in problems:
