@@ -109,7 +109,7 @@ def tile(dataset: Dataset, index: int, side: int) -> Tensor:
 
 
 def _look(dataset: Dataset, index: int) -> np.void | str:
-    """The `ROW` of an image, or why it cannot be read."""
+    """The `ROW` of an image, or why it cannot be read (here and now: MemoryError)."""
     row, path = np.zeros((), ROW), dataset.paths[index]
     try:
         with dataset.stored(index) as stored:
@@ -122,7 +122,7 @@ def _look(dataset: Dataset, index: int) -> np.void | str:
             pixels.update(values.tobytes())
             row["digest"] = np.frombuffer(pixels.digest(), np.uint64)
             _measure(row, image)
-    except UserError as error:
+    except (UserError, MemoryError) as error:  # of one image for which there is no memory the others are still told
         return str(error).removesuffix(REMEDY).removeprefix(f"cannot read image {path}: ")
     row["readable"] = True
     return row[()]

@@ -87,8 +87,9 @@ def files(splits: dict[str, Inspected]) -> Section:
         rows.append([name, *ends, usual, f"{len(sizes):,}", *kinds, f"{about['bytes'] / 2**20:,.1f}"])
     header = ["split", "smallest", "median", "largest", "most common", "sizes", "modes", "formats", "MiB"]
     problems = []
-    if gray := sum(about["gray_stored_as_color"] for about in numbers.values()):
-        text = f"{count(gray, 'image')} in color files have no color: data.gray=true keeps a third of the memory"
+    all_gray = all(split.rows["gray"][split.readable].all() for split in splits.values())
+    if all_gray and any(about["gray_stored_as_color"] for about in numbers.values()):
+        text = "no image has colors, though files are stored in color: data.gray=true takes a third of the memory"
         problems.append(Problem("note", text))
     modes = {mode for about in numbers.values() for mode in about["modes"]}
     if len({mode.startswith(("I", "F")) for mode in modes}) > 1:

@@ -70,7 +70,8 @@ def odd_images(splits: dict[str, Inspected]) -> Section:
         numbers[kind] = {name: int(flags.sum()) for name, flags in odd.items()} | {"limit": measure.limit}
         if not found:
             continue
-        text = f"{count(found, 'image')} ({found / total:.1%}) {'is' if found == 1 else 'are'} {kind}"
+        share = f"{found / total:.1%}" if found / total >= 0.0005 else "less than 0.1%"
+        text = f"{count(found, 'image')} ({share}) {'is' if found == 1 else 'are'} {kind}"
         problems.append(Problem("warning" if found / total < 0.5 else "note", text))
         worst = sorted(
             ((s if measure.below else -s), name, i)

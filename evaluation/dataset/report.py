@@ -37,7 +37,8 @@ ul.problems { list-style: none; padding: 0; margin: 14px 0 }
 th, td { padding: 4px 16px 4px 0; text-align: right; border-bottom: 1px solid #e2e2e2 }
 th { color: #6e6e6e; font-weight: 500 } td { overflow-wrap: anywhere }
 th:first-child, td:first-child { text-align: left } table.texts td, table.texts th { text-align: left }
-.tiles { display: flex; flex-wrap: wrap; gap: 12px } figure { margin: 0 } figure img { display: block }
+.tiles { display: flex; flex-wrap: wrap; gap: 12px } figure { margin: 0 }
+figure img { display: block; outline: 1px solid #e2e2e2 }
 figcaption { font-size: 11px; color: #6e6e6e; overflow-wrap: anywhere; white-space: pre-line }
 svg { display: block; max-width: 100%; height: auto; margin: 10px 0 }
 """

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageFilter, ImageStat
 
 from data import DATASETS
+from data import images as images_module
 from data.datasets.cifar import CIFAR10C
 from evaluation.dataset.inspection import inspect, tile
 from evaluation.dataset.quality import brightness, information, proportion, sharpness
@@ -150,6 +151,25 @@ def test_rows_of_arrays_are_images_too(tmp_path):
     np.testing.assert_allclose(about["mean"], whole.mean(0), rtol=1e-13)
     assert set(split.rows["format"]) == {b"array"} and (split.rows["bytes"] == 0).all()
     np.testing.assert_array_equal(tile(dataset, 3, 32), pixels[13].transpose(2, 0, 1))
+
+
+def test_threads_change_nothing(images, tmp_path, monkeypatch):
+    dataset, rows = write(tmp_path / "set", images), []
+    for threads in (1, 5):
+        monkeypatch.setattr(images_module, "cpu_count", lambda threads=threads: threads)
+        rows.append(inspect(dataset, CPU).rows.tobytes())
+    assert rows[0] == rows[1]
+
+
+def test_an_image_without_memory_for_it_is_named(images, tmp_path, monkeypatch):
+    dataset = write(tmp_path / "set", images)
+
+    def full(*_):
+        raise MemoryError("it is full")
+
+    monkeypatch.setattr("evaluation.dataset.inspection._measure", full)
+    split = inspect(dataset, CPU)
+    assert len(split.broken) == len(images) and all("too little memory" in why for why in split.broken.values())
 
 
 def inspected(_rank, _world_size, root):
