@@ -100,16 +100,20 @@ def find(split: Inspected, others: Inspected | None = None) -> list[Pair]:
 
 def _same_pixels(split: Inspected, others: Inspected | None) -> Tensor:
     """For each readable image the first of the others with the same pixels, among the readable ones: -1 without one."""
-    first: dict[tuple, list[int]] = {}
     base = split if others is None else others
-    for j, key in enumerate(map(tuple, base.rows["digest"][base.readable].tolist())):
-        first.setdefault(key, []).append(j)
-        del first[key][2:]  # itself, and one that is not
-    found = []
-    for i, key in enumerate(map(tuple, split.rows["digest"][split.readable].tolist())):
-        candidates = [j for j in first.get(key, []) if others is not None or j != i]
-        found.append(candidates[0] if candidates else -1)
-    return torch.tensor(found, dtype=torch.int64)
+    digests = [each.rows["digest"][each.readable] for each in (base, split)]
+    _, group = np.unique(np.concatenate(digests), axis=0, return_inverse=True)  # equal numbers for equal pixels
+    theirs, own = np.split(group.ravel(), [len(digests[0])])
+    order = np.argsort(theirs, kind="stable")
+    at = np.searchsorted(theirs[order], own)  # where those of its group begin
+    first = order[at.clip(max=len(order) - 1)]
+    if others is None:
+        at += first == np.arange(len(own))  # not the image itself
+        first = order[at.clip(max=len(order) - 1)]
+    same = theirs[first] == own
+    if others is None:
+        same &= first != np.arange(len(own))
+    return torch.from_numpy(np.where(same, first, -1))
 
 
 def _entry(name: str, other: str, splits: dict[str, Inspected], pair: Pair) -> dict:

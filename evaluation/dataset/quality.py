@@ -4,6 +4,7 @@ The limits are absolute, made for photographs: on plain surfaces they find many.
 histograms show whether an image stands apart or all are so.
 """
 
+import heapq
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -73,11 +74,12 @@ def odd_images(splits: dict[str, Inspected]) -> Section:
         share = f"{found / total:.1%}" if found / total >= 0.0005 else "less than 0.1%"
         text = f"{count(found, 'image')} ({share}) {'is' if found == 1 else 'are'} {kind}"
         problems.append(Problem("warning" if found / total < 0.5 else "note", text))
-        worst = sorted(
+        beyond = (
             ((s if measure.below else -s), name, i)
             for name, split in splits.items()
             for i, s in zip(split.readable[odd[name]].tolist(), scores[name][odd[name]].tolist())
-        )[:SHOWN]
+        )
+        worst = heapq.nsmallest(SHOWN, beyond)
         numbers[kind]["worst"] = [{"split": n, "image": splits[n].names[i], "score": abs(s)} for s, n, i in worst]
         tiles = [(f"{splits[n].names[i]}\n{abs(s):.3f}", tile(splits[n].dataset, i, SIDE)) for s, n, i in worst]
         shown = f"the {len(worst)} worst of {found:,}" if found > len(worst) else "worst first"

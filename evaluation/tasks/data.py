@@ -12,7 +12,7 @@ from typing import Literal
 
 from data import DATASETS, DataConfig, build_dataset, settled
 from data.dataset import Dataset
-from evaluation.dataset import contact, copies, overview, quality, report, statistics, tables
+from evaluation.dataset import contact, copies, ground_truth, overview, quality, report, statistics, tables
 from evaluation.dataset.inspection import inspect
 from runtime import checkpoint, config, distributed
 from runtime.errors import UserError
@@ -50,6 +50,7 @@ def run(cfg: Config) -> None:
             section,
             overview.broken(splits),
             overview.counts(splits, missing),
+            *([ground_truth.masks(splits)] if any(dataset.has_masks for dataset in sets.values()) else []),
             overview.files(splits),
             statistics.statistics(splits),
             quality.odd_images(splits),

@@ -160,6 +160,13 @@ def test_anomaly_sets_and_what_is_missing(tmp_path, capsys):
     root = write_mvtec(tmp_path / "set")
     results, _ = look(["data.name=mvtec", f"data.root={root}", "data.category=part"], tmp_path, capsys)
     assert results["counts"] == {"train": {"good": 12}, "test": {"good": 4, "spot": 4}}
+    share = 12 * 12 / 48**2  # of the square
+    assert results["masks"] == {"test": {"spot": {"images": 4, "masks": 4, "blank": 0, "share": [share] * 3}}}
+    mask = root / "part/ground_truth/spot/001_mask.png"
+    Image.new("L", (48, 48)).save(mask)
+    results, _ = look(["data.name=mvtec", f"data.root={root}", "data.category=part"], tmp_path, capsys)
+    assert results["masks"]["test"]["spot"] | {"share": 0} == {"images": 4, "masks": 4, "blank": 1, "share": 0}
+    assert "1 mask of test" in results["problems"][0]["text"]
     results, _ = look(["data.name=folder", f"data.root={root}/part/train/good"], tmp_path, capsys)
     assert results["images"] == {"train": 12}
     assert any(p["text"].startswith("no split test: ") and p["weight"] == "warning" for p in results["problems"])
