@@ -123,9 +123,14 @@ def _look(dataset: Dataset, index: int) -> np.void | str:
             row["digest"] = np.frombuffer(pixels.digest(), np.uint64)
             _measure(row, image)
     except (UserError, MemoryError) as error:  # of one image for which there is no memory the others are still told
-        return str(error).removesuffix(REMEDY).removeprefix(f"cannot read image {path}: ")
+        return bare_reason(str(error), path)
     row["readable"] = True
     return row[()]
+
+
+def bare_reason(text: str, path: str) -> str:
+    """What a `UserError` about an image says, without the path and what to do."""
+    return text.removesuffix(REMEDY).removeprefix(f"cannot read image {path}: ")
 
 
 def _eight_bits(dataset: Dataset, stored: Image.Image) -> Image.Image:

@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 
-from evaluation.dataset.inspection import Inspected
+from evaluation.dataset.inspection import Inspected, bare_reason
 from evaluation.dataset.section import Chart, Problem, Section, Table, count
 from plots.bars import bars_svg
 from runtime.text import first_few
@@ -104,7 +104,8 @@ def broken(splits: dict[str, Inspected]) -> Section:
     for name, split in splits.items():
         found += [(name, split.names[i], why) for i, why in sorted(split.broken.items())]
         root = split.dataset.root
-        found += [(name, path.removeprefix(f"{root}/"), why) for path, why in split.dataset.unreadable.items()]
+        left_out = split.dataset.unreadable.items()
+        found += [(name, path.removeprefix(f"{root}/"), bare_reason(why, path)) for path, why in left_out]
     number = Counter(name for name, _, _ in found)
     problems = [Problem("error", f"{count(n, 'image')} of {name} cannot be read") for name, n in number.items()]
     parts: list = ["All images can be read."]

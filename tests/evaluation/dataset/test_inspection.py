@@ -93,11 +93,10 @@ def test_floating_point_files(tmp_path):
 
 
 def test_moments_do_not_round():
-    """Of values that differ in the last digit only, where float64 sums of squares would have no digit left."""
-    sums, squares = np.array([[3 * 2**40]]), np.array([[3 * 2**61 + 2]])
-    n, s1, s2 = 10**9, int(sums[0, 0]), int(squares[0, 0])
-    (mean,), (std,) = moments(sums, squares, [n])
-    assert mean == s1 / n and std == math.sqrt(n * s2 - s1 * s1) / n
+    """Of a million values of which one is lower by 1: float64 has no digit left in the difference of squares."""
+    n, white = 10**6, 65535
+    (mean,), (std,) = moments(np.array([[n * white - 1]]), np.array([[(n - 1) * white**2 + (white - 1) ** 2]]), [n])
+    assert mean == white - 1e-6 and std == pytest.approx(math.sqrt(n - 1) / n, rel=1e-15)
     assert moments(np.array([[255 * 7]]), np.array([[255 * 255 * 7]]), [7]) == ([255.0], [0.0])
 
 
