@@ -25,8 +25,8 @@ def counts(splits: dict[str, Inspected], missing: dict[str, str]) -> Section:
         for name, why in missing.items()
     ]
     for name, counter in by_split.items():
-        learned = by_split.get("train", Counter())
-        if splits[name].dataset.defects is None and (empty := [kind for kind in kinds if not counter[kind]]):
+        dataset, learned = splits[name].dataset, by_split.get("train", Counter())
+        if dataset.defects is None and (empty := [kind for kind in dataset.classes if not counter[kind]]):
             problems.append(Problem("warning", f"{name} has no image of {first_few(empty, 5)}"))
         if name == "train" and len(learned) > 1 and max(learned.values()) >= UNEQUAL * min(learned.values()):
             (large, most), (small, least) = learned.most_common()[0], learned.most_common()[-1]

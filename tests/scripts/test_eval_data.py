@@ -17,6 +17,7 @@ from data.image_files import find_images
 from runtime.errors import UserError
 from tests.attacks.hostile_images import KINDS, REFUSED
 from tests.attacks.hostile_images import write as write_hostile
+from tests.data.datasets.layouts import write_ad2, write_loco, write_visa
 from tests.data.test_duplicates import surface
 from tests.images import write_classes, write_mvtec
 from tests.processes import script
@@ -180,6 +181,31 @@ def test_anomaly_sets_and_what_is_missing(tmp_path, capsys):
     root = write_classes(tmp_path / "classes", each=4)
     results, _ = look(["data.name=one_against_all", f"data.root={root}", "data.normal=class1"], tmp_path, capsys)
     assert results["counts"] == {"train": {"good": 4}, "test": {"good": 2, "class0": 2, "class2": 2}}
+
+
+@pytest.mark.parametrize("name", ["visa", "mvtec_loco", "mvtec_ad2", "few_shot"])
+def test_field_sets(name, tmp_path, capsys):
+    root, words = tmp_path / "set", []
+    if name == "visa":
+        write_visa(root)
+        words, images = ["data.category=candle"], {"train": 2, "test": 3}
+    elif name == "mvtec_loco":
+        write_loco(root / "part", size=24)
+        words, images = ["data.category=part"], {"train": 6, "validation": 4, "test": 7}
+    elif name == "mvtec_ad2":
+        write_ad2(root / "can", size=24)
+        images = {"train": 6, "validation": 4, "test": 5, "test_private": 2, "test_private_mixed": 1}
+        words = ["data.category=can"]
+    else:
+        for category in ("part", "other"):
+            write_mvtec(root, category=category)
+        words, images = ["data.category=part", "data.shots=2"], {"train": 2, "test": 8, "others": 12}
+    results, _ = look([f"data.name={name}", f"data.root={root}", *words], tmp_path, capsys)
+    assert results["images"] == images and results["broken"]["count"] == 0
+    assert not any("has no image" in problem["text"] for problem in results["problems"])
+    assert sum(about["masks"] for about in results["masks"]["test"].values()) == {"few_shot": 4, "mvtec_loco": 4}.get(
+        name, 2
+    )
 
 
 def test_tables_and_several_sets(tmp_path, capsys):
