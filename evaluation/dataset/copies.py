@@ -32,46 +32,49 @@ class Pair(NamedTuple):
 def copies(splits: dict[str, Inspected]) -> tuple[Section, list[dict]]:
     """The section, and all pairs as rows of copies.csv."""
     numbers: dict = {"across": {}, "within": {}}
-    problems, parts, table, rows = [], [], [], []
-    places = [(later, earlier) for earlier, later in combinations(splits, 2)] + [(name, name) for name in splits]
-    for name, other in places:
-        pairs = find(splits[name], None if name == other else splits[other])
-        where = f"{name} in {other}"
-        exact = sum(pair.exact for pair in pairs)
-        images = len({i for pair in pairs for i in ((pair.image, pair.other) if name == other else (pair.image,))})
-        about = {"images": images, "exact": exact, "near": len(pairs) - exact}
-        mine, theirs = splits[name], splits[other]
-        mixed = [pair for pair in pairs if mine.kinds[pair.image] != theirs.kinds[pair.other]]
+    problems, galleries, table, rows = [], [], [], []
+    for name, other in [(later, earlier) for earlier, later in combinations(splits, 2)] + [(n, n) for n in splits]:
+        within, where = name == other, f"{name} in {other}"
+        pairs = find(splits[name], None if within else splits[other])
+        exact, mixed = [pair for pair in pairs if pair.exact], _of_two_classes(splits[name], splits[other], pairs)
+        images = len({i for pair in pairs for i in ((pair.image, pair.other) if within else (pair.image,))})
         listed = [_entry(name, other, splits, pair) for pair in pairs]
-        numbers["within" if name == other else "across"][where] = about | {
-            "other_class": len(mixed),
-            "pairs": listed[:LISTED],
-        }
         rows += listed
-        table.append([where, f"{images:,}", f"{exact:,}", f"{len(pairs) - exact:,}", f"{len(mixed):,}"])
-        if not pairs:
-            continue
-        if name != other:
-            is_leak = f"{count(images, 'image')} of {name} {'is' if images == 1 else 'are'} also in {other}"
-            kinds = f"{exact:,} exact, {len(pairs) - exact:,} near copies"
-            first = f"{mine.names[pairs[0].image]} is {theirs.names[pairs[0].other]}"
-            problems.append(Problem("error", f"{is_leak} ({kinds}; {first})"))
-        else:
-            text = f"{count(images, 'image')} of {name} {'have' if images > 1 else 'has'} a copy in {name}"
-            problems.append(Problem("warning", f"{text} ({count(exact, 'exact pair')}, {len(pairs) - exact:,} near)"))
+        about = {"images": images, "exact": len(exact), "near": len(pairs) - len(exact), "other_class": len(mixed)}
+        numbers["within" if within else "across"][where] = about | {"pairs": listed[:LISTED]}
+        table.append([where, *(f"{number:,}" for number in about.values())])
+        if pairs:
+            problems += _problems(name, other, listed[0], about)
+            galleries.append(_gallery(name, other, splits, pairs))
         if mixed:
-            (i, j, *_) = mixed[0]
-            named = f"{mine.names[i]} ({mine.kinds[i]}) and {theirs.names[j]} ({theirs.kinds[j]})"
+            one = _entry(name, other, splits, mixed[0])
+            named = f"{one['image']} ({one['class']}) and {one['other_image']} ({one['other_class']})"
             text = f"{count(len(mixed), 'pair')} of copies {'is' if len(mixed) == 1 else 'are'} of two classes: {named}"
             problems.append(Problem("error", text))
-        parts.append(_gallery(name, other, splits, pairs))
-    about = (
-        "Exact copies have the same pixels; near ones are resized, encoded anew, flipped or rotated. Each image is "
-        "listed once, with its nearest copy; copies.csv has all pairs. The distance is that of 16 x 16 gray values."
+    about_copies = (
+        "Exact copies have the same pixels; near ones are resized, encoded anew, flipped or rotated (counterclockwise)."
+        " Each image is listed with its nearest copy, each pair once; copies.csv has all. The distance is that of"
+        " 16 x 16 gray values, 0 to 255."
     )
     header = ["where", "images with a copy", "exact pairs", "near pairs", "of two classes"]
-    tables: list = [about, Table(header, table)]
-    return Section("copies", "Copies and leakage", numbers, problems, [*tables, *parts]), rows
+    parts = [about_copies, Table(header, table), *galleries]
+    return Section("copies", "Copies and leakage", numbers, problems, parts), rows
+
+
+def _problems(name: str, other: str, first: dict, about: dict) -> list[Problem]:
+    images = count(about["images"], "image")
+    if name == other:
+        pairs = f"{count(about['exact'], 'exact pair')}, {about['near']:,} near"
+        return [Problem("warning", f"{images} of {name} have a copy in {name} ({pairs})")]
+    kinds = f"{about['exact']:,} exact, {about['near']:,} near copies; {first['image']} is {first['other_image']}"
+    return [Problem("error", f"{images} of {name} {'is' if about['images'] == 1 else 'are'} also in {other} ({kinds})")]
+
+
+def _of_two_classes(mine: Inspected, theirs: Inspected, pairs: list[Pair]) -> list[Pair]:
+    """Pairs whose classes contradict; splits with other classes, as a test set without labels, say nothing."""
+    if mine.dataset.classes != theirs.dataset.classes:
+        return []
+    return [pair for pair in pairs if mine.kinds[pair.image] != theirs.kinds[pair.other]]
 
 
 def find(split: Inspected, others: Inspected | None = None) -> list[Pair]:

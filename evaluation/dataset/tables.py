@@ -5,17 +5,19 @@ from pathlib import Path
 
 from evaluation.dataset.inspection import Inspected
 from evaluation.dataset.quality import MEASURES, brightness, information, proportion, sharpness
-from evaluation.tables import csv_table
 from runtime.files import whole_file
 
 FIELDS = ("height", "width", "mode", "format", "bytes")
+PAIR = ("split", "image", "class", "other_split", "other_image", "other_class", "how", "distance")
 SCORES = {"brightness": brightness, "sharpness": sharpness, "information": information, "proportion": proportion}
 
 
 def write(splits: dict[str, Inspected], pairs: list[dict], folder: Path) -> None:
     """images.csv: a row per image, and what is odd about it; copies.csv: a row per pair."""
     with whole_file(folder / "copies.csv") as file:
-        file.write(csv_table(pairs))
+        copies = csv.DictWriter(file, PAIR, lineterminator="\n")
+        copies.writeheader()
+        copies.writerows(pairs)
     with whole_file(folder / "images.csv") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["split", "image", "class", *FIELDS, *SCORES, "odd", "cannot_be_read"])

@@ -236,7 +236,7 @@ def numbers_in(kind) -> bool:
 
 def owner(schema, key: str) -> str:
     """The class that declares a key, which another may inherit."""
-    return next(kind.__name__ for kind in schema.__mro__ if key in kind.__dict__.get("__annotations__", {}))
+    return next(kind.__name__ for kind in schema.__mro__ if key in inspect.get_annotations(kind))
 
 
 def test_no_number_of_ours_lacks_a_range():

@@ -30,10 +30,11 @@ def looked_at(root):
 def test_without_copies_nothing_is_said(tree):
     section, rows = copies(looked_at(tree))
     assert section.problems == [] and rows == []
-    for where in ("test in train",):
-        assert section.numbers["across"][where] == {"images": 0, "exact": 0, "near": 0, "other_class": 0, "pairs": []}
+    assert section.numbers["across"] == {"test in train": NONE}
+    assert section.numbers["within"] == {"train in train": NONE, "test in test": NONE}
 
 
+NONE = {"images": 0, "exact": 0, "near": 0, "other_class": 0, "pairs": []}
 TURNS = {
     None: "upright",
     Image.Transpose.FLIP_LEFT_RIGHT: "flipped left to right",
