@@ -53,7 +53,7 @@ def bars_svg(title: str, counts: dict[str, list[int]], groups: list[str]) -> str
     """A bar for each of the counts {name: one per group}, with its number; names may be of any script."""
     thick = 14 if len(groups) < 3 else 9
     most = max([1, *(number for numbers in counts.values() for number in numbers)])
-    marks, y, x = [_text(0, 18, title, 15, INK)], 34, 0
+    marks, y, x = [_text(0, 18, title, 15, INK)], 42, 0
     for i, name in enumerate(groups):
         marks += [_box(x, y - 10, 12, 12, SHADES[i % len(SHADES)]), _text(x + 18, y, name, 13, INK)]
         x += 40 + 8 * len(name)

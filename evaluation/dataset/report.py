@@ -68,6 +68,8 @@ def sorted_problems(sections: list[Section]) -> list[Problem]:
 def _sheets(sections: list[Section], folder: Path, log: Log) -> dict[int, str]:
     """Draw each gallery; {id of the gallery: its file below the folder}."""
     files = {}
+    for old in (folder / "sheets").glob("*.png"):  # of an earlier look, which may have drawn others
+        old.unlink()
     for section in sections:
         for number, part in enumerate(p for p in section.parts if isinstance(p, Gallery)):
             name = re.sub(r"[^\w.-]+", "_", printable(part.title))[:60]

@@ -246,8 +246,10 @@ def test_one_image_and_a_class_without_any(tmp_path, capsys):
     assert {"weight": "warning", "text": "test has no image of class1"} in results["problems"]
     for path in find_images(root):
         Path(path).write_bytes(b"")
+    assert any((folder / "sheets").iterdir())
     results, _ = look(["data.name=folder", f"data.root={root}"], tmp_path, capsys)
     assert results["broken"]["count"] == 13 and results["statistics"] == {}
+    assert not any((folder / "sheets").iterdir())
 
 
 def test_two_processes_report_what_one_does(tmp_path):
