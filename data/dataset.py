@@ -114,20 +114,21 @@ class Dataset:
 
     def image(self, index: int) -> Tensor:
         """uint8 (3, H, W). A set whose images are neither files nor parts of them defines this and `sizes`."""
-        return decode(self.paths[index], self.geometry, self._box(index))
+        return decode(self.paths[index], self.geometry, self.box(index))
 
     def original(self, index: int) -> Tensor:
         """The image at its own size, uint8 (3, h, w)."""
         geometry = self.geometry.whole(self.sizes[index].tolist())
-        return decode(self.paths[index], geometry, self._box(index))
+        return decode(self.paths[index], geometry, self.box(index))
 
-    def _box(self, index: int) -> list[int] | None:
+    def box(self, index: int) -> list[int] | None:
+        """Top, left, height and width of the image in its upright file; None: the whole file."""
         return None if self.boxes is None else self.boxes[index].tolist()
 
     @contextmanager
     def stored(self, index: int) -> Iterator[Image.Image]:
-        """An image as its file has it, not yet decoded, and memory kept for that. A set whose images are not files of
-        their own defines this too.
+        """The file of an image (of which `box` may be a part), not yet decoded, and memory kept for that. A set whose
+        images are no files defines this too.
 
         Raises:
             UserError: the file cannot be read, or what is done with the image inside fails.
@@ -160,7 +161,7 @@ class Dataset:
 
     def full_name(self, index: int) -> str:
         """The image's path; if it is a part of a file `<path>#<top>,<left>,<height>,<width>`."""
-        box = self._box(index)
+        box = self.box(index)
         return self.paths[index] if box is None else f"{self.paths[index]}#{','.join(map(str, box))}"
 
     @property

@@ -86,6 +86,10 @@ class Mixed(Dataset):
         part, i = self._rows[index]
         return part.stored(i)
 
+    def box(self, index: int) -> list[int] | None:
+        part, i = self._rows[index]
+        return part.box(i)
+
     @property
     def sizes(self) -> Tensor:
         """As of each part; read from the headers when first asked."""

@@ -98,9 +98,9 @@ def tile(dataset: Dataset, index: int, side: int) -> Tensor:
     """An image in a square of `side` pixels, its proportions kept: uint8 (3, h, w); a small one is enlarged by a whole
     factor, so that its pixels can be seen."""
     with dataset.stored(index) as stored:
-        if stored.format == "JPEG":
+        if stored.format == "JPEG" and dataset.box(index) is None:
             stored.draft("RGB", (side, side))
-        image = _eight_bits(dataset, stored).convert("RGB")
+        image = _eight_bits(dataset, index, stored).convert("RGB")
     factor = side // max(image.size)
     if factor > 1:
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
@@ -116,8 +116,8 @@ def _look(dataset: Dataset, index: int) -> np.void | str:
             row["mode"], row["format"] = stored.mode.encode(), (stored.format or "array").encode()
             row["bytes"] = os.path.getsize(path) if stored.format else 0
             deep = is_deep(stored)  # of a file whose pixels are not yet loaded
-            image = _eight_bits(dataset, stored)
-            values = _deep(row, stored) if deep else image
+            image = _eight_bits(dataset, index, stored)
+            values = _deep(row, stored, dataset.box(index)) if deep else image
             pixels = hashlib.md5(f"{image.mode} {image.size}".encode(), usedforsecurity=False)
             pixels.update(values.tobytes())
             row["digest"] = np.frombuffer(pixels.digest(), np.uint64)
@@ -133,10 +133,11 @@ def bare_reason(text: str, path: str) -> str:
     return text.removesuffix(REMEDY).removeprefix(f"cannot read image {path}: ")
 
 
-def _eight_bits(dataset: Dataset, stored: Image.Image) -> Image.Image:
-    """L or RGB, upright, in the original size."""
-    geometry = dataset.geometry
-    return upright(stored, partial(to_8_bit, white=geometry.white, black=geometry.black))
+def _eight_bits(dataset: Dataset, index: int, stored: Image.Image) -> Image.Image:
+    """L or RGB, upright, in the original size; of a file of which the image is a part, that part."""
+    geometry, box = dataset.geometry, dataset.box(index)
+    image = upright(stored, partial(to_8_bit, white=geometry.white, black=geometry.black))
+    return image if box is None else image.crop((box[1], box[0], box[1] + box[3], box[0] + box[2]))
 
 
 def _measure(row: np.ndarray, image: Image.Image) -> None:
@@ -163,10 +164,13 @@ def _all_equal(image: Image.Image, counts: np.ndarray) -> bool:
     return all(red.tobytes() == other.tobytes() for other in others)
 
 
-def _deep(row: np.ndarray, stored: Image.Image) -> np.ndarray:
-    """The stored values (h, w) or (h, w, 3), and into the row their sums; of what counts from white, from black."""
+def _deep(row: np.ndarray, stored: Image.Image, box: list[int] | None) -> np.ndarray:
+    """The stored values (h, w) or (h, w, 3), of a box that part, and into the row their sums; of what counts from white,
+    from black."""
     values = deep_values(stored)
     values = WHITE - values if white_is_zero(stored) else values
+    if box is not None:
+        values = np.ascontiguousarray(values[box[0] : box[0] + box[2], box[1] : box[1] + box[3]])
     flat = values.reshape(len(values) * values.shape[1], -1)  # (h * w, C)
     whole, real = np.zeros((2, 3), np.int64), np.zeros((2, 3))
     for part in np.array_split(flat, -(-len(flat) // ROWS)):

@@ -77,7 +77,7 @@ def files(splits: dict[str, Inspected]) -> Section:
             "modes": _counted(seen["mode"]),
             "formats": _counted(seen["format"]),
             "gray_stored_as_color": int((seen["gray"] & np.isin(seen["mode"], [b"RGB", b"RGBA", b"P"])).sum()),
-            "bytes": int(seen["bytes"].sum()),
+            "bytes": sum(dict(zip(split.dataset.paths, split.rows["bytes"].tolist())).values()),  # each file once
         }
         numbers[name] = about
         first = common[0]

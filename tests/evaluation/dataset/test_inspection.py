@@ -1,6 +1,7 @@
 """What is known of each image after one pass, against numpy and Pillow over the whole pixels."""
 
 import math
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +13,10 @@ from data import DATASETS
 from data import images as images_module
 from data.datasets.cifar import CIFAR10C
 from evaluation.dataset.inspection import inspect, tile
+from evaluation.dataset.overview import files
 from evaluation.dataset.quality import brightness, information, proportion, sharpness
 from evaluation.dataset.statistics import moments, statistics
+from tests.data.datasets.layouts import write_dimo
 from tests.processes import run_processes
 
 CPU = torch.device("cpu")
@@ -150,6 +153,19 @@ def test_rows_of_arrays_are_images_too(tmp_path):
     np.testing.assert_allclose(about["mean"], whole.mean(0), rtol=1e-13)
     assert set(split.rows["format"]) == {b"array"} and (split.rows["bytes"] == 0).all()
     np.testing.assert_array_equal(tile(dataset, 3, 32), pixels[13].transpose(2, 0, 1))
+
+
+def test_of_a_part_of_a_file_only_the_part_counts(tmp_path):
+    write_dimo(tmp_path)
+    dataset = DATASETS["dimo"]("train", 16, root=str(tmp_path), crop="object", test_fraction=0.0)
+    split = inspect(dataset, CPU)
+    assert len(dataset) == 36 and split.broken == {}
+    for i, row in enumerate(split.rows):
+        whole = dataset.original(i)
+        assert (row["height"], row["width"]) == whole.shape[1:] and row["sums"].tolist() == whole.sum((1, 2)).tolist()
+        assert tile(dataset, i, 16).unique().tolist() == [100 * (int(dataset.labels[i]) + 1)]
+    stored = sum(os.path.getsize(path) for path in {*dataset.paths})
+    assert files({"train": split}).numbers["train"]["bytes"] == stored
 
 
 def test_threads_change_nothing(images, tmp_path, monkeypatch):
