@@ -165,7 +165,7 @@ def _all_equal(image: Image.Image, counts: np.ndarray) -> bool:
 
 
 def _deep(row: np.ndarray, stored: Image.Image, box: list[int] | None) -> np.ndarray:
-    """The stored values (h, w) or (h, w, 3), of a box that part, and into the row their sums; of what counts from white,
+    """The stored values (h, w) or (h, w, 3), those of the box, and into the row their sums; of what counts from white,
     from black."""
     values = deep_values(stored)
     values = WHITE - values if white_is_zero(stored) else values

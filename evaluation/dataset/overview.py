@@ -104,7 +104,7 @@ def broken(splits: dict[str, Inspected]) -> Section:
     for name, split in splits.items():
         found += [(name, split.names[i], why) for i, why in sorted(split.broken.items())]
         root = split.dataset.root
-        left_out = split.dataset.unreadable.items()
+        left_out = sorted(split.dataset.unreadable.items())  # threads filled it in any order
         found += [(name, path.removeprefix(f"{root}/"), bare_reason(why, path)) for path, why in left_out]
     number = Counter(name for name, _, _ in found)
     problems = [Problem("error", f"{count(n, 'image')} of {name} cannot be read") for name, n in number.items()]
