@@ -14,7 +14,8 @@ To be tested for anomalies it gives `defects`, and `masks` if there are any, in 
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from functools import cached_property
 
@@ -26,6 +27,7 @@ from torch import Tensor
 from data.geometry import Geometry, as_geometry
 from data.images import OnError, decode, decode_mask, fitted, image_sizes, readable
 from data.masks import check_sizes, warn_of_values
+from data.opening import memory_for, opened
 from data.splits import FILE, Division, below
 from runtime.distributed import barrier, is_main
 from runtime.errors import UserError
@@ -45,6 +47,7 @@ class Dataset:
         labels, classes: int64 (N,), and the names of their values.
         sizes: int64 (N, 2), heights and widths of the original images.
         left_out: {reason: how many images of the folder are not in the set for it}.
+        unreadable: {path: reason} of those that `on_error=skip` left out.
         defects: for each image "good" or the name of its defect; None: the set has none to find.
         has_masks: whether it is known where the defects are.
         mask_paths: for each image the files of its mask, whose union it is, or None.
@@ -96,6 +99,7 @@ class Dataset:
         self.defects, self.has_masks = defects, masks is not None
         self.mask_paths = [[mask] if isinstance(mask, str) else mask for mask in masks or [None] * len(paths)]
         self.left_out: dict[str, int] = {}
+        self.unreadable: dict[str, str] = {}
         self.drop_unreadable(on_error)
         pairs = [(path, mask) for path, files in zip(self.paths, self.mask_paths) for mask in files or ()]
         check_sizes(pairs)
@@ -112,15 +116,27 @@ class Dataset:
 
     def image(self, index: int) -> Tensor:
         """uint8 (3, H, W). A set whose images are neither files nor parts of them defines this and `sizes`."""
-        return decode(self.paths[index], self.geometry, self._box(index))
+        return decode(self.paths[index], self.geometry, self.box(index))
 
     def original(self, index: int) -> Tensor:
         """The image at its own size, uint8 (3, h, w)."""
         geometry = self.geometry.whole(self.sizes[index].tolist())
-        return decode(self.paths[index], geometry, self._box(index))
+        return decode(self.paths[index], geometry, self.box(index))
 
-    def _box(self, index: int) -> list[int] | None:
+    def box(self, index: int) -> list[int] | None:
+        """Top, left, height and width of the image in its upright file; None: the whole file."""
         return None if self.boxes is None else self.boxes[index].tolist()
+
+    @contextmanager
+    def stored(self, index: int) -> Iterator[Image.Image]:
+        """The file of an image (of which `box` may be a part), not yet decoded, and memory kept for that. A set whose
+        images are no files defines this too.
+
+        Raises:
+            UserError: the file cannot be read, or what is done with the image inside fails.
+        """
+        with opened(self.paths[index]) as image, memory_for(image, self.geometry):
+            yield image
 
     def mask(self, index: int, *, original: bool = False) -> Tensor:
         """The true mask of an image: bool (H, W), or `original` (h, w) as it is stored; empty without one."""
@@ -156,7 +172,7 @@ class Dataset:
 
     def full_name(self, index: int) -> str:
         """The image's path; if it is a part of a file `<path>#<top>,<left>,<height>,<width>`."""
-        box = self._box(index)
+        box = self.box(index)
         return self.paths[index] if box is None else f"{self.paths[index]}#{','.join(map(str, box))}"
 
     @property
@@ -203,7 +219,7 @@ class Dataset:
 
     def drop_unreadable(self, on_error: OnError) -> None:
         """With `skip` decode all images now and leave out the broken ones, named in one warning."""
-        self.keep(readable(self.__getitem__, self.paths, on_error), "not readable")
+        self.keep(readable(self.__getitem__, self.paths, on_error, self.unreadable), "not readable")
 
 
 class ArrayDataset(Dataset):
@@ -237,8 +253,19 @@ class ArrayDataset(Dataset):
     def image(self, index: int) -> Tensor:
         if self.arrays is None:
             return super().image(index)
+        return fitted(self._row(index), self.geometry)
+
+    @contextmanager
+    def stored(self, index: int) -> Iterator[Image.Image]:
+        if self.arrays is None:
+            with super().stored(index) as image:
+                yield image
+        else:
+            yield self._row(index)
+
+    def _row(self, index: int) -> Image.Image:
         file, _, row = self.paths[index].rpartition("#")
-        return fitted(Image.fromarray(np.ascontiguousarray(self.arrays[file][int(row)])), self.geometry)
+        return Image.fromarray(np.ascontiguousarray(self.arrays[file][int(row)]))
 
 
 def download(fetch: Callable[[], object], root: PathText) -> None:

@@ -145,8 +145,9 @@ def _not_negative(values: np.ndarray) -> np.ndarray:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """How the file's bytes are laid out, in Pillow's words: `RGB;16B` for big-endian 16-bit colors."""
-    args = image.tile[0][3] if image.tile else ""
+    """How the file's bytes are laid out, in Pillow's words: `RGB;16B` for big-endian 16-bit colors; "" of no file."""
+    tiles = getattr(image, "tile", [])
+    args = tiles[0][3] if tiles else ""
     first = args[0] if isinstance(args, tuple) and args else args
     return first if isinstance(first, str) else ""
 

@@ -25,6 +25,10 @@ BITS, CELLS = 128, 16  # of the hash, and the side of the grid of gray cells
 MOST_BITS = 16  # that copies differ in; 9 was the most among 200 copies of NEU steel
 MOST_LEVELS = 2.5  # root mean square difference of gray cells, 0 to 255; 0.8 was the most there, 1.6 of 60 x 90 pixels
 ROWS, COLUMNS = 1024, 8192  # compared at once
+TURNS = (  # in the order of `_orientations`
+    *("upright", "flipped left to right", "rotated by 90°", "rotated by 90° and flipped"),
+    *("rotated by 180°", "flipped top to bottom", "rotated by 270°", "rotated by 270° and flipped"),
+)
 ROUNDING = 16  # above the error of a squared distance in float32, of numbers up to 4 million
 
 
@@ -86,7 +90,12 @@ def fingerprint(path: str | Path, geometry: int | Geometry) -> Print:
     Raises:
         UserError: the image cannot be read.
     """
-    gray = thumbnail(path, SIDE, geometry).astype(np.float32)
+    return print_of(thumbnail(path, SIDE, geometry))
+
+
+def print_of(gray: np.ndarray) -> Print:
+    """The same of an image that is decoded already: uint8 (SIDE, SIDE), gray and squashed."""
+    gray = gray.astype(np.float32)
     return Print(_means(gray, 8, 9), _means(gray, 9, 8), np.rint(_means(gray, 16, 16)).astype(np.uint8))
 
 
@@ -115,6 +124,14 @@ def nearest(queries: Fingerprints, others: Fingerprints | None = None) -> tuple[
             if a.any():
                 _compare(queries, others, rows[a], columns[b], close[a][:, b], position, distance)
     return position, distance
+
+
+def turned(prints: Fingerprints, i: int, others: Fingerprints, j: int) -> str:
+    """How image i became image j of the others, in words; upright where several orientations fit alike."""
+    squares = [
+        (one.double() - others.cells[j]).square().sum() for one in _orientations(prints.cells[i], prints.cells[i])
+    ]
+    return TURNS[int(torch.stack(squares).argmin())]
 
 
 def distinct(prints: Fingerprints, worth: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def decode(path: str | Path, geometry: int | Geometry, box: list[int] | None = N
     """
     geometry = as_geometry(geometry)
     with opened(path) as stored, memory_for(stored, geometry):
-        image = _upright(stored, partial(to_8_bit, white=geometry.white, black=geometry.black))
+        image = upright(stored, partial(to_8_bit, white=geometry.white, black=geometry.black))
         if box is not None:
             top, left, height, width = box
             image = image.crop((left, top, left + width, top + height))
@@ -78,7 +78,7 @@ def decode_mask(path: str | Path, geometry: int | Geometry | None) -> Tensor:
         UserError: as `decode`.
     """
     with opened(path) as stored, memory_for(stored, None if geometry is None else as_geometry(geometry)):
-        mask = _upright(stored, not_black)
+        mask = upright(stored, not_black)
         if geometry is not None:
             mask = as_geometry(geometry).apply(mask, Image.Resampling.NEAREST)
         return torch.from_numpy(np.array(mask) != 0)
@@ -94,7 +94,7 @@ def thumbnail(path: str | Path, side: int, geometry: int | Geometry) -> np.ndarr
     geometry = as_geometry(geometry)
     with opened(path) as stored, memory_for(stored):
         stored.draft("L", (side, side))
-        image = _upright(stored, partial(to_8_bit, white=geometry.white, black=geometry.black))
+        image = upright(stored, partial(to_8_bit, white=geometry.white, black=geometry.black))
         return np.asarray(image.convert("L").resize((side, side), Image.Resampling.BILINEAR))
 
 
@@ -120,8 +120,10 @@ def image_sizes(paths: list[str]) -> Tensor:
     return torch.tensor(list(in_threads(image_size, paths, "reading sizes")), dtype=torch.int64).reshape(-1, 2)
 
 
-def readable(load: Callable[[int], object], paths: list[str], on_error: OnError) -> list[int]:
-    """Positions of the images to keep.
+def readable(
+    load: Callable[[int], object], paths: list[str], on_error: OnError, reasons: dict[str, str] | None = None
+) -> list[int]:
+    """Positions of the images to keep; `reasons` is filled with {path: why it cannot be read} of the others.
 
     Args:
         load: decodes the image at a position; its `UserError` means that the image is broken. A `MemoryError` says
@@ -133,10 +135,13 @@ def readable(load: Callable[[int], object], paths: list[str], on_error: OnError)
     if on_error == "fail":
         return list(positions)
 
+    reasons = {} if reasons is None else reasons
+
     def loads(position: int) -> bool:
         try:
             load(position)
-        except UserError:
+        except UserError as error:
+            reasons[paths[position]] = str(error)
             return False
         return True
 
@@ -177,7 +182,7 @@ def _orientation(stored: Image.Image) -> int:
     return orientation if orientation in _UPRIGHT else 1
 
 
-def _upright(stored: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def upright(stored: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     """The stored image, converted and then turned as its EXIF orientation says."""
     orientation = _orientation(stored)
     image = convert(stored)

@@ -71,6 +71,25 @@ def defect_sheet(images: Tensor, kinds: dict[str, tuple[Tensor, Tensor]], title:
     return paper
 
 
+def contact_sheet(tiles: list[tuple[str, Tensor]], title: str, columns: int = 6) -> Image.Image:
+    """Captions and images uint8 (3, h, w) of any sizes in rows under a title, each caption in up to two lines."""
+    columns = max(1, min(columns, len(tiles)))
+    width = max([120, *(image.shape[2] for _, image in tiles)])
+    height = max([1, *(image.shape[1] for _, image in tiles)])
+    block, top = height + 42, 62
+    paper_width = max(2 * MARGIN + columns * (width + GAP) - GAP, 480)
+    paper = Image.new("RGB", (paper_width, top + -(-len(tiles) // columns) * block + MARGIN), PAPER)
+    pen = ImageDraw.Draw(paper)
+    write(pen, (MARGIN, 18), title, INK, 22, width=paper_width - 2 * MARGIN)
+    for number, (caption, image) in enumerate(tiles):
+        row, column = divmod(number, columns)
+        x, y = MARGIN + column * (width + GAP), top + row * block
+        paper.paste(to_pil(image), (x, y))
+        for line, text in enumerate(caption.split("\n")[:2]):
+            write(pen, (x, y + height + 3 + 16 * line), text, SOFT, 13, width=width)
+    return paper
+
+
 def _tiles(images: Tensor) -> Tensor:
     """(N, 3, H, W) uint8 -> (N, 3, TILE, TILE) uint8 on the CPU."""
     tiles = F.interpolate(images.cpu().float(), (TILE, TILE), mode="bilinear", antialias=True, align_corners=False)

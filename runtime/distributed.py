@@ -169,6 +169,14 @@ def gather_rows(x: Tensor) -> Tensor:
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts)])
 
 
+def gather_objects(x: Any) -> list:
+    """What each rank has, in rank order; small things that pickle."""
+    parts = [x] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(parts, x)
+    return parts
+
+
 @torch.no_grad()
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum of x over ranks, without gradient; x itself at world size 1."""

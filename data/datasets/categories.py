@@ -59,6 +59,7 @@ class Categories(Dataset):
         for part in parts.values():
             for why, count in part.left_out.items():
                 self.left_out[why] = self.left_out.get(why, 0) + count
+            self.unreadable |= part.unreadable
 
     def keep(self, positions: list[int], why: str) -> None:
         super().keep(positions, why)
@@ -67,6 +68,10 @@ class Categories(Dataset):
     def image(self, index: int) -> Tensor:
         _, part, i = self._rows[index]
         return part.image(i)
+
+    def stored(self, index: int):
+        _, part, i = self._rows[index]
+        return part.stored(i)
 
     def mask(self, index: int, *, original: bool = False) -> Tensor:
         _, part, i = self._rows[index]

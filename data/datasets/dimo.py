@@ -87,7 +87,8 @@ class DIMO(Dataset):
         mine, how = division.of(split), f"data.test_fraction={test_fraction}" if splits is None else splits
         _check_sides(root, classes, labels[division.of("train")], bool(mine), split, how)
         files = sorted({items.paths[i] for i in mine})
-        is_good = {files[i] for i in readable(lambda i: decode(files[i], as_geometry(size)), files, on_error)}
+        broken: dict[str, str] = {}
+        is_good = {files[i] for i in readable(lambda i: decode(files[i], as_geometry(size)), files, on_error, broken)}
         kept = [i for i in mine if items.paths[i] in is_good]
         left_out = division.left_out(split) | {"not readable": len(mine) - len(kept)}
         boxes = None
@@ -98,11 +99,8 @@ class DIMO(Dataset):
                 reasons = ", ".join(f"{count} {why}" for why, count in unseen.items() if count)
                 raise UserError(f"no part in the {split} images of {root} can be cut out: {reasons}")
         super().__init__(split, size, root, [items.paths[i] for i in kept], labels[kept], classes)
-        self.division, self.boxes, self.left_out = (
-            division,
-            boxes,
-            {why: count for why, count in left_out.items() if count},
-        )
+        self.division, self.boxes, self.unreadable = division, boxes, broken
+        self.left_out = {why: count for why, count in left_out.items() if count}
 
     @property
     def matched(self) -> str:

@@ -62,6 +62,7 @@ class Mixed(Dataset):
         self._rows = [(part, i) for part in self.parts.values() for i in range(len(part))]
         super().__init__(split, size, "", paths, torch.cat(labels), classes)
         for part in self.parts.values():
+            self.unreadable |= part.unreadable
             for why, count in part.left_out.items():
                 self.left_out[why] = self.left_out.get(why, 0) + count
         train = self if split == "train" or min_per_class <= 1 else Mixed("train", size, sets=sets, merge=merge)
@@ -81,6 +82,14 @@ class Mixed(Dataset):
     def image(self, index: int) -> Tensor:
         part, i = self._rows[index]
         return part.image(i)
+
+    def stored(self, index: int):
+        part, i = self._rows[index]
+        return part.stored(i)
+
+    def box(self, index: int) -> list[int] | None:
+        part, i = self._rows[index]
+        return part.box(i)
 
     @property
     def sizes(self) -> Tensor:

@@ -72,7 +72,7 @@ class OneAgainstAll(Dataset):
         every.drop_unreadable(on_error)
         defects = ["good" if names[label] == normal else names[label] for label in every.labels.tolist()]
         Dataset.__init__(self, every.split, every.geometry, root, every.paths, defects=defects)
-        self.boxes, self.left_out = every.boxes, every.left_out
+        self.boxes, self.left_out, self.unreadable = every.boxes, every.left_out, every.unreadable
         self.division, self.splits = every.division, every.splits
 
     @property
@@ -81,3 +81,6 @@ class OneAgainstAll(Dataset):
 
     def image(self, index: int) -> Tensor:
         return self._all.image(index)
+
+    def stored(self, index: int):
+        return self._all.stored(index)

@@ -61,8 +61,9 @@ class VesselArchive(Dataset):
         looks = list(
             in_threads(partial(_look, geometry=as_geometry(size), on_error=on_error), self.paths, "checking images")
         )
-        self._drop([look is None for look in looks], "not readable")
-        seen = [look for look in looks if look is not None]
+        self.unreadable = {path: look for path, look in zip(self.paths, looks) if isinstance(look, str)}
+        self._drop([isinstance(look, str) for look in looks], "not readable")
+        seen = [look for look in looks if not isinstance(look, str)]
         tiny = [min(look.size) < min_side for look in seen]
         self._drop(tiny, f"smaller than data.min_side={min_side}")
         if duplicates == "drop":
@@ -87,11 +88,11 @@ class _Look(NamedTuple):
     print: Print
 
 
-def _look(path: str, geometry: Geometry, on_error: OnError) -> _Look | None:
-    """What is known of an image; None: it cannot be read."""
+def _look(path: str, geometry: Geometry, on_error: OnError) -> _Look | str:
+    """What is known of an image, or why it cannot be read."""
     try:
         return _Look(image_size(path), fingerprint(path, geometry))
-    except UserError:
+    except UserError as error:
         if on_error == "fail":
             raise
-        return None
+        return str(error)

@@ -20,6 +20,7 @@ TASKS = {  # modules, of which eval.py imports only the one that runs
     "compare": "evaluation.tasks.compare",
     "defects": "evaluation.tasks.defects",
     "describe": "evaluation.tasks.describe",
+    "data": "evaluation.tasks.data",
 }
 
 
