@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Mapping
@@ -130,6 +131,16 @@ class Log:
             with self._writing():
                 self._add(key, summary.pr_curve(printable(key), labels.numpy(), predictions.numpy()), 0)
 
+    def embedding(self, key: str, points: Tensor, columns: dict[str, list[str]], images: Tensor) -> None:
+        """TensorBoard's projector: points (N, D), of each a text in every column, and an image uint8 (N, 3, s, s)."""
+        if self.writer:
+            header = list(columns)
+            rows = [[_one_cell(text) for text in row] for row in zip(*columns.values())]
+            about = {"metadata": rows, "metadata_header": header, "label_img": images.float() / 255, "tag": key}
+            with self._writing():
+                shutil.rmtree(self.folder / "00000" / key, ignore_errors=True)  # of a run before, else torch prints
+                self.writer.add_embedding(points.float(), **about)
+
     def say(self, line: str) -> None:
         """A line for the person at the terminal, on stderr: stdout's last line is the results."""
         if self.writer:
@@ -217,6 +228,11 @@ def _without_nan(value):
     if isinstance(value, list | tuple):
         return [_without_nan(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _one_cell(text: str) -> str:
+    """A cell of a TSV file, which has no way to quote."""
+    return " ".join(printable(text).split()) or "-"
 
 
 def _is_number(value) -> bool:
