@@ -116,8 +116,8 @@ def test_p_of_the_classifier_holds_what_it_promises():
     """Under random splits p <= 0.1 comes in at most about a tenth of the cases, with few images and many dimensions."""
     generator, low = np.random.default_rng(0), 0
     for trial in range(12):
-        x = torch.from_numpy(generator.normal(size=(30, 40)))
-        low += two_sample_test(x[:18], x[18:], seed=trial)["p"] <= 0.1
+        x = torch.from_numpy(generator.normal(size=(80, 60)))
+        low += two_sample_test(x[:50], x[50:], seed=trial)["p"] <= 0.1
     assert low <= 4  # binomial(12, 0.1) is above with probability 0.004
 
 
