@@ -162,7 +162,7 @@ def outliers(splits: dict[str, Inspected], measured: dict[str, Measured]) -> Sec
                 stand = f"{count(beyond, 'image')} {'is' if beyond == 1 else 'are'} unlike the others by {title}"
                 section.problems.append(Problem("warning", f"{name}: {stand}, first {worst[0]['image']}"))
             tiles = [
-                (f"{line['score']:.1f}: {line['image']}", tile(inspected.dataset, position, TILE))
+                (f"{line['image']}\n{line['score']:.1f}", tile(inspected.dataset, position, TILE))
                 for position, line in zip(at[:SHOWN], worst)
             ]
             note = f"worst first, with their score; {beyond:,} of {len(scores):,} images are above {FENCE}"

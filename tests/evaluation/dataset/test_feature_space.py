@@ -97,7 +97,7 @@ def test_outliers_stand_worst_first_with_path_and_image(splits):
     assert numbers["neighbors"][1] == {"image": "train/class0/zz\n\ttop.png", "class": "class0", "score": 7.5}
     gallery = next(part for part in section.parts if isinstance(part, Gallery))
     caption, pixels = gallery.tiles[1]
-    assert caption == "7.5: train/class0/zz\n\ttop.png" and pixels.shape == (3, 40, 160) and not pixels.any()
+    assert caption == "train/class0/zz\n\ttop.png\n7.5" and pixels.shape == (3, 40, 160) and not pixels.any()
     assert [problem.text for problem in section.problems] == [
         f"train: 2 images are unlike the others by nearest neighbors, first {numbers['neighbors'][0]['image']}"
     ]
