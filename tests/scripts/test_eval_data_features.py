@@ -68,6 +68,7 @@ def test_a_drift_of_the_test_images_is_a_headline(images, tmp_path, capsys):
     assert "mutual" not in results["outliers"]["train"] and "neighbors" in results["outliers"]["train"]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(images, tmp_path):
     words = [
         "eval.py",
@@ -91,6 +92,7 @@ def test_two_processes_give_the_numbers_of_one(images, tmp_path):
     assert tables[0] == tables[1]
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_a_run_has_the_backbone_and_the_data(tmp_path, capsys):
     root = write_classes(tmp_path / "images")
     small = [
