@@ -145,8 +145,8 @@ def image_scores(batch: list[Tensor], references: list[Tensor], excluded: Tensor
 def window_means(maps: Tensor, window: int) -> Tensor:
     """MuSc's patches ("LNAMD"): maps (B, C, h, w) -> L2-normalized (B, h w, C).
 
-    The whole map is normalized to mean 0 and variance 1, then averaged over window x window patches; zeros beyond the
-    border count, as in the official code.
+    The whole map is normalized to mean 0 and variance 1, then averaged over window x window patches; whether
+    zeros beyond the border count makes no difference, since only directions are kept.
     """
     means = F.avg_pool2d(F.layer_norm(maps, maps.shape[1:]), window, stride=1, padding=window // 2)
     return F.normalize(means.flatten(2).transpose(1, 2), dim=2)  # (B, h w, C)
