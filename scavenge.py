@@ -32,7 +32,7 @@ from torch import Tensor
 
 from data import DataConfig, Geometry, build_geometry
 from data.images import fitted
-from data.normalize import normalize
+from data.normalize import normalization_of, normalize
 from evaluation.anomaly.prediction import (
     LoadedImage,
     Precision,
@@ -78,7 +78,8 @@ class LoadedBackbone:
     def _batches(self, images: Images) -> Iterator[Tensor]:
         loaded = load(images, self.geometry, self.batch_size)
         while batch := list(islice(loaded, self.batch_size)):
-            yield normalize(torch.stack([item.image for item in batch]).to(self.device))  # (B, 3, H, W)
+            pixels = torch.stack([item.image for item in batch]).to(self.device)  # (B, 3, H, W)
+            yield normalize(pixels, normalization_of(self.network))
 
 
 @dataclass(repr=False, eq=False)
