@@ -11,8 +11,9 @@ from models.backbones.drop_path import DropPath
 from models.weights.load import load_weights
 from tests.models import official_networks as official
 
-# Parameters and 10^9 multiply-adds at the size: torchvision's `num_params` and `_ops` at its weights' size; the Lites'
-# of the release (tensorflow/tpu, models/official/efficientnet/lite), parameters of timm 1.0.31
+# Parameters and 10^9 multiply-adds at the size: torchvision's `num_params` and `_ops` at its weights' size. Lite's are
+# those of the release (tensorflow/tpu, models/official/efficientnet/lite), whose profiler counts 5 % more than the
+# convolutions; timm 1.0.31 has as many parameters, and B0 has 0.6 million multiply-adds in squeeze and excitation
 PUBLISHED = {
     "efficientnet_b0": (5_288_548, 0.386, 224),
     "efficientnet_b1": (7_794_184, 0.687, 240),
@@ -39,7 +40,9 @@ def test_published_parameters_and_operations(name):
         with FlopCounterMode(display=False) as counter:
             net(torch.zeros(1, 3, size, size))
     assert sum(p.numel() for p in net.parameters()) == parameters
-    assert counter.get_total_flops() / 2e9 == pytest.approx(gigas, rel=0.01 if "lite" in name else 0.002)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(gigas, rel=0.06 if "lite" in name else 0.002)
+    if name == "efficientnet_lite0":
+        assert counter.get_total_flops() / 2e9 == pytest.approx(PUBLISHED["efficientnet_b0"][1] - 0.0006, abs=5e-4)
     assert net.stage_channels == STAGES.get(name, net.stage_channels)
     assert normalization_of(net) == (HALF if "lite" in name else IMAGENET)
 
