@@ -11,9 +11,9 @@ from models.backbones.drop_path import DropPath
 from models.weights.load import load_weights
 from tests.models import official_networks as official
 
-# Parameters and 10^9 multiply-adds at the size: torchvision's `num_params` and `_ops` at its weights' size. Lite's are
-# those of the release (tensorflow/tpu, models/official/efficientnet/lite), whose profiler counts 5 % more than the
-# convolutions; timm 1.0.31 has as many parameters, and B0 has 0.6 million multiply-adds in squeeze and excitation
+# Parameters and 10^9 multiply-adds at the size: torchvision's `num_params` and `_ops` at its weights' size. Lite's
+# multiply-adds are those of the release (tensorflow/tpu, models/official/efficientnet/lite/README.md), 5 % above what is
+# counted here, for a reason that is not known. Without squeeze and excitation B0 has 0.6 million fewer, as Lite0 has here
 PUBLISHED = {
     "efficientnet_b0": (5_288_548, 0.386, 224),
     "efficientnet_b1": (7_794_184, 0.687, 240),
