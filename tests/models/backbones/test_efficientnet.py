@@ -12,8 +12,9 @@ from models.weights.load import load_weights
 from tests.models import official_networks as official
 
 # Parameters and 10^9 multiply-adds at the size: torchvision's `num_params` and `_ops` at its weights' size. Lite's
-# multiply-adds are those of the release (tensorflow/tpu, models/official/efficientnet/lite/README.md), 5 % above what is
-# counted here, for a reason that is not known. Without squeeze and excitation B0 has 0.6 million fewer, as Lite0 has here
+# multiply-adds are those of the release (tensorflow/tpu, models/official/efficientnet/lite/README.md), 5 % above what
+# is counted here, for a reason that is not known. Lite0 has here what B0 has without squeeze and excitation, which
+# is 0.6 million
 PUBLISHED = {
     "efficientnet_b0": (5_288_548, 0.386, 224),
     "efficientnet_b1": (7_794_184, 0.687, 240),
