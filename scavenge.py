@@ -34,7 +34,7 @@ from torch import Tensor
 
 from data import DataConfig, Geometry, build_geometry
 from data.images import fitted
-from data.normalize import normalize
+from data.normalize import normalization_of, normalize
 from evaluation.anomaly.prediction import (
     LoadedImage,
     Precision,
@@ -82,7 +82,8 @@ class LoadedBackbone:
     def _batches(self, images: Images) -> Iterator[Tensor]:
         loaded = load(images, self.geometry, self.batch_size)
         while batch := list(islice(loaded, self.batch_size)):
-            yield normalize(torch.stack([item.image for item in batch]).to(self.device))  # (B, 3, H, W)
+            pixels = torch.stack([item.image for item in batch]).to(self.device)  # (B, 3, H, W)
+            yield normalize(pixels, normalization_of(self.network))
 
 
 @dataclass(repr=False, eq=False)
@@ -126,8 +127,9 @@ class LoadedClassifier:
         """Of N images and C classes: float32 (N, C)."""
         loaded, found = load(images, self.geometry, self.batch_size), []
         while batch := list(islice(loaded, self.batch_size)):
-            pixels = normalize(torch.stack([item.image for item in batch]).to(self.device))  # (B, 3, H, W)
-            found.append(probabilities(self.network(pixels), self.loss).cpu())
+            pixels = torch.stack([item.image for item in batch]).to(self.device)  # (B, 3, H, W)
+            logits = self.network(normalize(pixels, self.network.normalization))  # (B, C)
+            found.append(probabilities(logits, self.loss).cpu())
         return torch.cat(found)
 
 

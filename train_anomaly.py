@@ -165,7 +165,7 @@ def fit(cfg: Config, run: Run, data: "Data", detector: Detector, old: dict | Non
                 run.log.say(update_memory(detector, old, data.names["names"], data.learned))
             else:
                 source = data.learned if detector.fitted_on == "train" else data.tested
-                detector.fit(batches_of(source, "features"), len(source.indices))
+                detector.fit(batches_of(source, "features", detector.normalization), len(source.indices))
     except UserError as error:
         if not (detector.by_gradient and run.total):
             raise

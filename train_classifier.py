@@ -23,12 +23,12 @@ from torchvision.transforms.functional import pil_to_tensor
 from data import AugmentConfig, DataConfig, build_augment, build_dataset, settled, what_is_used
 from data.augment.mixing import Mix, MixConfig
 from data.loading import Loader
-from data.normalize import normalize, unnormalize
+from data.normalize import Normalization, normalize, unnormalize
 from data.splits import holdout, write_splits
 from evaluation.classification import classification_report, confusion_matrix
 from evaluation.features import extract
 from losses.supervised import LOSSES, LossConfig, soft_targets
-from models.backbones.build import BackboneConfig
+from models.backbones.build import BackboneConfig, normalization_from
 from models.classifier import Classifier, HeadConfig, build_classifier
 from plots.confusion import confusion_image
 from plots.heatmaps import save
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> None:
 
         done = step + 1
         if step == 0:
-            log_views(run, images, views)
+            log_views(run, images, views, model.normalization)
         if done % epoch_steps == 0 and data.validation is not None:
             state["metrics"] = validate(run, data, model, autocast, done)
             last_stage = cfg.unfreeze.is_last(epoch, layers.count)
@@ -193,7 +193,8 @@ def prepare_data(cfg: Config, run: Run) -> Data:
     elif len(held_out):
         validation = Loader(train_set, micro_batch, run.device, indices=held_out, **load)
     sizes = train_set.sizes if cfg.data.fit == "squash" else None  # of originals, which only then are whole
-    augment, mix = build_augment(cfg.augment, cfg.seed, sizes), Mix(cfg.mix, cfg.seed) if cfg.mix else None
+    augment = build_augment(cfg.augment, cfg.seed, sizes, normalization_from(cfg.backbone))
+    mix = Mix(cfg.mix, cfg.seed) if cfg.mix else None
     if len(augment.views) != 1:
         raise errors.UserError(
             f"a classifier sees one view of an image, and augment={cfg.augment.name} makes {len(augment.views)}: "
@@ -221,7 +222,7 @@ def build_networks(cfg: Config, run: Run, data: Data) -> tuple[Classifier, str]:
     with naming(sizes), batch_norm_needs_more(cfg.batch_size), no_trace(model, run.device, training=True), autocast():
         model(view)
     with naming({"data.size": tuple(image.shape[1:])}), no_trace(model, run.device, training=False), autocast():
-        model(normalize(image[None]))
+        model(normalize(image[None], model.normalization))
     return model, weights
 
 
@@ -242,9 +243,9 @@ def introduce(cfg: Config, run: Run, data: Data, model: Classifier, weights: str
         run.log.say(line)
 
 
-def log_views(run: Run, images: Tensor, views: Tensor) -> None:
+def log_views(run: Run, images: Tensor, views: Tensor, normalization: Normalization) -> None:
     """Write the first eight images of a batch, and what the network sees of them, to TensorBoard."""
-    for name, sheet in view_sheets(images[:8], [unnormalize(views[:8])]).items():
+    for name, sheet in view_sheets(images[:8], [unnormalize(views[:8], normalization)]).items():
         run.log.image(f"views/{name}", pil_to_tensor(sheet))
 
 

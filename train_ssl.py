@@ -34,11 +34,11 @@ from data.augment.spd_views import SpotTheDifference
 from data.augment.view_detail import blur_note
 from data.defects import DEFECTS
 from data.loading import Loader
-from data.normalize import unnormalize
+from data.normalize import Normalization, unnormalize
 from data.splits import holdout, write_splits
 from evaluation.collapse import collapse_warning, constant_warning, embedding_health
 from evaluation.knn import few_neighbors, knn_metrics
-from models.backbones.build import BackboneConfig, build_backbone, refuse_classifier
+from models.backbones.build import BackboneConfig, build_backbone, normalization_from, refuse_classifier
 from models.backbones.split_batch_norm import SplitBatchNorm2d
 from models.ssl import SSL_METHODS, MethodConfig
 from models.ssl.first_step import rehearse
@@ -154,7 +154,7 @@ def main(argv: list[str]) -> None:
 
         done = step + 1
         if step == 0:
-            log_views(run, views, micro_batches[0])
+            log_views(run, views, micro_batches[0], normalization_from(cfg.backbone))
         eval_due, save_due = (run.due(done, n) for n in (cfg.eval_every * epoch_steps, cfg.save.every))
         log_due, stops = save_due or run.due(done, cfg.log_every), run.stops(done)
         if log_due or eval_due or stops:
@@ -225,7 +225,7 @@ def prepare_data(cfg: Config, run: Run) -> Data:
     loader = Loader(train_set, micro_batch, run.device, indices=train_ids, **order, **load)
     if len(loader) < cfg.accumulate:
         raise errors.UserError(f"accumulate={cfg.accumulate} is more than the {len(loader)} batches of an epoch")
-    augment = build_augment(cfg.augment, cfg.seed, train_set.sizes)
+    augment = build_augment(cfg.augment, cfg.seed, train_set.sizes, normalization_from(cfg.backbone))
     few = few_neighbors(len(train_ids)) if len(held_out) else None
     notes = [what_is_used(train_set, len(train_ids), unused), few]
     notes += [blur_note(augment, train_set.geometry, train_set.sizes)]
@@ -296,10 +296,13 @@ def introduce(cfg: Config, run: Run, data: Data, method: SSLMethod, notes: dict)
         run.log.warn_now(run.start, warning)
 
 
-def log_views(run: Run, views: Callable[..., list[Tensor]], batch: tuple[Tensor, ...]) -> None:
+def log_views(
+    run: Run, views: Callable[..., list[Tensor]], batch: tuple[Tensor, ...], normalization: Normalization
+) -> None:
     """Write the views of a batch's first eight images to TensorBoard."""
     images, _, ids = (part[:8] for part in batch)
-    for name, sheet in view_sheets(images, [unnormalize(view) for view in views(images, ids)]).items():
+    made = [unnormalize(view, normalization) for view in views(images, ids)]
+    for name, sheet in view_sheets(images, made).items():
         run.log.image(f"views/{name}", pil_to_tensor(sheet))
 
 

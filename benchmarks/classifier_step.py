@@ -36,8 +36,9 @@ def steps_of(cfg: train_classifier.Config, device: torch.device, count: int) -> 
     batch, side = cfg.batch_size, cfg.data.size[0]
     images = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8, device=device)
     labels, ids = torch.arange(batch, device=device) % CLASSES, torch.arange(batch)
-    augment, mix = build_augment(cfg.augment, cfg.seed, None), cfg.mix and Mix(cfg.mix, cfg.seed)
     model, _ = build_classifier(cfg.backbone, cfg.head, CLASSES)
+    augment = build_augment(cfg.augment, cfg.seed, None, model.normalization)
+    mix = cfg.mix and Mix(cfg.mix, cfg.seed)
     model.to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(cfg.optim, model)
     Layers(model, model.backbone).train(count)

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
         rest = torch.tensor(sorted({*range(len(train_set))} - {*held.tolist()}))
         detector = DETECTORS[cfg.detector.name](backbone, **cfg.detector.options)
         learn, ask = (Loader(train_set, cfg.batch_size, "cpu", indices=i) for i in (rest, held))
-        detector.fit(batches_of(learn, "features"), len(rest))
+        detector.fit(batches_of(learn, "features", detector.normalization), len(rest))
         left, new = examine_set(detector, learn, "left out", leave_out=True), examine_set(detector, ask, "held out")
         for rate in RATES:
             alarms[rate] += int((new.scores > normal_threshold(left.scores, false_alarm_rate=rate)).sum())

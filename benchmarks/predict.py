@@ -56,14 +56,15 @@ def fitted(backbone: str, size: int, device: torch.device) -> tuple[Detector, di
     detector.to(device, memory_format=torch.channels_last)
     n = -(-PATCHES // (size // 8) ** 2)
     numbers = torch.arange(n, device=device)
-    images = [normalize(drawn(size, size, i)[None]).to(device) for i in range(n)]
+    images = [normalize(drawn(size, size, i)[None], detector.normalization).to(device) for i in range(n)]
     detector.fit([Batch(image, None, number[None]) for image, number in zip(images, numbers)], n)
     return detector, {name: config.as_dict(part) for name, part in parts.items()}
 
 
 def examine_seconds(detector: Detector, size: int, batch: int, turns: int, device: torch.device, dtype) -> float:
     """Seconds an image, of the fastest turn."""
-    images = normalize(torch.stack([drawn(size, size, 1000 + i) for i in range(batch)])).to(device)
+    pixels = torch.stack([drawn(size, size, 1000 + i) for i in range(batch)])  # (B, 3, S, S)
+    images = normalize(pixels, detector.normalization).to(device)
     seconds = []
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for _ in range(turns + 1):  # the first warms up

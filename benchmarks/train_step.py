@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import train_ssl
 from benchmarks.machine import processor
 from data import build_augment
-from models.backbones.build import build_backbone
+from models.backbones.build import build_backbone, normalization_from
 from models.ssl import SSL_METHODS
 from models.ssl.gradient import backward
 from runtime import config, distributed
@@ -65,7 +65,8 @@ def train_step(cfg: train_ssl.Config, device: torch.device) -> Step:
     batch, side = cfg.batch_size, cfg.data.size[0]
     images = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8, device=device)
     labels, ids = torch.arange(batch, device=device) % CLASSES, torch.arange(batch)
-    augment = train_ssl.with_defects(cfg, build_augment(cfg.augment, cfg.seed, torch.full((batch, 2), side)))
+    about = torch.full((batch, 2), side), normalization_from(cfg.backbone)
+    augment = train_ssl.with_defects(cfg, build_augment(cfg.augment, cfg.seed, *about))
     method = SSL_METHODS[cfg.method.name](build_backbone(cfg.backbone)[0], **cfg.method.options)
     method.to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(cfg.optim, method)

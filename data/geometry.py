@@ -26,7 +26,8 @@ Resample = Literal["bilinear", "bicubic", "lanczos"]
 # A resized image of more pixels, and of far more than the crop, is not made whole: of 2 x 40000 pixels that took 6 GB.
 # Pillow rounds a part's edges to 24 bits, so levels may differ by rounding; all others are torchvision's bit for bit.
 LONG = 2**22
-FILL = tuple(round(255 * channel) for channel in MEAN)  # normalized it is about 0, with which convolutions pad
+# Normalized it is about 0, with which convolutions pad: 0.01 at most with ImageNet's numbers, -0.2 to 0 with others'
+FILL = tuple(round(255 * channel) for channel in MEAN)
 GRAY = Image.new("RGB", (1, 1), FILL).convert("L").getpixel((0, 0))
 
 

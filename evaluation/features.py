@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.loading import Loader
-from data.normalize import normalize
+from data.normalize import normalization_of, normalize
 from runtime import checkpoint
 from runtime.distributed import gather_rows, is_main
 from runtime.errors import UserError
@@ -48,12 +48,12 @@ def extract(backbone: nn.Module, loader: Loader, *, progress: str = "") -> tuple
         ValueError: the loader gave an image twice.
     """
     modes = {module: module.training for module in backbone.modules()}
-    features, labels, indices = [], [], []
+    features, labels, indices, normalization = [], [], [], normalization_of(backbone)
     backbone.eval()
     bar = {"desc": progress, "unit": "batch", "leave": False, "disable": not (progress and is_main())}
     try:
         for images, *_, label, index in tqdm(loader.epoch(0), total=len(loader), **bar):
-            features.append(backbone(normalize(images)).float())  # (B, D)
+            features.append(backbone(normalize(images, normalization)).float())  # (B, D)
             labels.append(label)
             indices.append(index.to(label.device))
     finally:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from data.augment.views import Augment, View
 from data.loading import Loader
+from data.normalize import normalization_of
 from evaluation.linear_probe import MOMENTUM, with_one
 from models.backbones.vit import ViT
 from runtime import distributed
@@ -83,7 +84,7 @@ class Probed(nn.Module):
 
     def __init__(self, backbone: nn.Module, protocol: Protocol):
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.normalization = backbone, normalization_of(backbone)
         self.features = tokens_of(backbone) if protocol.tokens and isinstance(backbone, ViT) else backbone
 
     def forward(self, images: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ def train_classifier(
         log: is called with the epoch (1, 2, ...), its mean loss and its last learning rate.
     """
     backbone.eval()
-    augment = Augment([view], seed, loader.dataset.sizes)
+    augment = Augment([view], seed, loader.dataset.sizes, normalization=normalization_of(backbone))
     n_images, together = len(loader.indices), loader.batch_size * distributed.world_size()
     epoch_steps = math.ceil(n_images / together)
     weight = velocity = None

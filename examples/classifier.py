@@ -18,6 +18,7 @@ from data.augment.recipes import crop
 from data.augment.views import Augment
 from data.datasets.folder import ClassFolder
 from data.loading import Loader
+from data.normalize import normalization_of
 from evaluation.features import extract
 from losses.supervised import cross_entropy, soft_targets
 from models.backbones.resnet import ResNet18
@@ -44,7 +45,7 @@ def train(
     # Data: uint8 images, and views that are made of them on the device
     images, tested = (ClassFolder(split, size, root=root) for split in ("train", "test"))
     loader = Loader(images, batch_size, device, shuffle=True, drop_last=True, seed=seed)
-    augment = Augment(crop(size=size, scale=(0.5, 1.0)), seed, images.sizes)
+    augment = Augment(crop(size=size, scale=(0.5, 1.0)), seed, images.sizes, normalization=normalization_of(ResNet18))
 
     # Networks: the classifier is new
     torch.manual_seed(seed)

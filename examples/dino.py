@@ -16,6 +16,7 @@ from data.augment.recipes import dino
 from data.augment.views import Augment
 from data.datasets.folder import ClassFolder
 from data.loading import Loader
+from data.normalize import normalization_of
 from losses.dino import DINOLoss
 from models.backbones.resnet import ResNet18
 from models.heads import DINOHead
@@ -49,7 +50,7 @@ def train(
     loader = Loader(images, batch_size, device, shuffle=True, drop_last=True, seed=seed)
     sizes = {"size": crop, "local_size": local_crop, "local_crops": 2, "interpolation": "bilinear"}
     recipe = dino(**sizes, global_scale=(0.25, 1.0), local_scale=(0.05, 0.4), blur=False)
-    augment = Augment(recipe, seed, images.sizes)
+    augment = Augment(recipe, seed, images.sizes, normalization=normalization_of(ResNet18))
 
     # Networks: the heads are thrown away after pretraining
     torch.manual_seed(seed)

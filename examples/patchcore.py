@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from data.image_files import find_images
 from data.images import decode
-from data.normalize import normalize
+from data.normalize import normalization_of, normalize
 from models.anomaly.maps import render
 from models.backbones.resnet import ResNet18
 from models.weights.load import load_weights
@@ -39,7 +39,8 @@ def patches_of(backbone: nn.Module, images: Tensor) -> Tensor:
     """Images uint8 (N, 3, S, S) -> the local means of stages 2 and 3 side by side, (N, h, w, D)."""
     found = []
     for batch in images.split(BATCH):
-        stages = backbone.forward_stages(normalize(batch), last=3)[1:]  # 2 x (B, C_i, h_i, w_i)
+        pixels = normalize(batch, normalization_of(backbone))
+        stages = backbone.forward_stages(pixels, last=3)[1:]  # 2 x (B, C_i, h_i, w_i)
         means = [F.avg_pool2d(stage, 3, stride=1, padding=1) for stage in stages]
         size = means[0].shape[-2:]
         aligned = [F.interpolate(mean, size, mode="bilinear", align_corners=False) for mean in means]

@@ -17,6 +17,7 @@ from data.augment.recipes import simclr
 from data.augment.views import Augment
 from data.datasets.folder import ClassFolder
 from data.loading import Loader
+from data.normalize import normalization_of
 from losses.nt_xent import nt_xent
 from models.backbones.resnet import ResNet18
 from models.heads import mlp
@@ -44,7 +45,7 @@ def train(
     images = ClassFolder("train", size, root=root)
     loader = Loader(images, batch_size, device, shuffle=True, drop_last=True, seed=seed)
     recipe = simclr(size=crop, scale=(0.2, 1.0), strength=0.5, blur_p=0.0, interpolation="bilinear")
-    augment = Augment(recipe, seed, images.sizes)
+    augment = Augment(recipe, seed, images.sizes, normalization=normalization_of(ResNet18))
 
     # Networks: the head is thrown away after pretraining
     torch.manual_seed(seed)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from data.normalize import normalization_of
 from models.backbones.build import BackboneConfig, build_backbone
 from models.heads import mlp
 from runtime import checkpoint, config
@@ -52,7 +53,7 @@ class Classifier(nn.Module):
 
     def __init__(self, backbone: nn.Module, head: nn.Module):
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone, self.head, self.normalization = backbone, head, normalization_of(backbone)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.backbone(x))

@@ -44,7 +44,7 @@ FURTHER = {  # what makes a config small beyond that
     "configs/simplenet_mvtec.yaml": ["backbone=resnet18", "epochs=1", "detector.width=16", "detector.hidden=16"],
 }
 # A new row's tests are named after it; these files have tests of whole tables beside them
-NEW = "swav or simplenet or efficientnet"
+NEW = "swav or simplenet or mnasnet"
 TABLES = "test_random_numbers or test_every_option_has_its_line or shares_is_the_same_network or knows_no"
 
 
@@ -192,9 +192,9 @@ def test_a_table_is_what_it_names(copy, place, monkeypatch):
         table("train", 24, root=f"{place}/classes", table="other.csv")
 
 
-def test_efficientnet_is_torchvisions(copy, monkeypatch):
-    ours = module_of(copy, "models/backbones/efficientnet.py", monkeypatch).EfficientNetB0(num_classes=10)
-    theirs = torchvision.models.efficientnet_b0(num_classes=10)
+def test_mnasnet_is_torchvisions(copy, monkeypatch):
+    ours = module_of(copy, "models/backbones/mnasnet.py", monkeypatch).MNASNet(num_classes=10)
+    theirs = torchvision.models.mnasnet1_0(num_classes=10)
     for module in theirs.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.normal_(module.running_mean, std=0.1)

@@ -21,6 +21,7 @@ import train_ssl
 from data import build_augment
 from data.demo.generate import generate
 from evaluation.tasks import knn
+from models.backbones.build import normalization_from
 from models.ssl import SSL_METHODS
 from runtime import config
 from runtime.errors import UserError
@@ -282,7 +283,7 @@ def parts_are_no_longer_than_the_run(cfg) -> None:
 
 def pretraining_gets_its_views(cfg: train_ssl.Config) -> None:
     side = cfg.data.size[0]
-    augment = build_augment(cfg.augment, 0, torch.full((2, 2), side))
+    augment = build_augment(cfg.augment, 0, torch.full((2, 2), side), normalization_from(cfg.backbone))
     views = augment(torch.zeros(2, 3, side, side, dtype=torch.uint8), torch.arange(2), 0)
     least, most, _ = SSL_METHODS[cfg.method.name].takes
     assert least <= len(views) + (cfg.defect is not None) <= most

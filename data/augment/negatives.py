@@ -40,9 +40,10 @@ class DefectiveView:
     def __call__(self, images: Tensor, sample_ids: Tensor, epoch: int) -> list[Tensor]:
         """images (B, 3, H, W) uint8, sample_ids (B,) int64 on the CPU -> [(B, 3, h, w) float32 for each view]."""
         *views, last = self.augment(images, sample_ids, epoch)
-        last = unnormalize(last).mul_(255).round_().to(torch.uint8)  # (B, 3, h, w), as defects take them
+        normalization = self.augment.normalization
+        last = unnormalize(last, normalization).mul_(255).round_().to(torch.uint8)  # (B, 3, h, w), as defects take them
         defective, _ = self.defect(last, sample_ids, epoch, seed=self.augment.seed)
-        return [*views, normalize(last), normalize(defective)]
+        return [*views, normalize(last, normalization), normalize(defective, normalization)]
 
 
 def require_views(augment: Callable[..., list[Tensor]]) -> Augment:

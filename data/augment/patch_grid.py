@@ -16,7 +16,7 @@ from torch import Tensor
 from data.augment import resample
 from data.augment.random_numbers import KINDS, stream, uniform, whole
 from data.augment.views import View, in_pieces, on_rows
-from data.normalize import STD, standardize_
+from data.normalize import IMAGENET, Normalization, standardize_
 from runtime.errors import UserError
 from runtime.memory import send
 from runtime.values import PixelsOrZero, Range, UnitInterval
@@ -40,8 +40,8 @@ class PatchGrid:
     - "project": v - a (a . v) / (a . a) of every color v, with a = (-1, 2, -1), from green to magenta;
     - "none".
 
-    At last each channel's mean over the patch is subtracted, and it is divided by ImageNet's standard deviation. All
-    draws are functions of (seed, epoch, cell, sample id).
+    At last each channel's mean over the patch is subtracted, and it is divided by the standard deviation of
+    `normalization`. All draws are functions of (seed, epoch, cell, sample id).
 
     The author's later code (cdoersch/deepcontext, train.py), from which the share and sizes of the shrunk patches are,
     drops with uniform noise and scales each patch to one variance; this is the paper's.
@@ -51,6 +51,7 @@ class PatchGrid:
     """
 
     seed: int
+    normalization: Normalization = IMAGENET
     _: KW_ONLY
     size: Annotated[int, Range(above=LEAST, most=2**16)] = 96  # side of a patch in pixels
     gap: PixelsOrZero | None = None  # pixels between the cells; none: size // 2, as in the paper
@@ -87,7 +88,7 @@ class PatchGrid:
         elif self.color == "project":
             patches = without_green_magenta(patches)
         patches -= mean(patches)
-        return list(standardize_(patches, (0.0, 0.0, 0.0), STD).unflatten(0, (CELLS, len(images))))
+        return list(standardize_(patches, (0.0, 0.0, 0.0), self.normalization.std).unflatten(0, (CELLS, len(images))))
 
     @property
     def _stride(self) -> int:

@@ -3,7 +3,7 @@
     views = RECIPES["dino"](local_crops=6)  # what `Augment` takes; `build_augment` makes either kind of row ready
 
 Defaults are ImageNet's, at 224 pixels unless the docstring says otherwise; it gives CIFAR-10's, too. Mean and standard
-deviation are ImageNet's for every set, but `patches` takes each patch's own mean. `flip_p=0` keeps left and right
+deviation are the backbone's for every set, but `patches` takes each patch's own mean. `flip_p=0` keeps left and right
 apart, for images in which they differ. The blur of all recipes but `simclr` is PIL's in most official code, three box
 blurs whose extent follows sigma; here it is the Gaussian itself out to 4 times the largest sigma (17 taps), or as far
 as a small view allows.
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from data.augment.patch_grid import PatchGrid
 from data.augment.views import Augment, View
+from data.normalize import Normalization
 from runtime.schema import choice
 from runtime.values import Few, FewOrZero, Pixels, Range, RisingShares, UnitInterval
 
@@ -240,13 +241,15 @@ class AugmentConfig:
     options: dict = field(default_factory=dict)
 
 
-def build_augment(config: AugmentConfig, seed: int, sizes: Tensor | None) -> Augment | PatchGrid:
+def build_augment(
+    config: AugmentConfig, seed: int, sizes: Tensor | None, normalization: Normalization
+) -> Augment | PatchGrid:
     """What makes the views of an `augment` section, ready to call: `views = augment(images, sample_ids, epoch)`.
 
     `augment.views` describes them, each with its `size`. sizes (N, 2): heights and widths of the original images;
-    None: crops are drawn in the stored ones.
+    None: crops are drawn in the stored ones. normalization: of the backbone that gets the views.
     """
     recipe = RECIPES[config.name]
     if recipe is PatchGrid:
-        return PatchGrid(seed, **config.options)
-    return Augment(recipe(**config.options), seed, sizes)
+        return PatchGrid(seed, normalization, **config.options)
+    return Augment(recipe(**config.options), seed, sizes, normalization=normalization)

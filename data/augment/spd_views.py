@@ -44,4 +44,5 @@ class SpotTheDifference(DefectiveView):
         augment = require_views(augment)
         first = augment.views[0]
         more = [View(first.size, interpolation=first.interpolation), weak(first)]
-        super().__init__(Augment([*augment.views, *more], augment.seed, augment.sizes), defect)
+        own = {"sizes": augment.sizes, "normalization": augment.normalization}
+        super().__init__(Augment([*augment.views, *more], augment.seed, **own), defect)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.augment import color, resample
 from data.augment.random_numbers import uniform
-from data.normalize import MEAN, STD, standardize_
+from data.normalize import IMAGENET, Normalization, standardize_
 from runtime.errors import UserError, cut
 from runtime.memory import send
 
@@ -91,6 +91,7 @@ class Augment:
 
     sizes (N, 2) int64: heights and widths of the original images, by sample id. Crops are drawn in the original's
     geometry, though the stored image is squashed to H x W; None takes the stored size for the original's.
+    `normalization` is that of the backbone which gets the views.
 
     All draws are functions of (seed, epoch, view, sample id), so an image's views do not depend on its batch: bit for
     bit on the CPU for views of 12 pixels or more. MKL rounds products of smaller matrices by their address, and CUDA
@@ -103,10 +104,9 @@ class Augment:
         seed: int,
         sizes: Tensor | None = None,
         *,
-        mean: tuple[float, float, float] = MEAN,
-        std: tuple[float, float, float] = STD,
+        normalization: Normalization = IMAGENET,
     ):
-        self.views, self.seed, self.sizes, self.mean, self.std = views, seed, sizes, mean, std
+        self.views, self.seed, self.sizes, self.normalization = views, seed, sizes, normalization
 
     @torch.no_grad()
     def __call__(self, images: Tensor, sample_ids: Tensor, epoch: int) -> list[Tensor]:
@@ -138,7 +138,7 @@ class Augment:
         gaussian_blur = partial(resample.gaussian_blur, kernel=view.blur_kernel)
         batch = on_rows(gaussian_blur, batch, blur[:, 0] < view.blur_p, sigma)
         batch = on_rows(color.solarize, batch, solarize[:, 0] < view.solarize_p)
-        return standardize_(batch, self.mean, self.std).unflatten(0, shape)
+        return standardize_(batch, *self.normalization).unflatten(0, shape)
 
     def _edges(self, view: View, crop: Tensor, flip: Tensor, ids: Tensor, pixels: Tensor) -> Tensor:
         """Top, bottom, left and right of the crops in stored pixels (K B, 4); a flipped one goes from right to left."""

@@ -82,7 +82,7 @@ def update_memory(detector: Detector, old: dict, names: list[str], loader: Loade
         added = Loader(
             loader.dataset, loader.batch_size, loader.device, indices=new, cache=loader.cache, workers=loader.workers
         )
-        detector.add(batches_of(added, "new images"), len(new))
+        detector.add(batches_of(added, "new images", detector.normalization), len(new))
     other = another_version(old.get("version"), with_script=False)
     kept = other and f"; those from before were learned by {other}, without update all are learned anew"
     return f"update: {len(new)} images added, {len(learned - set(number))} removed, {len(number)} in all{kept}"

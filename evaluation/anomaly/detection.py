@@ -7,20 +7,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.normalize import normalize
+from data.normalize import Normalization, normalization_of, normalize
 from evaluation.anomaly.bootstrap import Histograms, with_intervals
 from evaluation.anomaly.metrics import PIXEL_METRICS, pixel_metrics
 from models.anomaly.detector import Batch, Findings
 from runtime import distributed
 
 
-def batches_of(loader, text: str) -> Iterator[Batch]:
-    """An epoch of a Loader as a detector takes it, normalized; `text` labels the progress bar."""
+def batches_of(loader, text: str, normalization: Normalization) -> Iterator[Batch]:
+    """An epoch of a Loader as a detector of this normalization takes it; `text` labels the progress bar."""
     geometry, bar = loader.dataset.geometry, {"unit": "batch", "leave": False, "disable": not distributed.is_main()}
     regions = geometry.regions(loader.dataset.sizes) if geometry.fit == "pad" else None  # (N, 4)
     for images, *_, indices in tqdm(loader.epoch(0), text, len(loader), **bar):
         valid = None if regions is None else geometry.valid(regions[indices].to(loader.device))
-        yield Batch(normalize(images), valid, indices.to(loader.device))
+        yield Batch(normalize(images, normalization), valid, indices.to(loader.device))
 
 
 def examine_set(detector: nn.Module, loader, text: str, *, leave_out: bool = False) -> Findings:
@@ -32,7 +32,7 @@ def examine_set(detector: nn.Module, loader, text: str, *, leave_out: bool = Fal
     device, size = loader.device, (loader.dataset.geometry.height, loader.dataset.geometry.width)
     parts, numbers = [], []
     most = int(distributed.gather_rows(torch.tensor([len(loader)], device=device)).max())
-    for images, valid, indices in batches_of(loader, text):
+    for images, valid, indices in batches_of(loader, text, normalization_of(detector)):
         parts.append(detector.examine(images, valid, indices if leave_out else None))
         numbers.append(indices)
     while len(parts) < max(most, 1):  # a detector that is spread over processes needs all of them at every batch

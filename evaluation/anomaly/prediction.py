@@ -22,7 +22,7 @@ from torch import Tensor
 from data import DataConfig, Geometry, build_geometry
 from data.geometry import as_geometry
 from data.images import decode, image_size
-from data.normalize import normalize
+from data.normalize import normalization_of, normalize
 from data.opening import REMEDY
 from evaluation.anomaly.tiling import examine_tiles
 from models.anomaly import DETECTORS, DetectorConfig
@@ -152,7 +152,8 @@ def examine(
                 if geometry.fit == "pad":
                     sizes = torch.tensor([item.size for item in group])
                     valid = geometry.valid(geometry.regions(sizes).to(device))
-                found = detector.examine(normalize(torch.stack([p.image for p in group]).to(device)), valid)
+                batch = torch.stack([p.image for p in group]).to(device)  # (B, 3, H, W)
+                found = detector.examine(normalize(batch, normalization_of(detector)), valid)
                 found = Findings(*(None if values is None else values.cpu() for values in found))
         for i, item in enumerate(group):
             yield item, Findings(*(None if values is None else values[i : i + 1] for values in found))

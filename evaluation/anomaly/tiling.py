@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.geometry import FILL
-from data.normalize import normalize
+from data.normalize import normalization_of, normalize
 from data.tiles import spans
 from evaluation.anomaly.detection import gathered
 from models.anomaly.detector import Detector, Findings
@@ -83,7 +83,7 @@ def examine_tiles(
             torch.stack([x[..., top : top + tile, left : left + tile] for (top, *_), (left, *_) in some]).to(device)
             for x in (canvas, inside)
         )
-        found = detector.examine(normalize(tiles), None if inside.all() else valid)
+        found = detector.examine(normalize(tiles, normalization_of(detector)), None if inside.all() else valid)
         if found.maps is not None:
             for ((top, *rows), (left, *columns)), own in zip(some, found.maps.cpu()):
                 (y, bottom), (x, right) = rows, columns

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.loading import Loader
-from data.normalize import normalize
+from data.normalize import normalization_of, normalize
 from evaluation.features import extract
 from runtime.distributed import gather_rows, is_main
 from search.bounds import full_precision
@@ -109,10 +109,11 @@ class Maps(nn.Module):
     def __init__(self, backbone: nn.Module):
         super().__init__()
         self.backbone: Any = backbone
+        self.normalization = normalization_of(backbone)
 
     def stages(self, images: Tensor) -> list[Tensor]:
         """uint8 (B, 3, H, W) -> float32 [(B, C, h, w)]."""
-        return self._chosen(normalize(images))
+        return self._chosen(normalize(images, self.normalization))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalized (B, 3, H, W) -> (B, sum of C h w)."""

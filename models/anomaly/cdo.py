@@ -99,7 +99,7 @@ class CDO(Detector):
     def steps(self, batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor]]:
         """The images with patches of noise on them, normalized, and where: (B, 3, H, W) and bool (B, H, W)."""
         noisy, abnormal = self.noise(batch.images, batch.ids, batch.epoch, seed=batch.seed)
-        yield normalize(noisy), abnormal
+        yield normalize(noisy, self.normalization), abnormal
 
     def forward(self, images: Tensor, abnormal: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss on what `steps` gives; stats: mean discrepancies."""

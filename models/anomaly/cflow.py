@@ -177,7 +177,7 @@ class CFlow(Detector):
         The encoder sees the batch once, before this returns.
         """
         images = turn(batch.images, batch.ids, batch.epoch, seed=batch.seed, degrees=self.rotation)
-        features = self.features(normalize(images))
+        features = self.features(normalize(images, self.normalization))
         n_images = len(images) * world_size()
         share = max(1, self.fiber // n_images)  # positions of each image in a fiber
         for stage, feature in zip(self.stages, features):

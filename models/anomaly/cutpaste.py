@@ -118,7 +118,7 @@ class CutPaste(Detector):
             first = send(numbers[:, JITTER_DRAWS] < 0.5, images.device)
             bad = [torch.where(first[:, None, None, None], *bad)]
         classes = torch.arange(1 + len(bad), device=images.device).repeat_interleave(len(images))
-        yield normalize(torch.cat([good, *bad])), classes
+        yield normalize(torch.cat([good, *bad]), self.normalization), classes
 
     def forward(self, images: Tensor, classes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy on what `steps` gives; stats: the share of images whose class is the likeliest."""

@@ -7,7 +7,7 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data.normalize import normalize
+from data.normalize import Normalization, normalization_of, normalize
 from models.anomaly.maps import blank
 from runtime.distributed import all_reduce_sum, gather_rows, world_size
 from runtime.errors import LOST, UserError, cut
@@ -90,6 +90,11 @@ class Detector(nn.Module):
         self.backbone = backbone.requires_grad_(False).eval() if self.frozen else backbone
         self.stages = tuple(stages)
 
+    @property
+    def normalization(self) -> Normalization:
+        """Of the images that it takes: its backbone's."""
+        return normalization_of(self.backbone)
+
     def train(self, mode: bool = True) -> "Detector":
         super().train(mode)
         if self.frozen:
@@ -102,7 +107,7 @@ class Detector(nn.Module):
         It is called within the loop's autocast, but a generator's body runs outside: what networks have to do first
         belongs before `return self.a_generator(...)`.
         """
-        yield (normalize(batch.images),)
+        yield (normalize(batch.images, self.normalization),)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> list[Tensor]:
@@ -150,7 +155,7 @@ class Detector(nn.Module):
         """
         images, device = image[None], image.device
         with naming({"data.size": tuple(image.shape[1:])}), no_trace(self, device, training=False):
-            self.networks(normalize(images))
+            self.networks(normalize(images, self.normalization))
         if training and batch_size == 1:
             nothing = torch.zeros(1, dtype=torch.int64)
             with batch_norm_needs_more(batch_size), no_trace(self, device, training=True):

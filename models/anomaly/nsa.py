@@ -169,7 +169,7 @@ class NSA(Detector):
         sources = self.varied(torch.cat([before, batch.images[:-1]]), batch, 1)
         images = self.varied(batch.images, batch, 0)
         made, masks = self.defects(images, batch.ids, batch.epoch, seed=batch.seed, sources=sources)
-        yield normalize(made), self.defects.labels(images, made, masks)
+        yield normalize(made, self.normalization), self.defects.labels(images, made, masks)
 
     def varied(self, images: Tensor, batch: TrainingBatch, view: int) -> Tensor:
         """uint8 (B, 3, H, W), each turned, shifted and flipped by chance: nearest pixels, edges repeated."""

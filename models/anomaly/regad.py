@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from data.augment.random_numbers import uniform
-from data.normalize import MEAN, STD, standardize_, unnormalize
+from data.normalize import standardize_, unnormalize
 from losses.registration import symmetric_negative_cosine
 from models.anomaly.detector import Batch, TrainingBatch
 from models.anomaly.maps import ImageScore
@@ -33,7 +33,8 @@ class RegAD(PaDiM):
     predict each other. `fit`: Gaussians at every position over 22 views of each support image, whose maps of every
     stage are warped back by the inverses of all thetas so far; all channels, sigma 4. The map of cosines between query
     and supports, which the official test computes, enters no score there; here it is not computed. Images are in
-    [0, 1]: what the caller normalized is undone, since the official code leaves that step out.
+    [0, 1]: what the caller normalized is undone, since the official code leaves that step out, so `backbone.mean`
+    and `backbone.std` are refused.
 
     Different from it: images are resized by `data.resample`, there by Lanczos; the supports of a query are drawn from
     the other images of its batch (all processes), there from all of its category; both with repetition, so each
@@ -51,7 +52,8 @@ class RegAD(PaDiM):
         image_score: what of an image's map is its score; the paper's is `max`.
 
     Raises:
-        UserError: bad options, another backbone, at a training batch of one image, or as PaDiM.
+        UserError: bad options, another backbone or one with a normalization of the user's, at a training batch of one
+            image, or as PaDiM.
     """
 
     name = "regad"
@@ -74,6 +76,10 @@ class RegAD(PaDiM):
             raise UserError(
                 f"regad warps maps between the stages, which {type(backbone).__name__} does not allow: set "
                 "backbone.name to a ResNet, MobileNet, ConvNeXt or ViT"
+            )
+        if "normalization" in vars(backbone):
+            raise UserError(
+                "regad gives its backbone pixels in [0, 1], as the official code: remove backbone.mean and backbone.std"
             )
         self.supports = supports
         channels = [shape[0] for shape in stage_shapes(backbone, last=3)]
@@ -117,7 +123,7 @@ class RegAD(PaDiM):
     @torch.no_grad()
     def features(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) normalized -> stages 1 to 3 as they lie in the image [(B, C_i, H_i, W_i)], float32."""
-        maps, thetas = self.register(unnormalize(images))
+        maps, thetas = self.register(unnormalize(images, self.normalization))
         for stage in range(3):
             maps[stage] = maps[stage].float()
             for theta in reversed(thetas[: stage + 1]):
@@ -137,13 +143,13 @@ class RegAD(PaDiM):
         none = torch.empty(0, 3, height, width, device=device)  # there may be fewer supports than processes
         images = gather_rows(torch.cat([none, *(b.images for b in batches)]))  # (K, 3, H, W)
         order = gather_rows(torch.cat([none[:, 0, 0, 0].long(), *(b.indices for b in batches)])).argsort()
-        pixels, numbers = unnormalize(images[order]), torch.arange(len(order), device=device)
+        pixels, numbers = unnormalize(images[order], self.normalization), torch.arange(len(order), device=device)
         views = islice(enumerate(support_views(pixels)), rank(), None, world_size())
-        was_training = self.training
+        was_training, own = self.training, self.normalization
         self.eval()
         try:
             super().fit(
-                (Batch(standardize_(view.clone(), MEAN, STD), None, len(order) * i + numbers) for i, view in views),
+                (Batch(standardize_(view.clone(), *own), None, len(order) * i + numbers) for i, view in views),
                 N_VIEWS * len(order),
             )
         finally:

@@ -13,6 +13,16 @@ from models.backbones.convnext import (
     ConvNeXtV2Pico,
     ConvNeXtV2Tiny,
 )
+from models.backbones.efficientnet import (
+    EfficientNetB0,
+    EfficientNetB1,
+    EfficientNetB2,
+    EfficientNetB3,
+    EfficientNetB4,
+    EfficientNetLite0,
+    EfficientNetLite1,
+    EfficientNetLite2,
+)
 from models.backbones.mobilenet import MobileNetV2
 from models.backbones.mobilenet_v3 import MobileNetV3Large, MobileNetV3Small
 from models.backbones.resnet import ResNet18, ResNet34, ResNet50, ResNet101, WideResNet50
@@ -33,6 +43,14 @@ BACKBONES = {
     "mobilenet_v2": MobileNetV2,
     "mobilenet_v3_large": MobileNetV3Large,
     "mobilenet_v3_small": MobileNetV3Small,
+    "efficientnet_b0": EfficientNetB0,
+    "efficientnet_b1": EfficientNetB1,
+    "efficientnet_b2": EfficientNetB2,
+    "efficientnet_b3": EfficientNetB3,
+    "efficientnet_b4": EfficientNetB4,
+    "efficientnet_lite0": EfficientNetLite0,
+    "efficientnet_lite1": EfficientNetLite1,
+    "efficientnet_lite2": EfficientNetLite2,
     "convnext_atto": ConvNeXtAtto,
     "convnext_femto": ConvNeXtFemto,
     "convnext_pico": ConvNeXtPico,

@@ -4,12 +4,13 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from data.normalize import Normalization, normalization_of
 from models.backbones import BACKBONES
 from models.backbones.channels import Channel, OneChannel, take_channel
 from models.weights.load import load_weights
 from runtime.errors import UserError
 from runtime.schema import choice
-from runtime.values import PathText
+from runtime.values import PathText, PositiveFloat, UnitInterval
 
 
 @dataclass(kw_only=True)
@@ -19,6 +20,9 @@ class BackboneConfig:
     name: str = choice(BACKBONES)
     weights: PathText | None = None  # a checkpoint: torchvision's, DINO's, MoCo's, ..., or ours; none: random weights
     part: str = "auto"  # which network of a checkpoint that holds several
+    mean: tuple[UnitInterval, UnitInterval, UnitInterval] | None = None  # of pixels in [0, 1], which the backbone gets
+    # less mean and divided by std; none: its family's, ImageNet's or 0.5 of EfficientNet-Lite
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None  # likewise
     channel: Channel = "all"  # of the images; red, green or blue: that one alone
     one_channel: OneChannel = "copy"  # how one channel reaches a stem of three; not needed with in_channels=1
     options: dict = field(default_factory=dict)
@@ -30,6 +34,12 @@ def refuse_classifier(config: BackboneConfig) -> None:
         raise UserError(
             f"backbone.num_classes={config.options['num_classes']}: pretraining has no use for a classifier; remove it"
         )
+
+
+def normalization_from(config: BackboneConfig) -> Normalization:
+    """What its images are normalized by: `mean` and `std` as far as they are given, else the family's own."""
+    own = normalization_of(BACKBONES[config.name])
+    return Normalization(config.mean or own.mean, config.std or own.std)
 
 
 def build_backbone(config: BackboneConfig) -> tuple[nn.Module, str]:
@@ -47,6 +57,8 @@ def build_backbone(config: BackboneConfig) -> tuple[nn.Module, str]:
     if config.channel == "all" and config.one_channel != "copy":
         raise UserError(f"backbone.one_channel={config.one_channel} needs backbone.channel=red, green or blue")
     backbone = BACKBONES[config.name](**config.options)
+    if (normalization := normalization_from(config)) != normalization_of(backbone):
+        backbone.normalization = normalization
     if config.channel != "all":
         take_channel(backbone, config.channel, config.one_channel)
     if config.weights is None:

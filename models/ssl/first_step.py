@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from data.normalize import normalize
+from data.normalize import normalization_of, normalize
 from models.backbones.split_batch_norm import SplitBatchNorm2d
 from models.ssl.method import SSLMethod
 from models.ssl.queue import Queue, suitable_length
@@ -70,7 +70,7 @@ def rehearse(
         embeddings = objective.embed(views)
     if measured is not None:
         with naming({"data.size": tuple(measured.shape[1:])}), no_trace(method, device, training=False):
-            method.backbone(normalize(measured[None].to(device)))
+            method.backbone(normalize(measured[None].to(device), normalization_of(method.backbone)))
 
     stored, made = tuple(image.shape[1:]), {tuple(view.shape[2:]) for view in views}
     warnings = [

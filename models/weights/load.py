@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.backbones import BACKBONES
 from models.backbones.convnext import ConvNeXt
+from models.backbones.efficientnet import EfficientNet
 from models.backbones.mobilenet import MobileNetV2
 from models.backbones.mobilenet_v3 import MobileNetV3
 from models.backbones.resnet import ResNet
@@ -213,6 +214,8 @@ def _options(build: type[nn.Module], given: dict[str, Tensor]) -> Iterator[dict]
         yield from ({"stem": "imagenet"}, {"stem": "cifar"})
     elif issubclass(build, MobileNetV2 | MobileNetV3):
         yield {"width": 1.0}
+    elif issubclass(build, EfficientNet):
+        yield {}
     elif issubclass(build, ConvNeXt) and "stem.0.weight" in given:
         yield {"patch": given["stem.0.weight"].shape[-1]}
     elif issubclass(build, ViT) and "patch_embed.proj.weight" in given and "pos_embed" in given:

@@ -25,6 +25,7 @@ V2 = (1, 2, 4, 7, 11, 14, 17)  # features at which MobileNetV2's stages begin
 V3_LARGE = (1, 2, 4, 7, 11, 13, 16)
 V3_SMALL = (1, 2, 4, 7, 9, 12)
 V3_BLOCK = r"blocks\.(\d)\.(\d)\."
+MBCONV = r"blocks\.([1-6])\.(\d+)\."
 
 
 def _v3(offsets: tuple[int, ...], squeezed: frozenset[int]) -> list[Rule]:
@@ -60,6 +61,25 @@ def _v3(offsets: tuple[int, ...], squeezed: frozenset[int]) -> list[Rule]:
         (r"conv_head\.", "classifier.0."),
         (r"classifier\.", "classifier.3."),
     ]
+
+
+def _mbconv(squeezed: bool) -> list[Rule]:
+    """timm's EfficientNet: blocks.s.b is features.(s + 1).b. Its first stage expands nothing, so that its modules come
+    one earlier; `squeezed`: with squeeze and excitation, one module more before the last."""
+
+    def place(at: int, inner: str) -> Callable[[re.Match], str]:
+        return lambda match: f"features.{int(match[1]) + 1}.{match[2]}.block.{at}.{inner}"
+
+    rules, last = [], 1 + squeezed  # `last`: the projection of the first stage
+    for stage, names, first in ((r"blocks\.(0)\.(\d+)\.", ("dw", "pw"), 0), (MBCONV, ("pw", "dw", "pwl"), 1)):
+        numbers = (*range(first + 1), first + last)  # of its convolutions
+        for i, (name, at) in enumerate(zip(names, numbers), 1):
+            rules += [(rf"{stage}conv_{name}\.", place(at, "0.")), (rf"{stage}bn{i}\.", place(at, "1."))]
+        rules += [(rf"{stage}se\.conv_reduce\.", place(first + 1, "fc1."))]
+        rules += [(rf"{stage}se\.conv_expand\.", place(first + 1, "fc2."))]
+    rules += [(r"conv_stem\.", "features.0.0."), (r"bn1\.", "features.0.1.")]
+    rules += [(r"conv_head\.", "features.8.0."), (r"bn2\.", "features.8.1.")]
+    return [*rules, (r"classifier\.", "classifier.1.")]
 
 
 # layout: (names that together only it has, rules)
@@ -122,6 +142,14 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], list[Rule]]] = {
     "timm's MobileNetV3 large": (
         (r"blocks\.2\.0\.se\.conv_reduce\.weight$", r"blocks\.6\.0\.conv\.weight$"),
         _v3(V3_LARGE, frozenset({4, 5, 6, *range(11, 16)})),
+    ),
+    "timm's EfficientNet": (
+        (r"blocks\.0\.0\.se\.conv_reduce\.weight$", r"blocks\.6\.0\.conv_pwl\.weight$"),
+        _mbconv(squeezed=True),
+    ),
+    "timm's EfficientNet-Lite": (
+        (r"blocks\.0\.0\.conv_dw\.weight$", r"blocks\.5\.3\.conv_pwl\.weight$", r"blocks\.6\.0\.conv_pwl\.weight$"),
+        _mbconv(squeezed=False),
     ),
     "timm's MobileNetV2": (
         (r"blocks\.1\.0\.conv_pwl\.weight$", r"blocks\.6\.0\.conv_pwl\.weight$", r"conv_head\.weight$"),

@@ -6,8 +6,11 @@ stem. Where the checkpoint tells which option it needs, the model must have it.
 
 from torch import Tensor, nn
 
+from data.normalize import Normalization, normalization_of
+from models.backbones import BACKBONES
+
 OPTIONS = ("stem", "bn_eps", "padding", "interpolation")  # attributes of the models that have them
-TIMM_V3 = {  # timm's constructors, and converted TensorFlow weights'
+TIMM = {  # its constructors, and converted TensorFlow weights'
     "timm's own weights": {"bn_eps": 1e-5, "padding": "torch"},
     "its tf_ ones": {"bn_eps": 1e-3, "padding": "tensorflow"},
 }
@@ -20,26 +23,32 @@ def wrong_options(model: nn.Module, checkpoint, tensors: dict[str, Tensor], layo
         checkpoint: what the file holds. tensors: all of them, by the names that `rename` gave them.
         layout: the library whose names they had.
     """
-    about, needed = _needed(checkpoint, tensors, layout)
-    needed = {whose: options for whose, options in needed.items() if all(hasattr(model, key) for key in options)}
+    about, needed = _needed(model, checkpoint, tensors, layout)
+    needed = {whose: options for whose, options in needed.items() if _knows(model, options)}
     if not needed or any(_has(model, options) for options in needed.values()):
         return None
-    ways = [
-        " ".join(f"backbone.{key}={value}" for key, value in options.items()) + whose
-        for whose, options in needed.items()
-    ]
+    ways = [" ".join(_setting(*option) for option in options.items()) + whose for whose, options in needed.items()]
     return about.format(", or ".join(ways))
 
 
-def _needed(checkpoint, tensors: dict[str, Tensor], layout: str | None) -> tuple[str, dict[str, dict]]:
+def _needed(
+    model: nn.Module, checkpoint, tensors: dict[str, Tensor], layout: str | None
+) -> tuple[str, dict[str, dict]]:
     """A message with a place for what to set, and {for which weights: their options}."""
     ours = checkpoint.get("config") if isinstance(checkpoint, dict) else None
     if isinstance(ours, dict) and isinstance(backbone := ours.get("backbone"), dict):
         options = {key: backbone[key] for key in OPTIONS if key in backbone}
+        options |= _normalization(model, backbone)
         return "this run's backbone had other options: set {}", {"": options} if options else {}
-    if layout and layout.startswith("timm's MobileNetV3"):
-        needed = {f" for {whose}": options for whose, options in TIMM_V3.items()}
-        return "timm's MobileNetV3 has another epsilon or padding than torchvision's: set {}", needed
+    if layout and layout.startswith("timm's EfficientNet") and _counted_nothing(tensors):
+        return (
+            "its BatchNorms have counted no batch, so it was converted from TensorFlow (timm's tf_): set {}; "
+            "if it was not, remove num_batches_tracked from the file",
+            {"": TIMM["its tf_ ones"]},
+        )
+    if layout and layout.startswith(("timm's MobileNetV3", "timm's EfficientNet")):
+        needed = {f" for {whose}": options for whose, options in TIMM.items()}
+        return f"{layout} has another epsilon or padding than torchvision's: set {{}}", needed
     if layout == "SupContrast's ResNet":
         return "SupContrast's ResNets have the plain CIFAR stem: set {}", {"": {"stem": "cifar"}}
     if _is_solo_learns(checkpoint, tensors):
@@ -49,6 +58,12 @@ def _needed(checkpoint, tensors: dict[str, Tensor], layout: str | None) -> tuple
             {"": {"stem": "cifar_solo"}},
         )
     return "", {}
+
+
+def _counted_nothing(tensors: dict[str, Tensor]) -> bool:
+    """Whether torch has not trained these BatchNorms, of which it counts the batches."""
+    counts = [tensor for name, tensor in tensors.items() if name.endswith("num_batches_tracked")]
+    return len(counts) > 0 and not any(count.any() for count in counts)
 
 
 def _is_solo_learns(checkpoint: dict, tensors: dict[str, Tensor]) -> bool:
@@ -61,5 +76,29 @@ def _is_solo_learns(checkpoint: dict, tensors: dict[str, Tensor]) -> bool:
     return "pytorch-lightning_version" in checkpoint or any(name.startswith(parts) for name in tensors)
 
 
+def _normalization(model: nn.Module, backbone: dict) -> dict:
+    """What the model has not of the mean and deviation that a run's backbone had, given or its family's.
+
+    Of another family's run nothing: it does not fit anyway.
+    """
+    name, missing = backbone.get("name"), {}
+    if not isinstance(name, str) or BACKBONES.get(name) is not type(model):
+        return missing
+    for key, own in normalization_of(type(model))._asdict().items():
+        given = backbone.get(key)
+        had = tuple(given) if isinstance(given, list | tuple) else own
+        if had != getattr(normalization_of(model), key):
+            missing[key] = had
+    return missing
+
+
+def _knows(model: nn.Module, options: dict) -> bool:
+    return all(hasattr(model, key) or key in Normalization._fields for key in options)
+
+
 def _has(model: nn.Module, options: dict) -> bool:
-    return all(getattr(model, key) == value for key, value in options.items())
+    return all(getattr(model, key, None) == value for key, value in options.items())
+
+
+def _setting(key: str, value) -> str:
+    return f"backbone.{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}"

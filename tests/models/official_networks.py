@@ -60,11 +60,17 @@ MOBILENET_V3_SMALL = [
     *((2, 1, 5, "hard_swish"), (3, 2, 5, "hard_swish")),
 ]
 MOBILENET_V2 = [(n, s, 3, "relu6") for n, s in ((1, 1), (2, 2), (3, 2), (4, 2), (3, 1), (3, 2), (1, 1))]
-ACTIVATIONS = {"relu": F.relu, "relu6": F.relu6, "hard_swish": F.hardswish}
+EFFICIENTNET_STAGES = ((1, 1, 3), (2, 2, 3), (2, 2, 5), (3, 2, 3), (3, 1, 5), (4, 2, 5), (1, 1, 3))
+EFFICIENTNET_B1 = [(n, s, k, "swish") for n, (_, s, k) in zip((2, 3, 3, 4, 4, 5, 2), EFFICIENTNET_STAGES)]
+EFFICIENTNET_LITE0 = [(*stage, "relu6") for stage in EFFICIENTNET_STAGES]
+EFFICIENTNET_LITE1 = [(n, s, k, "relu6") for n, (_, s, k) in zip((1, 3, 3, 4, 4, 5, 1), EFFICIENTNET_STAGES)]
+ACTIVATIONS = {"relu": F.relu, "relu6": F.relu6, "hard_swish": F.hardswish, "swish": F.silu}
 
 
 def timm_mobilenet(state: State, x: Tensor, arch: list[tuple], *, eps: float = 1e-5, same: bool = False) -> Tensor:
-    """timm's MobileNetV2 and V3 (timm/models/efficientnet.py, mobilenetv3.py). `same`: TensorFlow's padding."""
+    """timm's MobileNetV2 and V3, EfficientNet and Lite (timm/models/efficientnet.py, mobilenetv3.py). `same`:
+    TensorFlow's padding."""
+    swish = arch[0][3] == "swish"
 
     def conv(name: str, x: Tensor, stride: int = 1) -> Tensor:
         weight = state[f"{name}.weight"]
@@ -77,11 +83,13 @@ def timm_mobilenet(state: State, x: Tensor, arch: list[tuple], *, eps: float = 1
 
     def squeeze(name: str, x: Tensor) -> Tensor:
         gate = x.mean((2, 3), keepdim=True)
-        for layer, activation in (("conv_reduce", F.relu), ("conv_expand", F.hardsigmoid)):
+        gates = (F.silu, torch.sigmoid) if swish else (F.relu, F.hardsigmoid)
+        for layer, activation in zip(("conv_reduce", "conv_expand"), gates):
             gate = activation(F.conv2d(gate, state[f"{name}.{layer}.weight"], state[f"{name}.{layer}.bias"]))
         return x * gate
 
-    stem = ACTIVATIONS["relu6" if arch is MOBILENET_V2 else "hard_swish"]
+    one = len({activation for *_, activation in arch}) == 1  # which is then the stem's and the head's too
+    stem = ACTIVATIONS[arch[0][3] if one else "hard_swish"]
     x = stem(norm(state, "bn1", conv("conv_stem", x, 2), eps))
     names = sorted({tuple(int(n) for n in name.split(".")[1:3]) for name in state if name.startswith("blocks.")})
     names = [f"blocks.{stage}.{block}" for stage, block in names]
@@ -98,8 +106,8 @@ def timm_mobilenet(state: State, x: Tensor, arch: list[tuple], *, eps: float = 1
         x = squeeze(f"{name}.se", x) if f"{name}.se.conv_reduce.weight" in state else x
         x = norm(state, f"{name}.{outer}", conv(f"{name}.{last}", x), eps)
         x = x + before if stride == 1 and x.shape == before.shape else x
-    if arch is MOBILENET_V2:
-        return F.relu6(norm(state, "bn2", conv("conv_head", x), eps)).mean((2, 3))
+    if one:
+        return stem(norm(state, "bn2", conv("conv_head", x), eps)).mean((2, 3))
     assert len(names) == len(blocks) + 1  # the last stage is one convolution
     return F.hardswish(norm(state, f"{names[-1]}.bn1", conv(f"{names[-1]}.conv", x), eps)).mean((2, 3))
 

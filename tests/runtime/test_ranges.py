@@ -71,6 +71,8 @@ REFUSED = {  # (section, name): {key: (refused values), (taken values)}
     },
     ("backbone", "mobilenet_v2"): {"width": ("0 -1 1000", "0.25")},
     ("backbone", "mobilenet_v3_small"): {"width": ("0", "0.25"), "bn_eps": ("-1", "1e-5")},
+    ("backbone", "efficientnet_b0"): {"bn_eps": ("-1", "1e-3"), "drop_path": ("1", "0.2")},
+    ("backbone", "efficientnet_lite0"): {"bn_eps": ("-1", "1e-5"), "drop_path": ("1", "0.2")},
     ("backbone", "convnext_atto"): {"patch": ("0 -1 1e9", "4"), "drop_path": ("1", "0")},
     ("backbone", "vit_tiny"): {"patch": ("0", "16"), "size": ("0", "224"), "registers": ("-1", "0")},
     ("detector", "patchcore"): {

@@ -13,9 +13,10 @@ from data.augment import resample
 from data.augment.patch_grid import PatchGrid
 from data.augment.recipes import RECIPES
 from data.augment.views import Augment, View
+from data.normalize import HALF, Normalization
 from runtime import config
 
-UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+UNIT = {"normalization": Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))}
 VIEWS = [name for name in RECIPES if name != "patches"]
 FLIPPED = ["simclr", "moco", "byol", "psco", "dino", "crop"]
 SMALL = {"dino": {"size": 48, "local_size": 24, "local_crops": 1, "strips": 1, "strip_size": (40, 12)}}
@@ -181,16 +182,16 @@ def test_built_from_a_config(name):
     options = {"size": "16"} | ({"strips": "1", "strip_size": "20,9"} if name == "dino" else {})
     section = config.build(AugmentConfig, {"name": name, **options}, "augment.")
     sizes = torch.randint(30, 90, (9, 2))
-    augment = build_augment(section, 7, sizes)
+    augment = build_augment(section, 7, sizes, HALF)
     images, ids = raw_images(3, 80), torch.arange(3)
     views = augment(images, ids, 1)
     assert len(augment.views) == len(views) == COUNTS.get(name, len(views))
     assert [(3, 3, *view.shape) for view in augment.views] == [tuple(view.shape) for view in views]
     assert augment.views[0].size == 16 and {view.dtype for view in views} == {torch.float32}
     if name == "patches":
-        expected = PatchGrid(7, size=16)(images, ids, 1)
+        expected = PatchGrid(7, HALF, size=16)(images, ids, 1)
     else:
-        expected = Augment(RECIPES[name](**section.options), 7, sizes)(images, ids, 1)
+        expected = Augment(RECIPES[name](**section.options), 7, sizes, normalization=HALF)(images, ids, 1)
     assert all(torch.equal(a, b) for a, b in zip(views, expected))
 
 

@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as F
 from data.augment import color, resample
 from data.augment.random_numbers import uniform
 from data.augment.views import DRAWS, Augment, View
-from data.normalize import MEAN, STD, normalize, unnormalize
+from data.normalize import MEAN, STD, Normalization, normalize, unnormalize
 from runtime.errors import UserError
 
 EVERYTHING = View(
@@ -27,7 +27,7 @@ EVERYTHING = View(
     solarize_p=0.3,
 )
 RATIO = EVERYTHING.ratio
-UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+UNIT = {"normalization": Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))}
 
 
 def raw_images(count: int, size: int = 24) -> torch.Tensor:

@@ -30,6 +30,8 @@ SMALL = {  # one of each family and version, made small where it can be
     "mobilenet_v2": {"width": 0.25},
     "mobilenet_v3_large": {"width": 0.35},
     "mobilenet_v3_small": {},
+    "efficientnet_b0": {},
+    "efficientnet_lite0": {},
     "convnext_atto": {},
     "convnextv2_atto": {},
     "vit_tiny": {"size": 64, "patch": 8},

@@ -159,6 +159,21 @@ def test_timms_mobilenet_v2(tmp_path):
     check(model, images, official.timm_mobilenet(state, images, official.MOBILENET_V2))
 
 
+@pytest.mark.parametrize("eps, same", [(1e-5, False), (1e-3, True)])
+@pytest.mark.parametrize("name", ["efficientnet_b1", "efficientnet_lite1"])
+def test_timms_efficientnets(tmp_path, name, eps, same):
+    """timm's own weights and its tf_ ones, on a side that stride 2 does not divide."""
+    state = filled({n: torch.Size(shape) for n, shape in TIMM[name].items()})
+    for norm in [n.removesuffix("running_var") for n in state if n.endswith("running_var")]:  # so that epsilon counts
+        state[norm + "running_var"] *= 0.04
+        state[norm + "weight"] *= 0.2
+    images = torch.randn(2, 3, 64, 47).double()
+    arch = official.EFFICIENTNET_B1 if name == "efficientnet_b1" else official.EFFICIENTNET_LITE1
+    expected = official.timm_mobilenet({n: t.double() for n, t in state.items()}, images, arch, eps=eps, same=same)
+    model, _ = load(tmp_path, state, name, bn_eps=eps, padding="tensorflow" if same else "torch")
+    check(model, images, expected)
+
+
 def test_official_cbam(tmp_path):
     with torch.device("meta"):
         shapes = shapes_of(BACKBONES["cbam_resnet18"]())

@@ -13,8 +13,15 @@ from models.backbones.resnet import ResNet18
 from models.weights.load import load_weights
 from models.weights.names import rename
 
+LAYOUTS = {
+    "mobilenet_v2": "timm's MobileNetV2",
+    "mobilenet_v3_small": "timm's MobileNetV3 small",
+    "mobilenet_v3_large": "timm's MobileNetV3 large",
+    "efficientnet_b1": "timm's EfficientNet",
+    "efficientnet_lite1": "timm's EfficientNet-Lite",
+}
 TIMM = defaultdict(dict)  # our name of the model: {timm's name: shape}
-for line in Path(__file__).with_name("timm_mobilenets.txt").read_text().splitlines():
+for line in Path(__file__).with_name("timm_names.txt").read_text().splitlines():
     if line.startswith("= "):
         model = line.removeprefix("= ")
     elif not line.startswith("#"):
@@ -24,11 +31,12 @@ for line in Path(__file__).with_name("timm_mobilenets.txt").read_text().splitlin
 
 @pytest.mark.parametrize("prefix", ["", "module.encoder_q."])
 @pytest.mark.parametrize("model", TIMM)
-def test_timms_mobilenets(model, prefix):
+def test_timms_names(model, prefix):
     """Of timm 1.0.31, names and shapes read from its models: all of ours are there, none twice, none left."""
     names, layout = rename(prefix + name for name in TIMM[model])
-    assert layout == f"timm's {type(BACKBONES[model]()).__name__.replace('Large', ' large').replace('Small', ' small')}"
-    wanted = {prefix + name: t.shape for name, t in BACKBONES[model](num_classes=1000).state_dict().items()}
+    assert layout == LAYOUTS[model]
+    with torch.device("meta"):
+        wanted = {prefix + name: t.shape for name, t in BACKBONES[model](num_classes=1000).state_dict().items()}
     found = {names[prefix + name]: shape for name, shape in TIMM[model].items()}
     assert len(found) == len(TIMM[model]) and found.keys() == wanted.keys()
     for name, shape in found.items():
@@ -55,10 +63,11 @@ def test_timms_weights_load(tmp_path):
 
 
 def test_networks_that_are_not_ours_keep_their_names():
-    """timm's EfficientNet has MobileNetV3's modules, in seven stages; names that would become one stay."""
+    """MobileNetV3's modules in seven stages of other depths; names that would become one stay."""
     stages = {0: "conv_dw", **dict.fromkeys(range(1, 7), "conv_pwl")}
-    names = [f"blocks.{s}.{b}.{last}.weight" for s, last in stages.items() for b in range(4)]
-    names += [f"blocks.{s}.{b}.se.conv_reduce.weight" for s in stages for b in range(4)]
+    blocks = [(s, b) for s, depth in enumerate((4, 4, 4, 4, 4, 3, 4)) for b in range(depth)]
+    names = [f"blocks.{s}.{b}.{stages[s]}.weight" for s, b in blocks]
+    names += [f"blocks.{s}.{b}.se.conv_reduce.weight" for s, b in blocks if s > 0]
     names += ["conv_stem.weight", "conv_head.weight", "classifier.weight"]
     for extra in ([], ["blocks.5.0.conv.weight"], ["blocks.6.0.conv.weight"]):
         assert rename(names + extra) == ({name: name for name in names + extra}, None)

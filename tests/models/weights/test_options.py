@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from models.backbones import BACKBONES
+from models.backbones.build import BackboneConfig, build_backbone
 from models.weights.load import load_weights
-from runtime import checkpoint
+from runtime import checkpoint, config
 from runtime.errors import UserError
 from tests.models import official_networks as official
 from tests.models.weights.test_layouts import CIFAR, TINY, check, filled, head, load, other, prefixed, resnet_state
@@ -68,6 +69,54 @@ def test_timms_mobilenet_v3_says_which_options_it_needs(tmp_path, options):
         load(tmp_path, state, "mobilenet_v3_small", **options)
 
 
+@pytest.mark.parametrize("name", ["efficientnet_b1", "efficientnet_lite1"])
+def test_timms_efficientnet_has_one_of_two_forms(tmp_path, name):
+    state = filled({n: torch.Size(shape) for n, shape in TIMM[name].items()})
+    tf, own = {"bn_eps": 1e-3, "padding": "tensorflow"}, {"bn_eps": 1e-5, "padding": "torch"}
+    load(tmp_path, state, name, **tf)
+    load(tmp_path, state, name, **own)
+    with pytest.raises(
+        UserError, match=r"own weights, or backbone\.bn_eps=0\.001 backbone\.padding=tensorflow for its"
+    ):
+        load(tmp_path, state, name, **(own | {"bn_eps": 1e-3}))
+    converted = {n: tensor * 0 if n.endswith("num_batches_tracked") else tensor for n, tensor in state.items()}
+    load(tmp_path, converted, name, **tf)
+    with pytest.raises(UserError, match=r"converted from TensorFlow .*: set backbone\.bn_eps=0\.001 .*=tensorflow; if"):
+        load(tmp_path, converted, name, **own)
+    load(tmp_path, {n: t for n, t in state.items() if not n.endswith("num_batches_tracked")}, name, **own)
+
+
+ODD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+
+
+@pytest.mark.parametrize(
+    "name, given, needed",
+    [
+        ("convnext_atto", {"mean": ODD[0], "std": ODD[1]}, "mean=0.1,0.2,0.3 backbone.std=0.4,0.5,0.6"),
+        ("convnext_atto", {"mean": ODD[0]}, "mean=0.1,0.2,0.3$"),
+        ("convnext_atto", {"std": list(ODD[1])}, "std=0.4,0.5,0.6$"),
+    ],
+)
+def test_our_own_runs_say_what_their_images_were_normalized_by(tmp_path, name, given, needed):
+    """Also under `detector.weights`; a run without the keys, of before, had its family's."""
+    own = build_backbone(config.build(BackboneConfig, {"name": name, **given}))[0]
+    plain = BACKBONES[name]()
+    path = tmp_path / "last.pt"
+    for section in ({}, {"mean": None, "std": None}):
+        checkpoint.save(path, {"model": plain}, step=1, config={"backbone": {"name": name, **section}})
+        load_weights(plain, path)
+        with pytest.raises(UserError, match=r"had other options: set backbone\.(mean=0\.485|std=0\.2)"):
+            load_weights(own, path)
+    state = {"model": own}
+    checkpoint.save(path, state, step=1, config={"backbone": {"name": name, "weights": None, **given}})
+    load_weights(own, path)
+    with pytest.raises(UserError, match=f"this run's backbone had other options: set backbone.{needed}"):
+        load_weights(plain, path)
+    for junk in ("x", 3, ["a"], {"b": 1}):
+        checkpoint.save(path, state, step=1, config={"backbone": {"name": junk, "mean": junk, "std": junk}})
+        load_weights(plain, path)
+
+
 @pytest.mark.parametrize(
     "name, options, others",
     [
@@ -75,6 +124,7 @@ def test_timms_mobilenet_v3_says_which_options_it_needs(tmp_path, options):
         ("resnet18", {"stem": "cifar"}, {"stem": "cifar_solo"}),
         ("mobilenet_v2", {"width": 0.1, "padding": "tensorflow"}, {"width": 0.1}),
         ("mobilenet_v3_small", {"bn_eps": 1e-5}, {}),
+        ("efficientnet_lite0", {"padding": "torch"}, {}),
         ("vit_tiny", TINY | {"interpolation": "timm"}, TINY),
     ],
 )
