@@ -214,7 +214,7 @@ def test_a_run_that_is_removed_holds_no_running_one(holder, tmp_path, monkeypatc
 def test_predict_and_sweep_leave_a_folder_in_use_alone(holder, place, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(files, "PATIENCE", 0)
     monkeypatch.setattr(
-        predict, "load_run", lambda _: (FakeDetector(), None, {"config": {"precision": "fp32", "data": {}}})
+        predict, "load_run", lambda *_: (FakeDetector(), None, {"config": {"precision": "fp32", "data": {}}})
     )
     monkeypatch.setattr(predict, "threshold_of", lambda *_: None)
     process, (name, *words) = holder(tmp_path / "grid"), cases(place)["sweep"].words(tmp_path)
