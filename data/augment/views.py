@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from data.augment import color, resample
-from data.augment.random_numbers import uniform
+from data.augment import color, resample, strong
+from data.augment.random_numbers import KINDS, uniform
 from data.normalize import IMAGENET, Normalization, standardize_
 from runtime.errors import UserError, cut
 from runtime.memory import send
@@ -43,6 +43,8 @@ class View:
     blur_kernel: int = 1  # taps, odd
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
     solarize_p: float = 0.0
+    operations: int = 0  # of RandAugment
+    cutout: float = 0.0  # largest side of a gray square, as a share of the width
 
     def __post_init__(self):
         scale, probabilities = (
@@ -59,7 +61,8 @@ class View:
             "blur_kernel must be odd": self.blur_kernel % 2 == 1,
             "blur_kernel must be below twice the size": 0 < self.blur_kernel < 2 * min(self.shape),
             "blur_sigma must be positive, low first": 0 < self.blur_sigma[0] <= self.blur_sigma[1],
-            "probabilities must lie in [0, 1]": all(0 <= p <= 1 for p in probabilities),
+            "probabilities and cutout must lie in [0, 1]": all(0 <= p <= 1 for p in [*probabilities, self.cutout]),
+            "operations must not be negative": self.operations >= 0,
         }
         for rule, holds in rules.items():
             if not holds:
@@ -138,6 +141,9 @@ class Augment:
         gaussian_blur = partial(resample.gaussian_blur, kernel=view.blur_kernel)
         batch = on_rows(gaussian_blur, batch, blur[:, 0] < view.blur_p, sigma)
         batch = on_rows(color.solarize, batch, solarize[:, 0] < view.solarize_p)
+        if view.operations or view.cutout:
+            about = {"operations": view.operations, "cutout": view.cutout}
+            batch = strong.rand_augment(batch, (*key, *KINDS["rand_augment"]), **about)
         return standardize_(batch, *self.normalization).unflatten(0, shape)
 
     def _edges(self, view: View, crop: Tensor, flip: Tensor, ids: Tensor, pixels: Tensor) -> Tensor:

@@ -160,6 +160,7 @@ REFUSED = {  # (section, name): {key: (refused values), (taken values)}
     ("data", "mixed"): {"min_per_class": ("0", "1")},
     ("data", "cifar10"): {"per_class": ("0", "1 none")},
     ("augment", "crop"): {"size": ("0", "32"), "scale": ("0,1", "0.5,1"), "jitter": ("-0.1 1.1", "0 1")},
+    ("augment", "randaugment"): {"operations": ("-1 101", "0 3"), "cutout": ("-0.1 1.1", "0 0.5")},
     ("head", "linear"): {"dropout": ("1 -0.1", "0")},
     ("head", "mlp"): {"hidden": ("-1", "0"), "dropout": ("1", "0.5")},
     ("loss", "focal"): {"gamma": ("-1", "0 2")},
