@@ -94,7 +94,8 @@ class Augment:
 
     sizes (N, 2) int64: heights and widths of the original images, by sample id. Crops are drawn in the original's
     geometry, though the stored image is squashed to H x W; None takes the stored size for the original's.
-    `normalization` is that of the backbone which gets the views.
+    `normalization` is that of the backbone which gets the views. `first` is the number of the first view, where a run
+    makes views of an image in two places.
 
     All draws are functions of (seed, epoch, view, sample id), so an image's views do not depend on its batch: bit for
     bit on the CPU for views of 12 pixels or more. MKL rounds products of smaller matrices by their address, and CUDA
@@ -108,8 +109,10 @@ class Augment:
         sizes: Tensor | None = None,
         *,
         normalization: Normalization = IMAGENET,
+        first: int = 0,
     ):
         self.views, self.seed, self.sizes, self.normalization = views, seed, sizes, normalization
+        self.first = first
 
     @torch.no_grad()
     def __call__(self, images: Tensor, sample_ids: Tensor, epoch: int) -> list[Tensor]:
@@ -127,7 +130,7 @@ class Augment:
         """The views `numbers` (K,), which are all like `view`, of pixels (B, 3, H, W) in [0, 1] -> (K, B, 3, h, w)."""
         shape = len(numbers), len(pixels)
         ids = sample_ids.repeat(shape[0])  # (K B,)
-        key = self.seed, epoch, numbers.repeat_interleave(shape[1]), ids
+        key = self.seed, epoch, (numbers + self.first).repeat_interleave(shape[1]), ids
         crop, flip, jitter, gray, blur, solarize = uniform(key, sum(DRAWS)).split(DRAWS, dim=1)  # each (K B, draws)
 
         edges = self._edges(view, crop, flip, ids, pixels).unflatten(0, shape)  # (K, B, 4)
