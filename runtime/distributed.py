@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from runtime import errors, signals
-from runtime.errors import UserError
+from runtime.errors import UserError, cut
 from runtime.scripts import end_with_sweep, machine
 
 # How long a process waits in a collective for one that still runs, as for rank 0 while it alone measures and draws: the
@@ -35,10 +35,10 @@ def setup(device: str = "auto") -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device={device}, but torch finds no CUDA device here; use device=cpu")
+        raise UserError(f"device={cut(device)}, but torch finds no CUDA device here; use device=cpu")
     if device.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
         raise UserError(
-            f"device={device} is one device for several processes; use device=cuda, which gives each its own"
+            f"device={cut(device)} is one device for several processes; use device=cuda, which gives each its own"
         )
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -50,7 +50,7 @@ def setup(device: str = "auto") -> torch.device:
             torch.cuda.set_device(target)
     except RuntimeError:
         raise UserError(
-            f"device={device} does not exist here ({torch.cuda.device_count()} CUDA devices); use auto or cpu"
+            f"device={cut(device)} does not exist here ({torch.cuda.device_count()} CUDA devices); use auto or cpu"
         ) from None
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "nccl" if target.type == "cuda" else "gloo"
