@@ -3,11 +3,11 @@
     python train_classifier.py configs/classifier_own.yaml data.root=/images backbone.weights=IMAGENET1K_V1
     torchrun --nproc_per_node=2 train_classifier.py configs/classifier_stl10.yaml backbone.weights=runs/dino/last.pt
 
-Writes runs/<run_name>/: last.pt, metrics.jsonl, results.json, confusion.png, TensorBoard events. What is chosen is
-chosen on validation images: the set's split `validation`, where it has one, else a seeded part of the training images.
-With `early_stopping` the weights of the lowest validation loss are kept and tested, without it the last ones; the test
-images are seen once, at the end. The same command resumes a run that was killed. The whole loop is in `main`; what it
-calls of this script stands below it in that order.
+Writes runs/<run_name>/: last.pt, metrics.jsonl, results.json, confusion.png, confused.png, TensorBoard events. What is
+chosen is chosen on validation images, temperature and threshold included: the set's split `validation`, where it has
+one, else a seeded part of the training images. With `early_stopping` the weights of the lowest validation loss are kept
+and tested, without it the last ones; the test images are seen once, at the end. The same command resumes a run that was
+killed. The whole loop is in `main`; what it calls of this script stands below it in that order.
 """
 
 import runtime.threads  # before torch
@@ -25,13 +25,14 @@ from data.augment.mixing import Mix, MixConfig
 from data.loading import Loader
 from data.normalize import Normalization, normalize, unnormalize
 from data.splits import holdout, write_splits
-from evaluation.classification import classification_report, confusion_matrix
+from evaluation.anomaly.thresholds import FalseAlarmRate
+from evaluation.classification import classification_report
+from evaluation.confidence import calibrated, reliability, remarks
+from evaluation.confused import draw_confusion
 from evaluation.features import extract
 from losses.supervised import LOSSES, LossConfig, soft_targets
 from models.backbones.build import BackboneConfig, normalization_from
 from models.classifier import Classifier, HeadConfig, build_classifier
-from plots.confusion import confusion_image
-from plots.heatmaps import save
 from plots.sheets import view_sheets
 from runtime import config, distributed, errors
 from runtime.run import Run
@@ -61,6 +62,7 @@ class Config:
     holdout: BelowOne | None = None  # share kept for validation; none: 0.1, or 0 if the set has a split `validation`
     log_every: PositiveInt = 10  # steps between points of the curves
     save_every: PositiveInt = 500  # steps between checkpoints
+    unknown: FalseAlarmRate = 0.05  # largest share of images of the classes that is called none of these
     seed: Seed = 0  # of the weights, the order, the views and the hold-out
     device: str = "auto"  # auto, cpu, cuda or cuda:1; auto: CUDA where there is one
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # fp16's scaler waits for the device once per step
@@ -270,26 +272,27 @@ def validate(run: Run, data: Data, model: Classifier, autocast: Callable, done: 
 def finish(
     cfg: Config, run: Run, data: Data, model: Classifier, watch: ValidationWatch, state: dict, autocast: Callable
 ) -> None:
-    """Keep the weights that `early_stopping` chose on the validation images, save them, and test, once."""
+    """Keep the weights that `early_stopping` chose on the validation images, calibrate them on these (of which there
+    may be none), save them, and test, once."""
     watch.restore(model)
-    run.save(run.total, **state)
+    logits, labels, validated = torch.empty(0, len(data.classes)), torch.empty(0, dtype=torch.int64), {}
+    if data.validation is not None:
+        report, logits, labels = measure(data, model, data.validation, autocast)
+        validated = {f"validation_{key}": report[key] for key in ("loss", "top1", "top5", "macro_f1")}
+    calibration = calibrated(logits, labels, cfg.loss.name, cfg.unknown)
+    run.save(run.total, **state, calibration=calibration)
+    for line in remarks(calibration, cfg.unknown):
+        run.log.say(line)
     epochs = run.total // len(data.loader)
     results: dict[str, Any] = {"backbone": cfg.backbone.name, "head": cfg.head.name, "epochs": epochs}
     results |= {"steps": run.total, "tested_epoch": watch.epoch if watch.restores else epochs}
     results["chosen"] = "lowest validation loss" if watch.restores else "last epoch"
     results["ended"] = "by early_stopping" if watch.ended else "after all epochs"
-    results |= {"n_train": len(data.loader.indices), "n_validation": 0, "loss": state["curves"].get("loss")}
-    if data.validation is not None:
-        report, _, _ = measure(data, model, data.validation, autocast)
-        results["n_validation"] = report["n_test"]
-        results |= {f"validation_{key}": report[key] for key in ("loss", "top1", "top5", "macro_f1")}
+    results |= {"n_train": len(data.loader.indices), "loss": state["curves"].get("loss")} | calibration | validated
     report, logits, labels = measure(data, model, data.tested, autocast)
     results["test_loss"] = report.pop("loss")
-    if distributed.is_main():
-        matrix = confusion_matrix(logits.argmax(1), labels, len(data.classes))
-        image = confusion_image(matrix, data.classes)
-        save(image, run.folder / "confusion.png")
-        run.log.image("confusion", pil_to_tensor(image))
+    results |= reliability(logits, labels, cfg.loss.name, calibration)
+    draw_confusion(run.log, logits, labels, data.tested.dataset, data.classes)
     run.finish(results | report | {"seconds": run.seconds})
 
 

@@ -73,17 +73,18 @@ def build_classifier(backbone: BackboneConfig, head: HeadConfig, n_classes: int)
     return Classifier(network, HEADS[head.name](network.num_features, n_classes, **head.options)), weights
 
 
-def load_trained(path: str | Path) -> tuple[Classifier, dict]:
+def load_trained(path: str | Path, state: dict | None = None) -> tuple[Classifier, dict]:
     """The classifier of a run of train_classifier.py in eval mode on the CPU, and the checkpoint's other values, with
     the names of its `classes`.
 
     Args:
         path: a checkpoint, or a run folder, whose last.pt is meant.
+        state: what it holds, if it has been read.
 
     Raises:
         UserError: it is no such checkpoint, or was edited.
     """
-    state, file = checkpoint.load(path), checkpoint.file_of(path)
+    state, file = state or checkpoint.load(path), checkpoint.file_of(path)
     if "head" not in state["config"]:
         raise UserError(f"{file} holds no classifier: name a run folder of train_classifier.py")
     sections = {name: checkpoint.section(state, name, file) for name in ("backbone", "head", "loss")}
