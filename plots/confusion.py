@@ -1,5 +1,6 @@
 """A confusion matrix as an image, and test images of the most confused pairs of classes."""
 
+import os
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -73,7 +74,7 @@ class Confused:
 def confused_sheet(pairs: list[Confused], n_test: int) -> Image.Image:
     """A row for each pair: truth and prediction, how many images, and some of them over their paths."""
     columns = max([len(pair.images) for pair in pairs], default=0)
-    top, block, row = 92, THUMBNAIL + 2 * GAP, THUMBNAIL + 40
+    top, block, row = 92, THUMBNAIL + 2 * GAP, THUMBNAIL + 56
     size = max(2 * MARGIN + NAMES + columns * block, 620), top + max(len(pairs), 1) * row + MARGIN
     paper = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(paper)
@@ -97,7 +98,8 @@ def confused_sheet(pairs: list[Confused], n_test: int) -> Image.Image:
             sides = max(1, round(high * scale)), max(1, round(wide * scale))
             tile = F.interpolate(image[None].float(), sides, mode="bilinear", antialias=True, align_corners=False)[0]
             paper.paste(to_pil(tile.round().clamp(0, 255).byte()), (x, y))
-            write(pen, (x, y + THUMBNAIL + 4), path, SOFT, 12, width=THUMBNAIL + GAP)
+            for line, part in enumerate(part for part in os.path.split(path) if part):
+                write(pen, (x, y + THUMBNAIL + 4 + 16 * line), part, SOFT, 12, width=THUMBNAIL + GAP)
     return paper
 
 

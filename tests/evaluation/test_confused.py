@@ -44,7 +44,7 @@ def test_the_sheet_shows_each_image_whole(count):
     assert sheet.shape[1] <= 1100
     for row in range(len(pairs)):
         for i, (height, width) in enumerate(sizes[:count]):
-            y, x = 92 + row * (THUMBNAIL + 40), 24 + 230 + i * (THUMBNAIL + 16)
+            y, x = 92 + row * (THUMBNAIL + 56), 24 + 230 + i * (THUMBNAIL + 16)
             longer = max(height, width)
             high, wide = max(1, round(height * THUMBNAIL / longer)), max(1, round(width * THUMBNAIL / longer))
             assert (sheet[y : y + high, x : x + wide] == 40 * i).all()

@@ -317,6 +317,6 @@ def test_it_learns(tmp_path, capsys):
     """Stripes of three directions, from random weights."""
     images = write_classes(tmp_path / "images", each=40)
     about = ["epochs=12", "batch_size=16", "augment.flip_p=0", "unfreeze.head_epochs=0", "optim.backbone_lr=none"]
-    train_classifier.main(words(images, tmp_path, *about, "backbone=resnet18", "backbone.stem=cifar"))
+    train_classifier.main(without_width(words(images, tmp_path, *about, "backbone=resnet18", "backbone.stem=cifar")))
     results, _ = results_of(capsys)
     assert results["top1"] >= 0.9 and isfinite(results["loss"])
