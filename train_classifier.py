@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torchvision.transforms.functional import pil_to_tensor
 
 from data import AugmentConfig, DataConfig, build_augment, build_dataset, settled, what_is_used
@@ -32,7 +33,7 @@ from evaluation.confused import draw_confusion
 from evaluation.features import extract
 from losses.supervised import LOSSES, LossConfig, soft_targets
 from models.backbones.build import BackboneConfig, normalization_from
-from models.classifier import Classifier, HeadConfig, build_classifier
+from models.classifier import Classifier, HeadConfig, WithNovelty, build_classifier
 from plots.sheets import view_sheets
 from runtime import config, distributed, errors
 from runtime.run import Run
@@ -42,6 +43,8 @@ from training.plateau import EarlyStoppingConfig, PlateauConfig, ValidationWatch
 from training.rehearsal import batch_norm_needs_more, naming, no_trace
 from training.schedule import check_lengths
 from training.unfreezing import Layers, UnfreezeConfig
+
+FAMILIAR = 2000  # training images, at most, whose features a new image is compared with
 
 
 @dataclass(kw_only=True)
@@ -251,13 +254,15 @@ def log_views(run: Run, images: Tensor, views: Tensor, normalization: Normalizat
         run.log.image(f"views/{name}", pil_to_tensor(sheet))
 
 
-def measure(data: Data, model: Classifier, loader: Loader, autocast: Callable) -> tuple[dict, Tensor, Tensor]:
-    """`classification_report` of the loader's images with the loss of their labels, logits (N, C) and labels (N,)."""
-    distributed.share_buffers(model)
+def measure(data: Data, network: nn.Module, loader: Loader, autocast: Callable) -> tuple[dict, Tensor, Tensor]:
+    """`classification_report` of the loader's images with the loss of their labels, what the network (the classifier,
+    or one `WithNovelty`) makes of them, (N, C or more), logits first, and labels (N,)."""
+    distributed.share_buffers(network)
     with autocast():
-        logits, labels = (rows.cpu() for rows in extract(model, loader))
+        rows, labels = (column.cpu() for column in extract(network, loader))
+    logits = rows[:, : len(data.classes)]  # (N, C)
     loss = float(data.criterion(logits.double(), soft_targets(labels, len(data.classes))))
-    return {"loss": loss} | classification_report(logits, labels, data.classes), logits, labels
+    return {"loss": loss} | classification_report(logits, labels, data.classes), rows, labels
 
 
 def validate(run: Run, data: Data, model: Classifier, autocast: Callable, done: int) -> dict[str, float]:
@@ -269,18 +274,31 @@ def validate(run: Run, data: Data, model: Classifier, autocast: Callable, done: 
         return run.log.scalars(done, kept)
 
 
+def familiar(cfg: Config, run: Run, data: Data, model: Classifier, autocast: Callable) -> Tensor:
+    """Normalized features (M, D) of up to `FAMILIAR` training images, spread evenly over them: WithNovelty's bank."""
+    distributed.share_buffers(model)
+    count = len(data.loader.indices)
+    some = data.loader.indices[torch.linspace(0, count - 1, min(count, FAMILIAR), dtype=torch.float64).long()]
+    load: dict[str, Any] = {"cache": cfg.data.cache, "workers": cfg.data.workers}
+    loader = Loader(data.loader.dataset, cfg.batch_size // run.world, run.device, indices=some, **load)
+    with autocast():
+        return functional.normalize(extract(model.backbone, loader)[0])
+
+
 def finish(
     cfg: Config, run: Run, data: Data, model: Classifier, watch: ValidationWatch, state: dict, autocast: Callable
 ) -> None:
     """Keep the weights that `early_stopping` chose on the validation images, calibrate them on these (of which there
     may be none), save them, and test, once."""
     watch.restore(model)
-    logits, labels, validated = torch.empty(0, len(data.classes)), torch.empty(0, dtype=torch.int64), {}
+    bank = familiar(cfg, run, data, model, autocast)
+    network = WithNovelty(model, bank)
+    rows, labels, validated = torch.empty(0, len(data.classes) + 1), torch.empty(0, dtype=torch.int64), {}
     if data.validation is not None:
-        report, logits, labels = measure(data, model, data.validation, autocast)
+        report, rows, labels = measure(data, network, data.validation, autocast)
         validated = {f"validation_{key}": report[key] for key in ("loss", "top1", "top5", "macro_f1")}
-    calibration = calibrated(logits, labels, cfg.loss.name, cfg.unknown)
-    run.save(run.total, **state, calibration=calibration)
+    calibration = calibrated(rows[:, :-1], rows[:, -1], labels, cfg.loss.name, cfg.unknown)
+    run.save(run.total, **state, calibration=calibration, bank=bank.cpu())
     for line in remarks(calibration, cfg.unknown):
         run.log.say(line)
     epochs = run.total // len(data.loader)
@@ -289,10 +307,10 @@ def finish(
     results["chosen"] = "lowest validation loss" if watch.restores else "last epoch"
     results["ended"] = "by early_stopping" if watch.ended else "after all epochs"
     results |= {"n_train": len(data.loader.indices), "loss": state["curves"].get("loss")} | calibration | validated
-    report, logits, labels = measure(data, model, data.tested, autocast)
+    report, rows, labels = measure(data, network, data.tested, autocast)
     results["test_loss"] = report.pop("loss")
-    results |= reliability(logits, labels, cfg.loss.name, calibration)
-    draw_confusion(run.log, logits, labels, data.tested.dataset, data.classes)
+    results |= reliability(rows[:, :-1], rows[:, -1], labels, cfg.loss.name, calibration)
+    draw_confusion(run.log, rows[:, :-1], labels, data.tested.dataset, data.classes)
     run.finish(results | report | {"seconds": run.seconds})
 
 

@@ -5,7 +5,6 @@ for image, result in classify(network, images, state, device, batch_size=16, pre
     print(result.path, result.verdict, result.probability)
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,9 +16,8 @@ from torch import Tensor
 from data import DataConfig, Geometry, build_geometry
 from data.normalize import normalize
 from evaluation.anomaly.prediction import LoadedImage, Precision, is_number
-from evaluation.confidence import novelty
 from losses.supervised import probabilities
-from models.classifier import Classifier, load_trained
+from models.classifier import Classifier, WithNovelty, load_trained
 from runtime import checkpoint, config
 from runtime.errors import UserError
 from runtime.values import coerce
@@ -36,7 +34,7 @@ class Classified:
     likeliest: str  # of the classes
     probability: float  # that it is this one, with the run's temperature
     probabilities: Tensor = field(repr=False)  # float32 (C,), of all classes
-    score: float  # how little the image looks like any of the classes: evaluation.confidence.novelty
+    score: float | None  # how little the image looks like the training images: models.classifier.novelty
     threshold: float | None  # of the score; None: the run has none
     is_unknown: bool | None  # whether the score is above the threshold; None without one
 
@@ -49,7 +47,8 @@ class Classified:
 def load_classifier_run(path: Path | str, state: dict | None = None) -> tuple[Classifier, Geometry, dict]:
     """The classifier of a run in eval mode on the CPU, how its images become inputs, and the checkpoint's other values.
 
-    Of a run that has not finished, `state["calibration"]` has no temperature and no threshold.
+    Of a run that has not finished, `state["calibration"]` has no temperature and no threshold, and `state["bank"]`,
+    which the scores are distances to, is None.
 
     Args:
         path: a checkpoint, or a run folder, whose last.pt is meant.
@@ -69,7 +68,12 @@ def load_classifier_run(path: Path | str, state: dict | None = None) -> tuple[Cl
     temperature = found["temperature"]
     if not all(map(is_number, (temperature, found["threshold"]))) or (temperature is not None and temperature <= 0):
         raise UserError(f"{file} was edited: its calibration cannot be what was saved; {checkpoint.advice_on(file)}")
-    return network, geometry, state | {"calibration": found}
+    bank, width = state.get("bank"), network.backbone.num_features
+    if bank is not None and not (
+        isinstance(bank, Tensor) and bank.shape[1:] == (width,) and len(bank) and bank.isfinite().all()
+    ):
+        raise UserError(f"{file} was edited: its bank is no features (M, {width}); {checkpoint.advice_on(file)}")
+    return network, geometry, state | {"calibration": found, "bank": bank}
 
 
 @torch.no_grad()
@@ -94,13 +98,16 @@ def classify(
     """
     dtype, loss = PRECISIONS[precision], state["config"]["loss"]["name"]
     temperature = state["calibration"]["temperature"] or 1.0
+    bank = state["bank"]
+    both = WithNovelty(network, None if bank is None else bank.to(device))
     while group := list(islice(loaded, batch_size)):
         pixels = torch.stack([item.image for item in group]).to(device)  # (B, 3, H, W)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = network(normalize(pixels, network.normalization)).float().cpu()  # (B, C)
-        found, scores = probabilities(logits, loss, temperature), novelty(logits).tolist()  # (B, C), (B,)
-        for item, row, likeliest, score in zip(group, found, logits.argmax(1).tolist(), scores):
-            if not math.isfinite(score):
+            rows = both(normalize(pixels, network.normalization)).cpu()  # (B, C + 1)
+        logits, scores = rows[:, :-1], rows[:, -1].tolist()  # (B, C), (B,)
+        found, finite = probabilities(logits, loss, temperature), logits.isfinite().all(1).tolist()  # (B, C), (B,)
+        for item, row, likeliest, score, good in zip(group, found, logits.argmax(1).tolist(), scores, finite):
+            if not good:
                 raise UserError(
                     f"the logits of {item.path} are not finite: use precision=fp32, or the run has diverged"
                 )
@@ -111,7 +118,7 @@ def classify(
                     likeliest=state["classes"][likeliest],
                     probability=float(row[likeliest]),
                     probabilities=row,
-                    score=score,
+                    score=None if bank is None else score,
                     threshold=threshold,
                     is_unknown=None if threshold is None else score > threshold,
                 ),

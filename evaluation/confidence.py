@@ -59,47 +59,43 @@ def calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> fl
     return float(np.abs(np.bincount(bin_of, hit - claimed, bins)).sum() / len(hit))
 
 
-def novelty(logits: Tensor) -> Tensor:
-    """How little an image (logits (N, C)) looks like any of the classes: minus the largest logit (Hendrycks et al.
-    2022, "Scaling out-of-distribution detection for real-world settings"), float64 (N,).
-
-    Unlike the largest probability it does not depend on the temperature, which is fitted on the same images as the
-    threshold: one that moved with them would break the threshold's promise.
-    """
-    return -logits.double().amax(1)
-
-
-def calibrated(logits: Tensor, labels: Tensor, loss: str, unknown: float) -> dict:
+def calibrated(logits: Tensor, scores: Tensor, labels: Tensor, loss: str, unknown: float) -> dict:
     """What a run keeps of its validation images, plain values for the checkpoint, None without images:
 
-    temperature: `fit_temperature`. threshold: of `novelty`, the split-conformal quantile of
+    temperature: `fit_temperature`. threshold: of the `novelty`, the split-conformal quantile of
     `thresholds.normal_threshold`: a new image of the known classes is above it with probability `unknown` at most, on
     average over the classes. promised_unknown: what so few images can promise. n_validation: their number.
 
-    The promise is exact if these images chose nothing else and new ones come from the same source: early_stopping and
-    plateau follow the loss of the same images, which makes it optimistic.
+    The promise is exact if these images chose nothing that the novelty depends on (the temperature is no such thing)
+    and new ones come from the same source: early_stopping and plateau follow the loss of the same images, which makes
+    it optimistic.
+
+    Args:
+        logits: (N, C). scores: (N,) `models.classifier.novelty`. labels: (N,) int64.
+        unknown: share of images of the known classes that may be called none of them.
     """
     n = len(labels)
     if n == 0:
         return {"temperature": None, "threshold": None, "promised_unknown": None, "n_validation": 0}
     return {
         "temperature": fit_temperature(logits, labels, loss),
-        "threshold": normal_threshold(novelty(logits), false_alarm_rate=unknown),
+        "threshold": normal_threshold(scores, false_alarm_rate=unknown),
         "promised_unknown": max(unknown, 1 / (n + 1)),
         "n_validation": n,
     }
 
 
-def reliability(logits: Tensor, labels: Tensor, loss: str, calibration: dict) -> dict:
+def reliability(logits: Tensor, scores: Tensor, labels: Tensor, loss: str, calibration: dict) -> dict:
     """Of the test images: test_ece_uncalibrated and test_ece, their calibration error by the probabilities as trained
-    and with the temperature, if there is one; test_unknown, the share above the threshold, None without one.
+    and with the temperature, if there is one; test_unknown, the share above the threshold, None without one. Arguments
+    as of `calibrated`.
 
     The predicted class is that of the largest logit: probabilities may round to equal ones.
     """
     right, errors = logits.argmax(1) == labels, []
     for temperature in (1.0, calibration["temperature"] or 1.0):
         errors.append(calibration_error(probabilities(logits, loss, temperature).amax(1), right))
-    above = None if calibration["threshold"] is None else novelty(logits) > calibration["threshold"]
+    above = None if calibration["threshold"] is None else scores > calibration["threshold"]
     return {
         "test_ece_uncalibrated": errors[0],
         "test_ece": errors[1],

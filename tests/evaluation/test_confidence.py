@@ -8,8 +8,21 @@ import torch
 from scipy.optimize import minimize_scalar
 from scipy.special import log_expit, log_softmax
 
-from evaluation.confidence import calibrated, calibration_error, fit_temperature, novelty, reliability, remarks
+from evaluation.confidence import calibrated, calibration_error, fit_temperature, reliability, remarks
 from runtime.errors import UserError
+
+
+def scores_of(logits):
+    """Any function of the image will do."""
+    return -logits.double().amax(1)
+
+
+def kept_of(logits, labels, loss, unknown):
+    return calibrated(logits, scores_of(logits), labels, loss, unknown)
+
+
+def results_of(logits, labels, loss, kept):
+    return reliability(logits, scores_of(logits), labels, loss, kept)
 
 
 def problem(n=200, classes=5, seed=0, scale=4.0):
@@ -111,17 +124,17 @@ def test_the_calibration_error_of_known_cases():
 def test_saturated_probabilities_are_those_of_the_largest_logit():
     logits = torch.tensor([[40.0, 60.0], [60.0, 40.0]])  # both sigmoids are 1 in float32
     kept = {"temperature": 0.5, "threshold": 0.0}
-    assert reliability(logits, torch.tensor([1, 0]), "bce", kept)["test_ece"] == 0
-    assert reliability(logits, torch.tensor([0, 0]), "bce", kept)["test_ece"] == 0.5
+    assert results_of(logits, torch.tensor([1, 0]), "bce", kept)["test_ece"] == 0
+    assert results_of(logits, torch.tensor([0, 0]), "bce", kept)["test_ece"] == 0.5
 
 
 def test_temperature_lowers_the_calibration_error_of_what_is_too_sure():
     generator = torch.Generator().manual_seed(3)
     true = torch.randn(40_000, 6, generator=generator) * 2
     labels = torch.multinomial(true.softmax(1), 1, generator=generator)[:, 0]  # so `true` is calibrated
-    kept = calibrated(3 * true[:20_000], labels[:20_000], "cross_entropy", 0.05)
+    kept = kept_of(3 * true[:20_000], labels[:20_000], "cross_entropy", 0.05)
     assert kept["temperature"] == pytest.approx(3, rel=0.05)
-    results = reliability(3 * true[20_000:], labels[20_000:], "cross_entropy", kept)
+    results = results_of(3 * true[20_000:], labels[20_000:], "cross_entropy", kept)
     assert results["test_ece_uncalibrated"] > 0.2 and results["test_ece"] < 0.02
     assert results["test_unknown"] == pytest.approx(0.05, abs=0.01)
 
@@ -135,28 +148,28 @@ def test_the_share_of_known_images_above_the_threshold_is_as_promised():
         labels = torch.zeros(n, dtype=torch.int64)
         above = 0
         for draw in rounded[:600]:
-            limit = calibrated(draw[:n], labels, "bce", unknown)["threshold"]
-            assert (novelty(draw[:n]) > limit).sum() <= unknown * (n + 1)
-            above += int(novelty(draw[n:])[0] > limit)
+            limit = kept_of(draw[:n], labels, "bce", unknown)["threshold"]
+            assert (scores_of(draw[:n]) > limit).sum() <= unknown * (n + 1)
+            above += int(scores_of(draw[n:])[0] > limit)
         assert least < above / 600 + 1e-9 <= unknown + 3 * math.sqrt(unknown * (1 - unknown) / 600)
 
 
 def test_the_threshold_does_not_depend_on_the_temperature_nor_on_the_labels():
     logits, labels = problem()
-    first, second = (calibrated(logits, other, "cross_entropy", 0.05) for other in (labels, labels.flip(0)))
+    first, second = (kept_of(logits, other, "cross_entropy", 0.05) for other in (labels, labels.flip(0)))
     assert first["temperature"] != second["temperature"] and first["threshold"] == second["threshold"]
     assert first["threshold"] == sorted(-logits.amax(1).double())[math.ceil(201 * 0.95) - 1]
 
 
 def test_too_few_images_and_none():
     logits, labels = problem(n=7)
-    kept = calibrated(logits, labels, "cross_entropy", 0.05)
-    assert kept["threshold"] == float(novelty(logits).max()) and kept["promised_unknown"] == 1 / 8
+    kept = kept_of(logits, labels, "cross_entropy", 0.05)
+    assert kept["threshold"] == float(scores_of(logits).max()) and kept["promised_unknown"] == 1 / 8
     assert "7 validation images cannot promise unknown=0.05" in " ".join(remarks(kept, 0.05))
-    none = calibrated(logits[:0], labels[:0], "cross_entropy", 0.05)
+    none = kept_of(logits[:0], labels[:0], "cross_entropy", 0.05)
     assert none == {"temperature": None, "threshold": None, "promised_unknown": None, "n_validation": 0}
     assert "no validation images" in remarks(none, 0.05)[0] and len(remarks(none, 0.05)) == 1
-    results = reliability(logits, labels, "cross_entropy", none)
+    results = results_of(logits, labels, "cross_entropy", none)
     assert results["test_ece"] == results["test_ece_uncalibrated"] and results["test_unknown"] is None
     with pytest.raises(UserError, match="must lie between 0 and 1"):
-        calibrated(logits, labels, "cross_entropy", 1.0)
+        kept_of(logits, labels, "cross_entropy", 1.0)

@@ -47,6 +47,16 @@ def logits_of(folder, paths):
         return network(normalize(pixels, network.normalization)), state
 
 
+def scores_of(folder, paths):
+    """By hand: the distance to the nearest of the stored features, by float64 differences."""
+    network, geometry, state = load_classifier_run(folder)
+    pixels = torch.stack([decode(str(path), geometry) for path in paths])
+    with torch.no_grad():
+        features = network.backbone(normalize(pixels, network.normalization)).double()
+    features = features / features.norm(dim=1, keepdim=True)
+    return (features[:, None] - state["bank"].double()).norm(dim=2).amin(1)  # (N,)
+
+
 def table(out):
     with open(out / "predictions.csv", newline="") as file:
         return list(csv.DictReader(file))
@@ -66,7 +76,7 @@ def test_temperature_and_threshold_are_of_the_validation_images(folder, images):
     labels = torch.tensor([state["classes"].index(path.parent.name) for path in held])
     kept, results = state["calibration"], json.loads((folder / "results.json").read_text())
     assert kept["temperature"] == pytest.approx(fit_temperature(logits, labels, "cross_entropy"), rel=1e-4)
-    scores = sorted((-logits.double().amax(1)).tolist())
+    scores = sorted(scores_of(folder, held).tolist())
     assert kept["threshold"] == pytest.approx(scores[math.ceil(10 * 0.8) - 1], rel=1e-5)
     assert kept == {key: results[key] for key in kept} and results["n_validation"] == 9
     assert results["promised_unknown"] == 0.2
@@ -79,7 +89,12 @@ def test_temperature_and_threshold_are_of_the_validation_images(folder, images):
         bins = np.ceil(claimed * 15)
         expected = sum(abs((right - claimed)[bins == b].sum()) for b in range(1, 16)) / len(right)
         assert results[key] == pytest.approx(expected, abs=1e-5), key
-    assert results["test_unknown"] == (-logits.double().amax(1) > kept["threshold"]).double().mean()
+    assert results["test_unknown"] == (scores_of(folder, tested) > kept["threshold"]).double().mean()
+    network, geometry, _ = load_classifier_run(folder)
+    pixels = torch.stack([decode(str(path), geometry) for path in sorted(learned)])
+    with torch.no_grad():
+        features = torch.nn.functional.normalize(network.backbone(normalize(pixels, network.normalization)))
+    torch.testing.assert_close(state["bank"], features, atol=1e-5, rtol=1e-5)
 
 
 def test_rows_are_the_results_of_load_classifier(folder, images, tmp_path, capsys):
@@ -109,7 +124,10 @@ def test_rows_are_the_results_of_load_classifier(folder, images, tmp_path, capsy
             assert row["class"] == result.likeliest == classifier.classes[int(np.argmax(each))]
     expected, state = logits_of(folder, [tmp_path / "in" / row["path"] for row in rows])
     expected = (expected / state["calibration"]["temperature"]).softmax(1)
-    torch.testing.assert_close(classifier([tmp_path / "in" / row["path"] for row in rows]), expected)
+    again = [tmp_path / "in" / row["path"] for row in rows]
+    torch.testing.assert_close(classifier(again), expected)
+    assert [result.score for result in found] == pytest.approx(scores_of(folder, again).tolist(), rel=1e-4)
+    assert classifier.classify(sorted((images / "train/class0").iterdir())[:1])[0].score < 1e-3  # it was learned
     before = (tmp_path / "out" / "predictions.csv").read_bytes()
     run(capsys, *out)
     assert (tmp_path / "out" / "predictions.csv").read_bytes() == before
@@ -167,7 +185,9 @@ def test_mistakes(folder, images, tmp_path):
     for name, change, text in (
         ("temperature", {"calibration": state["calibration"] | {"temperature": 0.0}}, "its calibration cannot be"),
         ("threshold", {"calibration": state["calibration"] | {"threshold": "high"}}, "its calibration cannot be"),
-        ("half", {"calibration": None}, "has not finished"),
+        ("half", {"calibration": None, "bank": None}, "has not finished"),
+        ("wide", {"bank": torch.zeros(3, 4)}, "its bank is no features"),
+        ("nan", {"bank": torch.full((3, 512), torch.nan)}, "its bank is no features"),
         ("precision", {"config": state["config"] | {"precision": "int8"}}, "precision"),
     ):
         edited = {key: value for key, value in (state | change).items() if value is not None}
@@ -177,7 +197,16 @@ def test_mistakes(folder, images, tmp_path):
             predict.main([str(tmp_path / name), str(images / "test"), f"out={tmp_path}/out", "device=cpu"])
         assert len(str(error.value)) <= 300
     assert not (tmp_path / "out").exists()
-    assert scavenge.load_classifier(tmp_path / "half", device="cpu").threshold is None  # before its end
+    before = scavenge.load_classifier(tmp_path / "half", device="cpu")  # the end of the training
+    (result,) = before.classify([images / "test/class0/000.png"])
+    assert result.score is result.threshold is result.is_unknown is None and result.probability > 0
+
+
+def test_a_large_set_is_compared_with_a_part_of_it(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_classifier, "FAMILIAR", 5)
+    train_classifier.main(words(images, tmp_path, "epochs=1"))
+    assert len(checkpoint.load(tmp_path / "run")["bank"]) == 5
+    assert results_of(capsys)[0]["test_unknown"] is not None
 
 
 def test_the_sheets_are_in_tensorboard(folder):

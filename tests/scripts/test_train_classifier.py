@@ -191,6 +191,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(more, images, tmp_p
     whole, resumed = (checkpoint.load(tmp_path / x / "run") for x in "ab")
     for key, value in whole["model"].items():
         assert torch.equal(value, resumed["model"][key]), key
+    assert torch.equal(whole["bank"], resumed["bank"])
     for part in ("optimizer", "watch", "calibration"):
         assert str(whole[part]) == str(resumed[part]), part
     assert curves(tmp_path / "a" / "run") == curves(tmp_path / "b" / "run")
