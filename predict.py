@@ -11,8 +11,8 @@ The run folder is all it needs. Images are those in a folder and below, or one f
 predictions.csv: a row per image. Of a detector: path (below the folder), score, is_anomalous (1 if the score is above
     the threshold, else 0), threshold, nearest_training_image (of detectors with a memory), and y, x: row and column of
     the most anomalous pixel of the original. Of a classifier: path, class (the likeliest, or `none of these` if the
-    score is above the threshold), probability of the likeliest class, score (how little the image looks like any of the
-    classes), is_unknown, threshold, and the probability of each class. What is not known is empty.
+    score is above the threshold), probability of the likeliest class, score (how little the image looks like the
+    training images), is_unknown, threshold, and the probability of each class. What is not known is empty.
 heatmaps/<path>.png, of a detector: the original in gray under its anomaly map, pixel for pixel, regions above the pixel
     threshold outlined and the peak marked; below it the verdict, the score and a legend. None for detectors without
     maps, and for runs that had no normal images to take the color scale from.
