@@ -114,6 +114,10 @@ def test_the_calibration_error_is_the_plain_loops(bins):
     for confidence in (random, random.double() ** 4, edges, torch.zeros(300), torch.ones(300), random[:1]):
         right = hits[: len(confidence)]
         assert calibration_error(confidence, right, bins) == pytest.approx(ece(confidence, right, bins), abs=1e-12)
+    edges = torch.arange(1, bins + 1).double() / bins  # right, and between them wrong
+    confidence = torch.cat([edges, edges - 0.5 / bins])
+    right = torch.arange(2 * bins) < bins
+    assert calibration_error(confidence, right, bins) == pytest.approx(ece(confidence, right, bins), abs=1e-12)
 
 
 def test_the_calibration_error_of_known_cases():
