@@ -75,7 +75,7 @@ def confused_sheet(pairs: list[Confused], n_test: int) -> Image.Image:
     """A row for each pair: truth and prediction, how many images, and some of them over their paths."""
     columns = max([len(pair.images) for pair in pairs], default=0)
     top, block, row = 92, THUMBNAIL + 2 * GAP, THUMBNAIL + 56
-    size = max(2 * MARGIN + NAMES + columns * block, 620), top + max(len(pairs), 1) * row + MARGIN
+    size = max(2 * MARGIN + NAMES + columns * block, 620), top + len(pairs) * row + MARGIN
     paper = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(paper)
     pen.text((MARGIN, 18), "Most confused classes", INK, font(24))
