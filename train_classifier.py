@@ -5,14 +5,16 @@
 
 Writes runs/<run_name>/: last.pt, metrics.jsonl, results.json, confusion.png, confused.png, TensorBoard events. What is
 chosen is chosen on validation images, temperature and threshold included: the set's split `validation`, where it has
-one, else a seeded part of the training images. With `early_stopping` the weights of the lowest validation loss are kept
-and tested, without it the last ones; the test images are seen once, at the end. The same command resumes a run that was
-killed. The whole loop is in `main`; what it calls of this script stands below it in that order.
+one, else a seeded part of the training images. With `semi` a step also has images without labels: the rest of the
+training images after `labels_per_class`, or another set, `unlabelled`; an epoch is a pass over these. With
+`early_stopping` the weights of the lowest validation loss are kept and tested, without it the last ones; the test
+images are seen once, at the end. The same command resumes a run that was killed. The whole loop is in `main`; what it
+calls of this script stands below it in that order.
 """
 
 import runtime.threads  # before torch
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,17 +25,20 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from data import AugmentConfig, DataConfig, build_augment, build_dataset, settled, what_is_used
 from data.augment.mixing import Mix, MixConfig
+from data.dataset import Dataset
 from data.loading import Loader
 from data.normalize import Normalization, normalize, unnormalize
-from data.splits import holdout, write_splits
+from data.splits import few_per_class, holdout, write_splits
 from evaluation.anomaly.thresholds import FalseAlarmRate
 from evaluation.classification import classification_report
 from evaluation.confidence import calibrated, reliability, remarks
 from evaluation.confused import draw_confusion
 from evaluation.features import extract
+from losses.pseudo_labels import Look
 from losses.supervised import LOSSES, LossConfig, soft_targets
 from models.backbones.build import BackboneConfig, normalization_from
 from models.classifier import Classifier, HeadConfig, WithNovelty, build_classifier
+from models.semi_supervised import SemiConfig, SemiSupervised
 from plots.sheets import view_sheets
 from runtime import config, distributed, errors
 from runtime.run import Run
@@ -50,6 +55,9 @@ FAMILIAR = 2000  # training images, at most, whose features a new image is compa
 @dataclass(kw_only=True)
 class Config:
     data: DataConfig  # the images
+    labels_per_class: PositiveInt | None = None  # so many training images of each class, drawn by seed; none: all
+    unlabelled: DataConfig | None = None  # images without labels for `semi`; none: all training images
+    semi: SemiConfig | None = None  # what is learned from images without labels
     backbone: BackboneConfig  # what is fine-tuned
     head: HeadConfig  # what makes classes of its features
     augment: AugmentConfig  # the one view of an image that a step sees
@@ -62,7 +70,9 @@ class Config:
     early_stopping: EarlyStoppingConfig | None = None  # an end there
     epochs: PositiveInt  # passes over the training set, at most
     batch_size: PositiveInt  # images per step, over all processes
-    holdout: BelowOne | None = None  # share kept for validation; none: 0.1, or 0 if the set has a split `validation`
+    holdout: BelowOne | None = (
+        None  # share kept for validation; none: 0.1, or 0 with labels_per_class or a split `validation`
+    )
     log_every: PositiveInt = 10  # steps between points of the curves
     save_every: PositiveInt = 500  # steps between checkpoints
     unknown: FalseAlarmRate = 0.05  # largest share of images of the classes that is called none of these
@@ -85,33 +95,30 @@ def main(argv: list[str]) -> None:
     optimizer, layers = build_optimizer(cfg.optim, model), Layers(model, model.backbone)
     autocast, scaler = mixed_precision(cfg.precision, run.device)
     compiled: Any = torch.compile(model) if cfg.compile else model
-    watch = ValidationWatch(cfg.plateau, cfg.early_stopping)
-    epoch_steps = len(data.loader)
+    watch, epoch_steps = ValidationWatch(cfg.plateau, cfg.early_stopping), data.epoch_steps
 
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "watch": watch}
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "watch": watch} | data.parts
     state = run.open(parts, cfg.epochs * epoch_steps, data.names, {"curves": {}, "metrics": {}})
     run.total = run.start if watch.ended else run.total
     introduce(cfg, run, data, model, weights, layers)
     if run.is_finished():
         return
 
+    batches = data.batches(run.start)
     for step in run.steps():
         epoch, batch = divmod(step, epoch_steps)
-        if batch == 0 or step == run.start:
-            batches = data.loader.epoch(epoch, first_batch=batch)
-            if layers.train(cfg.unfreeze.layers_at(epoch, layers.count)):
-                network = distributed.data_parallel(compiled)  # anew, for it expects the gradients of these layers
+        if batch == 0 and data.semi is not None:
+            data.semi.begin(epoch, data.look(model, autocast))
+        if (batch == 0 or step == run.start) and layers.train(cfg.unfreeze.layers_at(epoch, layers.count)):
+            network = distributed.data_parallel(compiled)  # anew, for it expects the gradients of these layers
         lr = cfg.optim.lr_at(step, cfg.epochs * epoch_steps, epoch_steps, cfg.batch_size) * watch.rate
         set_rates(optimizer, lr, cfg.optim.weight_decay_at(step, cfg.epochs * epoch_steps), lr)
 
         images, labels, ids = run.window.next(batches)
-        (views,) = data.augment(images, ids, epoch)  # (B, 3, h, w)
-        targets = soft_targets(labels, len(data.classes), cfg.label_smoothing)  # (B, C)
-        if data.mix is not None:
-            views, targets = data.mix(views, targets, ids, epoch)
+        views, targets = data.views(images, labels, ids, step)  # (B, 3, h, w), with semi (B + 2 U, 3, h, w); (B, C)
         torch.manual_seed(cfg.seed + 1_000_003 * step + 1009 * distributed.rank())
         with autocast():
-            loss = data.criterion(network(views), targets)
+            loss = data.loss(network(views), targets)
         scaler.scale(loss).backward()
         run.window.add(loss)
         grad_norm = apply_gradients(optimizer, scaler, model.parameters(), cfg.optim)
@@ -130,7 +137,7 @@ def main(argv: list[str]) -> None:
             run.check(done, lr, grad_norm, scaler)
         if log_due:
             rates = {"lr": lr, "grad_norm": grad_norm, "epoch": done / epoch_steps, "layers": layers.learning}
-            state["curves"] = run.curves(done, rates)
+            state["curves"] = run.curves(done, rates | (data.semi.curves() if data.semi else {}))
         if save_due or stops:
             run.save(done, **state)
     finish(cfg, run, data, model, watch, state, autocast)
@@ -147,6 +154,21 @@ def check(cfg: Config, run: Run) -> None:
             f"mix takes images in pairs: batch_size={cfg.batch_size} must be an even number for each of {run.world} "
             "processes"
         )
+    if cfg.semi is None and cfg.unlabelled is not None:
+        raise errors.UserError("unlabelled names images for semi, and there is none: set semi=fixmatch")
+    if cfg.semi is not None and cfg.unlabelled is None and cfg.labels_per_class is None:
+        raise errors.UserError(
+            "semi learns from images without labels: set labels_per_class=4, or unlabelled=folder unlabelled.root=/path"
+        )
+    if cfg.semi is not None and cfg.semi.warmup_epochs >= cfg.epochs:
+        raise errors.UserError(
+            f"semi.warmup_epochs={cfg.semi.warmup_epochs} leaves none of epochs={cfg.epochs} to the unlabelled images: "
+            "lower it"
+        )
+    if cfg.semi is not None and cfg.loss.name == "bce":
+        raise errors.UserError(
+            "semi takes the likeliest class of a softmax, and loss=bce has none: set loss=cross_entropy"
+        )
     if cfg.sync_bn and run.world > 1 and run.device.type != "cuda":
         raise errors.UserError("sync_bn=true needs CUDA devices; set sync_bn=false on a CPU")
 
@@ -155,7 +177,7 @@ def check(cfg: Config, run: Run) -> None:
 class Data:
     """What a run learns from, as `prepare_data` makes it ready."""
 
-    loader: Loader  # training images
+    loader: Loader  # labelled training images
     augment: Callable[..., list[Tensor]]  # views = augment(images, ids, epoch)
     mix: Mix | None
     criterion: Callable[[Tensor, Tensor], Tensor]  # of logits and targets, (B, C) each
@@ -164,6 +186,53 @@ class Data:
     classes: list[str]
     names: dict[str, list]  # for the checkpoint
     note: str  # for the user
+    smoothing: float  # of labels
+    semi: SemiSupervised | None  # with the unlabelled images
+
+    @property
+    def epoch_steps(self) -> int:
+        return len(self.loader if self.semi is None else self.semi.loader)
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """What of it a checkpoint keeps."""
+        return {} if self.semi is None else {"semi": self.semi.rule}
+
+    def batches(self, step: int) -> Iterator[tuple[Tensor, ...]]:
+        """The labelled batches from a step on, pass after pass, with `semi` several passes in an epoch."""
+        number, first = divmod(step, len(self.loader))
+        while True:
+            yield from self.loader.epoch(number, first_batch=first)
+            number, first = number + 1, 0
+
+    def views(self, images: Tensor, labels: Tensor, ids: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Views and targets (B, C) of a labelled batch; below its views those of the unlabelled images of the step."""
+        number = step // len(self.loader)  # of the pass, so that the views of an image are others in each
+        (views,) = self.augment(images, ids, number)  # (B, 3, h, w)
+        targets = soft_targets(labels, len(self.classes), self.smoothing)  # (B, C)
+        if self.mix is not None:
+            views, targets = self.mix(views, targets, ids, number)
+        if self.semi is not None:
+            views = torch.cat([views, *self.semi.views(step)])  # (B + 2 U, 3, h, w), in the warm-up (B, 3, h, w)
+        return views, targets
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Of the labelled images, and of the unlabelled ones below them."""
+        loss, below = self.criterion(logits[: len(targets)], targets), logits[len(targets) :]
+        return loss if self.semi is None or not len(below) else loss + self.semi.loss(below)
+
+    def look(self, model: Classifier, autocast: Callable) -> Look:
+        """What the network says now of all labelled or unlabelled training images."""
+
+        def look(which: str) -> tuple[Tensor, Tensor]:
+            assert self.semi is not None
+            loader = {"labelled": self.loader, "unlabelled": self.semi.loader}[which]
+            about: dict[str, Any] = {"indices": loader.indices, "cache": loader.cache, "workers": loader.workers}
+            distributed.share_buffers(model)
+            with autocast():
+                return extract(model, Loader(loader.dataset, loader.batch_size, loader.device, **about))
+
+        return look
 
 
 def prepare_data(cfg: Config, run: Run) -> Data:
@@ -176,21 +245,24 @@ def prepare_data(cfg: Config, run: Run) -> Data:
             "a classifier tells classes apart, and all training images are of one: data.root needs a folder for each"
         )
     own = cfg.holdout is None and "validation" in train_set.splits
-    share = cfg.holdout if cfg.holdout is not None else 0.0 if own else 0.1
+    share = cfg.holdout if cfg.holdout is not None else 0.0 if own or cfg.labels_per_class else 0.1
     train_ids, held_out = holdout(train_set, share, cfg.seed)
+    labelled = draw_labelled(train_set, train_ids, cfg)
     if (cfg.plateau or cfg.early_stopping) and not own and not len(held_out):
         raise errors.UserError(
             f"plateau and early_stopping need validation images, and holdout={share} leaves none: set holdout=0.1"
         )
-    note = what_is_used(train_set, len(train_ids), {f"held out for validation (holdout={share})": len(held_out)})
+    others = {f"held out for validation (holdout={share})": len(held_out)}
+    others[f"beyond labels_per_class={cfg.labels_per_class}"] = len(train_ids) - len(labelled)
+    note = what_is_used(train_set, len(labelled), others)
 
     load: dict[str, Any] = {"seed": cfg.seed, "cache": cfg.data.cache, "workers": cfg.data.workers}
     order: dict[str, Any] = {"shuffle": True, "drop_last": True, "balanced": cfg.data.balanced}
     micro_batch = cfg.batch_size // run.world
-    loader = Loader(train_set, micro_batch, run.device, indices=train_ids, **order, **load)
+    loader = Loader(train_set, micro_batch, run.device, indices=labelled, **order, **load)
     len(loader)  # raises if there is no batch
     tested, validation = Loader(test_set, micro_batch, run.device, **load), None
-    names = {"names": train_set.names, "learned": train_ids.tolist(), "tested": test_set.names}
+    names = {"names": train_set.names, "learned": labelled.tolist(), "tested": test_set.names}
     names["classes"] = classes
     if own:
         validation = Loader(build_dataset(cfg.data, "validation"), micro_batch, run.device, **load)
@@ -206,10 +278,56 @@ def prepare_data(cfg: Config, run: Run) -> Data:
             "use augment=crop"
         )
 
+    semi = prepare_unlabelled(cfg, run, train_set, train_ids, augment, len(classes))
+    if semi is not None:
+        note += f"; semi: {len(semi.loader.indices)} images without labels"
+        if cfg.unlabelled is not None:
+            names["unlabelled"] = semi.loader.dataset.names
+
     def criterion(logits: Tensor, targets: Tensor) -> Tensor:
         return LOSSES[cfg.loss.name](logits, targets, **cfg.loss.options)
 
-    return Data(loader, augment, mix, criterion, validation, tested, classes, names, note)
+    smoothing = cfg.label_smoothing
+    return Data(loader, augment, mix, criterion, validation, tested, classes, names, note, smoothing, semi)
+
+
+def draw_labelled(train_set: Dataset, train_ids: Tensor, cfg: Config) -> Tensor:
+    """Those of the training images whose labels are learned from."""
+    if cfg.labels_per_class is None:
+        return train_ids
+    labels = train_set.labels[train_ids]
+    names = train_set.classes or []
+    counts = {names[label]: int((labels == label).sum()) for label in labels.unique()}
+    least = min(counts, key=lambda name: counts[name])
+    if counts[least] < cfg.labels_per_class:
+        raise errors.UserError(
+            f"labels_per_class={cfg.labels_per_class} must be at most {counts[least]}, the training images of "
+            f"{errors.cut(least)}"
+        )
+    return train_ids[few_per_class(labels, cfg.labels_per_class, cfg.seed)]
+
+
+def prepare_unlabelled(
+    cfg: Config, run: Run, train_set: Dataset, train_ids: Tensor, augment: Any, n_classes: int
+) -> SemiSupervised | None:
+    """The unlabelled images of `semi`: all training images, or those of `unlabelled`, a section that it settles."""
+    if cfg.semi is None:
+        return None
+    dataset, ids, about, truth = train_set, train_ids, cfg.data, train_set.labels
+    if cfg.unlabelled is not None:
+        about = cfg.unlabelled = settled(cfg.unlabelled)
+        dataset, truth = build_dataset(about, "train"), None
+        ids = torch.arange(len(dataset))
+    together = cfg.semi.ratio * cfg.batch_size
+    if len(ids) < together:
+        raise errors.UserError(
+            f"{len(ids)} images without labels make no step of semi.ratio={cfg.semi.ratio} x batch_size="
+            f"{cfg.batch_size}: lower one of them"
+        )
+    load: dict[str, Any] = {"cache": about.cache, "workers": about.workers, "shuffle": True, "drop_last": True}
+    loader = Loader(dataset, together // run.world, run.device, seed=cfg.seed, indices=ids, **load)
+    sizes = dataset.sizes if about.fit == "squash" else None
+    return SemiSupervised(cfg.semi, loader, augment, n_classes, sizes=sizes, truth=truth)
 
 
 def build_networks(cfg: Config, run: Run, data: Data) -> tuple[Classifier, str]:
@@ -240,7 +358,7 @@ def introduce(cfg: Config, run: Run, data: Data, model: Classifier, weights: str
     for line in (
         f"{cfg.run_name}: {len(data.classes)} classes, {cfg.backbone.name} ({weights}), {cfg.head.name} head, "
         f"{cfg.loss.name}",
-        f"{size:,} parameters, {len(data.loader)} steps per epoch, step {run.start} of {run.total}, "
+        f"{size:,} parameters, {data.epoch_steps} steps per epoch, step {run.start} of {run.total}, "
         f"{run.world} x {run.device}",
         f"layers of the backbone that learn in the end: {end} of {layers.count}{last}",
         f"{data.note}; validation: {validated}, test: {len(data.tested.indices)} images",
@@ -301,7 +419,7 @@ def finish(
     run.save(run.total, **state, calibration=calibration, bank=bank.cpu())
     for line in remarks(calibration, cfg.unknown):
         run.log.say(line)
-    epochs = run.total // len(data.loader)
+    epochs = run.total // data.epoch_steps
     results: dict[str, Any] = {"backbone": cfg.backbone.name, "head": cfg.head.name, "epochs": epochs}
     results |= {"steps": run.total, "tested_epoch": watch.epoch if watch.restores else epochs}
     results["chosen"] = "lowest validation loss" if watch.restores else "last epoch"

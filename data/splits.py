@@ -48,6 +48,21 @@ def holdout(dataset, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     return grouped_split(numbers, dataset.whole_groups, fraction, seed)
 
 
+def few_per_class(labels: Tensor, count: int, seed: int) -> Tensor:
+    """Positions of `count` items of every class, ascending int64; drawn as in `stratified_split`.
+
+    Raises:
+        ValueError: a class has fewer.
+    """
+    picked = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        if len(members) < count:
+            raise ValueError(f"class {label} has {len(members)} items, fewer than {count}")
+        picked[members[np.random.RandomState(seed).permutation(len(members))[:count]]] = True
+    return picked.nonzero().flatten()
+
+
 def grouped_split(labels: Tensor, groups: list[str], fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """As `stratified_split`, of whole groups: images of one part, scene or vessel are never on both sides.
 

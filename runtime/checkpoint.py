@@ -203,6 +203,7 @@ IMAGES = {  # of a run, under these keys of its checkpoint
     "learned": "numbers of the training images that are not held out",
     "elsewhere": "images of another set that it learns from",
     "validation": "validation images",
+    "unlabelled": "unlabelled images",
     "classes": "names of the classes",
     "tested": "test images",
     "masks": "masks of the test images, or their sizes in bytes,",

@@ -208,7 +208,7 @@ KINDS = {  # what a checkpoint may have beside its parts, by kind
     "numbers": ("curves", "metrics"),
     "bool": ("fitted",),
     "text": ("version", "part"),
-    "texts": ("names", "elsewhere", "tested", "masks", "validation", "classes"),
+    "texts": ("names", "elsewhere", "tested", "masks", "validation", "classes", "unlabelled"),
     "counts": ("learned",),
     "window": ("window",),
 }

@@ -32,6 +32,11 @@ TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, descr
         "2_few_label/logistic_top1_std",
         "Its standard deviation over the draws of labeled images.",
     ),
+    "semi/kept": ("1_loss/kept", "Share of a step's unlabelled images whose pseudo-label counts."),
+    "semi/right": (
+        "1_loss/right",
+        "Share of those pseudo-labels that are right; labels nobody learns from say so.",
+    ),
     "validation/loss": ("2_validation/loss", "Loss of the validation images, which plateau and early_stopping follow."),
     "validation/top1": ("2_validation/top1", "Share of the validation images whose class is the likeliest one."),
     "validation/top5": ("2_validation/top5", "Share of them whose class is among the five likeliest ones."),

@@ -27,6 +27,7 @@ KINDS: dict[str, tuple[int, ...]] = {
     "nsa_places": (4, 1),  # that are tried, to find one on an object
     "nsa_images": (4, 2),  # the detector's turns, shifts and flips of whole images
     "mix": (8,),  # mixup and CutMix of a classifier's batch
+    "rand_augment": (9,),  # operations, their strengths and cutout of a strong view
     "noise": (5,),
     "noise_pixels": (5, 0),
     "noise_places": (5, 1),  # that are tried, to find one off the background

@@ -19,7 +19,7 @@ Args:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from torch import Tensor
@@ -204,6 +204,25 @@ def crop(
     return [View(size, scale=scale, interpolation=interpolation, flip_p=flip_p, **colors)]
 
 
+def randaugment(
+    *,
+    size: Pixels = 224,
+    scale: RisingShares = (0.08, 1.0),
+    flip_p: UnitInterval = 0.5,
+    operations: FewOrZero = 3,
+    cutout: UnitInterval = 0.5,
+    interpolation: Interpolation = "bilinear",
+) -> list[View]:
+    """One view for a classifier: `crop`, then RandAugment and cutout as in FixMatch (data/augment/strong.py).
+
+    Args:
+        operations: of the 14 of RandAugment, each with a strength of its own.
+        cutout: largest side of a gray square, as a share of the view's width.
+    """
+    (view,) = crop(size=size, scale=scale, flip_p=flip_p, interpolation=interpolation)
+    return [replace(view, operations=operations, cutout=cutout)]
+
+
 def none(*, size: Pixels = 224) -> list[View]:
     """One view, resized and normalized and nothing else."""
     return [View(size)]
@@ -229,6 +248,7 @@ RECIPES: dict[str, Callable[..., list[View]] | type[PatchGrid]] = {
     "aligned": aligned,
     "patches": PatchGrid,
     "crop": crop,
+    "randaugment": randaugment,
     "none": none,
 }
 

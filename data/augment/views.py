@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from data.augment import color, resample
-from data.augment.random_numbers import uniform
+from data.augment import color, resample, strong
+from data.augment.random_numbers import KINDS, uniform
 from data.normalize import IMAGENET, Normalization, standardize_
 from runtime.errors import UserError, cut
 from runtime.memory import send
@@ -43,6 +43,8 @@ class View:
     blur_kernel: int = 1  # taps, odd
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
     solarize_p: float = 0.0
+    operations: int = 0  # of RandAugment
+    cutout: float = 0.0  # largest side of a gray square, as a share of the width
 
     def __post_init__(self):
         scale, probabilities = (
@@ -59,7 +61,8 @@ class View:
             "blur_kernel must be odd": self.blur_kernel % 2 == 1,
             "blur_kernel must be below twice the size": 0 < self.blur_kernel < 2 * min(self.shape),
             "blur_sigma must be positive, low first": 0 < self.blur_sigma[0] <= self.blur_sigma[1],
-            "probabilities must lie in [0, 1]": all(0 <= p <= 1 for p in probabilities),
+            "probabilities and cutout must lie in [0, 1]": all(0 <= p <= 1 for p in [*probabilities, self.cutout]),
+            "operations must not be negative": self.operations >= 0,
         }
         for rule, holds in rules.items():
             if not holds:
@@ -91,7 +94,8 @@ class Augment:
 
     sizes (N, 2) int64: heights and widths of the original images, by sample id. Crops are drawn in the original's
     geometry, though the stored image is squashed to H x W; None takes the stored size for the original's.
-    `normalization` is that of the backbone which gets the views.
+    `normalization` is that of the backbone which gets the views. `first` is the number of the first view, where a run
+    makes views of an image in two places.
 
     All draws are functions of (seed, epoch, view, sample id), so an image's views do not depend on its batch: bit for
     bit on the CPU for views of 12 pixels or more. MKL rounds products of smaller matrices by their address, and CUDA
@@ -105,8 +109,10 @@ class Augment:
         sizes: Tensor | None = None,
         *,
         normalization: Normalization = IMAGENET,
+        first: int = 0,
     ):
         self.views, self.seed, self.sizes, self.normalization = views, seed, sizes, normalization
+        self.first = first
 
     @torch.no_grad()
     def __call__(self, images: Tensor, sample_ids: Tensor, epoch: int) -> list[Tensor]:
@@ -124,7 +130,7 @@ class Augment:
         """The views `numbers` (K,), which are all like `view`, of pixels (B, 3, H, W) in [0, 1] -> (K, B, 3, h, w)."""
         shape = len(numbers), len(pixels)
         ids = sample_ids.repeat(shape[0])  # (K B,)
-        key = self.seed, epoch, numbers.repeat_interleave(shape[1]), ids
+        key = self.seed, epoch, (numbers + self.first).repeat_interleave(shape[1]), ids
         crop, flip, jitter, gray, blur, solarize = uniform(key, sum(DRAWS)).split(DRAWS, dim=1)  # each (K B, draws)
 
         edges = self._edges(view, crop, flip, ids, pixels).unflatten(0, shape)  # (K, B, 4)
@@ -138,6 +144,9 @@ class Augment:
         gaussian_blur = partial(resample.gaussian_blur, kernel=view.blur_kernel)
         batch = on_rows(gaussian_blur, batch, blur[:, 0] < view.blur_p, sigma)
         batch = on_rows(color.solarize, batch, solarize[:, 0] < view.solarize_p)
+        if view.operations or view.cutout:
+            about = {"operations": view.operations, "cutout": view.cutout}
+            batch = strong.rand_augment(batch, (*key, *KINDS["rand_augment"]), **about)
         return standardize_(batch, *self.normalization).unflatten(0, shape)
 
     def _edges(self, view: View, crop: Tensor, flip: Tensor, ids: Tensor, pixels: Tensor) -> Tensor:

@@ -213,13 +213,14 @@ def _images(scene: Path, about: dict[str, dict[int, Any]], on_error: OnError) ->
     for name, entries in about.items():
         if unnamed := sorted(images.keys() - entries.keys()):
             raise UserError(
-                f"{scene / name} says nothing of {images[unnamed[0]]} and {len(unnamed) - 1} other images: unpack the "
-                "scene again"
+                f"{scene / name} says nothing of rgb/{Path(images[unnamed[0]]).name} and {len(unnamed) - 1} other "
+                "images: unpack the scene again"
             )
         missing = {number: str(folder / f"{number:06d}.png") for number in entries.keys() - images.keys()}
         if missing and on_error == "fail":
+            first = f"rgb/{Path(min(missing.values())).name}"
             raise UserError(
-                f"{len(missing)} images that {scene / name} names are not there, the first is {min(missing.values())}: "
+                f"{len(missing)} images that {scene / name} names are not there, the first is {first}: "
                 "unpack the scene again, or set data.on_error=skip"
             )
         images |= missing

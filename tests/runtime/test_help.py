@@ -18,6 +18,7 @@ from data.augment.recipes import RECIPES
 from data.defects import DEFECTS
 from evaluation.frozen import MEASURES
 from evaluation.tasks import TASKS, module_of
+from losses.pseudo_labels import PSEUDO_LABELS
 from losses.supervised import LOSSES
 from models.anomaly import DETECTORS
 from models.backbones import BACKBONES
@@ -39,6 +40,7 @@ TABLES = {
     "task": MEASURES,
     "head": HEADS,
     "loss": LOSSES,
+    "semi": PSEUDO_LABELS,
 }
 SCHEMAS = [
     train_ssl.Config,

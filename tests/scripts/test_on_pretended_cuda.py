@@ -12,12 +12,13 @@ import predict
 import train_anomaly
 import train_classifier
 import train_ssl
+from losses.pseudo_labels import PSEUDO_LABELS
 from models.backbones import BACKBONES
 from runtime.config import overlay
 from tests.images import write_classes, write_mvtec
 from tests.networks import FourStages
 from tests.pretended_cuda import pretended_cuda
-from tests.scripts import test_train_anomaly, test_train_classifier, test_train_ssl
+from tests.scripts import test_semi_supervised, test_train_anomaly, test_train_classifier, test_train_ssl
 from tests.slow import leaving
 
 # Files that read values of the device by design, none of them in every step: run.py, log.py and collapse.py read when a
@@ -111,6 +112,15 @@ def test_a_step_of_fine_tuning_reads_nothing(classes, small_backbone, tmp_path, 
     assert {file for file, _ in reads} <= CURVES | EVALUATION | compared | {"train_classifier.py"}, reads
     assert reads["train_classifier.py", "measure"] <= 2 * 5  # logits and labels of three validations and the end's two
     assert sum(count for (file, _), count in reads.items() if file == "nearest.py") <= 2 * 3  # one batch, and two
+
+
+@pytest.mark.parametrize("name", PSEUDO_LABELS)
+def test_unlabelled_images(name, classes, small_backbone, tmp_path):
+    """Dash looks at the labelled images once, self-training at all of them, in features.py."""
+    more = test_semi_supervised.run_of(name, classes, tmp_path, "save_every=9", "log_every=9")
+    reads = on_cuda(train_classifier.main, [*without_backbone(more), *small_backbone])
+    assert {file for file, _ in reads} <= CURVES | EVALUATION | {"train_classifier.py"}, reads
+    assert reads["train_classifier.py", "measure"] <= 2  # logits and labels at the end
 
 
 @pytest.mark.parametrize("name", leaving(test_train_anomaly.HEAVY, test_train_anomaly.TINY))

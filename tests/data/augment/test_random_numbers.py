@@ -119,7 +119,7 @@ def test_all_that_is_drawn_is_in_the_table(monkeypatch):
 
     monkeypatch.setattr(random_numbers, "absorb", note)
     images, ids = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), torch.arange(2)
-    Augment([View(16)], 0)(images, ids, 0)
+    Augment([View(16, operations=1)], 0)(images, ids, 0)
     PatchGrid(0, size=12, gap=2, jitter=1)(images, ids, 0)
     Mix(MixConfig(mixup=1.0), 0)(images.float(), torch.eye(2), ids, 0)
     for make in DEFECTS.values():

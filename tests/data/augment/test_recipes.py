@@ -22,6 +22,7 @@ FLIPPED = ["simclr", "moco", "byol", "psco", "dino", "crop"]
 SMALL = {"dino": {"size": 48, "local_size": 24, "local_crops": 1, "strips": 1, "strip_size": (40, 12)}}
 
 COUNTS = {"simclr": 2, "moco": 2, "byol": 2, "psco": 2, "aligned": 2, "dino": 11, "patches": 9, "crop": 1, "none": 1}
+COUNTS["randaugment"] = 1
 
 # recipe, options: for each view crop, jitter, gray_p, blur_p, solarize_p, interpolation (reference: official files)
 OFFICIAL = {

@@ -1,0 +1,218 @@
+"""train_classifier.py with images without labels: what a step is made of, every rule, killed and resumed, two processes
+against one, and mistakes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import train_classifier
+from data import build_dataset, settled
+from data.augment.views import Augment
+from data.splits import few_per_class
+from losses.pseudo_labels import PSEUDO_LABELS
+from models.semi_supervised import SemiSupervised
+from runtime import checkpoint, config
+from runtime.errors import UserError
+from runtime.run import Run
+from tests.images import write_classes
+from tests.processes import kill_script, script
+from tests.scripts.test_train_classifier import curves, interrupt_at, results_of, words
+
+FEW = ["labels_per_class=4", "batch_size=6", "semi.ratio=2", "epochs=2"]  # 12 of 36 labelled, 3 steps in an epoch
+OFTEN = {"fixmatch": "semi.threshold=0.4", "flexmatch": "semi.threshold=0.5", "freematch": "semi.momentum=0.5"}
+OFTEN |= {"dash": "semi.least=1", "self_training": "semi.threshold=0.34"}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_classes(tmp_path_factory.mktemp("images"))
+
+
+def run_of(name, images, runs, *more):
+    run = words(images, runs, *FEW, f"semi={name}", OFTEN[name], "unfreeze.head_epochs=0")
+    return config.overlay(run, list(more))
+
+
+def prepared(words):
+    cfg = config.load(train_classifier.Config, words)
+    return cfg, train_classifier.prepare_data(cfg, Run(cfg))
+
+
+def test_a_draw_has_so_many_of_each_class_and_no_more():
+    labels = torch.tensor([0] * 9 + [2] * 5 + [1] * 7)[torch.randperm(21)]
+    drawn = few_per_class(labels, 5, 3)
+    assert labels[drawn].bincount().tolist() == [5, 5, 5] and drawn.unique().tolist() == drawn.tolist()
+    assert few_per_class(labels, 5, 3).tolist() == drawn.tolist() != few_per_class(labels, 5, 4).tolist()
+    with pytest.raises(ValueError, match="class 2 has 5 items, fewer than 6"):
+        few_per_class(labels, 6, 0)
+
+
+def test_the_views_of_a_step(images, tmp_path):
+    """Labelled ones first, then weak and strong views of the same unlabelled images; each by the hash alone."""
+    cfg, data = prepared(run_of("fixmatch", images, tmp_path, "semi.cutout=0"))
+    assert len(data.loader.indices) == 12 and len(data.semi.loader.indices) == 36 and data.epoch_steps == 3
+    labels = data.loader.dataset.labels[data.loader.indices]
+    assert labels.bincount().tolist() == [4, 4, 4] and len(data.loader) == 2
+    batches, seen = data.batches(0), []
+    for step in range(6):
+        stored, labels, ids = next(batches)
+        views, targets = data.views(stored, labels, ids, step)
+        assert views.shape == (6 + 24, 3, 33, 33) and torch.equal(targets.argmax(1), labels)
+        (expected,) = data.augment(stored, ids, step // 2)
+        assert torch.equal(views[:6], expected)
+        unlabelled = torch.stack([data.loader.dataset[i][0] for i in data.semi.ids])
+        both = Augment(data.semi.augment.views, 0, data.loader.dataset.sizes, first=1)(
+            unlabelled, data.semi.ids, step // 3
+        )
+        assert torch.equal(views[6:], torch.cat(both))
+        weak, strong = data.semi.augment.views
+        assert (strong.operations, strong.cutout, weak.operations) == (3, 0, 0) and not torch.equal(*both)
+        seen.append(data.semi.ids)
+    for epoch in (seen[:3], seen[3:]):
+        assert torch.cat(epoch).sort().values.tolist() == list(range(36))  # each unlabelled image once
+    again = SemiSupervised(cfg.semi, data.semi.loader, data.augment, 3, sizes=None, truth=None)
+    again.views(4)
+    assert torch.equal(again.ids, seen[4])  # from anywhere
+
+
+def test_labelled_and_weak_views_of_an_image_are_drawn_apart(images, tmp_path):
+    _, data = prepared(run_of("fixmatch", images, tmp_path))
+    stored, ids = data.loader.dataset[5][0][None], torch.tensor([5])
+    weak, _ = data.semi.augment(stored, ids, 0)
+    assert not torch.equal(data.augment(stored, ids, 0)[0], weak)
+
+
+def test_the_loss_is_the_sum_of_both(images, tmp_path):
+    _, data = prepared(run_of("fixmatch", images, tmp_path, "semi.weight=0.5", "semi.threshold=0.6"))
+    views, targets = data.views(*next(data.batches(0)), 0)
+    logits = torch.randn(len(views), 3, generator=torch.Generator().manual_seed(0)).mul(2).requires_grad_()
+    loss = data.loss(logits, targets)
+    loss.backward()
+    rows, extra, right = logits.detach().double(), 0.0, 0
+    for number, (weak, strong) in enumerate(zip(rows[6:18].softmax(1), rows[18:].log_softmax(1))):
+        if weak.max() >= 0.6:
+            extra -= float(strong[weak.argmax()]) / 12
+            right += int(weak.argmax() == data.loader.dataset.labels[data.semi.ids[number]])
+    labelled = -(targets.double() * rows[:6].log_softmax(1)).sum(1).mean()
+    assert loss.item() == pytest.approx(float(labelled) + 0.5 * extra, rel=1e-6)
+    assert logits.grad[6:18].abs().max() == 0 < logits.grad[18:].abs().max()
+    kept = int((rows[6:18].softmax(1).amax(1) >= 0.6).sum())
+    found = {key: float(value) for key, value in data.semi.curves().items()}
+    assert 0 < kept < 12 and found == pytest.approx({"semi/kept": kept / 12, "semi/right": right / kept})
+
+
+@pytest.mark.parametrize("name", PSEUDO_LABELS)
+def test_every_rule_trains_and_is_resumed(name, images, tmp_path, monkeypatch):
+    """Interrupted within an epoch, it ends with the weights, the rule's state and the curves of a run in one go."""
+    more = ["semi.round_epochs=1"] if name == "self_training" else ["semi.warmup_epochs=1"] if name == "dash" else []
+    train_classifier.main(run_of(name, images, tmp_path / "a", *more, "save_every=1"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(5, patch)
+        train_classifier.main(run_of(name, images, tmp_path / "b", *more, "save_every=1"))
+    assert 0 < checkpoint.load(tmp_path / "b" / "run")["step"] < 6
+    train_classifier.main(run_of(name, images, tmp_path / "b", *more, "save_every=1"))
+    whole, resumed = (checkpoint.load(tmp_path / x / "run") for x in "ab")
+    for part in ("model", "semi"):
+        assert whole[part].keys() == resumed[part].keys()
+        for key, value in whole[part].items():
+            assert torch.equal(value, resumed[part][key]), key
+    points = curves(tmp_path / "a" / "run")
+    assert points == curves(tmp_path / "b" / "run")
+    assert any(value > 0 for (_, key), value in points.items() if key == "semi/kept")
+    if name == "flexmatch":
+        assert (whole["semi"]["last"] >= 0).any()
+    if name == "dash":
+        assert whole["semi"]["first"] > 0 and whole["semi"]["steps"] == 3
+        assert (3, "semi/kept") in points and points[3, "semi/kept"] == 0 < points[4, "semi/kept"]
+
+
+def test_killed_and_resumed(images, tmp_path):
+    script(["train_classifier.py", *run_of("flexmatch", images, tmp_path / "a", "epochs=4", "save_every=4")])
+    again = ["train_classifier.py", *run_of("flexmatch", images, tmp_path / "b", "epochs=4", "save_every=4")]
+    kill_script(again, tmp_path / "b" / "run" / "metrics.jsonl", 6)
+    assert checkpoint.load(tmp_path / "b" / "run")["step"] < 12
+    script(again)
+    whole, resumed = (checkpoint.load(tmp_path / x / "run") for x in "ab")
+    for part in ("model", "semi"):
+        assert all(torch.equal(value, resumed[part][key]) for key, value in whole[part].items())
+    assert curves(tmp_path / "a" / "run") == curves(tmp_path / "b" / "run")
+
+
+@pytest.mark.parametrize("name", ["flexmatch", "freematch", "self_training"])
+def test_two_processes_give_the_weights_of_one(name, images, tmp_path):
+    about = ["backbone=convnext_atto", "backbone.patch=4", "optim=sgd", "optim.lr=0.01"]
+    about += ["semi.round_epochs=1"] if name == "self_training" else []
+    for n in (1, 2):
+        run = [word for word in run_of(name, images, tmp_path / str(n), *about) if "backbone.width" not in word]
+        script(["train_classifier.py", *run], processes=n)
+    one, two = (checkpoint.load(tmp_path / str(n) / "run") for n in (1, 2))
+    for part in ("model", "semi"):
+        for key, value in one[part].items():
+            torch.testing.assert_close(value, two[part][key], rtol=1e-4, atol=1e-6, msg=key)
+    first, second = (curves(tmp_path / str(n) / "run") for n in (1, 2))
+    for point, value in first.items():
+        assert value == pytest.approx(second[point], rel=1e-3, abs=1e-6), point
+    assert any(value > 0 for (_, key), value in first.items() if key == "semi/kept")
+
+
+def test_unlabelled_images_of_a_folder(images, tmp_path, capsys, monkeypatch):
+    """Without classes; no curve says what is right, and other images do not resume."""
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    for number, path in enumerate(sorted((images / "train").rglob("*.png"))):
+        shutil.copy(path, pool / f"{number}.png")
+    more = ["unlabelled=folder", f"unlabelled.root={pool}", "unlabelled.size=40", "labels_per_class=none"]
+    run = run_of("flexmatch", images, tmp_path, *more, "holdout=0")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(5, patch)
+        train_classifier.main(run)
+    (pool / "3.png").rename(pool / "x.png")
+    with pytest.raises(UserError, match=r"unlabelled images .* changed since it began"):
+        train_classifier.main(run)
+    (pool / "x.png").rename(pool / "3.png")
+    train_classifier.main(run)
+    results, err = results_of(capsys)
+    assert results["n_train"] == 36 and results["steps"] == 6 and "semi: 36 images without labels" in err
+    state = checkpoint.load(tmp_path / "run")
+    assert len(state["unlabelled"]) == 36 and state["config"]["unlabelled"]["size"] == [40]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all("semi/kept" in line and "semi/right" not in line for line in lines)
+
+
+def test_few_labels_without_semi_are_a_baseline(images, tmp_path, capsys):
+    """On the same labelled images as with it."""
+    train_classifier.main(words(images, tmp_path, "labels_per_class=4", "batch_size=6", "epochs=1", "seed=3"))
+    results, err = results_of(capsys)
+    assert (results["n_train"], results["n_validation"]) == (12, 0) and "24 beyond labels_per_class=4" in err
+    cfg, data = prepared(run_of("fixmatch", images, tmp_path / "x", "seed=3"))
+    assert data.loader.indices.tolist() == checkpoint.load(tmp_path / "run")["learned"]
+    assert build_dataset(settled(cfg.data), "train").names == data.names["names"]
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (["labels_per_class=none"], "set labels_per_class=4, or unlabelled=folder"),
+        (["labels_per_class=13"], "labels_per_class=13 must be at most 12, the training images of class0"),
+        (["semi.ratio=7"], r"36 images without labels make no step of semi\.ratio=7 x batch_size=6"),
+        (["loss=bce"], "loss=bce has none: set loss=cross_entropy"),
+        (["semi.weight=-1"], r"semi\.weight=-1 must be at least 0"),
+        (["semi.threshold=2"], r"semi\.threshold=2 must be"),
+        (["semi=softmatch"], "one of: fixmatch, flexmatch, freematch, dash, self_training"),
+        (["semi.warmup_epochs=2"], r"semi\.warmup_epochs=2 leaves none of epochs=2"),
+        (["batch_size=15", "semi.ratio=2"], "12 images make no full batch of batch_size 15"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_no_folder(more, text, images, tmp_path):
+    with pytest.raises(UserError, match=text) as error:
+        train_classifier.main(run_of("fixmatch", images, tmp_path, *more))
+    assert len(str(error.value)) <= 300 and "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unlabelled_without_semi(images, tmp_path):
+    more = ["unlabelled=folder", f"unlabelled.root={images}", "unlabelled.size=33"]
+    with pytest.raises(UserError, match="unlabelled names images for semi, and there is none: set semi=fixmatch"):
+        train_classifier.main(words(images, tmp_path, *more))
