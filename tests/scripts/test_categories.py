@@ -16,6 +16,7 @@ from runtime.errors import UserError
 from tests.data.datasets.layouts import write_ad2
 from tests.images import write_mvtec
 from tests.processes import kill_script, script
+from tests.slow import leaving
 
 NAMES = ("part", "tile")
 DETECTORS = {
@@ -93,7 +94,7 @@ def test_a_bank_of_two_categories(images, run, capsys):
         train_anomaly.main(words("patchcore", images, folder.parent, "data.category=part"))
 
 
-@pytest.mark.parametrize("name", ["padim", "tiles", pytest.param("rd4ad", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", leaving(["padim", "rd4ad"], ["tiles", "padim", "rd4ad"]))
 def test_other_detectors_and_tiles(name, images, tmp_path, capsys):
     train_anomaly.main(words(name, images, tmp_path))
     out, err = capsys.readouterr()
@@ -119,6 +120,7 @@ def test_killed_and_resumed(images, tmp_path):
     assert again["per_category"] == first["per_category"]
 
 
+@pytest.mark.slow
 def test_a_category_is_added_to_a_bank_of_one(images, tmp_path, capsys):
     train_anomaly.main(words("patchcore", images, tmp_path, "data.category=part", "run_name=one"))
     results = json.loads((tmp_path / "one/results.json").read_text())

@@ -175,11 +175,12 @@ def test_a_plateau_lowers_the_rate(images, tmp_path, monkeypatch):
     assert {round(group["lr"], 9) for group in groups} == {0.00225, 0.000225}
 
 
+@pytest.mark.slow  # test_semi_supervised.py interrupts and resumes the same script quickly
 @pytest.mark.parametrize(
     "more",
     [
         [*MIXED, *STAGES, "plateau.patience=0", "early_stopping.patience=2"],
-        pytest.param(["loss=focal", "optim=adamw", "head=mlp", "head.dropout=0.5"], marks=pytest.mark.slow),
+        ["loss=focal", "optim=adamw", "head=mlp", "head.dropout=0.5"],
     ],
 )
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(more, images, tmp_path):
