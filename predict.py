@@ -1,24 +1,29 @@
-"""Examine images with the detector of a run of train_anomaly.py.
+"""Examine images with the detector of a run of train_anomaly.py, or tell them apart with the classifier of a run of
+train_classifier.py.
 
     python predict.py runs/patchcore_own images/ out=results/
     python predict.py runs/patchcore_own images/large.jpg out=results/ tile=512 overlap=64 threshold=3.5
     python predict.py runs/patchcore_can /path/to/mvtec_ad2/can/test_private submission=submission/
+    python predict.py runs/classifier_own images/ out=results/
 
 The run folder is all it needs. Images are those in a folder and below, or one file, of any sizes. Writes to `out`:
 
-predictions.csv: a row per image: path (below the folder), score, is_anomalous (1 if the score is above the threshold,
-    else 0), threshold, nearest_training_image (of detectors with a memory), and y, x: row and column of the most
-    anomalous pixel of the original. What is not known is empty.
-heatmaps/<path>.png: the original in gray under its anomaly map, pixel for pixel, regions above the pixel threshold
-    outlined and the peak marked; below it the verdict, the score and a legend. None for detectors without maps, and for
-    runs that had no normal images to take the color scale from.
+predictions.csv: a row per image. Of a detector: path (below the folder), score, is_anomalous (1 if the score is above
+    the threshold, else 0), threshold, nearest_training_image (of detectors with a memory), and y, x: row and column of
+    the most anomalous pixel of the original. Of a classifier: path, class (the likeliest, or `none of these` if the
+    score is above the threshold), probability of the likeliest class, score (how little the image looks like the
+    training images), is_unknown, threshold, and the probability of each class. What is not known is empty.
+heatmaps/<path>.png, of a detector: the original in gray under its anomaly map, pixel for pixel, regions above the pixel
+    threshold outlined and the peak marked; below it the verdict, the score and a legend. None for detectors without
+    maps, and for runs that had no normal images to take the color scale from.
 
-`tile`: images are not fitted into the input but cut into squares at their own resolution; the score is the largest of
-all tiles' scores. A run that was fitted with `data.tile` has thresholds for that; those of another run were measured on
-whole images in the input's size and promise nothing: give one. An image that cannot be read is named on stderr and in
-the JSON on the last line, and skipped. One whose heat map cannot be written is named in the same way and keeps its row;
-the exit status is then 1. A full disk ends the program at once: the same command, once there is room, examines all
-images again.
+`tile`, of a detector: images are not fitted into the input but cut into squares at their own resolution; the score is
+the largest of all tiles' scores. A run that was fitted with `data.tile` has thresholds for that; those of another run
+were measured on whole images in the input's size and promise nothing: give one.
+
+An image that cannot be read is named on stderr and in the JSON on the last line, and skipped. One whose heat map cannot
+be written is named in the same way and keeps its row; the exit status is then 1. A full disk ends the program at once:
+the same command, once there is room, examines all images again.
 """
 
 import runtime.threads  # before torch
@@ -28,23 +33,36 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from tqdm import tqdm
 
+from data import Geometry
 from data.image_files import find_images
 from data.opening import memory_kept
-from evaluation.anomaly.prediction import LoadedImage, ahead, decode_whole, examine, load_image, load_run, predicted
+from evaluation.anomaly.prediction import (
+    LoadedImage,
+    Precision,
+    ahead,
+    decode_whole,
+    examine,
+    load_image,
+    load_run,
+    predicted,
+)
 from evaluation.anomaly.submission import check_private, write_submission
 from evaluation.anomaly.tiling import check_tiling
+from evaluation.classify import Classified, classify, load_classifier_run
 from models.anomaly.detector import Findings
 from plots.heatmaps import bytes_to_draw, save, single_heatmap
-from runtime import config, distributed, errors, help
-from runtime.errors import DiskFull, UserError
+from runtime import checkpoint, config, distributed, errors, help
+from runtime.errors import DiskFull, UserError, cut
 from runtime.files import locked, whole_file
 from runtime.memory import gib
 from runtime.text import printable
@@ -52,6 +70,7 @@ from runtime.values import PathText, PixelsOrZero, PositiveInt
 from runtime.version import another_version
 
 COLUMNS = ("path", "score", "is_anomalous", "threshold", "nearest_training_image", "y", "x")
+CLASS_COLUMNS = ("path", "class", "probability", "score", "is_unknown", "threshold")  # and the classes
 USAGE = "usage: python predict.py <run folder> <images: folder or file> [out=results threshold=.. tile=512 ...]"
 THREADS = min(16, runtime.threads.cpu_count())  # that decode and draw; each holds an image at full size
 
@@ -67,7 +86,7 @@ class Config:
     batch_size: PositiveInt = 16  # images, or tiles of one image
     device: str = "auto"  # auto, cpu, cuda or cuda:1; auto: CUDA where there is one
     category: str | None = None  # of a run of several: what the images show; it has thresholds of its own
-    precision: Literal["fp32", "bf16", "fp16"] | None = None  # none: the run's own, which its thresholds are of
+    precision: Precision | None = None  # none: the run's own, which its thresholds are of
     submission: PathText | None = None  # folder of what MVTec AD 2's server takes; the images are a private test set's
 
 
@@ -80,24 +99,19 @@ def main(argv: list[str]) -> None:
     device = distributed.setup(cfg.device)
     if distributed.world_size() > 1:
         raise UserError("predict.py runs in one process: start it without torchrun, once for each folder")
-    detector, geometry, state = load_run(Path(cfg.run), cfg.category)
-    if other := another_version(state.get("version"), with_script=False):
-        say(f"warning: {cfg.run} was made by {other}, so scores may differ from its own")
-    detector.to(device)
-    cfg.precision = cfg.precision or state["config"]["precision"]
-    settle_tiles(cfg, state)
-    if cfg.tile:
-        check_tiling(detector, cfg.tile, cfg.overlap)
-    threshold = threshold_of(cfg, state)
     out = Path(cfg.out)
+    if not checkpoint.file_of(cfg.run).exists():
+        scripts = "train_anomaly.py or train_classifier.py"
+        raise UserError(f"{cfg.run} has no {checkpoint.LAST}: name the folder of a finished run of {scripts}")
+    state = checkpoint.load(cfg.run)
+    examiner = (with_classifier if "head" in state["config"] else with_detector)(cfg, state, device)
     root, paths = images_of(Path(cfg.images), out, submission=cfg.submission is not None)
     if os.path.isfile(out / "heatmaps"):
         raise UserError(f"{out / 'heatmaps'} is no folder: remove it or choose another out=")
 
     # ---------------------------------------------------------------- read, examine, draw, write: all while going
-    began, skipped, not_drawn, n_rows, n_anomalous = time.perf_counter(), [], [], 0, 0
-    load = partial(load_image, geometry=geometry, whole=bool(cfg.tile))
-    finish = partial(row_and_heatmap, cfg=cfg, root=root, threshold=threshold, state=state)
+    began, skipped, not_drawn, verdicts = time.perf_counter(), [], [], Counter()
+    load = partial(load_image, geometry=examiner.geometry, whole=bool(cfg.tile))
     with (
         locked(out, "heatmaps"),
         whole_file(out / "predictions.csv", durable=True) as file,
@@ -105,30 +119,88 @@ def main(argv: list[str]) -> None:
         runtime.threads.Threads(THREADS) as pool,
     ):
         table = csv.writer(file)
-        table.writerow(COLUMNS)
+        table.writerow(examiner.columns)
         loaded = ahead(load, paths, pool, THREADS if cfg.tile else THREADS + cfg.batch_size)
-        images = without_broken(loaded, skipped, bar)
-        sizes = {"batch_size": cfg.batch_size, "tile": cfg.tile, "overlap": cfg.overlap}
-        examined = examine(detector, images, device, precision=cfg.precision, **sizes)
-        for row, problem in ahead(finish, examined, pool, THREADS):
+        examined = examiner.examine(without_broken(loaded, skipped, bar))
+        for row, problem in ahead(partial(examiner.finish, root=root), examined, pool, THREADS):
             table.writerow(row)
             file.flush()
             if problem is not None:
                 not_drawn.append(str(root / row[0]))
                 say(f"no heat map of {not_drawn[-1]}: {problem}")
-            n_rows, n_anomalous = n_rows + 1, n_anomalous + (row[2] == 1)
+            verdicts[row[examiner.columns.index(examiner.verdict)]] += 1
             bar.update()
-        if not n_rows:
+        if not verdicts:
             raise UserError(f"none of the {len(paths)} images in {cfg.images} can be read: check the files")
 
     # ---------------------------------------------------------------- what was done
-    seconds = time.perf_counter() - began
-    results = {"images": n_rows, "anomalous": None if threshold is None else n_anomalous, "skipped": skipped}
-    results |= {"without_heatmap": not_drawn}
+    seconds, n_rows = time.perf_counter() - began, verdicts.total()
+    results = {"images": n_rows, **examiner.summary(verdicts), "skipped": skipped, "without_heatmap": not_drawn}
     results |= {"seconds": seconds, "images_per_second": n_rows / seconds, "out": str(out)}
     print(json.dumps(results), flush=True)
     if not_drawn:
         sys.exit(1)
+
+
+@dataclass(kw_only=True)
+class Examiner:
+    """What a run does with images."""
+
+    columns: tuple[str, ...]  # of the table
+    verdict: str  # the column that is counted
+    geometry: Geometry  # how files become inputs
+    examine: Callable[[Iterator[LoadedImage]], Iterator]  # images to whatever `finish` takes, in batches, in order
+    finish: Callable[..., tuple[list, UserError | None]]  # (examined, root=) -> row, and why it has no heat map
+    summary: Callable[[Counter], dict]  # for the JSON, of the counted verdicts
+
+
+def with_detector(cfg: Config, state: dict, device: torch.device) -> Examiner:
+    detector, geometry, state = load_run(Path(cfg.run), cfg.category, state)
+    say_version(cfg, state)
+    detector.to(device)
+    settle_tiles(cfg, state)
+    about: dict[str, Any] = {"batch_size": cfg.batch_size, "tile": cfg.tile, "overlap": cfg.overlap}
+    about["precision"] = cfg.precision or state["config"]["precision"]
+    if cfg.tile:
+        check_tiling(detector, about["tile"], about["overlap"])
+    threshold = threshold_of(cfg, state)
+    return Examiner(
+        columns=COLUMNS,
+        verdict="is_anomalous",
+        geometry=geometry,
+        examine=lambda images: examine(detector, images, device, **about),
+        finish=partial(row_and_heatmap, cfg=cfg, threshold=threshold, state=state),
+        summary=lambda verdicts: {"anomalous": None if threshold is None else verdicts[1]},
+    )
+
+
+def with_classifier(cfg: Config, state: dict, device: torch.device) -> Examiner:
+    for key in ("tile", "overlap", "category", "submission"):
+        if (value := getattr(cfg, key)) is not None:
+            raise UserError(f"{key}={cut(str(value), 40)} is for detectors, and {cfg.run} is a classifier's: remove it")
+    if "calibration" not in state:
+        older = "or an older version trained it: resume=never trains it anew"
+        raise UserError(f"the run in {cfg.run} has not finished, and the command that began it resumes it; {older}")
+    network, geometry, state = load_classifier_run(cfg.run, state)
+    say_version(cfg, state)
+    network.to(device)
+    threshold = state["calibration"]["threshold"] if cfg.threshold is None else cfg.threshold
+    if threshold is None:
+        say(f"warning: {cfg.run} had no validation images, so no image is called none of these: give threshold=")
+    about: dict[str, Any] = {"batch_size": cfg.batch_size, "precision": cfg.precision or state["config"]["precision"]}
+    return Examiner(
+        columns=(*CLASS_COLUMNS, *(f"probability of {name}" for name in state["classes"])),
+        verdict="class",
+        geometry=geometry,
+        examine=lambda images: classify(network, images, state, device, threshold=threshold, **about),
+        finish=class_row,
+        summary=lambda verdicts: {"classes": dict(sorted(verdicts.items()))},
+    )
+
+
+def say_version(cfg: Config, state: dict) -> None:
+    if other := another_version(state.get("version"), with_script=False):
+        say(f"warning: {cfg.run} was made by {other}, so scores may differ from its own")
 
 
 def settle_tiles(cfg: Config, state: dict) -> None:
@@ -147,6 +219,14 @@ def threshold_of(cfg: Config, state: dict) -> float | None:
         measured = f"tiles of {fitted}" if fitted else "whole images"
         say(f"warning: the run's thresholds were measured on {measured}, not at tile={cfg.tile}: give threshold=")
     return threshold
+
+
+def class_row(examined: tuple[LoadedImage, Classified], *, root: Path) -> tuple[list, None]:
+    """An image's row of the table; it has no heat map that could fail."""
+    item, found = examined
+    unknown = None if found.is_unknown is None else int(found.is_unknown)
+    row = [os.path.relpath(item.path, root), found.verdict, found.probability, found.score, unknown, found.threshold]
+    return row + found.probabilities.tolist(), None
 
 
 def row_and_heatmap(

@@ -9,6 +9,8 @@
         print(result.path, result.score, result.is_anomalous, result.p_value)
     classifier = scavenge.load_classifier("runs/classifier_own")
     probabilities = classifier(["a.png", "b.png"])  # (2, C), of classifier.classes
+    for result in classifier.classify(["a.png", "b.png"]):
+        print(result.path, result.verdict, result.probability)
 
 Images are a list of paths (files of any sizes), a uint8 array (N, H, W, 3) or a uint8 tensor (N, 3, H, W), all in RGB;
 they are fitted into the input as in the run. Results lie on the CPU. Nothing is printed; what is doubtful is a Python
@@ -45,12 +47,12 @@ from evaluation.anomaly.prediction import (
     load_run,
     predicted,
 )
+from evaluation.classify import Classified, classify, load_classifier_run
 from evaluation.features import stored_sections
-from losses.supervised import probabilities
 from models.anomaly.detector import Detector
 from models.backbones.build import BackboneConfig, build_backbone
-from models.classifier import Classifier, load_trained
-from runtime import checkpoint, config, distributed
+from models.classifier import Classifier
+from runtime import config, distributed
 from runtime.errors import UserError
 from runtime.values import coerce
 from runtime.version import another_version
@@ -113,24 +115,34 @@ class LoadedDetector:
 
 @dataclass(repr=False, eq=False)
 class LoadedClassifier:
-    """The classifier of a run; calling it gives the probability of each class."""
+    """The classifier of a run; calling it gives the probability of each class, with the run's temperature."""
 
     network: Classifier  # in eval mode
-    classes: list[str]
     geometry: Geometry  # fits images into its input
-    loss: str  # that it was trained by, and that its probabilities are of (losses/supervised.py)
+    state: dict  # of the run: config, classes, calibration
+    threshold: float | None  # of the score, above which an image is none of the classes
     device: torch.device
+    precision: Precision
     batch_size: int
 
-    @torch.no_grad()
+    @property
+    def classes(self) -> list[str]:
+        return self.state["classes"]
+
     def __call__(self, images: Images) -> Tensor:
         """Of N images and C classes: float32 (N, C)."""
-        loaded, found = load(images, self.geometry, self.batch_size), []
-        while batch := list(islice(loaded, self.batch_size)):
-            pixels = torch.stack([item.image for item in batch]).to(self.device)  # (B, 3, H, W)
-            logits = self.network(normalize(pixels, self.network.normalization))  # (B, C)
-            found.append(probabilities(logits, self.loss).cpu())
-        return torch.cat(found)
+        return torch.stack([result.probabilities for result in self.classify(images)])
+
+    def classify(self, images: Images) -> list[Classified]:
+        """What predict.py says of the images (evaluation/classify.py).
+
+        Raises:
+            UserError: a file that cannot be read, logits that are not finite.
+        """
+        loaded = load(images, self.geometry, self.batch_size)
+        about: dict[str, Any] = {"batch_size": self.batch_size, "precision": self.precision}
+        results = classify(self.network, loaded, self.state, self.device, threshold=self.threshold, **about)
+        return [result for _, result in results]
 
 
 def load_backbone(
@@ -207,23 +219,33 @@ def load_detector(
     return LoadedDetector(network.to(device), geometry, state, threshold, device, precision, batch_size)
 
 
-def load_classifier(run: str | Path, *, device: str = "auto", batch_size: int = 64) -> LoadedClassifier:
+def load_classifier(
+    run: str | Path,
+    *,
+    threshold: float | None = None,
+    device: str = "auto",
+    precision: Precision | None = None,
+    batch_size: int = 64,
+) -> LoadedClassifier:
     """The classifier of a run of train_classifier.py: of a finished one the weights that were tested.
 
     Args:
         run: its folder, or a checkpoint in it.
+        threshold: of the score, above which an image is none of the classes; None: the run's own.
         device: auto, cpu, cuda or cuda:1; auto: CUDA where there is one.
+        precision: None: the run's own, with which temperature and threshold were measured.
         batch_size: images per forward.
 
     Raises:
         UserError: a file that cannot be read, or is not of such a run.
     """
-    network, state = load_trained(run)
+    network, geometry, state = load_classifier_run(run)
     if other := another_version(state.get("version"), with_script=False):
         warnings.warn(f"{run} was made by {other}, so probabilities may differ from its own", stacklevel=2)
-    data = config.build(DataConfig, checkpoint.section(state, "data", run), "data.")
-    where, loss = find_device(device), state["config"]["loss"]["name"]
-    return LoadedClassifier(network.to(where), state["classes"], build_geometry(data), loss, where, batch_size)
+    threshold = state["calibration"]["threshold"] if threshold is None else threshold
+    precision = coerce(precision or state["config"]["precision"], Precision, "precision")
+    where = find_device(device)
+    return LoadedClassifier(network.to(where), geometry, state, threshold, where, precision, batch_size)
 
 
 # -------------------------------------------------------------------- what is given

@@ -3,12 +3,13 @@
     python train_classifier.py configs/classifier_own.yaml data.root=/images backbone.weights=IMAGENET1K_V1
     torchrun --nproc_per_node=2 train_classifier.py configs/classifier_stl10.yaml backbone.weights=runs/dino/last.pt
 
-Writes runs/<run_name>/: last.pt, metrics.jsonl, results.json, confusion.png, TensorBoard events. What is chosen is
-chosen on validation images: the set's split `validation`, where it has one, else a seeded part of the training images.
-With `semi` a step also has images without labels: the rest of the training images after `labels_per_class`, or another
-set, `unlabelled`; an epoch is a pass over these. With `early_stopping` the weights of the lowest validation loss are
-kept and tested, without it the last ones; the test images are seen once, at the end. The same command resumes a run
-that was killed. The whole loop is in `main`; what it calls of this script stands below it in that order.
+Writes runs/<run_name>/: last.pt, metrics.jsonl, results.json, confusion.png, confused.png, TensorBoard events. What is
+chosen is chosen on validation images, temperature and threshold included: the set's split `validation`, where it has
+one, else a seeded part of the training images. With `semi` a step also has images without labels: the rest of the
+training images after `labels_per_class`, or another set, `unlabelled`; an epoch is a pass over these. With
+`early_stopping` the weights of the lowest validation loss are kept and tested, without it the last ones; the test
+images are seen once, at the end. The same command resumes a run that was killed. The whole loop is in `main`; what it
+calls of this script stands below it in that order.
 """
 
 import runtime.threads  # before torch
@@ -19,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torchvision.transforms.functional import pil_to_tensor
 
 from data import AugmentConfig, DataConfig, build_augment, build_dataset, settled, what_is_used
@@ -27,15 +29,16 @@ from data.dataset import Dataset
 from data.loading import Loader
 from data.normalize import Normalization, normalize, unnormalize
 from data.splits import few_per_class, holdout, write_splits
-from evaluation.classification import classification_report, confusion_matrix
+from evaluation.anomaly.thresholds import FalseAlarmRate
+from evaluation.classification import classification_report
+from evaluation.confidence import calibrated, reliability, remarks
+from evaluation.confused import draw_confusion
 from evaluation.features import extract
 from losses.pseudo_labels import Look
 from losses.supervised import LOSSES, LossConfig, soft_targets
 from models.backbones.build import BackboneConfig, normalization_from
-from models.classifier import Classifier, HeadConfig, build_classifier
+from models.classifier import Classifier, HeadConfig, WithNovelty, build_classifier
 from models.semi_supervised import SemiConfig, SemiSupervised
-from plots.confusion import confusion_image
-from plots.heatmaps import save
 from plots.sheets import view_sheets
 from runtime import config, distributed, errors
 from runtime.run import Run
@@ -45,6 +48,8 @@ from training.plateau import EarlyStoppingConfig, PlateauConfig, ValidationWatch
 from training.rehearsal import batch_norm_needs_more, naming, no_trace
 from training.schedule import check_lengths
 from training.unfreezing import Layers, UnfreezeConfig
+
+FAMILIAR = 2000  # training images, at most, whose features a new image is compared with
 
 
 @dataclass(kw_only=True)
@@ -70,6 +75,7 @@ class Config:
     )
     log_every: PositiveInt = 10  # steps between points of the curves
     save_every: PositiveInt = 500  # steps between checkpoints
+    unknown: FalseAlarmRate = 0.05  # largest share of images of the classes that is called none of these
     seed: Seed = 0  # of the weights, the order, the views and the hold-out
     device: str = "auto"  # auto, cpu, cuda or cuda:1; auto: CUDA where there is one
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # fp16's scaler waits for the device once per step
@@ -366,13 +372,15 @@ def log_views(run: Run, images: Tensor, views: Tensor, normalization: Normalizat
         run.log.image(f"views/{name}", pil_to_tensor(sheet))
 
 
-def measure(data: Data, model: Classifier, loader: Loader, autocast: Callable) -> tuple[dict, Tensor, Tensor]:
-    """`classification_report` of the loader's images with the loss of their labels, logits (N, C) and labels (N,)."""
-    distributed.share_buffers(model)
+def measure(data: Data, network: nn.Module, loader: Loader, autocast: Callable) -> tuple[dict, Tensor, Tensor]:
+    """`classification_report` of the loader's images with the loss of their labels, what the network (the classifier,
+    or one `WithNovelty`) makes of them, (N, C or more), logits first, and labels (N,)."""
+    distributed.share_buffers(network)
     with autocast():
-        logits, labels = (rows.cpu() for rows in extract(model, loader))
+        rows, labels = (column.cpu() for column in extract(network, loader))
+    logits = rows[:, : len(data.classes)]  # (N, C)
     loss = float(data.criterion(logits.double(), soft_targets(labels, len(data.classes))))
-    return {"loss": loss} | classification_report(logits, labels, data.classes), logits, labels
+    return {"loss": loss} | classification_report(logits, labels, data.classes), rows, labels
 
 
 def validate(run: Run, data: Data, model: Classifier, autocast: Callable, done: int) -> dict[str, float]:
@@ -384,29 +392,43 @@ def validate(run: Run, data: Data, model: Classifier, autocast: Callable, done: 
         return run.log.scalars(done, kept)
 
 
+def familiar(cfg: Config, run: Run, data: Data, model: Classifier, autocast: Callable) -> Tensor:
+    """Normalized features (M, D) of up to `FAMILIAR` training images, spread evenly over them: WithNovelty's bank."""
+    distributed.share_buffers(model)
+    count = len(data.loader.indices)
+    some = data.loader.indices[torch.linspace(0, count - 1, min(count, FAMILIAR), dtype=torch.float64).long()]
+    load: dict[str, Any] = {"cache": cfg.data.cache, "workers": cfg.data.workers}
+    loader = Loader(data.loader.dataset, cfg.batch_size // run.world, run.device, indices=some, **load)
+    with autocast():
+        return functional.normalize(extract(model.backbone, loader)[0])
+
+
 def finish(
     cfg: Config, run: Run, data: Data, model: Classifier, watch: ValidationWatch, state: dict, autocast: Callable
 ) -> None:
-    """Keep the weights that `early_stopping` chose on the validation images, save them, and test, once."""
+    """Keep the weights that `early_stopping` chose on the validation images, calibrate them on these (of which there
+    may be none), save them, and test, once."""
     watch.restore(model)
-    run.save(run.total, **state)
+    bank = familiar(cfg, run, data, model, autocast)
+    network = WithNovelty(model, bank)
+    rows, labels, validated = torch.empty(0, len(data.classes) + 1), torch.empty(0, dtype=torch.int64), {}
+    if data.validation is not None:
+        report, rows, labels = measure(data, network, data.validation, autocast)
+        validated = {f"validation_{key}": report[key] for key in ("loss", "top1", "top5", "macro_f1")}
+    calibration = calibrated(rows[:, :-1], rows[:, -1], labels, cfg.loss.name, cfg.unknown)
+    run.save(run.total, **state, calibration=calibration, bank=bank.cpu())
+    for line in remarks(calibration, cfg.unknown):
+        run.log.say(line)
     epochs = run.total // data.epoch_steps
     results: dict[str, Any] = {"backbone": cfg.backbone.name, "head": cfg.head.name, "epochs": epochs}
     results |= {"steps": run.total, "tested_epoch": watch.epoch if watch.restores else epochs}
     results["chosen"] = "lowest validation loss" if watch.restores else "last epoch"
     results["ended"] = "by early_stopping" if watch.ended else "after all epochs"
-    results |= {"n_train": len(data.loader.indices), "n_validation": 0, "loss": state["curves"].get("loss")}
-    if data.validation is not None:
-        report, _, _ = measure(data, model, data.validation, autocast)
-        results["n_validation"] = report["n_test"]
-        results |= {f"validation_{key}": report[key] for key in ("loss", "top1", "top5", "macro_f1")}
-    report, logits, labels = measure(data, model, data.tested, autocast)
+    results |= {"n_train": len(data.loader.indices), "loss": state["curves"].get("loss")} | calibration | validated
+    report, rows, labels = measure(data, network, data.tested, autocast)
     results["test_loss"] = report.pop("loss")
-    if distributed.is_main():
-        matrix = confusion_matrix(logits.argmax(1), labels, len(data.classes))
-        image = confusion_image(matrix, data.classes)
-        save(image, run.folder / "confusion.png")
-        run.log.image("confusion", pil_to_tensor(image))
+    results |= reliability(rows[:, :-1], rows[:, -1], labels, cfg.loss.name, calibration)
+    draw_confusion(run.log, rows[:, :-1], labels, data.tested.dataset, data.classes)
     run.finish(results | report | {"seconds": run.seconds})
 
 

@@ -73,11 +73,11 @@ def classification_report(scores: Tensor, labels: Tensor, classes: list[str]) ->
         "per_class": per_class,
         "classes": list(classes),
         "confusion": matrix.tolist(),
-        "most_confused": _most_confused(matrix, classes),
+        "most_confused": most_confused(matrix, classes),
     }
 
 
-def _most_confused(matrix: Tensor, classes: list[str]) -> list[dict]:
+def most_confused(matrix: Tensor, classes: list[str]) -> list[dict]:
     """The `MOST_CONFUSED` largest cells off the diagonal that are not zero, ties in row order; matrix (C, C)."""
     wrong = matrix.clone().fill_diagonal_(0).flatten()  # (C*C,)
     pairs = []

@@ -11,21 +11,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.functional import pil_to_tensor
 
 from data import DataConfig, build_dataset, settled, what_is_used
 from data.dataset import Dataset
 from data.loading import Loader
 from data.splits import write_splits
-from evaluation.classification import classification_report, confusion_matrix
+from evaluation.classification import classification_report
 from evaluation.collapse import constant_warning, feature_health
+from evaluation.confused import draw_confusion
 from evaluation.features import extract
 from evaluation.knn import KNN_SETTINGS, few_neighbors, knn_scores
 from evaluation.linear_probe import linear_probe
 from evaluation.logistic import logistic_probe
 from models.backbones.build import BackboneConfig, build_backbone
-from plots.confusion import confusion_image
-from plots.heatmaps import save
 from runtime import checkpoint, config, distributed
 from runtime.errors import UserError
 from runtime.log import Log
@@ -147,11 +145,8 @@ class Opened:
         distributed.cleanup()
 
     def confusion(self, scores: Tensor, labels: Tensor) -> None:
-        """Draw which classes are taken for which; scores (N, C) and labels (N,)."""
-        if distributed.is_main():
-            image = confusion_image(confusion_matrix(scores.argmax(1), labels, len(self.classes)), self.classes)
-            save(image, self.folder / "confusion.png")
-            self.log.image("confusion", pil_to_tensor(image))
+        """Draw which classes are taken for which; scores (N, C) and labels (N,) of the test images."""
+        draw_confusion(self.log, scores, labels, self.test_set, self.classes)
 
 
 def opened(cfg: FrozenConfig, task: str, by_split: Callable[[DataConfig, str], DataConfig] | None = None) -> Opened:

@@ -58,7 +58,9 @@ class LossConfig:
     options: dict = field(default_factory=dict)
 
 
-def probabilities(logits: Tensor, loss: str) -> Tensor:
-    """What a classifier trained by this loss takes its logits (B, C) for: softmax, or with `bce` a sigmoid for each
-    class, which need not add up to 1. (B, C) float32."""
-    return logits.float().sigmoid() if loss == "bce" else logits.float().softmax(1)
+@at_least_float32
+def probabilities(logits: Tensor, loss: str, temperature: float = 1.0) -> Tensor:
+    """What a classifier trained by this loss takes its logits (B, C) for, divided by the temperature: softmax, or with
+    `bce` a sigmoid for each class, which need not add up to 1. (B, C), in at least float32."""
+    scaled = logits / temperature
+    return scaled.sigmoid() if loss == "bce" else scaled.softmax(1)

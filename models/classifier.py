@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.normalize import normalization_of
@@ -13,8 +14,10 @@ from models.heads import mlp
 from runtime import checkpoint, config
 from runtime.errors import UserError
 from runtime.integrity import faults, first_two
+from runtime.precision import at_least_float32
 from runtime.schema import choice
 from runtime.values import BelowOne, WidthOrZero
+from search.nearest import Prepared, nearest, prepare
 
 
 def linear_head(features: int, classes: int, *, dropout: BelowOne = 0.0) -> nn.Sequential:
@@ -59,6 +62,37 @@ class Classifier(nn.Module):
         return self.head(self.backbone(x))
 
 
+@at_least_float32
+def novelty(features: Tensor, bank: Tensor, prepared: Prepared | None = None) -> Tensor:
+    """How little images look like the training images: the Euclidean distance of their normalized features (B, D) to
+    the nearest row of `bank` (M, D), normalized features of training images; float32 (B,).
+
+    Sun et al. 2022, "Out-of-distribution detection with deep nearest neighbors", section 3, with k = 1. Logits and
+    probabilities see only what tells the known classes apart; the features also have what does not.
+    """
+    return nearest(F.normalize(features), bank, prepared=prepared)[0][:, 0]
+
+
+class WithNovelty(nn.Module):
+    """Images (B, 3, H, W), normalized, -> float32 (B, C + 1): the logits, and last the `novelty`.
+
+    Args:
+        bank: (M, D) on the classifier's device; None: there is none yet, and the novelty is inf.
+    """
+
+    def __init__(self, classifier: Classifier, bank: Tensor | None):
+        super().__init__()
+        self.classifier, self.bank, self.normalization = classifier, bank, classifier.normalization
+        self.prepared = None if bank is None else prepare(bank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.classifier.backbone(x)
+        logits = self.classifier.head(features).float()
+        far = logits.new_full((len(logits),), torch.inf)
+        distances = far if self.bank is None else novelty(features, self.bank, self.prepared)
+        return torch.cat([logits, distances[:, None]], 1)  # (B, C + 1)
+
+
 def build_classifier(backbone: BackboneConfig, head: HeadConfig, n_classes: int) -> tuple[Classifier, str]:
     """The classifier, its backbone with its weights, and one line on where these come from.
 
@@ -73,17 +107,18 @@ def build_classifier(backbone: BackboneConfig, head: HeadConfig, n_classes: int)
     return Classifier(network, HEADS[head.name](network.num_features, n_classes, **head.options)), weights
 
 
-def load_trained(path: str | Path) -> tuple[Classifier, dict]:
+def load_trained(path: str | Path, state: dict | None = None) -> tuple[Classifier, dict]:
     """The classifier of a run of train_classifier.py in eval mode on the CPU, and the checkpoint's other values, with
     the names of its `classes`.
 
     Args:
         path: a checkpoint, or a run folder, whose last.pt is meant.
+        state: what it holds, if it has been read.
 
     Raises:
         UserError: it is no such checkpoint, or was edited.
     """
-    state, file = checkpoint.load(path), checkpoint.file_of(path)
+    state, file = state or checkpoint.load(path), checkpoint.file_of(path)
     if "head" not in state["config"]:
         raise UserError(f"{file} holds no classifier: name a run folder of train_classifier.py")
     sections = {name: checkpoint.section(state, name, file) for name in ("backbone", "head", "loss")}

@@ -1,9 +1,16 @@
-"""A confusion matrix as an image."""
+"""A confusion matrix as an image, and test images of the most confused pairs of classes."""
 
+import os
+from dataclasses import dataclass
+
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from plots.style import GRID, INK, RIGHT, WRONG, font, lettered, write
+from plots.heatmaps import GAP, MARGIN, to_pil
+from plots.style import GRID, INK, PAPER, RIGHT, SOFT, WRONG, font, lettered, write
+
+THUMBNAIL, NAMES = 140, 230  # pixels: longer side of an image, and the column of the classes' names
 
 
 def confusion_image(matrix: Tensor, classes: list[str]) -> Image.Image:
@@ -51,6 +58,49 @@ def confusion_image(matrix: Tensor, classes: list[str]) -> Image.Image:
     image.paste(truth, (6, max(0, round(top + side / 2) - 30)))
     draw.text((left + side / 2, top + side + margin + 12), "predicted", INK, font=font(size), anchor="mm")
     return image
+
+
+@dataclass
+class Confused:
+    """Test images of one class that were taken for another."""
+
+    truth: str
+    predicted: str
+    count: int
+    share: float  # of the truth's images
+    images: list[tuple[str, Tensor]]  # some of them: path and uint8 (3, H, W)
+
+
+def confused_sheet(pairs: list[Confused], n_test: int) -> Image.Image:
+    """A row for each pair: truth and prediction, how many images, and some of them over their paths."""
+    columns = max([len(pair.images) for pair in pairs], default=0)
+    top, block, row = 92, THUMBNAIL + 2 * GAP, THUMBNAIL + 56
+    size = max(2 * MARGIN + NAMES + columns * block, 620), top + len(pairs) * row + MARGIN
+    paper = Image.new("RGB", size, PAPER)
+    pen = ImageDraw.Draw(paper)
+    pen.text((MARGIN, 18), "Most confused classes", INK, font(24))
+    told = "truth -> prediction; images with the most certain mistake first"
+    pen.text(
+        (MARGIN, 54), told if pairs else f"none: the class of each of {n_test} test images is right", SOFT, font(16)
+    )
+    for number, pair in enumerate(pairs):
+        y = top + number * row
+        pen.line((MARGIN, y - GAP, size[0] - MARGIN, y - GAP), GRID)
+        share = "<1 %" if pair.share < 0.005 else f"{100 * pair.share:.0f} %"
+        counted = f"{pair.count} image{'s' * (pair.count > 1)}, {share} of the truth's"
+        shown = f"{len(pair.images)} shown" if len(pair.images) < pair.count else ""
+        lines = (pair.truth, INK, 19), (f"-> {pair.predicted}", WRONG, 19), (counted, SOFT, 14), (shown, SOFT, 14)
+        for line, (text, ink, height) in enumerate(lines):
+            write(pen, (MARGIN, y + 8 + 28 * line), text, ink, height, width=NAMES - 2 * GAP)
+        for column, (path, image) in enumerate(pair.images):
+            x, (high, wide) = MARGIN + NAMES + column * block, image.shape[1:]
+            scale = THUMBNAIL / max(high, wide)
+            sides = max(1, round(high * scale)), max(1, round(wide * scale))
+            tile = F.interpolate(image[None].float(), sides, mode="bilinear", antialias=True, align_corners=False)[0]
+            paper.paste(to_pil(tile.round().clamp(0, 255).byte()), (x, y))
+            for line, part in enumerate(part for part in os.path.split(path) if part):
+                write(pen, (x, y + THUMBNAIL + 4 + 16 * line), part, SOFT, 12, width=THUMBNAIL + GAP)
+    return paper
 
 
 def _turned(text: str, size: int, length: int) -> Image.Image:

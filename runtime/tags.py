@@ -50,6 +50,7 @@ TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, descr
     "scores": ("2_test/scores", "Image scores of the training normals and of each kind of test image."),
     "precision_recall": ("2_test/precision_recall", "Precision over recall of the test images, scores scaled to 0..1."),
     "confusion": ("2_test/confusion", "True classes in rows, predicted classes in columns."),
+    "confused": ("2_test/confused", "The most confused pairs of classes, each with test images: truth -> prediction."),
     "defects": ("2_test/defects", "Synthetic defects on training images, their masks outlined."),
     "features/std": (
         "3_health/features_std",

@@ -58,9 +58,10 @@ class Prediction:
     nearest_training_image: str | None  # its path below data.root; None: the detector remembers none
 
 
-def load_run(folder: Path, category: str | None = None) -> tuple[Detector, Geometry, dict]:
+def load_run(folder: Path, category: str | None = None, state: dict | None = None) -> tuple[Detector, Geometry, dict]:
     """The detector of a run folder in eval mode on the CPU, how its images become inputs, and the checkpoint's other
     values. `category`: of a run of several the one that the images are of, whose thresholds and normal images count.
+    `state`: what the checkpoint holds, if it has been read.
 
     Raises:
         UserError: there is no finished run of train_anomaly.py, or it has no such category.
@@ -68,7 +69,7 @@ def load_run(folder: Path, category: str | None = None) -> tuple[Detector, Geome
     file = checkpoint.file_of(folder)
     if not file.exists():
         raise UserError(f"{folder} has no {checkpoint.LAST}: name the folder of a finished run of train_anomaly.py")
-    state = checkpoint.load(file)
+    state = state or checkpoint.load(file)
     if "detector" not in state["config"]:
         raise UserError(f"{folder} holds a run without a detector: name a run folder of train_anomaly.py")
     if "calibration" not in state:

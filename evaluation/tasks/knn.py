@@ -5,7 +5,8 @@
 
 With `checkpoint`, data and backbone are what the run's config says, unless keys here say otherwise. Reports top-1 for
 two usual settings (k=20 and k=200), and everything else for `task.k` and `task.temperature`. Writes results.json,
-confusion.png and TensorBoard events to eval_knn/ in the checkpoint's folder (without one: in runs/<run_name>/).
+confusion.png, confused.png (test images of the most confused classes) and TensorBoard events to eval_knn/ in the
+checkpoint's folder (without one: in runs/<run_name>/).
 """
 
 from dataclasses import dataclass

@@ -4,8 +4,8 @@
     python eval.py configs/eval_folder.yaml task=linear data.root=/images backbone.weights=weights.pth
 
 With `checkpoint`, data and backbone are what the run's config says, unless keys here say otherwise. Writes
-results.json, confusion.png and TensorBoard events to eval_linear/ in the checkpoint's folder (without one: in
-runs/<run_name>/).
+results.json, confusion.png, confused.png (test images of the most confused classes) and TensorBoard events to
+eval_linear/ in the checkpoint's folder (without one: in runs/<run_name>/).
 """
 
 from dataclasses import dataclass

@@ -5,8 +5,9 @@
 
 A linear classifier learns by SGD from random crops of the training images, each seen anew in each epoch, on features
 that do not change; the last epoch is tested on center crops. Nothing is chosen. `data.size` is the side of the crops.
-For a fast measure on stored features, see task=linear and task=logistic. Writes results.json, confusion.png and
-TensorBoard events to eval_protocol/ in the checkpoint's folder (without one: in runs/<run_name>/).
+For a fast measure on stored features, see task=linear and task=logistic. Writes results.json, confusion.png,
+confused.png (test images of the most confused classes) and TensorBoard events to eval_protocol/ in the checkpoint's
+folder (without one: in runs/<run_name>/).
 """
 
 from dataclasses import dataclass, replace

@@ -12,10 +12,12 @@ import pytest
 
 import predict
 import sweep
+from data.image_files import find_images
 from runtime import checkpoint, files, signals
 from runtime.errors import UserError
 from tests.attacks.test_kills import cases, differences, litter, place, run, state_of, undisturbed  # noqa: F401
 from tests.processes import script, start_script
+from tests.scripts.test_predict import write_run
 
 HOLDER = """
 import os, sys, time
@@ -213,23 +215,15 @@ def test_a_run_that_is_removed_holds_no_running_one(holder, tmp_path, monkeypatc
 
 def test_predict_and_sweep_leave_a_folder_in_use_alone(holder, place, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(files, "PATIENCE", 0)
-    monkeypatch.setattr(
-        predict, "load_run", lambda *_: (FakeDetector(), None, {"config": {"precision": "fp32", "data": {}}})
-    )
-    monkeypatch.setattr(predict, "threshold_of", lambda *_: None)
+    fitted = write_run(tmp_path / "fitted", find_images(place / "mvtec/part/train")[:3], "patchcore")
     process, (name, *words) = holder(tmp_path / "grid"), cases(place)["sweep"].words(tmp_path)
     before, begun = snapshot(tmp_path / "grid"), rf"grid is in use by process {process.pid} "
     assert name == "sweep.py"
     with pytest.raises(UserError, match=begun):
         sweep.main(words)
     with pytest.raises(UserError, match=begun):
-        predict.main([str(tmp_path), str(place / "mvtec/part/test/spot"), f"out={tmp_path}/grid", "device=cpu"])
+        predict.main([str(fitted), str(place / "mvtec/part/test/spot"), f"out={tmp_path}/grid", "device=cpu"])
     assert snapshot(tmp_path / "grid") == before
-
-
-class FakeDetector:
-    def to(self, _):
-        return self
 
 
 @pytest.mark.slow

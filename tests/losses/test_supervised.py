@@ -86,8 +86,10 @@ def test_large_logits_stay_finite(name):
 def test_probabilities_are_those_that_the_loss_takes():
     logits = logits_of()
     for name in ("cross_entropy", "focal"):
-        torch.testing.assert_close(probabilities(logits, name), logits.float().softmax(1))
+        torch.testing.assert_close(probabilities(logits, name), logits.softmax(1))
+        torch.testing.assert_close(probabilities(logits, name, 2.5), (logits / 2.5).softmax(1))
     torch.testing.assert_close(probabilities(logits.half(), "bce"), logits.half().float().sigmoid())
+    torch.testing.assert_close(probabilities(logits, "bce", 0.5), (2 * logits).sigmoid())
 
 
 def cases(rank: int, world: int) -> list:

@@ -37,7 +37,7 @@ def test_eval_needs_only_a_checkpoint(images, tmp_path, capsys):
         assert (results["n_train"], results["n_test"], results["task"]) == (36, 12, task)
         assert 0 <= results["top1"] <= 1 and results["top5"] is None  # of three classes
         assert {"per_class", "macro_f1"} <= set(results) or "confusion" in results
-        assert (folder / "confusion.png").exists()
+        assert (folder / "confusion.png").exists() and (folder / "confused.png").exists()
     assert {"lr", "holdout_top1"} <= set(results)
     evaluate.main(["task=knn", f"checkpoint={tmp_path}/run", "device=cpu"])  # a run folder is its last.pt
     again = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -108,8 +108,10 @@ def test_a_step_of_fine_tuning_reads_nothing(classes, small_backbone, tmp_path, 
     words = [*without_backbone(test_train_classifier.words(classes, tmp_path, *more)), *small_backbone]
     reads = on_cuda(train_classifier.main, words, "log_every=9")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 12
-    assert {file for file, _ in reads} <= CURVES | EVALUATION | {"train_classifier.py"}, reads
+    compared = {"bounds.py", "nearest.py"}  # with the features of training images, at the end
+    assert {file for file, _ in reads} <= CURVES | EVALUATION | compared | {"train_classifier.py"}, reads
     assert reads["train_classifier.py", "measure"] <= 2 * 5  # logits and labels of three validations and the end's two
+    assert sum(count for (file, _), count in reads.items() if file == "nearest.py") <= 3 * 3  # three of a batch
 
 
 @pytest.mark.parametrize("name", PSEUDO_LABELS)

@@ -55,7 +55,8 @@ def test_a_run_leaves_everything_behind(images, tmp_path, capsys):
     results, err = results_of(capsys)
     folder = tmp_path / "run"
     assert results == json.loads((folder / "results.json").read_text())
-    assert {"config.yaml", "last.pt", "metrics.jsonl", "confusion.png"} <= {path.name for path in folder.iterdir()}
+    left = {"config.yaml", "last.pt", "metrics.jsonl", "confusion.png", "confused.png"}
+    assert left <= {path.name for path in folder.iterdir()}
     assert (results["steps"], results["epochs"], results["tested_epoch"]) == (12, 3, 3)
     assert (results["n_train"], results["n_validation"], results["n_test"]) == (33, 3, 12)
     assert (results["chosen"], results["ended"]) == ("last epoch", "after all epochs")
@@ -66,7 +67,7 @@ def test_a_run_leaves_everything_behind(images, tmp_path, capsys):
     assert {step for step, key in points if key == "validation/macro_f1"} == {4, 8, 12}
     assert points[12, "validation/loss"] == results["validation_loss"]
 
-    classifier = scavenge.load_classifier(folder, device="cpu", batch_size=5)
+    classifier = as_trained(folder, batch_size=5)
     paths = sorted((images / "test").rglob("*.png"))
     truth = [classifier.classes.index(path.parent.name) for path in paths]
     found = classifier(paths)
@@ -84,11 +85,18 @@ def test_a_run_leaves_everything_behind(images, tmp_path, capsys):
     assert results_of(capsys)[0] == results
 
 
+def as_trained(folder, **about):
+    """The run's classifier without its temperature."""
+    classifier = scavenge.load_classifier(folder, device="cpu", **about)
+    classifier.state["calibration"]["temperature"] = None
+    return classifier
+
+
 def test_top5_is_scikit_learns(tmp_path, capsys):
     images = write_classes(tmp_path / "images", classes=7, each=4)
     train_classifier.main(words(images, tmp_path, "epochs=1", "loss=bce", "holdout=0", "unfreeze.layers=0"))
     results, err = results_of(capsys)
-    classifier = scavenge.load_classifier(tmp_path / "run", device="cpu")
+    classifier = as_trained(tmp_path / "run")
     paths = sorted((images / "test").rglob("*.png"))
     truth = [classifier.classes.index(path.parent.name) for path in paths]
     found = classifier(paths)
@@ -184,7 +192,8 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(more, images, tmp_p
     whole, resumed = (checkpoint.load(tmp_path / x / "run") for x in "ab")
     for key, value in whole["model"].items():
         assert torch.equal(value, resumed["model"][key]), key
-    for part in ("optimizer", "watch"):
+    assert torch.equal(whole["bank"], resumed["bank"])
+    for part in ("optimizer", "watch", "calibration"):
         assert str(whole[part]) == str(resumed[part]), part
     assert curves(tmp_path / "a" / "run") == curves(tmp_path / "b" / "run")
 
@@ -220,7 +229,9 @@ def test_two_processes_give_the_weights_of_one(images, tmp_path):
     one, two = (checkpoint.load(tmp_path / str(n) / "run")["model"] for n in (1, 2))
     for name, value in one.items():
         torch.testing.assert_close(value, two[name], rtol=1e-4, atol=1e-6, msg=name)
-    assert both[1]["validation_loss"] == pytest.approx(both[2]["validation_loss"], rel=1e-5)
+    for key in ("validation_loss", "temperature", "threshold", "test_ece", "test_ece_uncalibrated"):
+        assert both[1][key] == pytest.approx(both[2][key], rel=1e-4), key
+    assert both[1]["temperature"] is not None
 
 
 def without_width(words):
@@ -308,6 +319,6 @@ def test_it_learns(tmp_path, capsys):
     """Stripes of three directions, from random weights."""
     images = write_classes(tmp_path / "images", each=40)
     about = ["epochs=12", "batch_size=16", "augment.flip_p=0", "unfreeze.head_epochs=0", "optim.backbone_lr=none"]
-    train_classifier.main(words(images, tmp_path, *about, "backbone=resnet18", "backbone.stem=cifar"))
+    train_classifier.main(without_width(words(images, tmp_path, *about, "backbone=resnet18", "backbone.stem=cifar")))
     results, _ = results_of(capsys)
     assert results["top1"] >= 0.9 and isfinite(results["loss"])
