@@ -92,9 +92,9 @@ class PatchCore(Detector):
         self.image_score, self.memory_limit, self.seed = image_score, memory_limit, seed
         self.bank = Bank()
         self.register_buffer("directions", torch.empty(0, 0))  # (D, width) of the projection
-        self.register_buffer("cell", torch.empty(0))  # height and width of a patch's cell, input pixels
+        self.register_buffer("cell", torch.zeros(2))  # height and width of a patch's cell, input pixels
         # covering radius under the projection: when fitted, and what it can be at most after `keep`
-        self.register_buffer("radius", torch.empty(0, dtype=torch.float64))
+        self.register_buffer("radius", torch.zeros(2, dtype=torch.float64))
 
     def patches(self, features: list[Tensor]) -> Tensor:
         """Stages [(B, C_i, H_i, W_i)] -> patch features (B, h, w, D), h x w of the finest stage."""
@@ -103,7 +103,7 @@ class PatchCore(Detector):
     @torch.no_grad()
     def fit(self, batches: Iterable[Batch], n_images: int) -> None:
         """Build the bank; processes share the images evenly, each in ascending order."""
-        self.directions, self.cell = self.directions.new_empty(0, 0), self.cell.new_empty(0)
+        self.directions = self.directions.new_empty(0, 0)
         patches, work = self._collect(batches, n_images, draw=True)
         points, ids = self._narrow_all(patches.features, work), all_ids(patches.ids, self.radius.device)
         n_picks = max(1, int(self.coreset * len(ids)))
@@ -126,7 +126,7 @@ class PatchCore(Detector):
         valid: Tensor | None = None,
         leave_out: Tensor | None = None,
     ) -> Findings:
-        self.require_fitted(self.cell)
+        self.require_fitted(self.bank.origins)
         patches = self.patches(features)  # (B, h, w, D)
         grid = patches.shape[1:3]
         away = None if leave_out is None else leave_out[:, None].expand(-1, math.prod(grid)).flatten()  # (B h w,)
@@ -176,7 +176,7 @@ class PatchCore(Detector):
         """Extend the bank by more images, whose numbers it does not hold: of their patches, the greedy picks that it
         takes until none is farther from the bank than the radius it was fitted with (under the projection); all of them
         when the bank was to keep all."""
-        self.require_fitted(self.cell)
+        self.require_fitted(self.bank.origins)
         patches, work = self._collect(batches, n_images, draw=False)
         if self.coreset == 1:
             picks = all_ids(patches.ids, self.radius.device)
