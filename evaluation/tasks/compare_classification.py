@@ -134,15 +134,21 @@ def build(cfg: Config) -> list[Compared]:
     for key, given in (("backbones", cfg.backbones), ("checkpoints", cfg.checkpoints)):
         if twice := next((text for text in given if given.count(text) > 1), None):
             raise UserError(f"{key} names {twice} twice: remove one")
-    found = []
-    for text in cfg.backbones:
-        torch.manual_seed(cfg.seed)
-        backbone, about = build_backbone(from_words(text, "backbones"))
-        found.append(Compared(text, backbone, about))
     files = [checkpoint.file_of(path) for path in cfg.checkpoints]
-    names = [file.parent.name if file.stem == "last" else f"{file.parent.name}/{file.stem}" for file in files]
-    names = names if len({*names}) == len(names) else [str(file) for file in files]
-    return found + [from_checkpoint(name, file) for name, file in zip(names, files)]
+    names = [" ".join(map(shorter, text.split())) for text in cfg.backbones]
+    names += [file.parent.name if file.stem == "last" else f"{file.parent.name}/{file.stem}" for file in files]
+    names = names if len({*names}) == len(names) else [*cfg.backbones, *map(str, files)]
+    found = []
+    for name, text in zip(names, cfg.backbones):
+        torch.manual_seed(cfg.seed)
+        found.append(Compared(name, *build_backbone(from_words(text, "backbones"))))
+    return found + [from_checkpoint(name, file) for name, file in zip(names[len(found) :], files)]
+
+
+def shorter(word: str) -> str:
+    """A word of a backbone as the table has it: of the path of weights the last part."""
+    key, equals, value = word.partition("=")
+    return f"weights={Path(value).name}" if equals and key == "weights" else word
 
 
 def from_checkpoint(name: str, file: Path) -> Compared:
