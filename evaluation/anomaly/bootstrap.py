@@ -75,10 +75,10 @@ def with_intervals(
     }
 
 
-def draw_images(labels: np.ndarray, seed: int | np.random.Generator, replicates: int = REPLICATES) -> np.ndarray:
+def draw_images(labels: np.ndarray, seed: int | np.random.Generator, replicates: int | None = None) -> np.ndarray:
     """How often each replicate holds each image, (R, N) float64, for `labels` (N,) bool, or the numbers of classes;
-    each class is drawn from by itself."""
-    rng = np.random.default_rng(seed)
+    each class is drawn from by itself. `replicates`: R; None: REPLICATES."""
+    rng, replicates = np.random.default_rng(seed), replicates or REPLICATES
     draws = np.zeros((replicates, len(labels)))
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)

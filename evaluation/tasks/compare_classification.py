@@ -27,6 +27,7 @@ from evaluation.collapse import constant_warning, feature_health
 from evaluation.compare_classification import (
     METRICS,
     REPLICATES,
+    SIGNIFICANT,
     Metric,
     compare_classification,
     comparison_table,
@@ -177,12 +178,13 @@ def check(compared: list[Compared], test_set: Dataset) -> None:
 def write_tables(log: Log, folder: Path, rows: list[dict], cfg: Config) -> None:
     """comparison.md, comparison.csv, TensorBoard's text, and the terminal's."""
     table = markdown_table(*comparison_table(rows, cfg.top_k))
-    first = {row["measure"]: row["name"] for row in reversed(rows)}
+    first = {row["measure"]: row["name"] for row in rows if row["verdict"] is None}
     note = (
         f"Precision, recall and F1: {cfg.average} average. In brackets: 95 % intervals of {REPLICATES:,} bootstrap "
-        "replicates of the test images, the same for all. The first: "
+        "replicates, the same test images for all. The first: "
         + ", ".join(f"{name} ({measure})" for measure, name in first.items())
-        + ". p corrected by Holm for all differences in the table; better or worse: below 0.05.\n"
+        + ". p: two-sided, of the paired bootstrap, corrected by Holm for all differences in the table. "
+        f"better, worse: p below {SIGNIFICANT}.\n"
     )
     log.text(TASK, f"{table}\n{note}")
     log.say(f"{table}\n{note}")
