@@ -84,7 +84,7 @@ def run(cfg: Config) -> None:
     cfg.data = settled(cfg.data)
     compared = build(cfg)
     train_set, test_set = train_and_test(cfg.data, TASK)
-    check(compared, test_set)
+    check(cfg, compared, test_set)
     folder = config.run_folder(cfg) / f"eval_{TASK}"
     checkpoint.open_run(folder, config.as_dict(cfg))
     log = Log(folder, cfg)
@@ -94,32 +94,43 @@ def run(cfg: Config) -> None:
 
     load = {"cache": cfg.data.cache, "workers": cfg.data.workers}
     train_loader, test_loader = (Loader(dataset, cfg.batch_size, device, **load) for dataset in (train_set, test_set))
+    if "top_k" in cfg.metrics and len(test_set.classes) <= cfg.top_k:
+        log.say(f"top-{cfg.top_k} is left out, for there are only {len(test_set.classes)} classes")
     measured: dict[str, dict[str, Tensor]] = {measure: {} for measure in (*cfg.measures, HEAD)}
     for one in compared:
         log.say(f"{one.name}: {one.about}")
         if seen := one.learned & {*test_set.names}:
             log.say(f"warning: {one.name} has learned from {len(seen)} of the test images: {first_few(sorted(seen))}")
-        backbone = one.backbone.to(device, memory_format=torch.channels_last)
-        train = extract(backbone, train_loader, progress=f"{one.name}: training features")
-        test = extract(backbone, test_loader, progress=f"{one.name}: test features")
-        if warning := constant_warning(feature_health(train[0])):
-            log.say(f"warning: {one.name}: {warning}")
-        for measure in cfg.measures:
-            seed = {} if measure == "knn" else {"seed": cfg.seed}
-            measured[measure][one.name], _ = MEASURES[measure](train, test, train_set.classes, log.say, **seed)
-        if one.head is not None:
-            columns = [one.classes.index(name) for name in test_set.classes]
-            with torch.no_grad():
-                measured[HEAD][one.name] = one.head.to(device)(test[0])[:, columns]
-        one.backbone.cpu()
+        for measure, scores in scores_of(one, cfg, log, train_loader, test_loader).items():
+            measured[measure][one.name] = scores
 
     options = {"metrics": cfg.metrics, "average": cfg.average, "top_k": cfg.top_k, "seed": cfg.seed}
-    rows = compare_classification(measured, test[1], **options)
+    rows = compare_classification(measured, test_set.labels, **options)
     write_tables(log, folder, rows, cfg)
     about = {"task": TASK, "n_train": len(train_set), "n_test": len(test_set), "classes": test_set.classes}
     about |= {"backbones": {one.name: one.about for one in compared}, "replicates": REPLICATES} | options
     log.results(about | {"rows": rows, "seconds": time.perf_counter() - began, "version": code_version()})
     distributed.cleanup()
+
+
+def scores_of(one: Compared, cfg: Config, log: Log, train_loader: Loader, test_loader: Loader) -> dict[str, Tensor]:
+    """{measure: class scores (N, C) of the test images}."""
+    device, classes = test_loader.device, test_loader.dataset.classes
+    backbone = one.backbone.to(device, memory_format=torch.channels_last)
+    train = extract(backbone, train_loader, progress=f"{one.name}: training features")
+    test = extract(backbone, test_loader, progress=f"{one.name}: test features")
+    one.backbone.cpu()
+    if warning := constant_warning(feature_health(train[0])):
+        log.say(f"warning: {one.name}: {warning}")
+    found = {}
+    for measure in cfg.measures:
+        seed = {} if measure == "knn" else {"seed": cfg.seed}
+        found[measure], _ = MEASURES[measure](train, test, classes, log.say, **seed)
+    if one.head is not None:
+        columns = [one.classes.index(name) for name in classes]
+        with torch.no_grad():
+            found[HEAD] = one.head.to(device)(test[0])[:, columns]
+    return found
 
 
 def build(cfg: Config) -> list[Compared]:
@@ -132,7 +143,8 @@ def build(cfg: Config) -> list[Compared]:
         raise UserError(f"task={TASK} needs two or more: backbones=resnet18,resnet50 or checkpoints=runs/a,runs/b")
     if not cfg.measures or not cfg.metrics:
         raise UserError(f"task={TASK} needs measures and metrics; leave them out for all")
-    for key, given in (("backbones", cfg.backbones), ("checkpoints", cfg.checkpoints)):
+    for key in ("backbones", "checkpoints", "measures", "metrics"):
+        given = getattr(cfg, key)
         if twice := next((text for text in given if given.count(text) > 1), None):
             raise UserError(f"{key} names {twice} twice: remove one")
     files = [checkpoint.file_of(path) for path in cfg.checkpoints]
@@ -164,8 +176,10 @@ def from_checkpoint(name: str, file: Path) -> Compared:
     return Compared(name, backbone, about, learned=learned)
 
 
-def check(compared: list[Compared], test_set: Dataset) -> None:
-    """`UserError` for a classifier of other classes than the test images'."""
+def check(cfg: Config, compared: list[Compared], test_set: Dataset) -> None:
+    """`UserError` for a classifier of other classes than the test images', or top-5 alone of no more classes."""
+    if cfg.metrics == ["top_k"] and len(test_set.classes) <= cfg.top_k:
+        raise UserError(f"metrics=top_k: the images have {len(test_set.classes)} classes; lower top_k={cfg.top_k}")
     for one in compared:
         if one.head is not None and {*one.classes} != {*test_set.classes}:
             other = sorted({*one.classes} ^ {*test_set.classes})

@@ -83,11 +83,13 @@ def test_images_that_a_run_has_learned_from_are_not_new(place, capsys):
     both = [f"backbones={NETWORK}", f"checkpoints={place}/leak", "measures=knn", "metrics=accuracy"]
     evaluate.main(["task=compare_classification", *about, *both])
     assert "warning: leak has learned" not in capsys.readouterr().err
+    both[-1] = "metrics=accuracy,top_k"
     text = (place / "leak/splits.csv").read_text()
     (place / "exchanged.csv").write_text(text.replace(",test", ",x").replace(",train", ",test").replace(",x", ",train"))
     evaluate.main(["task=compare_classification", *about, *both, f"data.splits={place}/exchanged.csv"])
     learned = json.loads((place / "leak/results.json").read_text())["n_train"]
-    assert f"warning: leak has learned from {learned} of the test images" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"warning: leak has learned from {learned} of the test images" in err and "top-5 is left out" in err
 
 
 @pytest.mark.parametrize(
@@ -100,6 +102,8 @@ def test_images_that_a_run_has_learned_from_are_not_new(place, capsys):
         (["backbones=resnet18,vit_tiny dash=8"], r"unknown key 'backbones\.dash'"),
         (["backbones=resnet18", "checkpoints={place}/nothing"], "nothing"),
         (["backbones=resnet18,resnet34", "measures="], "needs measures and metrics"),
+        (["backbones=resnet18,resnet34", "metrics=f1,recall,f1"], "metrics names f1 twice"),
+        (["backbones=resnet18,resnet34", "metrics=top_k"], "the images have 3 classes; lower top_k=5"),
         (["backbones=resnet18,resnet34", "average=mean"], "macro, micro, weighted"),
         (["backbones=resnet18", "checkpoints={place}/tuned", "data.root={place}/others"], "not those of the images"),
     ],
