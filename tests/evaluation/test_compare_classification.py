@@ -27,7 +27,8 @@ def problem(n=90, n_classes=7, seed=0):
     labels[labels == 2] = 5
     scores = torch.randint(0, 4, (n, n_classes), generator=generator).float()
     scores[torch.arange(n), labels] += torch.randint(0, 3, (n,), generator=generator)
-    scores[:, 4] = -torch.inf
+    scores[torch.rand(scores.shape, generator=generator) < 0.4] = -torch.inf
+    scores[:, 0], scores[:, 4] = scores[:, 0].clamp(min=0), -torch.inf  # each image has a candidate
     assert (scores.argmax(1) == 2).any() and (labels == 4).any()
     return scores, labels
 
@@ -90,14 +91,15 @@ def test_memory_is_bounded_and_every_replicate_drawn(monkeypatch):
 
 @pytest.mark.parametrize(("gained", "lost", "verdict"), [(20, 4, "better"), (4, 20, "worse"), (9, 7, "none")])
 def test_p_of_accuracy_is_mcnemars(gained, lost, verdict):
-    """Of 300 images the second classifier alone has `gained` right, and the first alone `lost`."""
+    """Of 300 images the second classifier alone has `gained` right, the first alone `lost`, and none of them 90."""
     labels = torch.arange(300) % 3
     right = torch.nn.functional.one_hot(labels, 3).double()
     wrong = torch.nn.functional.one_hot((labels + 1) % 3, 3).double()
     first, second = right.clone(), right.clone()
+    first[-90:], second[-90:] = wrong[-90:], wrong[-90:]
     first[:gained], second[gained : gained + lost] = wrong[:gained], wrong[gained : gained + lost]
     rows = compare_classification({"knn": {"a": first, "b": second}}, labels, metrics=["accuracy"])
-    assert rows[0] | {"value": 1 - gained / 300, "p": None, "verdict": None, "difference": None} == rows[0]
+    assert rows[0] | {"value": (210 - gained) / 300, "p": None, "verdict": None, "difference": None} == rows[0]
     row = rows[1]
     assert row["difference"] == pytest.approx((gained - lost) / 300)
     mid_p = binomtest(gained, gained + lost).pvalue - binom.pmf(gained, gained + lost, 0.5)
