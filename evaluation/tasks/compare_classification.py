@@ -1,4 +1,4 @@
-"""Several backbones and classifiers on the same test images: one table with intervals and significant differences.
+"""Several backbones and classifiers on the same test images: metrics, intervals, differences.
 
     python eval.py task=compare_classification data.name=folder data.root=/images data.size=96 \\
         backbones="resnet18,mobilenet_v2 weights=mobilenet_v2.pth" checkpoints=runs/simclr,runs/dino,runs/classifier
