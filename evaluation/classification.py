@@ -1,15 +1,59 @@
 """Classification metrics from scores and labels."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 MOST_CONFUSED = 10  # pairs listed in a report
+Average = Literal["macro", "micro", "weighted"]
 
 
 def confusion_matrix(predictions: Tensor, labels: Tensor, n_classes: int) -> Tensor:
     """Counts (C, C) int64, rows the truth and columns the prediction; predictions and labels (N,) in [0, C)."""
     pairs = labels * n_classes + predictions  # (N,)
     return torch.bincount(pairs, minlength=n_classes**2).view(n_classes, n_classes)  # (C, C)
+
+
+def ranks(scores: Tensor, labels: Tensor) -> Tensor:
+    """(N,) int64: how many classes come before an image's own, 0 where the prediction is right and C where its own is
+    no candidate (-inf). Equal scores are settled for the lowest class index; scores (N, C), labels (N,)."""
+    n_classes = scores.shape[1]
+    own = scores.gather(1, labels[:, None])  # (N, 1)
+    lower = torch.arange(n_classes, device=labels.device) < labels[:, None]  # (N, C) columns that win a tie
+    rank = ((scores > own) | ((scores == own) & lower)).sum(1)  # (N,)
+    return rank.where(own[:, 0] > -torch.inf, n_classes)
+
+
+def precision_recall_f1(hits: Tensor, of_truth: Tensor, of_prediction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of counts in float64: right predictions, images of the class, predictions of it. What has no images or is never
+    predicted has zero (zero_division=0)."""
+    precision, recall = hits / of_prediction.clamp(min=1), hits / of_truth.clamp(min=1)
+    return precision, recall, 2 * hits / (of_truth + of_prediction).clamp(min=1)
+
+
+def averaged(hits: Tensor, of_truth: Tensor, of_prediction: Tensor, average: Average) -> tuple[Tensor, Tensor, Tensor]:
+    """Precision, recall and F1 over the classes that have images: scikit-learn's with `labels=` these classes and
+    zero_division=0.
+
+    Args:
+        hits: (..., C) float64, right predictions of each class.
+        of_truth: (C,) float64, its images.
+        of_prediction: (..., C) float64, predictions of it.
+        average: macro: the mean over classes; weighted: that weighted by their images; micro: of the counts of all.
+
+    Returns:
+        (...) each.
+    """
+    present = of_truth > 0  # (C,)
+    counts = tuple(count[..., present] for count in (hits, of_truth, of_prediction))
+    if average == "micro":
+        counts = tuple(count.sum(-1, keepdim=True) for count in counts)
+    precision, recall, f1 = precision_recall_f1(*counts)
+    if average == "weighted":
+        share = counts[1] / counts[1].sum()  # (C',)
+        return (precision * share).sum(-1), (recall * share).sum(-1), (f1 * share).sum(-1)
+    return precision.mean(-1), recall.mean(-1), f1.mean(-1)
 
 
 def classification_report(scores: Tensor, labels: Tensor, classes: list[str]) -> dict:
@@ -45,31 +89,26 @@ def classification_report(scores: Tensor, labels: Tensor, classes: list[str]) ->
     if not scores.amax(1).isfinite().all():  # NaN, +inf, or nothing but -inf
         raise ValueError("scores hold values that are not finite, or an image has no candidate")
 
-    own = scores.gather(1, labels[:, None])  # (N, 1)
-    lower = torch.arange(n_classes, device=labels.device) < labels[:, None]  # (N, C) columns that win a tie
-    rank = ((scores > own) | ((scores == own) & lower)).sum(1)  # (N,) 0: the prediction is right
-    candidate = own[:, 0] > -torch.inf  # (N,)
-
+    rank = ranks(scores, labels)  # (N,)
     matrix = confusion_matrix(scores.argmax(1), labels, n_classes).cpu()  # (C, C)
-    hits, of_truth, of_prediction = matrix.diagonal().double(), matrix.sum(1), matrix.sum(0)  # (C,) each
-    recall = hits / of_truth.clamp(min=1)
-    precision = hits / of_prediction.clamp(min=1)
-    f1 = 2 * hits / (of_truth + of_prediction).clamp(min=1)
-    present = of_truth > 0  # (C,)
+    counts = matrix.diagonal().double(), matrix.sum(1).double(), matrix.sum(0).double()  # (C,) each
+    precision, recall, f1 = precision_recall_f1(*counts)
+    macro_precision, macro_recall, macro_f1 = map(float, averaged(*counts, "macro"))
+    of_truth = matrix.sum(1)
 
     per_class = {}
     for i, name in enumerate(classes):
         metrics = {"accuracy": recall, "precision": precision, "f1": f1}
-        metrics = {key: float(values[i]) if present[i] else None for key, values in metrics.items()}
+        metrics = {key: float(values[i]) if of_truth[i] else None for key, values in metrics.items()}
         per_class[name] = {"n_test": int(of_truth[i]), **metrics}
     return {
         "n_test": n_test,
         "top1": float((rank < 1).double().mean()),
-        "top5": float((candidate & (rank < 5)).double().mean()) if n_classes > 5 else None,
-        "balanced_accuracy": float(recall[present].mean()),
-        "macro_precision": float(precision[present].mean()),
-        "macro_recall": float(recall[present].mean()),
-        "macro_f1": float(f1[present].mean()),
+        "top5": float((rank < 5).double().mean()) if n_classes > 5 else None,
+        "balanced_accuracy": macro_recall,
+        "macro_precision": macro_precision,
+        "macro_recall": macro_recall,
+        "macro_f1": macro_f1,
         "per_class": per_class,
         "classes": list(classes),
         "confusion": matrix.tolist(),

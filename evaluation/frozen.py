@@ -149,6 +149,24 @@ class Opened:
         draw_confusion(self.log, scores, labels, self.test_set, self.classes)
 
 
+def train_and_test(
+    data: DataConfig, task: str, by_split: Callable[[DataConfig, str], DataConfig] | None = None
+) -> tuple[Dataset, Dataset]:
+    """The training and the test set of a settled section.
+
+    Raises:
+        UserError: the training images are of one class, so the task cannot tell anything.
+    """
+    sections = [by_split(data, split) if by_split else data for split in ("train", "test")]
+    train_set, test_set = (build_dataset(section, split) for section, split in zip(sections, ("train", "test")))
+    if len(train_set.labels.unique()) < 2:
+        raise UserError(
+            f"task={task} tells classes apart, but all training images of {data.options.get('root', data.name)} are of "
+            "one: data.root needs a folder for each class, two at least"
+        )
+    return train_set, test_set
+
+
 def opened(cfg: FrozenConfig, task: str, by_split: Callable[[DataConfig, str], DataConfig] | None = None) -> Opened:
     """Open the run folder of a task; build backbone and data.
 
@@ -173,13 +191,7 @@ def opened(cfg: FrozenConfig, task: str, by_split: Callable[[DataConfig, str], D
     torch.manual_seed(cfg.seed)
     backbone, report = build_backbone(cfg.backbone)
     backbone.to(device, memory_format=torch.channels_last)
-    sections = [by_split(cfg.data, split) if by_split else cfg.data for split in ("train", "test")]
-    train_set, test_set = (build_dataset(data, split) for data, split in zip(sections, ("train", "test")))
-    if len(train_set.labels.unique()) < 2:
-        raise UserError(
-            f"task={task} tells classes apart, but all training images of {cfg.data.options['root']} are of "
-            "one: data.root needs a folder for each class, two at least"
-        )
+    train_set, test_set = train_and_test(cfg.data, task, by_split)
     log.say(f"{name}: {cfg.backbone.name} ({report}), {len(train_set)} training and {len(test_set)} test images")
     log.say(what_is_used(train_set, len(train_set), {}))
     write_splits(test_set, folder)

@@ -120,7 +120,7 @@ def run(line: str, place: Path, out: Path) -> None:
         ("/path/to", place),
         ("=IMAGENET1K_V1", f"={place}/resnet18.pth"),
         ("runs/", f"{out}/runs/"),
-        ("out=", f"out={out}/"),
+        (" out=", f" out={out}/"),
         ("submission=", f"submission={out}/"),
     ):
         line = line.replace(written, str(here))

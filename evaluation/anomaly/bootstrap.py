@@ -75,15 +75,16 @@ def with_intervals(
     }
 
 
-def draw_images(labels: np.ndarray, seed: int) -> np.ndarray:
-    """How often each replicate holds each image, (R, N) float64, for `labels` (N,) bool."""
-    rng = np.random.default_rng(seed)
-    draws = np.zeros((REPLICATES, len(labels)))
-    for members in (np.flatnonzero(~labels), np.flatnonzero(labels)):
+def draw_images(labels: np.ndarray, seed: int | np.random.Generator, replicates: int | None = None) -> np.ndarray:
+    """How often each replicate holds each image, (R, N) float64, for `labels` (N,) bool, or the numbers of classes;
+    each class is drawn from by itself. `replicates`: R; None: REPLICATES."""
+    rng, replicates = np.random.default_rng(seed), replicates or REPLICATES
+    draws = np.zeros((replicates, len(labels)))
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
         n = len(members)
-        if n:
-            cells = rng.integers(n, size=(REPLICATES, n)) + n * np.arange(REPLICATES)[:, None]
-            draws[:, members] = np.bincount(cells.ravel(), minlength=REPLICATES * n).reshape(REPLICATES, n)
+        cells = rng.integers(n, size=(replicates, n)) + n * np.arange(replicates)[:, None]
+        draws[:, members] = np.bincount(cells.ravel(), minlength=replicates * n).reshape(replicates, n)
     return draws
 
 

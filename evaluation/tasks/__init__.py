@@ -16,6 +16,8 @@ TASKS = {  # modules, of which eval.py imports only the one that runs
     "logistic": "evaluation.tasks.logistic",
     "protocol": "evaluation.tasks.protocol",
     "few_label": "evaluation.tasks.few_label",
+    "transfer": "evaluation.tasks.transfer",
+    "compare_classification": "evaluation.tasks.compare_classification",
     "features": "evaluation.tasks.features",
     "compare": "evaluation.tasks.compare",
     "defects": "evaluation.tasks.defects",

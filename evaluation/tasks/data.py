@@ -1,4 +1,4 @@
-"""The look at a data set before training: counts, statistics, broken files, duplicates, leakage, odd images.
+"""The look at a data set before training: counts, statistics, broken files, duplicates, leakage.
 
     python eval.py task=data data.name=folder data.root=/images
 

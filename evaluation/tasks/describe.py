@@ -12,7 +12,7 @@ from typing import Literal
 from evaluation import cost
 from evaluation.tables import markdown_table
 from models.backbones import BACKBONES
-from models.backbones.build import BackboneConfig, build_backbone
+from models.backbones.build import build_backbone, from_words
 from runtime import checkpoint, config, distributed
 from runtime.errors import UserError
 from runtime.log import Log
@@ -38,8 +38,7 @@ def run(cfg: Config) -> None:
         raise UserError("task=describe needs backbones: names with their options, or all")
     device = distributed.setup(cfg.device)
     asked = list(BACKBONES) if cfg.backbones == ["all"] else cfg.backbones
-    sections = [config.read([f"name={name}", *options])[-1] for name, *options in map(str.split, asked)]
-    backbones = [config.build(BackboneConfig, section, "backbones.") for section in sections]
+    backbones = [from_words(text, "backbones") for text in asked]
     folder = config.run_folder(cfg) / "eval_describe"
     checkpoint.open_run(folder, config.as_dict(cfg))
     log, described = Log(folder, cfg), {}

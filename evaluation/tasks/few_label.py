@@ -1,4 +1,4 @@
-"""Accuracy of kNN and logistic regression with only a few labeled images per class, on frozen features.
+"""kNN and logistic regression with only a few labeled images per class, on frozen features.
 
     python eval.py task=few_label checkpoint=runs/simclr_scavport/last.pt
     python eval.py configs/eval_folder.yaml task=few_label data.root=/images backbone.weights=weights.pth

@@ -1,4 +1,4 @@
-"""A linear classifier on frozen features; its learning rate is chosen on a hold-out of the training set.
+"""A linear classifier on frozen features; learning rate chosen on a hold-out of the training set.
 
     python eval.py task=linear checkpoint=runs/simclr_scavport/last.pt
     python eval.py configs/eval_folder.yaml task=linear data.root=/images backbone.weights=weights.pth

@@ -8,6 +8,7 @@ from data.normalize import Normalization, normalization_of
 from models.backbones import BACKBONES
 from models.backbones.channels import Channel, OneChannel, take_channel
 from models.weights.load import load_weights
+from runtime.config import build, read
 from runtime.errors import UserError
 from runtime.schema import choice
 from runtime.values import PathText, PositiveFloat, UnitInterval
@@ -26,6 +27,16 @@ class BackboneConfig:
     channel: Channel = "all"  # of the images; red, green or blue: that one alone
     one_channel: OneChannel = "copy"  # how one channel reaches a stem of three; not needed with in_channels=1
     options: dict = field(default_factory=dict)
+
+
+def from_words(text: str, where: str) -> BackboneConfig:
+    """The section that a text like `vit_small patch=8 weights=dino.pth` is short for: a name, and keys of `backbone`.
+
+    Raises:
+        UserError: a word that is not key=value, or what `where` stands before: a section with a mistake.
+    """
+    name, *keys = text.split() or [""]
+    return build(BackboneConfig, read([f"name={name}", *keys])[-1], f"{where}.")
 
 
 def refuse_classifier(config: BackboneConfig) -> None:
