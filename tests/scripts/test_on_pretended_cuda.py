@@ -26,6 +26,7 @@ from tests.slow import leaving
 # when it is evaluated.
 CURVES = {"run.py", "log.py", "collapse.py", "sheets.py", "integrity.py"}
 EVALUATION = {"features.py", "knn.py"}
+COMPARED = {"bounds.py", "nearest.py"}  # at the end of a classifier, with the features of training images
 # A detector is fitted and measured by whole sets, not by steps: one verdict per set on whether values are finite, the
 # findings of each batch, and what the exact searches branch on (the coreset's pool, the candidates of the kNN).
 EXAMINATION = {"detection.py", "bounds.py"}
@@ -108,8 +109,7 @@ def test_a_step_of_fine_tuning_reads_nothing(classes, small_backbone, tmp_path, 
     words = [*without_backbone(test_train_classifier.words(classes, tmp_path, *more)), *small_backbone]
     reads = on_cuda(train_classifier.main, words, "log_every=9")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 12
-    compared = {"bounds.py", "nearest.py"}  # with the features of training images, at the end
-    assert {file for file, _ in reads} <= CURVES | EVALUATION | compared | {"train_classifier.py"}, reads
+    assert {file for file, _ in reads} <= CURVES | EVALUATION | COMPARED | {"train_classifier.py"}, reads
     assert reads["train_classifier.py", "measure"] <= 2 * 5  # logits and labels of three validations and the end's two
     assert sum(count for (file, _), count in reads.items() if file == "nearest.py") <= 3 * 3  # three of a batch
 
@@ -119,7 +119,7 @@ def test_unlabelled_images(name, classes, small_backbone, tmp_path):
     """Dash looks at the labelled images once, self-training at all of them, in features.py."""
     more = test_semi_supervised.run_of(name, classes, tmp_path, "save_every=9", "log_every=9")
     reads = on_cuda(train_classifier.main, [*without_backbone(more), *small_backbone])
-    assert {file for file, _ in reads} <= CURVES | EVALUATION | {"train_classifier.py"}, reads
+    assert {file for file, _ in reads} <= CURVES | EVALUATION | COMPARED | {"train_classifier.py"}, reads
     assert reads["train_classifier.py", "measure"] <= 2  # logits and labels at the end
 
 
