@@ -151,6 +151,7 @@ def test_a_resumed_run_says_that_another_version_began_it(tmp_path, capsys, monk
     assert version.code_version().count("then") == 0
 
 
+@pytest.mark.slow
 def test_whoever_meets_results_of_another_version_says_so(tmp_path, capsys, monkeypatch):
     root = write_mvtec(tmp_path / "set", size=32, normal=6)
     words = ["configs/demo/patchcore_demo.yaml", f"data.root={root}", "data.category=part", "data.size=32"]

@@ -119,6 +119,7 @@ def test_memory_stays_small_while_a_large_tensor_is_filled_and_read():
     assert int(grown) < 256 and right == "True" and used == "0", done.stdout  # the allocator alone may keep 128 MiB
 
 
+@pytest.mark.slow
 def test_the_greedy_search_reads_a_mapped_tensor_in_pieces():
     done = run(
         "import re, threading, time, torch, runtime.memory as m\n"

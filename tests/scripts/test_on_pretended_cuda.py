@@ -133,6 +133,7 @@ def test_a_detector_reads_what_it_must(name, parts, small_backbone, tmp_path, ca
     assert {file for file, _ in reads} <= CURVES | EXAMINATION | {"detector.py"} | READ.get(name, set()), reads
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_cpu(classes, parts, tmp_path, capsys):
     """The pretended device computes with the CPU's kernels, so a difference is code that branches on the device."""
     for script, words in (
@@ -147,6 +148,7 @@ def test_numbers_are_those_of_the_cpu(classes, parts, tmp_path, capsys):
             assert results[key] == pytest.approx(expected[key], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_what_follows_training_runs_too(classes, parts, small_backbone, tmp_path, capsys):
     """kNN and linear evaluation of a backbone; a coreset updated with new images; prediction, whole and in tiles."""
     backbone = [f"data.root={classes}", "data.name=folder", "data.size=36", *small_backbone, f"runs={tmp_path}"]

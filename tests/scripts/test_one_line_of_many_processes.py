@@ -38,6 +38,7 @@ def end_of(words: list[str]) -> tuple[int, list[str], str]:
     return done.returncode, lines, done.stderr
 
 
+@pytest.mark.slow
 def test_a_mistake_that_all_processes_see(tmp_path):
     status, lines, everything = end_of(["train_ssl.py", "configs/demo/simclr_demo.yaml", "epoch=3", f"runs={tmp_path}"])
     assert status != 0 and lines == ["error: unknown key 'epoch', did you mean 'epochs'?"]

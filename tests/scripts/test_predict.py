@@ -200,6 +200,7 @@ def test_tiles(name, normals, raw_images, tmp_path, capsys):
             assert peak_is(row, found.peaks[0], heat)
 
 
+@pytest.mark.slow
 def test_tiles_are_refused_where_they_make_no_sense(normals, patchcore, raw_images, tmp_path, capsys):
     with pytest.raises(UserError, match="tile=100 must be a multiple of 32"):
         run(capsys, patchcore, raw_images, f"out={tmp_path}/out", "tile=100")

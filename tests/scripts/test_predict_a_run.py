@@ -52,6 +52,7 @@ def test_a_detector_of_positions_refuses_images_that_would_be_padded(tmp_path):
     assert not (tmp_path / "out" / "predictions.csv").exists()
 
 
+@pytest.mark.slow
 def test_a_run_folder_and_its_last_checkpoint_do_alike(tmp_path, capsys):
     """Where a run is asked for and where a checkpoint is: predict.py, update, detector.weights, task=compare."""
 

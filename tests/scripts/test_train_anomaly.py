@@ -239,6 +239,7 @@ def test_an_update_learns_what_is_new_and_forgets_what_is_gone(images, tmp_path,
         train_anomaly.main(config.overlay(again, ["run_name=other", "detector.coreset=0.2"]))
 
 
+@pytest.mark.slow
 def test_original_resolution_and_padding(tmp_path, capsys):
     images, results, counted = write_mvtec(tmp_path, size=96, width=160), [], []
     for more in (["pixels=original"], ["data.fit=pad"], ["data.fit=crop", "data.resize=80"], ["data.size=48,80"]):

@@ -143,6 +143,7 @@ def test_spd_leaves_no_trace_in_a_checkpoint_and_weight_0_none_in_the_weights(im
     assert "from part online" in report
 
 
+@pytest.mark.slow
 def test_sam_climbs_and_with_rho_0_changes_nothing(images, tmp_path):
     for run, more in {
         "plain": [],

@@ -19,6 +19,7 @@ def images(tmp_path_factory):
     return write_classes(tmp_path_factory.mktemp("images"))
 
 
+@pytest.mark.slow
 def test_what_cannot_change_the_result_may_change_on_resume(images, tmp_path, monkeypatch):
     train_ssl.main(words("simclr", images, tmp_path / "a"))
     with monkeypatch.context() as patch:
