@@ -357,7 +357,7 @@ def test_train_ssl(name, hits, more, about, classes, tmp_path):
 def test_train_classifier(processes, classes, tmp_path):
     more = ["save_every=5", "log_every=3", "early_stopping.patience=1", "early_stopping.min_delta=100", "epochs=9"]
     words = ["train_classifier.py", *without_runs(classifier_words(classes, tmp_path, *more))]
-    try_chain(words, tmp_path, 4, processes=processes, steps=8)
+    try_chain(words, tmp_path, 4, processes=processes, steps=60)  # 8, and what is measured after them
 
 
 @pytest.mark.slow
