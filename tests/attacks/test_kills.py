@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from tests.sweeps import SCRIPT, YAML
 
 KILLED = -9
 SMALL = ["data.size=32", "backbone=mobilenet_v2", "backbone.width=0.25", "backbone.weights=null"]
+STATUS = threading.Lock()  # who starts a process reads the exit status of all others, which can be read only once
 CELLS = 6  # kills of a sweep by its cell
 THIRD = """
 from runtime import config, errors
@@ -93,9 +95,16 @@ def place(tmp_path_factory):
 
 def run(action: str, which: int, folder: Path, words: list[str], out: Path) -> tuple[int, str]:
     """Exit status and stderr of the words, acted on at a change of the folder."""
-    process = start_script(["tests/attacks/at_event.py", action, str(which), str(folder), *words], out)
-    process.join()
+    with STATUS:
+        process = start_script(["tests/attacks/at_event.py", action, str(which), str(folder), *words], out)
+    while is_alive(process):
+        time.sleep(0.01)
     return process.exitcode, Path(f"{out}.err").read_text()
+
+
+def is_alive(process) -> bool:
+    with STATUS:
+        return process.is_alive()
 
 
 def undisturbed(case: Case, folder: Path, out: Path) -> tuple[dict, int]:
