@@ -56,7 +56,10 @@ def watched(loader: DataLoader) -> Iterator:
                 )
             yield batch
     except (OSError, EOFError) as error:  # a batch was announced and cannot be fetched any more
-        wait([process.sentinel for process in processes], 1.0)
+        closed = wait([process.sentinel for process in processes], 1.0)
+        for process in processes:
+            if process.sentinel in closed:  # its files are closed, and in a moment it has ended
+                process.join(1.0)
         dead = [process.pid for process in processes if not process.is_alive()]
         if dead:
             raise RuntimeError(f"DataLoader worker (pid {dead[0]}) exited unexpectedly") from error
