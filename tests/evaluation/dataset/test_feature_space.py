@@ -1,4 +1,4 @@
-"""The sections on features: which images they are about, what is said aloud, and what the projector gets."""
+"""The sections on features: which images they are about, what is reported, and what the projector gets."""
 
 import csv
 import math
