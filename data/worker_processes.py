@@ -1,4 +1,4 @@
-"""The processes in which a DataLoader decodes images: how they start, what signals do to them, and when one fails."""
+"""The processes that decode or draw images: how they start, what signals do to them, and when one fails."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from runtime import signals
 from runtime.errors import UserError
 
 WATCH = 5.0  # seconds between two looks at what the processes do
-# Python's default in a sweep's cell is forkserver: each process would import torch, and outlive a killed cell.
+# Python's other ways to start one import torch anew, and print a traceback in it when its parent is killed meanwhile.
 START = "fork" if sys.platform == "linux" else None
 
 

@@ -88,7 +88,7 @@ def obey_parent() -> None:
     above = os.getppid()
 
     def wait() -> None:
-        while os.getppid() == above:
+        while parent.is_alive() and os.getppid() == above:  # it may have ended before this was called
             sent = signal.sigtimedwait({signal.SIGTERM}, LOOK)
             if sent and sent.si_pid == parent.pid:
                 break

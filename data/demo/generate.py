@@ -31,6 +31,7 @@ from data.demo.condition import CONDITIONS, draw
 from data.demo.light import expose, sense, soil
 from data.demo.outliers import outlier
 from data.demo.parts import PARTS, SEEN_PARTS
+from data.worker_processes import START
 from runtime import signals
 from runtime.checkpoint import read_object
 from runtime.errors import UserError, cut, reason
@@ -110,8 +111,8 @@ def generate(root: str | Path, *, seed: int = 0, scale: float = 1.0, workers: in
         job = partial(write, root=unfinished, seed=seed)
         bar = partial(tqdm, total=len(paths), desc=f"drawing {root}", unit=" images")
         if workers:
-            fresh = multiprocessing.get_context("spawn")
-            pool = ProcessPoolExecutor(workers, fresh, initializer=signals.obey_parent)
+            start = multiprocessing.get_context(START)
+            pool = ProcessPoolExecutor(workers, start, initializer=signals.obey_parent)
             try:
                 with signals.blocked():  # its processes leave it to this one to end them, also while they start
                     drawn = pool.map(job, paths, chunksize=8)
