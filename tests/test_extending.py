@@ -306,6 +306,7 @@ def test_retrieval_is_scikit_learns(copy, monkeypatch):
     assert found["recall_at_1"] == pytest.approx(np.mean(first))
 
 
+@pytest.mark.slow
 def test_an_average_of_momentum_0_is_the_network(copy, place, tmp_path):
     """The changed loop is that of train_ssl.py, and evaluates what it says."""
     about = ["configs/simclr_neu.yaml", f"data.root={place}/images", f"runs={tmp_path}", "backbone=mobilenet_v2"]

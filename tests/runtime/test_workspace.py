@@ -102,6 +102,7 @@ def test_a_file_size_limit_is_told_too():
     assert "UserError: 0.00 GiB needed in" in done.stderr and "File too large" in done.stderr
 
 
+@pytest.mark.slow
 def test_memory_stays_small_while_a_large_tensor_is_filled_and_read():
     done = run(
         "import re, torch, runtime.memory as m\n"

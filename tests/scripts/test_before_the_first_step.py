@@ -79,6 +79,7 @@ def test_an_old_run_outlives_a_command_that_cannot_work(images, tmp_path):
     assert (tmp_path / "run" / "last.pt").exists()
 
 
+@pytest.mark.slow
 def test_warnings(images, tmp_path, capsys):
     train_ssl.main(test_train_ssl.words("moco_v2", images, tmp_path, "epochs=1", "augment.size=48", "method.queue=37"))
     said = capsys.readouterr().err
@@ -97,7 +98,7 @@ def test_warnings(images, tmp_path, capsys):
     ("name", "more"),
     [
         ("dino", ["method.head_batch_norm=true"]),
-        ("moco_v2", ["method.splits=2"]),
+        pytest.param("moco_v2", ["method.splits=2"], marks=pytest.mark.slow),
         pytest.param("revd", ["backbone.drop_path=0.5"], marks=pytest.mark.slow),
     ],
 )

@@ -103,6 +103,7 @@ def test_other_detectors_and_tiles(name, images, tmp_path, capsys):
     assert table[table.index("category") + 2 :] == [*NAMES, "mean", "all together"]
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(images, run, tmp_path):
     _, one = run
     two = script(["train_anomaly.py", *words("patchcore", images, tmp_path)], processes=2)

@@ -48,6 +48,7 @@ def results(place):
     return json.loads((place / "compared/eval_compare_classification/results.json").read_text())
 
 
+@pytest.mark.slow
 def test_each_is_measured_as_by_itself(place, results, capsys):
     rows = {(row["measure"], row["metric"], row["name"]): row for row in results["rows"]}
     own = {("knn", NETWORK): WORDS, ("logistic", "ssl"): [f"checkpoint={place}/ssl"]}
@@ -68,10 +69,12 @@ def test_each_is_measured_as_by_itself(place, results, capsys):
     assert written[0]["difference_low"] == "" and float(written[1]["p"]) > 0  # the first, and one compared with it
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(place, results):
     assert script(["eval.py", *compare(place, "two")], processes=2)["rows"] == results["rows"]
 
 
+@pytest.mark.slow
 def test_images_that_a_run_has_learned_from_are_not_new(place, capsys):
     """Where a file exchanges training and test images."""
     (place / "all").mkdir()
@@ -123,6 +126,7 @@ def transfer(place, name, *more):
     return [*about, *WORDS, *sets, *more]
 
 
+@pytest.mark.slow
 def test_transfer_is_logistic_regression_on_each_set(place, capsys):
     evaluate.main(transfer(place, "sets"))
     out, err = capsys.readouterr()

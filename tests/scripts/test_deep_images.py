@@ -40,6 +40,7 @@ def run(root, runs, name, *more, size=32):
     return scores, yaml.safe_load((runs / name / "config.yaml").read_text())["data"]
 
 
+@pytest.mark.slow
 def test_12_bits_are_worth_what_8_are(roots, tmp_path, capsys):
     expected, _ = run(roots / "shallow", tmp_path, "shallow")
     assert "nearly black" not in capsys.readouterr().err
@@ -62,6 +63,7 @@ def test_12_bits_are_worth_what_8_are(roots, tmp_path, capsys):
         assert tables[0] == tables[2] and np.array_equal(tables[1], tables[3])
 
 
+@pytest.mark.slow
 def test_an_update_keeps_the_white_of_its_run(roots, tmp_path):
     _, data = run(roots / "deep", tmp_path, "old", "data.white=auto")
     brighter = roots / "deep" / "part" / "train" / "good" / "bright.png"
@@ -91,6 +93,7 @@ def test_native_size_and_filter_are_stored(roots, tmp_path, capsys):
     assert "crop_share_seen" not in json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_degrees_are_found_and_kept_with_the_run(roots, tmp_path):
     """A thermal set whose parts lie between 10 and 50 of -80 to 2000 degrees; predict.py shows them the same."""
     for path in sorted((roots / "shallow").glob("part/t*/*/*.png")):

@@ -24,6 +24,7 @@ def images(tmp_path_factory):
     return write_classes(tmp_path_factory.mktemp("images"))
 
 
+@pytest.mark.slow
 def test_eval_needs_only_a_checkpoint(images, tmp_path, capsys):
     small = [f"data.root={images}", "data.size=32", f"runs={tmp_path}", "run_name=run", "epochs=1", "batch_size=8"]
     train_ssl.main(["configs/demo/simclr_demo.yaml", *small, "augment.size=24", "device=cpu"])
@@ -134,6 +135,7 @@ def test_one_class_is_no_test(task, tmp_path):
             evaluate.main([f"task={task}", *about])
 
 
+@pytest.mark.slow
 def test_compare_runs_on_the_same_images(tmp_path, capsys):
     write_mvtec(tmp_path / "mvtec")
     about = [f"data.root={tmp_path}/mvtec", "data.category=part", "data.size=32", f"runs={tmp_path}", "device=cpu"]

@@ -15,6 +15,7 @@ from models.weights.load import load_weights
 from runtime import checkpoint
 from runtime.config import overlay
 from tests.images import write_classes
+from tests.slow import leaving
 
 EXAMPLES = {
     "simclr": (examples.simclr.train, {"crop": 24, "lr": 0.01}, ["augment.size=24", "optim.lr=0.01"]),
@@ -26,7 +27,7 @@ EXAMPLES = {
 }
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", leaving(["dino"], EXAMPLES))
 def test_an_example_has_the_script_s_loss_at_every_step(name, tmp_path, monkeypatch):
     """Its defaults are those of the YAML, so only sizes are given; the second epoch is past the warm-up."""
     train, options, words = EXAMPLES[name]
@@ -42,7 +43,7 @@ def test_an_example_has_the_script_s_loss_at_every_step(name, tmp_path, monkeypa
     load_weights(ResNet18(), tmp_path / "backbone.pth")
 
 
-@pytest.mark.parametrize("imported", [False, True])
+@pytest.mark.parametrize("imported", leaving([True], [False, True]))
 def test_the_classifier_has_the_script_s_losses_and_accuracy(imported, tmp_path, monkeypatch):
     """The first epoch is the head's alone. From random and from imported weights."""
     images = write_classes(tmp_path / "images")

@@ -17,6 +17,7 @@ from tests.evaluation.anomaly.test_submission import read_tiff
 SMALL = ["backbone=mobilenet_v2", "backbone.width=0.25", "detector=patchcore", "data.size=32", "device=cpu"]
 
 
+@pytest.mark.slow
 def test_loco(tmp_path, capsys):
     write_loco(tmp_path / "box", size=40)
     words = ["data=mvtec_loco", f"data.root={tmp_path}", "data.category=box", f"runs={tmp_path}", "run_name=run"]

@@ -101,6 +101,7 @@ def test_eval_defects(root, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["task"] == "defects"
 
 
+@pytest.mark.slow
 def test_errors_name_the_file(root, tmp_path):
     """As a terminal shows it: one line, valid UTF-8."""
     path = root / "part/train/good" / f"{RAW}.png"

@@ -58,18 +58,16 @@ def test_a_broken_image_that_one_process_sees_after_some_steps(tmp_path):
     assert torch.load(tmp_path / "runs" / "run" / "last.pt", weights_only=True)["step"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("raised", "expected"),
     [
         ("errors.UserError('only here')", ["error: only here"]),
-        pytest.param(
+        (
             "SystemExit(7)",
             ["error: another process of this run died without an error message; did it run out of memory?"],
-            marks=pytest.mark.slow,
         ),
-        pytest.param(
-            "KeyError('bug')", ["Traceback (most recent call last):", "KeyError: 'bug'"], marks=pytest.mark.slow
-        ),
+        ("KeyError('bug')", ["Traceback (most recent call last):", "KeyError: 'bug'"]),
     ],
 )
 def test_one_process_ends_and_the_other_waits_in_a_collective(raised, expected, tmp_path):

@@ -129,9 +129,11 @@ def differs_from(drawn: Path, whole: torch.Tensor, heat: torch.Tensor, values: d
 
 CROP, PAD = {"size": 64, "fit": "crop", "resize": 72}, {"size": "64,96", "fit": "pad"}
 SHAPES = [(data, n) for data in ({}, CROP, PAD) for n in DETECTORS if data != PAD or not DETECTORS[n].positional]
+HEAVY = [(data, name) for data, name in SHAPES if name not in ("patchcore", "padim", "cutpaste")]
+UNPOSITIONED = [name for name in DETECTORS if not DETECTORS[name].positional]
 
 
-@pytest.mark.parametrize(("data", "name"), leaving([(CROP, "regad"), ({}, "regad")], SHAPES))
+@pytest.mark.parametrize(("data", "name"), leaving(HEAVY, SHAPES))
 def test_rows_and_heat_maps_are_what_the_detector_says(name, data, normals, raw_images, tmp_path, capsys):
     run_folder = write_run(tmp_path / "run", normals, name, **data)
     results, rows, err = run(capsys, run_folder, raw_images, f"out={tmp_path}/out", "batch_size=4")
@@ -182,7 +184,7 @@ def test_a_bright_square_is_found_where_it_is_in_the_original(normals, tmp_path,
     assert Image.open(tmp_path / "out" / "heatmaps" / "tall.png.png").size[1] > 192
 
 
-@pytest.mark.parametrize("name", [name for name in DETECTORS if not DETECTORS[name].positional])
+@pytest.mark.parametrize("name", leaving({*UNPOSITIONED} - {"patchcore"}, UNPOSITIONED))
 def test_tiles(name, normals, raw_images, tmp_path, capsys):
     run_folder = write_run(tmp_path / "run", normals, name)
     words = ["tile=64", "overlap=32", "batch_size=3", "threshold=1.5"]
@@ -253,6 +255,7 @@ class Evil:
         return os.system, ("touch executed",)
 
 
+@pytest.mark.slow
 def test_run_folders_that_hold_no_finished_detector(patchcore, raw_images, tmp_path):
     good = checkpoint.load(patchcore / "last.pt")
     half = {key: value for key, value in good.items() if key != "calibration"}

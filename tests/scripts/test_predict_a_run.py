@@ -13,6 +13,7 @@ from runtime.errors import UserError
 from tests.images import write_mvtec
 
 
+@pytest.mark.slow
 def test_scores_alarms_and_neighbors_are_those_of_the_run(tmp_path, capsys):
     root = write_mvtec(tmp_path / "set")
     words = [f"data.root={root}", "data.category=part", "data.size=64", f"runs={tmp_path}", "run_name=run"]

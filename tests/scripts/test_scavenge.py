@@ -186,6 +186,7 @@ def test_another_version_of_the_code_is_a_warning(place, monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_a_program_elsewhere_has_it_on_its_path(place, tmp_path):
     (tmp_path / "program.py").write_text(
         "import scavenge, sys\n"

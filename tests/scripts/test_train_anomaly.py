@@ -37,8 +37,8 @@ for name in [name for name in DETECTORS if name not in TINY]:  # a new one has i
     first = min((TOP / "configs").glob(f"{name}_*.yaml"))
     TINY[name] = [str(first), "backbone=resnet18", "data.fit=squash", "data.resize=null", *loop, *small]
 BY_GRADIENT = tuple(name for name in TINY if DETECTORS[name].by_gradient)
-WITH_PROCESSES = leaving({*BY_GRADIENT} - {"nsa"}, ("patchcore", *BY_GRADIENT))
-HEAVY = ("rd4ad", "cdo", "cutpaste", "regad")
+WITH_PROCESSES = leaving(BY_GRADIENT, ("patchcore", *BY_GRADIENT))
+HEAVY = ("rd4ad", "cdo", "cutpaste", "cflow", "nsa", "regad")
 FEW_SHOT = ("regad",)  # they learn from other categories and get 5 of the normal images, or all that there are
 METRICS = ["image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro", "aupro_005", "aupro_001"]
 METRICS += ["threshold", "pixel_threshold"]
@@ -95,6 +95,7 @@ def test_a_longer_training_finds_a_bright_square_from_random_weights(name, image
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["pixel_auroc"] > 0.8
 
 
+@pytest.mark.slow
 def test_masks_of_some_defects(images, tmp_path, capsys):
     """Without masks: the same image metrics; pixel metrics are those of the set without these images."""
     for name in ("set", "fewer"):
@@ -138,6 +139,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(name, images, tmp_p
         assert first[key] == second[key]
 
 
+@pytest.mark.slow
 def test_a_score_of_the_whole_test_set_is_fitted_on_it(images, tmp_path, capsys):
     states = []
     for split in ("train", "test"):
@@ -213,6 +215,7 @@ def test_few_shots_learn_elsewhere_once_and_keep_every_support(images, tmp_path,
     assert (baseline["n_train"], baseline["n_normals"]) == (3, 3)
 
 
+@pytest.mark.slow
 def test_an_update_learns_what_is_new_and_forgets_what_is_gone(images, tmp_path, capsys):
     copy = tmp_path / "images"
     shutil.copytree(images, copy)

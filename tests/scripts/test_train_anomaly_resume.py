@@ -37,6 +37,7 @@ def test_a_run_does_not_go_on_with_other_images_or_lose_the_run_it_updates(image
     assert (tmp_path / "run" / "last.pt").read_bytes() == first
 
 
+@pytest.mark.slow
 def test_results_of_other_test_images_are_not_repeated(images, tmp_path, capsys):
     copy = tmp_path / "images"
     shutil.copytree(images, copy)
@@ -66,6 +67,7 @@ def test_results_of_other_test_images_are_not_repeated(images, tmp_path, capsys)
         train_anomaly.main(run)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_older_than_a_key_resumes_and_is_updated(images, tmp_path, capsys):
     run = words("patchcore", images, tmp_path)
     train_anomaly.main(run)
@@ -83,7 +85,8 @@ def test_a_run_that_is_older_than_a_key_resumes_and_is_updated(images, tmp_path,
         train_anomaly.main(overlay(run, updating, ["detector.neighbors=2", "run_name=other"]))
 
 
-@pytest.mark.parametrize("name", ["cflow", *(pytest.param(n, marks=pytest.mark.slow) for n in ("cutpaste", "regad"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cflow", "cutpaste", "regad"])
 def test_a_fit_that_fails_or_is_killed_does_not_lose_the_training_before_it(name, images, tmp_path, monkeypatch):
     """The training is not repeated, and the detector is that of a run without a stop."""
     monkeypatch.setattr(train_anomaly, "report", lambda *_, **__: {})
@@ -117,6 +120,7 @@ def test_a_fit_that_fails_or_is_killed_does_not_lose_the_training_before_it(name
     train_anomaly.main(words(name, images, tmp_path, *more))
 
 
+@pytest.mark.slow
 def test_other_categories_and_a_fit_on_the_test_images_belong_to_the_run(images, tmp_path, monkeypatch):
     copy = tmp_path / "images"
     shutil.copytree(images, copy)
@@ -137,6 +141,7 @@ def test_other_categories_and_a_fit_on_the_test_images_belong_to_the_run(images,
             train_anomaly.main(run)
 
 
+@pytest.mark.slow
 def test_results_without_a_fitted_checkpoint_are_not_repeated(images, tmp_path, monkeypatch):
     """With epochs=0 there is no step to do, so a folder whose last.pt was removed looks finished by its steps alone."""
     monkeypatch.setattr(train_anomaly, "report", lambda *_, **__: {})

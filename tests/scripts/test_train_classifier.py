@@ -18,6 +18,7 @@ from runtime.errors import UserError
 from tests.images import write_classes
 from tests.processes import kill_script, script
 from tests.scripts.test_train_ssl_resume import interrupt_at
+from tests.slow import leaving
 
 MIXED = ["mix.mixup=0.4", "mix.cutmix=1", "label_smoothing=0.1"]
 EARLY = ["early_stopping.patience=1", "early_stopping.min_delta=100"]  # no loss of these falls by 100
@@ -136,7 +137,7 @@ def sections(images, runs):
     return cfg.backbone, cfg.head
 
 
-@pytest.mark.parametrize("restore", [True, False])
+@pytest.mark.parametrize("restore", leaving([True], [True, False]))
 def test_early_stopping_ends_and_says_which_epoch_it_tested(restore, images, tmp_path, capsys):
     run = words(images, tmp_path, *EARLY, "epochs=9", f"early_stopping.restore={restore}")
     train_classifier.main(run)
@@ -209,6 +210,7 @@ def test_killed_at_the_end_of_the_epoch_that_ends_it(images, tmp_path, monkeypat
     assert results_of(capsys)[0]["steps"] == 8
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_weights_of_one(images, tmp_path):
     """Without BatchNorm, which sees a process's own images: mixed in pairs, unfrozen in stages, stopped together."""
     about = [

@@ -43,8 +43,9 @@ for name in [name for name in SSL_METHODS if name not in TINY]:  # a new one has
     TINY[name] = [config_of_it, "data=folder", "augment.size=24", *small]
 TINY["simclr with spd"] = [*TINY["simclr"], "spd=smooth_blend"]
 TINY["byol with sam"] = [*TINY["byol"], "sam.rho=0.1"]
-WITH_PROCESSES = leaving({*TINY} - {"simclr", "dino"}, TINY)
-HEAVY = ("revd", "byol with sam", "patch_position")
+WITH_PROCESSES = leaving({*TINY} - {"simclr"}, TINY)
+HEAVY = ("revd", "simclr with spd", "byol with sam", "patch_position", "supcon", "triplet", "moco_v3", "byol")
+HEAVY += ("simsiam", "barlow_twins", "vicreg", "psco")
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,7 @@ def test_a_run_leaves_everything_behind(name, images, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results
 
 
+@pytest.mark.slow
 def test_a_checkpoint_ends_a_mean_of_the_curves_and_best_needs_a_figure(images, tmp_path):
     train_ssl.main(words("simclr", images, tmp_path, "log_every=5"))  # saved every 3 steps
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -128,6 +130,7 @@ def test_two_processes(name, images, tmp_path):
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 5  # one writer only
 
 
+@pytest.mark.slow
 def test_spd_leaves_no_trace_in_a_checkpoint_and_weight_0_none_in_the_weights(images, tmp_path):
     for run, more in {"plain": [], "zero": ["spd=smooth_blend", "spd.weight=0"]}.items():
         train_ssl.main(words("simclr", images, tmp_path, "epochs=1", f"run_name={run}", *more))
@@ -180,6 +183,7 @@ def test_m_sharpness_with_two_processes(accumulate, images, tmp_path):
     assert torch.equal(zero, plain) and not torch.equal(own, shared) and not torch.equal(own, plain)
 
 
+@pytest.mark.slow
 def test_overfit_learns_eight_images_in_one_set_of_views(images, tmp_path, capsys):
     train_ssl.main(words("simclr", images, tmp_path, "overfit=8", "epochs=30", "save.every=100"))
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -195,6 +199,7 @@ def test_overfit_learns_eight_images_in_one_set_of_views(images, tmp_path, capsy
     assert len(ids[0]) == 8 and ids[0].min() == 0 and ids[0].max() == 35  # from all classes
 
 
+@pytest.mark.slow
 def test_a_collapse_is_said_once_and_kept(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_ssl, "embedding_health", lambda _: {"embedding/std": 0.01})
     train_ssl.main(words("byol", images, tmp_path, "log_every=1"))
@@ -214,6 +219,7 @@ def test_constant_features_are_said_at_once_while_embeddings_look_healthy(images
     assert len(said) == 3 and "step 4: features/std" in said[0] and "kNN is guessing; in train mode" in said[0]
 
 
+@pytest.mark.slow
 def test_which_network_counts_is_kept_in_the_checkpoint(images, tmp_path):
     for name, kept in (("byol", "online"), ("dino", "target")):
         train_ssl.main(words(name, images, tmp_path, "epochs=1", f"run_name={name}"))
@@ -262,7 +268,8 @@ def test_mistakes_are_one_line(images, tmp_path):
         assert "the loss is nan by step 3" in diverging and place in diverging
 
 
-@pytest.mark.parametrize("more", [[], pytest.param(["spd=smooth_blend"], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["spd=smooth_blend"]])
 def test_images_stored_at_their_native_size(tmp_path, capsys, more):
     """Not squares; kNN sees them in the size of the views. What blurred views would need is said at the start."""
     for path in write_classes(tmp_path / "images", size=44).rglob("*.png"):
@@ -284,6 +291,7 @@ def test_images_stored_at_their_native_size(tmp_path, capsys, more):
         train_ssl.main(about)
 
 
+@pytest.mark.slow
 def test_exit_status_two_without_traceback(tmp_path):
     words = ["train_ssl.py", "configs/demo/simclr_demo.yaml", "epoch=3", f"runs={tmp_path}/runs"]
     done = subprocess.run(command(words), cwd=TOP, capture_output=True, text=True, check=False)

@@ -41,6 +41,7 @@ def test_what_cannot_change_the_result_may_change_on_resume(images, tmp_path, mo
             train_ssl.main(words("simclr", images, tmp_path / "moved", change))
 
 
+@pytest.mark.slow
 def test_a_run_does_not_resume_with_other_images(images, tmp_path, monkeypatch, capsys):
     copy = tmp_path / "images"
     shutil.copytree(images, copy)

@@ -12,9 +12,9 @@ from tests.images import TOP
     ("script", "rooms"),
     [
         ("train_ssl", ["models.anomaly"]),
-        ("train_anomaly", ["models.ssl"]),
-        ("eval", ["models.anomaly"]),
-        ("train_classifier", ["models.ssl", "models.anomaly"]),
+        pytest.param("train_anomaly", ["models.ssl"], marks=pytest.mark.slow),
+        pytest.param("eval", ["models.anomaly"], marks=pytest.mark.slow),
+        pytest.param("train_classifier", ["models.ssl", "models.anomaly"], marks=pytest.mark.slow),
     ],
 )
 def test_a_script_does_not_load_the_other_ones_methods(script, rooms):

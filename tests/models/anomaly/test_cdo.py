@@ -171,7 +171,8 @@ def test_padding_enters_neither_map_nor_score():
     assert found.scores.item() == pytest.approx(found.maps[valid].sort().values[-(40 * 64 // 100) :].mean().item())
 
 
-@pytest.mark.parametrize("version", ["v1", pytest.param("v2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["v1", "v2"])
 def test_it_learns_one_image_and_finds_what_does_not_belong(version):
     model = detector(version=version)
     image = 128 + 50 * torch.sin(torch.arange(64) / 2).expand(1, 3, 64, 64) + 5 * torch.randn(1, 3, 64, 64)

@@ -264,6 +264,7 @@ def fit_shares(rank: int, world_size: int) -> dict[int, list[Tensor]]:
     return states
 
 
+@pytest.mark.slow
 def test_two_processes_hold_the_images_of_one_in_its_order():
     for states in run_processes(fit_shares, 2):
         for count, (bank, numbers, scores) in states.items():

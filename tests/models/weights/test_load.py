@@ -170,6 +170,7 @@ def refused(model, path, **options) -> str:
     return message
 
 
+@pytest.mark.slow
 def test_misfits_are_named(tmp_path):
     model = MobileNetV2(width=WIDTH)
     state = dict(MINE)
@@ -196,6 +197,7 @@ def test_misfits_are_named(tmp_path):
     assert f"and {N_TENSORS - 52 + N_TENSORS + 2 - 3} more" in message
 
 
+@pytest.mark.slow
 def test_a_misfit_says_which_part_it_is_about(tmp_path):
     """The preferred part is broken and another one fits: that one must not be taken silently."""
     state = prefixed(MINE, "encoder_k.") | prefixed(OTHER, "encoder_q.")

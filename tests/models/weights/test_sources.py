@@ -74,6 +74,7 @@ def test_names_that_torchvision_does_not_have():
         load_weights(ConvNeXtAtto(), "IMAGENET1K_V1")
 
 
+@pytest.mark.slow
 def test_every_name_of_ours_that_torchvision_shares_is_the_same_network():
     """So that IMAGENET1K_V1 fits whatever network has a name of torchvision's: tensors of the same names and sizes."""
     theirs = {name: TORCHVISION.get(name, name) for name in BACKBONES}
