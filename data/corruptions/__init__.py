@@ -48,7 +48,7 @@ def times(size: int, *rows: tuple[float, ...]) -> tuple[tuple[float, ...], ...]:
 
 STOPS = (0.25, 0.5, 1.0, 1.5, 2.0)
 BENCHMARK: dict[str, Corruption] = {  # the 15 that the mCE is the mean of
-    "gaussian_noise": Corruption(gaussian_noise, each(0.04, 0.06, 0.08, 0.09, 0.10), each(0.08, 0.12, 0.18, 0.26, 0.38)),
+    "gaussian_noise": Corruption(gaussian_noise, each(0.04, 0.06, 0.08, 0.09, 0.1), each(0.08, 0.12, 0.18, 0.26, 0.38)),
     "shot_noise": Corruption(shot_noise, each(500, 250, 100, 75, 50), each(60, 25, 12, 5, 3)),
     "impulse_noise": Corruption(impulse_noise, each(0.01, 0.02, 0.03, 0.05, 0.07), each(0.03, 0.06, 0.09, 0.17, 0.27)),
     "defocus_blur": Corruption(  # radius, softness
@@ -168,10 +168,12 @@ def corrupt(
         raise ValueError(f"ids must be ({len(images)},) on the CPU, got {tuple(ids.shape)}")
     if not 1 <= severity <= SEVERITIES:
         raise ValueError(f"severity must be from 1 to {SEVERITIES}, got {severity}")
+    if not len(images):
+        return images
     make, at_32, at_224 = CORRUPTIONS[name]
     constants = constants or constants_for(*images.shape[2:])
     values = (at_32 if constants == 32 else at_224)[severity - 1]
-    rows = max(1, CPU_PIXELS // images[0, 0].numel()) if images.device.type == "cpu" else max(1, len(images))
+    rows = max(1, CPU_PIXELS // images.shape[2:].numel()) if images.device.type == "cpu" else len(images)
     parts = []
     with torch.autocast(images.device.type, enabled=False):  # in bfloat16 levels would be lost
         for part, numbers in zip(images.split(rows), ids.split(rows)):

@@ -61,7 +61,9 @@ def affine_maps(numbers: Tensor, size: tuple[int, int], shift: float) -> Tensor:
     """Uniform numbers (B, 6) -> where the pixels of the result come from: float64 (B, 2, 3), x and y of (x, y, 1)."""
     (height, width), side = size, min(size) // 3
     middle = torch.tensor([width // 2, height // 2], dtype=torch.float64)
-    points = middle + torch.tensor([[side, side], [side, -side], [-side, -side]], dtype=torch.float64)  # (3, 2), x and y
+    points = middle + torch.tensor(
+        [[side, side], [side, -side], [-side, -side]], dtype=torch.float64
+    )  # (3, 2), x and y
     moved = points + between(numbers.unflatten(1, (3, 2)), (-shift, shift))  # (B, 3, 2)
     moved = torch.cat([moved, torch.ones_like(moved[..., :1])], dim=2)  # (B, 3, 3)
     return torch.linalg.solve(moved, points.expand(len(moved), -1, -1)).mT  # (B, 2, 3)

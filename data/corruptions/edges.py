@@ -34,7 +34,6 @@ def edges(levels: Tensor, low: float, high: float) -> Tensor:
     steep, flat = down.abs() * 2**15, across.abs() * TAN_22
     horizontal, vertical = steep < flat, steep > flat + across.abs() * 2**16
     falling = (across < 0) == (down < 0)  # along the diagonal from the top left
-    falling |= (across == 0) | (down == 0)
     sideways = (gradient > at[0, -1]) & (gradient >= at[0, 1])
     upright = (gradient > at[-1, 0]) & (gradient >= at[1, 0])
     along = (gradient > at[-1, -1]) & (gradient > at[1, 1])

@@ -22,7 +22,7 @@ def uniform_field(key: Key, shape: tuple[int, ...], device: torch.device) -> Ten
 
 
 def normal_field(key: Key, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Standard normal numbers, at most 5.8 in size: float32 (B, *shape), made on the device by Box and Muller (1958)."""
+    """Standard normal numbers, at most 5.8 in size: float32 (B, *shape), made on the device by Box and Muller's way."""
     count = math.prod(shape)
     radius, angle = stream(key, 2 * -(-count // 2), device).float().mul_(2.0**-24).chunk(2, dim=1)  # (B, count / 2)
     radius = (radius + 2.0**-24).log_().mul_(-2).sqrt_()  # of numbers in (0, 1]

@@ -12,7 +12,7 @@ GAMMA = 2.2  # of the light that a pixel stands for: pixel ^ GAMMA
 
 
 def brightness(pixels: Tensor, key: Key, more: float) -> Tensor:  # noqa: ARG001
-    """HSV's V, the largest channel, plus `more` and at most 1; the others keep their share of it, black becomes gray."""
+    """HSV's V, the largest channel, plus `more`, at most 1; the others keep their share of it, black becomes gray."""
     value = pixels.amax(1, keepdim=True)  # (B, 1, H, W)
     brighter = (value + more).clamp(max=1)
     return torch.where(value > 0, pixels * (brighter / value.clamp(min=1e-12)), brighter)
