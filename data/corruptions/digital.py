@@ -16,28 +16,34 @@ from runtime.memory import send
 
 
 def pixelate(pixels: Tensor, key: Key, share: float) -> Tensor:  # noqa: ARG001
-    """Box-filtered to that share of its size and back as by Pillow, in whole levels after each axis."""
+    """Box-filtered to that share of its size and back, in whole levels after each axis: Pillow's, level for level."""
     height, width = pixels.shape[2:]
-    small = max(1, int(height * share)), max(1, int(width * share))
-    levels = pixels * 255
-    for rows, columns in (small, (height, width)):
+    levels = (pixels * 255).round_().double()
+    for rows, columns in ((max(1, int(height * share)), max(1, int(width * share))), (height, width)):
         across, down = (
-            box_matrix(stored, size).to(pixels) for stored, size in zip(levels.shape[2:][::-1], (columns, rows))
+            send(box_matrix(stored, size), pixels.device)
+            for stored, size in ((levels.shape[3], columns), (levels.shape[2], rows))
         )
-        levels = (levels @ across.T + 0.5).floor_()
+        levels = (levels @ across.T + 0.5).floor_()  # columns first
         levels = (down @ levels + 0.5).floor_()
-    return levels / 255
+    return (levels / 255).float()
 
 
 @cache
 def box_matrix(stored: int, size: int) -> Tensor:
-    """Pillow's BOX filter, which makes `size` pixels of `stored`: float64 (size, stored), each row of sum 1."""
+    """Pillow's BOX filter, which makes `size` pixels of `stored`: float64 (size, stored), in parts of 2^22.
+
+    A pixel on the edge of two boxes is in one of them or in both as the rounding of float64 has it, so the sums are in
+    the order of Pillow's Resample.c.
+    """
     scale = stored / size
-    center = (torch.arange(size, dtype=torch.float64) + 0.5) * scale  # (size,)
-    half = max(scale, 1.0) / 2
-    place = torch.arange(stored, dtype=torch.float64) + 0.5 - center[:, None]  # (size, stored)
-    inside = ((place > -half) & (place <= half)).double()
-    return inside / inside.sum(1, keepdim=True)
+    wide = max(scale, 1.0)
+    center = (torch.arange(size, dtype=torch.float64) + 0.5)[:, None] * scale  # (size, 1)
+    first, end = (center - 0.5 * wide + 0.5).trunc(), (center + 0.5 * wide + 0.5).trunc()
+    pixel = torch.arange(stored, dtype=torch.float64)  # (stored,)
+    place = (pixel - center + 0.5) * (1 / wide)  # (size, stored)
+    inside = ((place > -0.5) & (place <= 0.5) & (pixel >= first) & (pixel < end)).double()
+    return (inside / inside.sum(1, keepdim=True) * 2**22 + 0.5).floor_() / 2**22
 
 
 def elastic_transform(pixels: Tensor, key: Key, alpha: float, sigma: float, shift: float) -> Tensor:
