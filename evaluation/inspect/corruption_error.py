@@ -83,7 +83,7 @@ def find_reference(text: str | None, names: list[str], severities: list[int], me
         path = path / "results.json" if (path / "results.json").is_file() else path / "eval_robustness" / "results.json"
     found = checkpoint.read_object(path) or {}
     try:
-        severe, own = found["severities"], found["error"]
+        severe, own = found["severities"], found["measure"]
         errors = {name: float(error) for name, error in found["errors"].items() if error is not None}
         reference = Reference(text, float(found["clean_error"]), errors)
     except (KeyError, TypeError, ValueError, AttributeError):

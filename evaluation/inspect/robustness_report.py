@@ -51,7 +51,7 @@ def write_report(log: Log, results: dict[str, Any], sheet: list[tuple[str, Tenso
 def in_words(results: dict[str, Any]) -> str:
     """What stands below the table."""
     lines = [
-        f"Error: {results['error']}. Clean {shown(results['clean_error'])}, corrupted "
+        f"Error: {results['measure']}. Clean {shown(results['clean_error'])}, corrupted "
         f"{shown(results['corrupted_error'])} (mean of {len(results['corruptions_in_mean'])} corruptions of the "
         f"benchmark at severities {', '.join(map(str, results['severities']))})."
     ]
@@ -119,7 +119,7 @@ def corruption_table(kind: str, clean: Row, rows: list[Row], severities: list[in
     benchmark = [cells for name, cells in own.items() if name in BENCHMARK]
     if len(benchmark) > 1:
         each = list(zip(*benchmark))  # of each severity the rows of all corruptions
-        line = [f"mean of {len(benchmark)} of the benchmark"]
+        line = [f"mean of the benchmark's {len(benchmark)}"]
         line += [shown(mean_of([cell[key] for cell in cells])) for key in columns for cells in each]
         all_of_them = [cell for cells in benchmark for cell in cells]
         lines.append(line + [shown(mean_of([cell[key] for cell in all_of_them])) for key in ("error", *further)])

@@ -1,7 +1,8 @@
 """Whose robustness is measured: a backbone's kNN, a classifier or an anomaly detector, each with the same contract.
 
-`look(loader, text) -> Observed` of all images, equal on all ranks; `numbers(observed, labels)` are its metrics, of
-which `error` is what the curves and the mCE are made of; `decisions(observed)` is the class or verdict of each image.
+`look(loader, text) -> Observed` of all images, equal on all ranks; `numbers(observed)` are its metrics, of which `error`
+is what the curves and the mCE are made of, and `measure` says what it is; `decisions(observed)` are the images' classes
+or verdicts, None without a threshold.
 """
 
 from collections.abc import Callable
@@ -37,7 +38,7 @@ class Observed(NamedTuple):
 class Neighbors:
     """DINO's kNN, k = 20, on the features of a backbone."""
 
-    kind, error = "knn", "1 - top-1 of kNN"
+    kind, measure = "knn", "1 - top-1 of kNN"
 
     def __init__(self, backbone: nn.Module, bank: tuple[Tensor, Tensor], n_classes: int):
         self.backbone, self.bank, self.n_classes = backbone, bank, n_classes
@@ -69,7 +70,7 @@ class Both(nn.Module):
 class Trained:
     """A classifier with its own head. `columns` (C,): which logit is that of the data set's first class, and so on."""
 
-    kind, error = "classifier", "1 - top-1"
+    kind, measure = "classifier", "1 - top-1"
 
     def __init__(self, classifier: Classifier, columns: list[int], context: Context):
         self.network, self.columns, self.context = Both(classifier), columns, context
@@ -90,7 +91,7 @@ class Trained:
 class Detecting:
     """An anomaly detector with the threshold that its run stored."""
 
-    kind, error = "detector", "1 - image AUROC"
+    kind, measure = "detector", "1 - image AUROC"
 
     def __init__(self, detector: Detector, threshold: float | None, context: Context, seed: int):
         self.detector, self.threshold, self.context, self.seed = detector, threshold, context, seed

@@ -68,7 +68,7 @@ class Studied:
 
 def run(cfg: Config) -> None:
     began, kind, severities = time.perf_counter(), check(cfg), sorted({*cfg.severities})
-    reference = find_reference(cfg.reference, cfg.corruptions, severities, SUBJECTS[kind].error)
+    reference = find_reference(cfg.reference, cfg.corruptions, severities, SUBJECTS[kind].measure)
     studied = open_detector(cfg) if kind == "detector" else open_classes(cfg, kind)
     subject, log, test = studied.subject, studied.log, studied.test
     geometry = test.dataset.geometry
@@ -80,7 +80,7 @@ def run(cfg: Config) -> None:
     rows = under_corruptions(
         subject, test, clean, cfg.corruptions, severities, **made, published=cfg.cifar10_c, say=log.say
     )
-    results: dict[str, Any] = {"task": TASK, "kind": subject.kind, "error": subject.error} | studied.about | made
+    results: dict[str, Any] = {"task": TASK, "kind": subject.kind, "measure": subject.measure} | studied.about | made
     results |= {"severities": severities, "reference": cfg.reference} | summary(own["error"], rows, reference)
     results |= {"errors": mean_errors(rows), "clean": own, "rows": rows}
     results["shifts"] = under_shifts(subject, test, clean, cfg.shifts)
