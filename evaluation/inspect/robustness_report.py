@@ -17,7 +17,7 @@ from plots.sheets import contact_sheet
 from runtime.files import whole_file
 from runtime.log import Log
 
-SIDE = 128  # pixels of an image of the sheet
+SIDE, COLUMNS = 128, 10  # pixels of an image of the sheet, and about how many in a row
 RATIOS = {"mce": "mCE", "relative_mce": "relative mCE"}
 
 Row = dict[str, Any]
@@ -39,9 +39,10 @@ def write_report(log: Log, results: dict[str, Any], sheet: list[tuple[str, Tenso
     write(log.folder / "robustness.csv", csv_table([flat(row) for row in [clean, *rows]]))
     title = f"{log.config['run_name']}: errors under corruptions"
     tiles = [(caption, sized(image)) for caption, image in sheet]
+    across = max(1, COLUMNS // len(severities))  # corruptions in a row
     drawn = {
         "robustness": severity_image(panels(kind, clean, rows), [0, *severities], title, "severity 0: as it is"),
-        "corrupted": contact_sheet(tiles, "One image under all corruptions", columns=len(severities)),
+        "corrupted": contact_sheet(tiles, "One image under all corruptions", columns=across * len(severities)),
     }
     for key, image in drawn.items():
         save(image, log.folder / f"{key}.png")

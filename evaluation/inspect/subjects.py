@@ -1,8 +1,8 @@
 """Whose robustness is measured: a backbone's kNN, a classifier or an anomaly detector, each with the same contract.
 
-`look(loader, text) -> Observed` of all images, equal on all ranks; `numbers(observed)` are its metrics, of which `error`
-is what the curves and the mCE are made of, and `measure` says what it is; `decisions(observed)` are the images' classes
-or verdicts, None without a threshold.
+`look(loader, text) -> Observed` of all images, equal on all ranks; `numbers(observed)` are its metrics, of which
+`error` is what the curves and the mCE are made of, and `measure` says what it is; `decisions(observed)` are the images'
+classes or verdicts, None without a threshold.
 """
 
 from collections.abc import Callable

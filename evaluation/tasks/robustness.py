@@ -88,7 +88,10 @@ def run(cfg: Config) -> None:
     if log.writer:
         first, zero = test.dataset.image(0)[None], torch.zeros(1, dtype=torch.int64)
         cells = [(name, severity) for name in cfg.corruptions for severity in severities]
-        sheet = [(f"{name}\n{severity}", corrupt(first, zero, name, severity, **made)[0]) for name, severity in cells]
+        sheet = [
+            (f"{name.replace('_', ' ')}\nseverity {severity}", corrupt(first, zero, name, severity, **made)[0])
+            for name, severity in cells
+        ]
         write_report(log, results, sheet)
     log.results(results | {"seconds": time.perf_counter() - began, "version": code_version()})
     distributed.cleanup()

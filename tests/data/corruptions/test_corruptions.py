@@ -1,5 +1,5 @@
-"""Each corruption against the plain one of plain.py: within a level, given the same random numbers; and alike with
-numpy's own."""
+"""Each corruption against that of benchmarks/plain_corruptions.py: within a level, given the same random numbers, and
+as strong as often with numpy's own."""
 
 from typing import get_args
 
@@ -8,11 +8,11 @@ import pytest
 import torch
 from scipy import stats
 
+from benchmarks import plain_corruptions as plain
 from data.augment.random_numbers import stream, uniform
 from data.corruptions import BENCHMARK, CORRUPTIONS, EXPOSURES, constants_for, corrupt
 from data.corruptions.fields import normal_field, uniform_field
 from data.datasets.cifar import Corruption
-from tests.data.corruptions import plain
 
 SIZES = {32: (24, 33), 224: (44, 57)}  # of the images that get the constants
 KEY = (3, 2, 1, torch.tensor([5, 9]), 10)
@@ -36,7 +36,7 @@ def field(draw, key, shape):
 
 
 def drawn(name: str, size: tuple[int, int], values: tuple) -> dict:
-    """The random numbers of the second image as plain.py takes them."""
+    """The random numbers of the second image as the plain one takes them."""
     height, width = size
     angle = uniform(KEY, 1)[1, 0].item()
     side = 1 << (max(size) - 1).bit_length()
@@ -113,39 +113,19 @@ def test_the_pieces_are_cut_off_as_by_numpy():
     )
 
 
-def plainly(name: str, x: np.ndarray, values: tuple, rng: np.random.Generator) -> np.ndarray:
-    """With numpy's random numbers, as the official code draws them."""
-    height, width, side = *x.shape[:2], 1 << (max(x.shape) - 1).bit_length()
-    normal = rng.normal(size=x.shape)
-    return {
-        "gaussian_noise": lambda c: x + c * normal,
-        "shot_noise": lambda c: rng.poisson(x * c) / c,
-        "impulse_noise": lambda c: np.where(rng.random(x.shape) <= c, rng.random(x.shape) < 0.5, x),
-        "speckle_noise": lambda c: x + x * c * normal,
-        "glass_blur": lambda sigma, d, n: plain.glass_blur(x, sigma, d, n, rng.integers(-d, d, (n, 2, height, width))),
-        "motion_blur": lambda *c: plain.motion_blur(x, *c, rng.uniform(-45, 45)),
-        "snow": lambda *c: plain.snow(x, *c, normal[..., 0], rng.uniform(-135, -45)),
-        "fog": lambda *c: plain.fog(x, *c, rng.uniform(-1, 1, (side, side))),
-        "elastic_transform": lambda *c: plain.elastic_transform(
-            x, *c, rng.uniform(-1, 1, (3, 2)), rng.uniform(-1, 1, (2, height, width))
-        ),
-        "spatter": lambda *c: plain.spatter(x, *c, normal[..., 0]),
-    }[name](*values)
-
-
 RANDOM = ["gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise", "motion_blur", "fog"]
 RANDOM_SLOW = ["glass_blur", "snow", "elastic_transform", "spatter"]
 
 
 @pytest.mark.parametrize("name", [*RANDOM, *(pytest.param(name, marks=pytest.mark.slow) for name in RANDOM_SLOW)])
 def test_random_ones_are_as_often_so_strong(name):
-    """Of 80 images: mean and deviation of the changes against those with numpy's numbers."""
+    """80 times an image: its mean and how far its pixels move, against those with numpy's numbers."""
     pixels, rng = images(1, 16, 20).expand(80, -1, -1, -1), np.random.default_rng(1)
     x = pixels[0].permute(1, 2, 0).double().numpy() / 255
     found = corrupt(pixels, torch.arange(80), name, 3, seed=1).double() / 255  # (80, 3, H, W)
     values = CORRUPTIONS[name].at_32[2]
-    wanted = np.stack([np.uint8(np.clip(plainly(name, x, values, rng), 0, 1) * 255) / 255 for _ in range(80)])
-    for measure in (lambda y: y.mean((1, 2, 3)), lambda y: np.abs(y - y.mean(0)).mean((1, 2, 3))):
+    wanted = np.stack([np.uint8(np.clip(plain.corrupted(name, x, values, rng), 0, 1) * 255) / 255 for _ in range(80)])
+    for measure in (lambda y: y.mean((1, 2, 3)), lambda y: np.abs(y - x).mean((1, 2, 3))):
         pair = measure(found.permute(0, 2, 3, 1).numpy()), measure(wanted)
         assert stats.ks_2samp(*pair).pvalue > 1e-3
 
