@@ -80,7 +80,8 @@ def find_reference(text: str | None, names: list[str], severities: list[int], me
         return Reference(text, ALEXNET_CLEAN, ALEXNET)
     path = Path(text)
     if path.is_dir():
-        path = path / "results.json" if (path / "results.json").is_file() else path / "eval_robustness" / "results.json"
+        inner = path / "eval_robustness" / "results.json"  # a run folder has results of its own training too
+        path = inner if inner.is_file() else path / "results.json"
     found = checkpoint.read_object(path) or {}
     try:
         severe, own = found["severities"], found["measure"]

@@ -66,4 +66,4 @@ def of_files(loader: Loader, root: PathText, name: str, severity: int) -> Loader
     if dataset.classes != loader.dataset.classes:
         other = sorted({*dataset.classes} ^ {*loader.dataset.classes})
         raise UserError(f"cifar10_c has CIFAR-10's classes, and the images have others: {first_few(other, 4)}")
-    return Loader(dataset, loader.batch_size, loader.device, cache="none", workers=loader.workers)
+    return Loader(dataset, loader.batch_size, loader.device, cache="none")

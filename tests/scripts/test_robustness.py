@@ -136,9 +136,9 @@ def test_the_published_files_of_cifar10_c_are_taken_where_they_are(tmp_path):
     np.save(tmp_path / "c" / "fog.npy", torch.cat(made).permute(0, 2, 3, 1).numpy())
     np.save(tmp_path / "c" / "labels.npy", np.tile(np.arange(10, dtype=np.uint8), 5))
     words = ["task=robustness", "data.name=cifar10", f"data.root={tmp_path}/cifar", "data.size=32", *NETWORK]
-    words += ["corruptions=fog", "severities=2,4", "device=cpu", f"runs={tmp_path}"]
-    evaluate.main([*words, "run_name=made"])
-    evaluate.main([*words, "run_name=files", f"cifar10_c={tmp_path}/c"])
+    words += ["severities=2,4", "device=cpu", f"runs={tmp_path}"]
+    evaluate.main([*words, "corruptions=fog", "run_name=made"])
+    evaluate.main([*words, "corruptions=fog", "run_name=files", f"cifar10_c={tmp_path}/c"])
     (own, _), (other, _) = (read(tmp_path / name / "eval_robustness") for name in ("made", "files"))
     assert [row["cosine"] for row in own["rows"]] == pytest.approx([row["cosine"] for row in other["rows"]], abs=1e-5)
     with pytest.raises(UserError, match=r"snow\.npy"):
@@ -148,7 +148,7 @@ def test_the_published_files_of_cifar10_c_are_taken_where_they_are(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["corruptions=foggy"], "corruptions=foggy is unknown: did you mean 'fog'"),
+        (["corruptions=foggy"], "corruptions='foggy' is unknown, did you mean 'fog'"),
         (["severities=6"], r"severities.*at least 1 and at most 5"),
         (["severities=[]"], "severities is empty"),
         (["reference=alexnet", "severities=1,2"], "all five severities"),
