@@ -85,7 +85,7 @@ def correlated(images: Tensor, kernels: Tensor, border: Border) -> Tensor:
     rows, columns = (side // 2 for side in kernels.shape[1:])
     padded = extended(images, rows, columns, border)
     shape = padded.shape[2:]
-    spectrum = torch.fft.rfft2(padded) * torch.fft.rfft2(kernels, s=shape).conj()[:, None]
+    spectrum = torch.fft.rfft2(padded) * torch.fft.rfft2(kernels, s=shape).conj_physical()[:, None]
     return torch.fft.irfft2(spectrum, s=shape)[..., : images.shape[2], : images.shape[3]]
 
 

@@ -13,6 +13,7 @@ from data.augment.random_numbers import stream, uniform
 from data.corruptions import BENCHMARK, CORRUPTIONS, EXPOSURES, constants_for, corrupt
 from data.corruptions.fields import normal_field, uniform_field
 from data.datasets.cifar import Corruption
+from tests.pretended_cuda import pretended_cuda
 
 SIZES = {32: (24, 33), 224: (44, 57)}  # of the images that get the constants
 KEY = (3, 2, 1, torch.tensor([5, 9]), 10)
@@ -195,3 +196,15 @@ def test_what_is_no_batch_is_refused(change, message):
     given = {"images": torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "ids": torch.arange(2), "severity": 1} | change
     with pytest.raises(ValueError, match=message):
         corrupt(**given, name="fog", seed=0)
+
+
+def test_on_a_device_only_the_rims_of_drops_are_waited_for():
+    pixels, ids = images(2, 24, 30), torch.tensor([3, 8])
+    with pretended_cuda() as cuda:
+        there = pixels.to("cuda")
+        made = {name: corrupt(there, ids, name, 1, seed=0) for name in CORRUPTIONS}
+        waited = {function for _, function in cuda.reads}
+        made = {name: images.cpu() for name, images in made.items()}
+    assert waited <= {"edges"}
+    for name, found in made.items():
+        assert (found.int() - corrupt(pixels, ids, name, 1, seed=0).int()).abs().max() <= 1, name
