@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from data.corruptions import Constants
+from data.corruptions import Constants, corrupt
 from data.datasets.cifar import CIFAR10C
 from data.loading import Loader
 from evaluation.inspect.changed import corrupted
@@ -45,6 +46,28 @@ def under_corruptions(
             rows.append({"corruption": name, "severity": severity, **row})
         say(f"{name}: error {', '.join(shown(row['error']) for row in rows[-len(severities) :])}")
     return rows
+
+
+def examples(
+    loader: Loader,
+    names: list[str],
+    severities: list[int],
+    *,
+    seed: int,
+    constants: Constants,
+    published: PathText | None,
+) -> list[tuple[str, Tensor]]:
+    """The first test image under each of them, uint8 (3, H, W), with a caption in two lines."""
+    image, number = loader.dataset.image(0)[None], torch.zeros(1, dtype=torch.int64)  # (1, 3, H, W)
+    found = []
+    for name in names:
+        for severity in severities:
+            if published is None:
+                made = corrupt(image, number, name, severity, seed=seed, constants=constants)[0]
+            else:
+                made = of_files(loader, published, name, severity).dataset.image(0)
+            found.append((f"{name.replace('_', ' ')}\nseverity {severity}", made))
+    return found
 
 
 def numbers(subject: Subject, observed: Observed, clean: Observed) -> dict[str, Any]:

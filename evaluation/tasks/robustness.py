@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from data import build_dataset, build_geometry, settled
-from data.corruptions import CORRUPTIONS, Constants, constants_for, corrupt
+from data.corruptions import CORRUPTIONS, Constants, constants_for
 from data.datasets.cifar import Severity
 from data.loading import Loader
 from data.splits import write_splits
@@ -31,7 +31,7 @@ from evaluation.inspect.corruption_error import find_reference, mean_errors, sum
 from evaluation.inspect.robustness_report import write_report
 from evaluation.inspect.stability import between_frames, under_shifts
 from evaluation.inspect.subjects import SUBJECTS, Detecting, Neighbors, Subject, Trained
-from evaluation.inspect.under_corruption import numbers, under_corruptions
+from evaluation.inspect.under_corruption import examples, numbers, under_corruptions
 from models.backbones.build import BackboneConfig
 from models.classifier import load_trained
 from runtime import checkpoint, config, distributed
@@ -76,23 +76,16 @@ def run(cfg: Config) -> None:
     constants: Constants = {"auto": fitting, "32": 32, "224": 224}[cfg.constants]
     clean = subject.look(test, "images as they are")
     own = {"corruption": "none", "severity": 0, **numbers(subject, clean, clean)}
-    made = {"seed": cfg.seed, "constants": constants}
-    rows = under_corruptions(
-        subject, test, clean, cfg.corruptions, severities, **made, published=cfg.cifar10_c, say=log.say
-    )
+    made: dict[str, Any] = {"seed": cfg.seed, "constants": constants}
+    how = made | {"published": cfg.cifar10_c}
+    rows = under_corruptions(subject, test, clean, cfg.corruptions, severities, **how, say=log.say)
     results: dict[str, Any] = {"task": TASK, "kind": subject.kind, "measure": subject.measure} | studied.about | made
     results |= {"severities": severities, "reference": cfg.reference} | summary(own["error"], rows, reference)
     results |= {"errors": mean_errors(rows), "clean": own, "rows": rows}
     results["shifts"] = under_shifts(subject, test, clean, cfg.shifts)
     results["frames"] = between_frames(subject, test.dataset, clean) if cfg.frames else None
     if log.writer:
-        first, zero = test.dataset.image(0)[None], torch.zeros(1, dtype=torch.int64)
-        cells = [(name, severity) for name in cfg.corruptions for severity in severities]
-        sheet = [
-            (f"{name.replace('_', ' ')}\nseverity {severity}", corrupt(first, zero, name, severity, **made)[0])
-            for name, severity in cells
-        ]
-        write_report(log, results, sheet)
+        write_report(log, results, examples(test, cfg.corruptions, severities, **how))
     log.results(results | {"seconds": time.perf_counter() - began, "version": code_version()})
     distributed.cleanup()
 
@@ -108,6 +101,8 @@ def check(cfg: Config) -> str:
     for key in ("corruptions", "severities"):
         if not getattr(cfg, key):
             raise UserError(f"{key} is empty: leave it out for all")
+    if twice := next((name for name in cfg.corruptions if cfg.corruptions.count(name) > 1), None):
+        raise UserError(f"corruptions names {twice} twice: remove one")
     if cfg.checkpoint is None:
         return "knn"
     stored = checkpoint.load(cfg.checkpoint)["config"]

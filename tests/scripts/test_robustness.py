@@ -151,6 +151,7 @@ def test_the_published_files_of_cifar10_c_are_taken_where_they_are(tmp_path):
         (["corruptions=foggy"], "corruptions='foggy' is unknown, did you mean 'fog'"),
         (["severities=6"], r"severities.*at least 1 and at most 5"),
         (["severities=[]"], "severities is empty"),
+        (["corruptions=fog,snow,fog"], "corruptions names fog twice"),
         (["reference=alexnet", "severities=1,2"], "all five severities"),
         (["constants=64"], "constants"),
     ],
