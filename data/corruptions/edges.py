@@ -14,7 +14,7 @@ STEPS = {(0, 1): 1.0, (1, 0): 1.0, (1, 1): 1.4, (1, 2): 2.1969, (2, 1): 2.1969} 
 ROUNDS = 8  # of growing the edges, after which is seen whether they still grow
 
 
-def shifted(x: Tensor, rows: int, columns: int, size: tuple[int, int]) -> Tensor:
+def offset(x: Tensor, rows: int, columns: int, size: tuple[int, int]) -> Tensor:
     """What stands so many pixels below and to the right: x (B, H + 2 m, W + 2 m), padded -> (B, H, W)."""
     top, left = ((whole - side) // 2 for whole, side in zip(x.shape[1:], size))
     return x[:, top + rows : top + rows + size[0], left + columns : left + columns + size[1]]
@@ -24,13 +24,13 @@ def edges(levels: Tensor, low: float, high: float) -> Tensor:
     """OpenCV's Canny with a 3 x 3 Sobel filter and the sum of both gradients' sizes: levels (B, H, W) -> bool."""
     size = levels.shape[1:]
     padded = extended(levels, 1, 1, "edge")
-    at = {(y, x): shifted(padded, y, x, size) for y in (-1, 0, 1) for x in (-1, 0, 1)}
+    at = {(y, x): offset(padded, y, x, size) for y in (-1, 0, 1) for x in (-1, 0, 1)}
     across = (at[-1, 1] - at[-1, -1]) + 2 * (at[0, 1] - at[0, -1]) + (at[1, 1] - at[1, -1])  # (B, H, W)
     down = (at[1, -1] - at[-1, -1]) + 2 * (at[1, 0] - at[-1, 0]) + (at[1, 1] - at[-1, 1])
     gradient = across.abs() + down.abs()
 
     around = F.pad(gradient, (1, 1, 1, 1))
-    at = {(y, x): shifted(around, y, x, size) for y in (-1, 0, 1) for x in (-1, 0, 1)}
+    at = {(y, x): offset(around, y, x, size) for y in (-1, 0, 1) for x in (-1, 0, 1)}
     steep, flat = down.abs() * 2**15, across.abs() * TAN_22
     horizontal, vertical = steep < flat, steep > flat + across.abs() * 2**16
     falling = (across < 0) == (down < 0)  # along the diagonal from the top left
@@ -61,5 +61,5 @@ def chamfer_distance(targets: Tensor, most: float) -> Tensor:
     for _ in range(int(most)):
         padded = F.pad(distance, (2, 2, 2, 2), value=most)
         for y, x, cost in dict.fromkeys(moves):
-            distance = torch.minimum(distance, shifted(padded, y, x, size) + cost)
+            distance = torch.minimum(distance, offset(padded, y, x, size) + cost)
     return distance

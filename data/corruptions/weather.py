@@ -15,7 +15,7 @@ from runtime.memory import send
 LUMA = (0.299, 0.587, 0.114)  # OpenCV's gray
 WATER, MUD = (175, 238, 238), (63, 42, 20)  # of 255: pale turquoise, brown
 NEAR = 20.0  # pixels up to which the distance to the rim of a drop counts
-RELIEF = ((-2.0, -1.0, 0.0), (-1.0, 1.0, 1.0), (0.0, 1.0, 2.0))  # light from the top left
+RELIEF = ((-2.0, -1.0, 0.0), (-1.0, 1.0, 1.0), (0.0, 1.0, 2.0))  # an emboss filter
 
 
 def levels_of(x: Tensor) -> Tensor:
@@ -59,9 +59,10 @@ def plasma(key: Key, size: tuple[int, int], decay: float, device: torch.device) 
 
     while step >= 2:
         corners, middles = slice(0, side, step), slice(step // 2, side, step)
-        below = points[:, corners, corners] + points[:, corners, corners].roll(-1, 1)
-        fill(middles, middles, below + below.roll(-1, 2))
-        centers, corner = points[:, middles, middles], points[:, corners, corners]
+        corner = points[:, corners, corners]
+        ends = corner + corner.roll(-1, 1)
+        fill(middles, middles, ends + ends.roll(-1, 2))
+        centers = points[:, middles, middles]
         fill(corners, middles, centers + centers.roll(1, 1) + (corner + corner.roll(-1, 2)))
         fill(middles, corners, centers + centers.roll(1, 2) + (corner + corner.roll(-1, 1)))
         step, wibble = step // 2, wibble / decay
@@ -73,14 +74,14 @@ def plasma(key: Key, size: tuple[int, int], decay: float, device: torch.device) 
 def fog(pixels: Tensor, key: Key, strength: float, decay: float) -> Tensor:
     most = pixels.amax((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
     clouds = plasma(key, pixels.shape[2:], decay, pixels.device)[:, None]
-    return (pixels + strength * clouds) * (most / (most + strength).clamp(min=1e-12))
+    return (pixels + strength * clouds) * (most / (most + strength))
 
 
 def frost(pixels: Tensor, key: Key, own: float, frosted: float) -> Tensor:
     """The weighted sum of the image and of frost, which is drawn.
 
     The official code has five photographs of frost, which are not ours to give. This is a white-blue plasma, and on it
-    stars of six rays, a fourteenth of the image's short side long.
+    stars of six rays, about a fourteenth of the image's short side long.
     """
     size, device = pixels.shape[2:], pixels.device
     bed = plasma((*key, 0), size, 1.8, device)[:, None]  # (B, 1, H, W)
