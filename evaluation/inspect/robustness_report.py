@@ -37,7 +37,7 @@ def write_report(log: Log, results: dict[str, Any], sheet: list[tuple[str, Tenso
     by_severity(log, kind, clean, rows, severities)
     write(log.folder / "robustness.md", text)
     write(log.folder / "robustness.csv", csv_table([flat(row) for row in [clean, *rows]]))
-    title = f"{log.config['run_name']}: errors under corruptions"
+    title = f"{log.folder.parent.name}: errors under corruptions"
     tiles = [(caption, sized(image)) for caption, image in sheet]
     across = max(1, COLUMNS // len(severities))  # corruptions in a row
     drawn = {
