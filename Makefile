@@ -33,6 +33,7 @@ bench: .venv/installed # every speed claim
 	$(PY) -m benchmarks.classifier_step
 	$(PY) -m benchmarks.views
 	$(PY) -m benchmarks.aupro
+	$(PY) -m benchmarks.corruptions
 
 tensorboard: .venv/installed # the curves of all runs
 	.venv/bin/tensorboard --logdir runs

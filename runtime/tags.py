@@ -129,12 +129,18 @@ TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, descr
     "compare": ("compare", "Paired bootstrap between runs."),
     "data": ("data", "What eval.py task=data has found: the report, whose page is report.html."),
     "describe": ("describe", "Size and speed of backbones."),
+    "robustness": ("robustness", "Errors under each corruption, by severity, and when the camera moves a little."),
 }
 
 FAMILIES = {  # keys that begin alike, as the name of a defect or the number of a page is not known before
     "heatmaps/": ("2_test/heatmaps ", TAGS["heatmaps"][1]),
     "neighbors/": ("2_test/neighbors ", TAGS["neighbors"][1]),
     "data/": ("2_data/", "Images of the data set: of each class, copies, and odd ones, the worst first."),
+    "robustness/false_alarms_": (
+        "2_robustness_false_alarms/",
+        "Share of good test images above the stored threshold under a corruption, over its severity; 0: as they are.",
+    ),
+    "robustness/": ("2_robustness/", "Error under a corruption, over its severity as the step; 0: images as they are."),
     "views/": ("7_views/", "Training images in rows; in columns the image itself and what the network sees of it."),
     "scores/": ("8_scores/", "Histogram of the image scores of one kind of image."),
     "stats/loss_stage": ("4_method/loss_stage", "The loss of one stage of maps."),

@@ -135,7 +135,9 @@ def run(line: str, place: Path, out: Path) -> None:
         words += ["batch_size=1", "device=cpu", f"runs={out}/runs"]
     elif "task=compare" not in words:
         further = [] if "epochs=0" in words else FURTHER.get(words[0], [])
-        words = config.overlay(words, SMALL[name], further, [f"runs={out}/runs"])
+        # a detector takes images as its run did
+        small = ["device=cpu"] if "task=robustness checkpoint=" in line else SMALL[name]
+        words = config.overlay(words, small, further, [f"runs={out}/runs"])
     if processes > 1:
         script([name, *words], processes=processes)
     else:

@@ -28,6 +28,7 @@ KINDS: dict[str, tuple[int, ...]] = {
     "nsa_images": (4, 2),  # the detector's turns, shifts and flips of whole images
     "mix": (8,),  # mixup and CutMix of a classifier's batch
     "rand_augment": (9,),  # operations, their strengths and cutout of a strong view
+    "corruption": (10,),  # severity and corruption in place of epoch and view; perhaps followed by a layer's number
     "noise": (5,),
     "noise_pixels": (5, 0),
     "noise_places": (5, 1),  # that are tried, to find one off the background

@@ -9,6 +9,7 @@ from data.augment.mixing import Mix, MixConfig
 from data.augment.patch_grid import PatchGrid
 from data.augment.random_numbers import KINDS, stream, uniform
 from data.augment.views import Augment, View
+from data.corruptions import CORRUPTIONS, corrupt
 from data.defects import DEFECTS
 from models.anomaly.detector import TrainingBatch
 from models.anomaly.nsa import NSA
@@ -104,7 +105,8 @@ def test_no_two_kinds_draw_the_same_numbers():
     for name, key in KINDS.items():
         names.setdefault(key, []).append(name)
     assert [twice for twice in names.values() if len(twice) > 1] == [["patches_noise", "cutpaste_good"]]
-    assert [name for name, key in KINDS.items() if key[:1] == KINDS["cflow"]] == ["cflow"]  # a stage follows it
+    for alone in ("cflow", "corruption"):  # a stage or a layer follows it
+        assert [name for name, key in KINDS.items() if key[:1] == KINDS[alone]] == [alone]
 
 
 def test_all_that_is_drawn_is_in_the_table(monkeypatch):
@@ -129,5 +131,8 @@ def test_all_that_is_drawn_is_in_the_table(monkeypatch):
     batch = TrainingBatch(images, torch.zeros(2, dtype=torch.int64), ids, 0, 0)
     for detector in (*map(detectors.build, detectors.NAMES), NSA(ResNet18(), turn=5.0)):
         list(detector.steps(batch))
+    for name in CORRUPTIONS:
+        corrupt(images[:, :, :24, :24], ids, name, 1, seed=0)
     stages = {(6, *KINDS["cflow"], stage) for stage in (2, 3)}
+    stages |= {(6, *KINDS["corruption"], layer) for layer in (0, 1, 2)}
     assert absorbed == {(4 + len(key), *key) for key in KINDS.values()} | stages
