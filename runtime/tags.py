@@ -134,6 +134,9 @@ TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, descr
 FAMILIES = {  # keys that begin alike, as the name of a defect or the number of a page is not known before
     "heatmaps/": ("2_test/heatmaps ", TAGS["heatmaps"][1]),
     "neighbors/": ("2_test/neighbors ", TAGS["neighbors"][1]),
+    "embedding/": ("2_test/", "Images as points of a plane: near is what has similar features."),
+    "correspondence/": ("2_test/correspondence ", "Patches of two images that are each other's nearest ones."),
+    "segments/": ("2_test/segments ", "Clusters of patches over test images, in colors; true defects are outlined."),
     "data/": ("2_data/", "Images of the data set: of each class, copies, and odd ones, the worst first."),
     "views/": ("7_views/", "Training images in rows; in columns the image itself and what the network sees of it."),
     "scores/": ("8_scores/", "Histogram of the image scores of one kind of image."),
