@@ -52,9 +52,9 @@ def correspondence_loss(
 
         loss = mean over positions p of one image and q of the other of  -max(S_pq, 0) (F_pq - shift)
 
-    with F and S the cosines of features and codes. With `pointwise` F becomes F - mean over q, plus what brings the mean
-    over everything back to what it was; without `zero_clamp` S counts where it is negative, too. No gradient flows into
-    the features. As in the official code (modules.py). Computed in at least float32 with autocast off.
+    with F and S the cosines of features and codes. With `pointwise` F becomes F - mean over q, plus what brings the
+    mean over everything back to what it was; without `zero_clamp` S counts where it is negative, too. No gradient flows
+    into the features. As in the official code (modules.py). Computed in at least float32 with autocast off.
 
     Args:
         features, other_features: (B, C, h, w) and (B, C, i, j), pair by pair. codes, other_codes: likewise, D channels.

@@ -51,6 +51,7 @@ TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, descr
     "precision_recall": ("2_test/precision_recall", "Precision over recall of the test images, scores scaled to 0..1."),
     "confusion": ("2_test/confusion", "True classes in rows, predicted classes in columns."),
     "confused": ("2_test/confused", "The most confused pairs of classes, each with test images: truth -> prediction."),
+    "segments": ("2_test/segments", "Clusters of patches over test images, in colors; true defects are outlined."),
     "defects": ("2_test/defects", "Synthetic defects on training images, their masks outlined."),
     "features/std": (
         "3_health/features_std",
@@ -115,6 +116,37 @@ TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, descr
     "stats/spread": ("4_method/spread", "RegAD: variance of the normalized features; 0 is a collapse."),
     "stats/discrepancy_normal": ("4_method/discrepancy_normal", "CDO: expert against apprentice where all is normal."),
     "stats/discrepancy_abnormal": ("4_method/discrepancy_abnormal", "CDO: expert against apprentice in the noise."),
+    "stats/intra_loss": ("4_method/intra_loss", "STEGO: loss of an image with itself, before its weight."),
+    "stats/intra_feature_cosine": (
+        "4_method/intra_feature_cosine",
+        "STEGO: mean cosine of features of an image with itself.",
+    ),
+    "stats/intra_code_cosine": ("4_method/intra_code_cosine", "STEGO: mean cosine of codes of an image with itself."),
+    "stats/inter_loss": ("4_method/inter_loss", "STEGO: loss of an image with one most like it, before its weight."),
+    "stats/inter_feature_cosine": (
+        "4_method/inter_feature_cosine",
+        "STEGO: mean cosine of features of an image with one most like it.",
+    ),
+    "stats/inter_code_cosine": (
+        "4_method/inter_code_cosine",
+        "STEGO: mean cosine of codes of an image with one most like it.",
+    ),
+    "stats/negative_loss": (
+        "4_method/negative_loss",
+        "STEGO: loss of an image with others at random, before its weight.",
+    ),
+    "stats/negative_feature_cosine": (
+        "4_method/negative_feature_cosine",
+        "STEGO: mean cosine of features of an image with others at random.",
+    ),
+    "stats/negative_code_cosine": (
+        "4_method/negative_code_cosine",
+        "STEGO: mean cosine of codes of an image with others at random.",
+    ),
+    "stats/cluster_loss": (
+        "4_method/cluster_loss",
+        "STEGO: minus the mean cosine of a code with its cluster's center.",
+    ),
     "lr": ("5_optimizer/lr", "Learning rate of the last step."),
     "grad_norm": ("5_optimizer/grad_norm", "Norm of all gradients in the last step, before clipping."),
     "epoch": ("5_optimizer/epoch", "Epochs done."),
@@ -136,7 +168,6 @@ FAMILIES = {  # keys that begin alike, as the name of a defect or the number of 
     "neighbors/": ("2_test/neighbors ", TAGS["neighbors"][1]),
     "embedding/": ("2_test/", "Images as points of a plane: near is what has similar features."),
     "correspondence/": ("2_test/correspondence ", "Patches of two images that are each other's nearest ones."),
-    "segments/": ("2_test/segments ", "Clusters of patches over test images, in colors; true defects are outlined."),
     "data/": ("2_data/", "Images of the data set: of each class, copies, and odd ones, the worst first."),
     "views/": ("7_views/", "Training images in rows; in columns the image itself and what the network sees of it."),
     "scores/": ("8_scores/", "Histogram of the image scores of one kind of image."),

@@ -52,7 +52,7 @@ def tsne(features: Tensor, *, perplexity: float, learning_rate: float | None, se
         raise UserError(f"t-SNE needs four images or more, and there are {count}: raise images, or add some")
     if not perplexity < count:
         raise UserError(
-            f"perplexity={perplexity:g} must be below the number of images, {count}: a third of it, {count // 3}, will do"
+            f"perplexity={perplexity:g} must be below the number of images, {count}: {count // 3}, a third, will do"
         )
     method = TSNE(perplexity=perplexity, learning_rate=learning_rate or "auto", init="pca", random_state=seed)
     return torch.from_numpy(method.fit_transform(features.double().cpu().numpy())).double()

@@ -73,7 +73,9 @@ def look(
     titles = {"pca": f"PCA: {shares.sum():.0%} of the variance", "tsne": f"t-SNE, perplexity {cfg.perplexity:g}"}
     clouds = [Cloud(titles[name], in_words(numbers[name]), plane) for name, plane in planes.items()]
     about = f"{len(space):,} images, {cfg.backbone.name}"
-    images = torch.stack([embedding.thumbnail(sets[s], i) for s, positions in places.items() for i in positions.tolist()])
+    images = torch.stack(
+        [embedding.thumbnail(sets[s], i) for s, positions in places.items() for i in positions.tolist()]
+    )
     drawn = {
         "embedding": scatter_image(clouds, labels, names, f"{about}: what lies near what"),
         "thumbnails": thumbnail_map(planes["tsne"], images, f"{about}, by t-SNE"),
