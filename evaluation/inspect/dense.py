@@ -18,7 +18,7 @@ from runtime.values import Range
 
 Stage = Annotated[int, Range(least=1, most=4)]
 STAGES = (2, 3)  # of a CNN, at strides 8 and 16: finer ones see texture, the coarsest one loses the place
-MARGIN = 32  # pixels, the stride of the coarsest stage; less on images that have no more to mirror
+MARGIN = 32  # pixels, the stride of the coarsest stage; none around images that have no more to mirror
 
 
 class DenseFeatures(nn.Module):
@@ -47,7 +47,7 @@ class DenseFeatures(nn.Module):
             tokens = self.backbone.forward_tokens(x)[1].transpose(1, 2)  # (B, C, h w)
             maps = [tokens.unflatten(2, (x.shape[2] // patch, x.shape[3] // patch))]
         else:
-            margin = 0 if isinstance(self.backbone, ViT) else min(MARGIN, min(x.shape[2:]) - 1)
+            margin = 0 if isinstance(self.backbone, ViT) or min(x.shape[2:]) <= MARGIN else MARGIN
             wide = F.pad(x, [margin] * 4, mode="reflect")
             found = self.backbone.forward_stages(wide, last=self.stages[-1])
             maps = [without_margin(found[stage - 1], margin, wide.shape[2:]) for stage in self.stages]

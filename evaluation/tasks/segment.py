@@ -104,7 +104,9 @@ def run(cfg: Config) -> None:
             run.check(done, cfg.lr, grad_norm, off)
         if log_due:
             values = {f"stats/{key}": value for key, value in stats.items()}
-            state["curves"] = run.curves(done, values | {"stats/cluster_loss": cluster_loss, "grad_norm": grad_norm})
+            state["curves"] = run.curves(
+                done, values | {"stats/cluster_loss": cluster_loss.detach(), "grad_norm": grad_norm}
+            )
         if save_due:
             run.save(done, **state)
     centers = segmentation.k_means(maps, cfg.clusters, cfg.seed)
