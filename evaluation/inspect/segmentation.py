@@ -18,7 +18,7 @@ from data.normalize import normalization_of, normalize
 from data.splits import stratified_split
 from evaluation.features import extract
 from evaluation.inspect.dense import Flattened
-from runtime.distributed import all_reduce_sum
+from runtime.distributed import all_reduce_sum, gather_rows
 from runtime.errors import UserError
 from runtime.memory import free_memory, gib
 from search.nearest import nearest
@@ -60,6 +60,14 @@ def batch_numbers(count: int, batch: int, step: int, seed: int) -> Tensor:
     mixed = int(np.random.SeedSequence(seed, spawn_key=(epoch,)).generate_state(1)[0])
     order = torch.randperm(count, generator=torch.Generator().manual_seed(mixed))
     return order[place * batch : (place + 1) * batch]
+
+
+@torch.no_grad()
+def share(*networks: nn.Module) -> None:
+    """Give every rank rank 0's parameters: all train alike, but on CUDA sums in another order drift apart."""
+    for network in networks:
+        for parameter in network.parameters():
+            parameter.copy_(gather_rows(parameter)[: len(parameter)])
 
 
 # --------------------------------------------------------------------- what clusters mean

@@ -1,4 +1,4 @@
-"""Which patches of two images show the same to a backbone, and where else it sees what is at one point.
+"""Which patches of two images correspond to a backbone, and where it sees again what is at a point.
 
     python eval.py task=correspondence checkpoint=runs/simclr_scavport/last.pt pairs=6
     python eval.py task=correspondence backbone.name=mobilenet_v2 backbone.weights=weights.pth images=a.png,b.png \\
@@ -35,7 +35,7 @@ from runtime import distributed
 from runtime.config import pick
 from runtime.errors import UserError
 from runtime.files import whole_file
-from runtime.values import Few, NonNegativeFloat, PathText
+from runtime.values import Few, NonNegativeFloat, PathText, Seed
 from search.nearest import nearest
 
 LINES = 6  # squares along a side of the first image, from each of which one line is drawn
@@ -49,6 +49,7 @@ class Config(FrozenConfig):
     split: str = "test"  # of the data set: train, test or another that it has
     pairs: Few = 4  # of the data set, drawn at random
     point: tuple[NonNegativeFloat, NonNegativeFloat] | None = None  # x,y in the first image's own pixels
+    seed: Seed = 0  # of the pairs drawn, and of the random weights of a backbone without others
     stages: tuple[Stage, ...] = ()  # of the backbone; none: 2,3, of a ViT what comes out at its end
 
 

@@ -1,4 +1,4 @@
-"""Images as points: what lies near what to a backbone, by PCA and t-SNE, and in TensorBoard's projector.
+"""Images as points by PCA and t-SNE, and in TensorBoard's projector: what a backbone holds alike.
 
     python eval.py task=embedding checkpoint=runs/simclr_scavport/last.pt
     python eval.py configs/eval_folder.yaml task=embedding data.root=/images backbone.weights=weights.pth perplexity=50
@@ -27,7 +27,7 @@ from plots.scatter import Cloud, scatter_image, thumbnail_map
 from runtime import distributed
 from runtime.config import pick
 from runtime.files import whole_file
-from runtime.values import PositiveFloat, Range
+from runtime.values import PositiveFloat, Range, Seed
 
 
 @dataclass(kw_only=True)
@@ -36,6 +36,7 @@ class Config(FrozenConfig):
     images: Annotated[int, Range(least=4, most=10000)] = 2000  # of these at most, drawn at random
     perplexity: PositiveFloat = 30.0  # of t-SNE: about how many neighbors an image keeps close
     learning_rate: PositiveFloat | None = None  # of t-SNE; none: images / 48, at least 50
+    seed: Seed = 0  # of the images drawn, of t-SNE, and of the random weights of a backbone without others
 
 
 def run(cfg: Config) -> None:

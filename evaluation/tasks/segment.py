@@ -1,4 +1,4 @@
-"""Segments without labels, by STEGO: patches whose features correspond get one code, and codes are clustered.
+"""Segments without labels by STEGO: patches that correspond get one code, and codes are clustered.
 
     python eval.py task=segment checkpoint=runs/dino/last.pt data=mvtec data.root=/mvtec data.category=tile learn=test
     python eval.py configs/eval_folder.yaml task=segment data.root=/images backbone.weights=weights.pth clusters=6
@@ -38,7 +38,7 @@ from runtime import distributed
 from runtime.config import pick
 from runtime.errors import UserError
 from runtime.run import Run
-from runtime.values import PositiveFloat, PositiveInt, Range, Width
+from runtime.values import PositiveFloat, PositiveInt, Range, Seed, Width
 from training.optim import clip_gradients
 
 CLASSES = ["normal", "defect"]  # of masks
@@ -63,6 +63,7 @@ class Config(FrozenConfig):
     )
     log_every: PositiveInt = 50  # steps between points of the curves
     save_every: PositiveInt = 500  # steps between checkpoints
+    seed: Seed = 0  # of the images drawn, their order, the head, and of a backbone without other weights
     resume: Literal["auto", "never"] = "auto"  # auto: resume a killed run; never: remove what is there
 
 
@@ -109,6 +110,7 @@ def run(cfg: Config) -> None:
             )
         if save_due:
             run.save(done, **state)
+    segmentation.share(head, probe)
     centers = segmentation.k_means(maps, cfg.clusters, cfg.seed)
     finish(cfg, run, Segmenter(dense, head.eval(), probe.centers.detach(), centers), tested, state["curves"])
 
