@@ -60,7 +60,7 @@ def test_embedding(images, tmp_path, capsys):
         assert Image.open(folder / f"{name}.png").width > 1000
     found = results_of([*words, "split=test", "images=9", "perplexity=2"], tmp_path / "test", capsys)
     assert found["images"] == 9
-    with pytest.raises(UserError, match="split=.tset. is unknown.*one of: train, test"):
+    with pytest.raises(UserError, match=r"split=.tset. is unknown.*one of: train, test"):
         evaluate.main([*words, *SMALL, "split=tset", f"runs={tmp_path}/wrong"])
 
 
