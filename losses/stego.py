@@ -15,14 +15,14 @@ Shift = Annotated[float, Range(least=-1, most=1)]
 
 @dataclass(kw_only=True)
 class StegoConfig:
-    """`stego.*`: weights and shifts, those of train_config.yml in the official code."""
+    """`stego.*`: weights and shifts, those of train_config.yml in the official code, made for DINO's ViTs."""
 
     intra_weight: NonNegativeFloat = 0.67  # of an image with itself
     inter_weight: NonNegativeFloat = 0.25  # of an image with one of those most like it
     negative_weight: NonNegativeFloat = 0.63  # of an image with others at random
-    intra_shift: Shift = 0.18  # cosine of features above which codes attract each other
-    inter_shift: Shift = 0.12  # likewise; lower both where all becomes one cluster
-    negative_shift: Shift = 0.46  # likewise
+    intra_shift: Shift | None = 0.18  # cosine of features above which codes attract each other; none: the mean of these
+    inter_shift: Shift | None = 0.12  # likewise
+    negative_shift: Shift | None = 0.46  # likewise
     pointwise: bool = True  # features are compared with what is usual at their patch
     zero_clamp: bool = True  # codes that are farther apart than orthogonal are left alone
     samples: Few = 11  # positions per side that are compared, at random
@@ -44,7 +44,7 @@ def correspondence_loss(
     other_features: Tensor,
     other_codes: Tensor,
     *,
-    shift: float,
+    shift: float | None,
     pointwise: bool = True,
     zero_clamp: bool = True,
 ) -> Pairs:
@@ -56,6 +56,9 @@ def correspondence_loss(
     mean over everything back to what it was; without `zero_clamp` S counts where it is negative, too. No gradient flows
     into the features. As in the official code (modules.py). Computed in at least float32 with autocast off.
 
+    Deviation: shift None is the mean of F, so that codes attract and repel each other in balance, whatever the cosines
+    of a backbone. With the official constants all codes become one where features are more alike than DINO's.
+
     Args:
         features, other_features: (B, C, h, w) and (B, C, i, j), pair by pair. codes, other_codes: likewise, D channels.
     """
@@ -65,7 +68,8 @@ def correspondence_loss(
         alike = alike - alike.mean() + cosine.mean()
     code_cosine = correlation(codes, other_codes)
     attracted = code_cosine.clamp(min=0) if zero_clamp else code_cosine
-    return Pairs(-(attracted * (alike - shift)).mean(), cosine.mean(), code_cosine.detach().mean())
+    limit = cosine.mean() if shift is None else shift
+    return Pairs(-(attracted * (alike - limit)).mean(), cosine.mean(), code_cosine.detach().mean())
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:

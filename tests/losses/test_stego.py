@@ -18,6 +18,7 @@ def by_loop(f, s, g, t, shift, pointwise, zero_clamp):
     others = [(i, j) for i in range(g.shape[2]) for j in range(g.shape[3])]
     alike = {(p, q): float(cosine(f[p[0], :, p[1], p[2]], g[p[0], :, q[0], q[1]])) for p in places for q in others}
     before = sum(alike.values()) / len(alike)
+    shift = before if shift is None else shift
     if pointwise:
         for p in places:
             own = sum(alike[p, q] for q in others) / len(others)
@@ -36,7 +37,7 @@ def by_loop(f, s, g, t, shift, pointwise, zero_clamp):
 
 @pytest.mark.parametrize("pointwise", [False, True])
 @pytest.mark.parametrize("zero_clamp", [False, True])
-@pytest.mark.parametrize("shift", [0.0, 0.46])
+@pytest.mark.parametrize("shift", [0.0, 0.46, None])
 def test_equals_the_loop_with_its_gradient(pointwise, zero_clamp, shift):
     f, g = torch.randn(2, 5, 3, 2, dtype=torch.float64), torch.randn(2, 5, 2, 3, dtype=torch.float64)
     s = torch.randn(2, 4, 3, 2, dtype=torch.float64, requires_grad=True)
