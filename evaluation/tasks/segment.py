@@ -43,6 +43,7 @@ from training.optim import clip_gradients
 
 CLASSES = ["normal", "defect"]  # of masks
 SHOWN = 12  # images in segments.png
+ONE_CODE = 0.95  # mean cosine of codes of different images from which on they are reported as all alike
 Clusters = Annotated[int, Range(least=2, most=256)]
 
 
@@ -157,8 +158,19 @@ def numbers(cfg: Config, run: Run, count: int) -> Iterator[tuple[Tensor]]:
         yield (segmentation.batch_numbers(count, cfg.batch_size, step, cfg.seed),)
 
 
+def collapse_warning(cosine: float) -> str | None:
+    """One line where the mean cosine of codes of different images says that all patches have one code, or None."""
+    if cosine < ONE_CODE:
+        return None
+    return (
+        f"codes of different images have a mean cosine of {cosine:.3f}: all patches have nearly one code; raise "
+        "stego.intra_shift and stego.inter_shift, or set all three shifts to none, the mean cosine of their features"
+    )
+
+
 def finish(cfg: Config, run: Run, segmenter: Segmenter, tested: Loader, curves: dict) -> None:
     """Test, draw, and write the results."""
+    run.log.warn_now(run.total, collapse_warning(curves["stats/negative_code_cosine"]))
     dataset, results = tested.dataset, {"backbone": cfg.backbone.name, "steps": run.total, "clusters": cfg.clusters}
     results |= {"loss": curves["loss"], "seconds_training": run.seconds}
     found: dict[str, dict] = {}
