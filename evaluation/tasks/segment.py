@@ -11,6 +11,7 @@ metrics.jsonl, results.json and TensorBoard events to eval_segment/ in the check
 runs/<run_name>/).
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -203,7 +204,8 @@ def draw(cfg: Config, run: Run, segmenter: Segmenter, tested: Loader, found: dic
     for i in chosen.tolist():
         image, mask = dataset.image(i), dataset.mask(i) if found else None
         clusters = segmenter(image[None].to(run.device))
-        tiles.append((dataset.names[i], segments_over(image, None, None, mask)))
+        caption = "\n".join(dataset.names[i].split(os.sep)[-2:])  # folder and file
+        tiles.append((caption, segments_over(image, None, None, mask)))
         for name, title in (("stego", "STEGO"), ("k_means", "k-means")):
             labels, bare = clusters[name][0].cpu(), None
             if found:  # classes first, so that a color means the same in both
