@@ -51,6 +51,8 @@ TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, descr
     "precision_recall": ("2_test/precision_recall", "Precision over recall of the test images, scores scaled to 0..1."),
     "confusion": ("2_test/confusion", "True classes in rows, predicted classes in columns."),
     "confused": ("2_test/confused", "The most confused pairs of classes, each with test images: truth -> prediction."),
+    "points": ("2_test/points", "Images as points of a plane: what lies near has similar features."),
+    "thumbnails": ("2_test/thumbnails", "The images where t-SNE puts them."),
     "segments": ("2_test/segments", "Clusters of patches over test images, in colors; true defects are outlined."),
     "defects": ("2_test/defects", "Synthetic defects on training images, their masks outlined."),
     "features/std": (
@@ -166,7 +168,6 @@ TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, descr
 FAMILIES = {  # keys that begin alike, as the name of a defect or the number of a page is not known before
     "heatmaps/": ("2_test/heatmaps ", TAGS["heatmaps"][1]),
     "neighbors/": ("2_test/neighbors ", TAGS["neighbors"][1]),
-    "embedding/": ("2_test/", "Images as points of a plane: near is what has similar features."),
     "correspondence/": ("2_test/correspondence ", "Patches of two images that are each other's nearest ones."),
     "data/": ("2_data/", "Images of the data set: of each class, copies, and odd ones, the worst first."),
     "views/": ("7_views/", "Training images in rows; in columns the image itself and what the network sees of it."),

@@ -21,7 +21,6 @@ from evaluation.dataset.outliers import FENCE, NEIGHBORS, excess, leave_one_out,
 from evaluation.dataset.section import Gallery, Problem, Section, Table, count
 from evaluation.features import extract
 from evaluation.inspect import embedding
-from evaluation.inspect.embedding import thumbnail
 from runtime.log import Log
 
 SHOWN = 12  # outliers of a split in the report, for each score
@@ -186,7 +185,7 @@ def project(log: Log, splits: dict[str, Inspected], measured: dict[str, Measured
         columns["class"].append(measured[name].kinds[row])
         columns["split"].append(name)
         columns["path"].append(dataset.paths[position])
-        thumbnails.append(thumbnail(dataset, position))
+        thumbnails.append(embedding.thumbnail(dataset, position))
     features = torch.stack([measured[name].features[row] for name, row in places])  # (N, D)
     embedding.project(log, "images", features, columns, torch.stack(thumbnails))
 

@@ -5,7 +5,7 @@
 
 Features are brought to length 1, so that near means a large cosine, as for kNN. A plane shows only a part of that:
 beside each picture stand its trustworthiness and the kNN accuracy in the plane and in the space of all features.
-Writes embedding.png, thumbnails.png, points.csv, results.json and TensorBoard events with the projector to
+Writes points.png, thumbnails.png, points.csv, results.json and TensorBoard events with the projector to
 eval_embedding/ in the checkpoint's folder (without one: in runs/<run_name>/).
 """
 
@@ -51,7 +51,8 @@ def run(cfg: Config) -> None:
         load = {"indices": positions, "cache": cfg.data.cache, "workers": cfg.data.workers}
         loader = Loader(sets[name], cfg.batch_size, found.device, **load)
         parts.append(extract(found.backbone, loader, progress=f"{name} features")[0])
-        columns["class"] += [sets[name].kinds[i] for i in positions.tolist()]
+        kinds = sets[name].kinds
+        columns["class"] += [kinds[i] for i in positions.tolist()]
         columns["split"] += [name] * len(positions)
         columns["path"] += [sets[name].full_name(i) for i in positions.tolist()]
     results = look(cfg, found, torch.cat(parts), columns, places, sets) if distributed.is_main() else {}
@@ -77,13 +78,13 @@ def look(
     images = torch.stack(
         [embedding.thumbnail(sets[s], i) for s, positions in places.items() for i in positions.tolist()]
     )
-    drawn = {
-        "embedding": scatter_image(clouds, labels, names, f"{about}: what lies near what"),
+    drawn = {  # by their names in TensorBoard, too
+        "points": scatter_image(clouds, labels, names, f"{about}: what lies near what"),
         "thumbnails": thumbnail_map(planes["tsne"], images, f"{about}, by t-SNE"),
     }
     for name, image in drawn.items():
         save(image, found.folder / f"{name}.png")
-        found.log.image(f"embedding/{name}", pil_to_tensor(image))
+        found.log.image(name, pil_to_tensor(image))
     with whole_file(found.folder / "points.csv") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow([*columns, *(f"{name}_{axis}" for name in planes for axis in "xy")])

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
@@ -77,8 +78,9 @@ def run(cfg: Config) -> None:
     dense, head, probe, weights = build_networks(cfg, run, learned.dataset)
     optimizers = [torch.optim.Adam(head.parameters(), cfg.lr), torch.optim.Adam(probe.parameters(), cfg.cluster_lr)]
     parts = {"head": head, "probe": probe, "optimizer": optimizers[0], "probe_optimizer": optimizers[1]}
-    names = {"names": [learned.dataset.names[i] for i in learned.indices.tolist()], "tested": tested.dataset.names}
-    state = run.open(parts, cfg.steps, names, {"curves": {}})
+    names = learned.dataset.names
+    about = {"names": [names[i] for i in learned.indices.tolist()], "tested": tested.dataset.names}
+    state = run.open(parts, cfg.steps, about, {"curves": {}})
     run.log.say(f"eval_segment: {cfg.backbone.name} ({weights}), {len(learned.indices)} images of {cfg.learn}")
     if run.is_finished():
         return
@@ -182,9 +184,8 @@ def finish(cfg: Config, run: Run, segmenter: Segmenter, tested: Loader, curves: 
         truth = counts["stego"].sum(0)  # (2,)
         found["all_normal"] = segmentation.scores(torch.stack([truth, 0 * truth]), CLASSES, [0, 1])
         if cfg.linear:
-            kinds = sorted({*dataset.kinds})
-            labels = torch.tensor([kinds.index(dataset.kinds[i]) for i in tested.indices.tolist()])
-            linear = segmentation.cross_tested(segmenter, tested, labels, cfg.seed)
+            kinds = torch.from_numpy(np.unique(dataset.kinds, return_inverse=True)[1])[tested.indices]
+            linear = segmentation.cross_tested(segmenter, tested, kinds, cfg.seed)
             found["linear"] = segmentation.scores(linear, CLASSES, [0, 1])
         for name, its in found.items():
             values = its["miou"], its["accuracy"], its["iou"]["defect"] or 0

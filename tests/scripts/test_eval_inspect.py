@@ -56,7 +56,7 @@ def test_embedding(images, tmp_path, capsys):
     assert [row["split"] for row in rows].count("test") == 12
     with open(folder / "00000/images/metadata.tsv", newline="") as file:
         assert [row["path"] for row in csv.DictReader(file, delimiter="\t")] == [row["path"] for row in rows]
-    for name in ("embedding", "thumbnails"):
+    for name in ("points", "thumbnails"):
         assert Image.open(folder / f"{name}.png").width > 1000
     found = results_of([*words, "split=test", "images=9", "perplexity=2"], tmp_path / "test", capsys)
     assert found["images"] == 9
