@@ -24,7 +24,7 @@ class Likeness:
 
 
 def match_image(
-    first: Tensor, second: Tensor, lines: Tensor, *, names: tuple[str, str], title: str, note: str
+    first: Tensor, second: Tensor, lines: Tensor, *, names: list[str], title: str, note: str
 ) -> Image.Image:
     """Images uint8 (3, H, W) beside each other, and a line for each of `lines` (M, 4): y, x in the first, then in the
     second. Colors only tell lines apart."""
@@ -38,9 +38,7 @@ def match_image(
     return paper
 
 
-def likeness_image(
-    first: Tensor, second: Tensor, likeness: Likeness, *, names: tuple[str, str], title: str
-) -> Image.Image:
+def likeness_image(first: Tensor, second: Tensor, likeness: Likeness, *, names: list[str], title: str) -> Image.Image:
     """The point in the first image, and over the second the cosines, from the lowest to the highest."""
     low, high = float(likeness.cosines.min()), float(likeness.cosines.max())
     note = f"cosine with the patch at the cross: {low:.3f} (bare) to {high:.3f} (bright)"
@@ -55,7 +53,7 @@ def likeness_image(
 
 
 def _beside(
-    first: Tensor, second: Tensor, names: tuple[str, str], title: str, note: str
+    first: Tensor, second: Tensor, names: list[str], title: str, note: str
 ) -> tuple[Image.Image, ImageDraw.ImageDraw, float, int]:
     """Both on paper; the pen, how much they are enlarged, and where the second begins."""
     scale = SIDE / max(first.shape[1:])

@@ -123,7 +123,8 @@ def compare(
     numbers = {"first": names[0], "second": names[1], "patches": len(first), "mutual": len(matches.first)}
     numbers |= {"cosine": float(matches.cosine.mean())}
     numbers |= {"found_in_mirror": correspondence.found_in_mirror(dense, images[0].to(found.device))}
-    about = {"names": names, "title": f"Patches that correspond: {cfg.backbone.name}"}
+    short = [os.sep.join(name.split(os.sep)[-2:]) for name in names]  # folder and file
+    about = {"names": short, "title": f"Patches that correspond: {cfg.backbone.name}"}
     note = (
         f"{len(drawn)} of {numbers['mutual']} pairs that are each other's nearest; {mirror(numbers['found_in_mirror'])}"
     )

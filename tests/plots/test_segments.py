@@ -27,13 +27,13 @@ def test_segments_are_colored_and_the_bare_one_is_not():
 def test_lines_end_at_their_places():
     images = torch.full((2, 3, 50, 100), 90, dtype=torch.uint8)
     lines = torch.tensor([[10.0, 20.0, 40.0, 80.0]])
-    sheet = np.asarray(match_image(*images, lines, names=("a", "b"), title="t", note="n"))
+    sheet = np.asarray(match_image(*images, lines, names=["a", "b"], title="t", note="n"))
     scale, right = SIDE / 100, MARGIN + SIDE + BETWEEN
     for x, y in ((MARGIN + 20 * scale, TOP + 10 * scale), (right + 80 * scale, TOP + 40 * scale)):
         assert (sheet[round(y), round(x)] == category(0)).all()
     heat = torch.zeros(5, 10)
     heat[4, 8] = 1
-    sheet = likeness_image(*images, Likeness((10.0, 20.0), heat, (45.0, 85.0)), names=("a", "b"), title="t")
+    sheet = likeness_image(*images, Likeness((10.0, 20.0), heat, (45.0, 85.0)), names=["a", "b"], title="t")
     pixels = np.asarray(sheet).astype(int)
     assert (pixels[round(TOP + 10 * scale), round(MARGIN + 20 * scale)] == (0, 255, 0)).all()
     assert (pixels[round(TOP + 45 * scale), round(right + 85 * scale)] == (0, 255, 0)).all()
