@@ -1,5 +1,8 @@
 """Unsupervised segmentation: what STEGO learns from, what its clusters mean, and simpler ones to compare with.
 
+Deviations from the official code: images are not cut into five crops, no conditional random field smooths the result,
+and the test is at the size of the training.
+
 Letters: N images of H x W pixels, h x w patches of them, C channels of the features, K clusters, L classes.
 """
 

@@ -61,9 +61,7 @@ class Config(FrozenConfig):
     batch_size: PositiveInt = 16  # images per step
     lr: PositiveFloat = 5e-4  # of the head, by Adam
     cluster_lr: PositiveFloat = 5e-3  # of the clusters' centers, likewise
-    linear: bool = (
-        False  # also test a linear classifier of codes, learned from the masks of the other half of the images
-    )
+    linear: bool = False  # also test a linear classifier of codes that learns from the masks of other test images
     log_every: PositiveInt = 50  # steps between points of the curves
     save_every: PositiveInt = 500  # steps between checkpoints
     seed: Seed = 0  # of the images drawn, their order, the head, and of a backbone without other weights
@@ -109,9 +107,8 @@ def run(cfg: Config) -> None:
             run.check(done, cfg.lr, grad_norm, off)
         if log_due:
             values = {f"stats/{key}": value for key, value in stats.items()}
-            state["curves"] = run.curves(
-                done, values | {"stats/cluster_loss": cluster_loss.detach(), "grad_norm": grad_norm}
-            )
+            values |= {"stats/cluster_loss": cluster_loss.detach(), "grad_norm": grad_norm}
+            state["curves"] = run.curves(done, values)
         if save_due:
             run.save(done, **state)
     segmentation.share(head, probe)
@@ -130,8 +127,11 @@ def open_sets(cfg: Config, run: Run) -> tuple[Loader, Loader]:
             "lower batch_size, or add images"
         )
     load: dict[str, Any] = {"cache": cfg.data.cache, "workers": cfg.data.workers}
+    test_set = sets.get("test", dataset)
+    if cfg.linear and not has_masks(test_set):
+        raise UserError("linear=true learns from masks, and the test images have none: set linear=false")
     learned = Loader(dataset, cfg.batch_size, run.device, indices=positions, **load)
-    return learned, Loader(sets.get("test", dataset), cfg.batch_size, run.device, **load)
+    return learned, Loader(test_set, cfg.batch_size, run.device, **load)
 
 
 def has_masks(dataset: Dataset) -> bool:
@@ -174,8 +174,8 @@ def collapse_warning(cosine: float) -> str | None:
 def finish(cfg: Config, run: Run, segmenter: Segmenter, tested: Loader, curves: dict) -> None:
     """Test, draw, and write the results."""
     run.log.warn_now(run.total, collapse_warning(curves["stats/negative_code_cosine"]))
-    dataset, results = tested.dataset, {"backbone": cfg.backbone.name, "steps": run.total, "clusters": cfg.clusters}
-    results |= {"loss": curves["loss"], "seconds_training": run.seconds}
+    dataset, results = tested.dataset, {"task": "segment", "backbone": cfg.backbone.name, "clusters": cfg.clusters}
+    results |= {"steps": run.total, "loss": curves["loss"], "seconds_training": run.seconds}
     found: dict[str, dict] = {}
     if has_masks(dataset):
         tested.indices = dataset.mask_known.nonzero()[:, 0]

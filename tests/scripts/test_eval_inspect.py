@@ -153,6 +153,8 @@ def test_segment_without_masks(images, tmp_path, capsys):
     words = ["task=segment", "data.name=folder", f"data.root={images}", "steps=3", "stego.samples=4", "clusters=3"]
     found = results_of(words, tmp_path, capsys)
     assert found["clusters"] == 3 and "stego" not in found and (tmp_path / "eval/eval_segment/segments.png").exists()
+    with pytest.raises(UserError, match="learns from masks, and the test images have none"):
+        evaluate.main([*words, *SMALL, "linear=true", f"runs={tmp_path}/large"])
     with pytest.raises(UserError, match="learn=train has 36 images, and a step needs batch_size=64"):
         evaluate.main([*words, *SMALL[:3], "batch_size=64", "device=cpu", f"runs={tmp_path}/large"])
 
