@@ -1,7 +1,7 @@
 """STEGO's loss: codes are alike where features are, more than is usual, and unlike elsewhere."""
 
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +96,7 @@ def stego(
     batch, side = len(features), config.samples
     ours, theirs = (2 * torch.rand(2, batch, side, side, 2).to(features) - 1).unbind(0)  # (B, s, s, 2), x before y
     f, c = sample(features, ours), sample(codes, ours)
-    options = {"pointwise": config.pointwise, "zero_clamp": config.zero_clamp}
+    options: dict[str, Any] = {"pointwise": config.pointwise, "zero_clamp": config.zero_clamp}
     kinds = {
         "intra": [correspondence_loss(f, c, f, c, shift=config.intra_shift, **options)],
         "inter": [
