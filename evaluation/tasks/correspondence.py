@@ -1,4 +1,4 @@
-"""Which patches of two images correspond to a backbone, and where it sees again what is at a point.
+"""Which patches of two images correspond to a backbone, and where it sees a point again.
 
     python eval.py task=correspondence checkpoint=runs/simclr_scavport/last.pt pairs=6
     python eval.py task=correspondence backbone.name=mobilenet_v2 backbone.weights=weights.pth images=a.png,b.png \\

@@ -1,4 +1,4 @@
-"""Images as points by PCA and t-SNE, and in TensorBoard's projector: what a backbone holds alike.
+"""Images as points by PCA and t-SNE, and in TensorBoard's projector: what is alike to a backbone.
 
     python eval.py task=embedding checkpoint=runs/simclr_scavport/last.pt
     python eval.py configs/eval_folder.yaml task=embedding data.root=/images backbone.weights=weights.pth perplexity=50

@@ -1,4 +1,4 @@
-"""Segments without labels by STEGO: patches that correspond get one code, and codes are clustered.
+"""Segments without labels by STEGO: patches that correspond get one code; codes are clustered.
 
     python eval.py task=segment checkpoint=runs/dino/last.pt data=mvtec data.root=/mvtec data.category=tile learn=test
     python eval.py configs/eval_folder.yaml task=segment data.root=/images backbone.weights=weights.pth clusters=6
@@ -56,7 +56,7 @@ class Config(FrozenConfig):
     clusters: Clusters | None = None  # none: 2 where the test images have masks, else 8
     stages: tuple[Stage, ...] = ()  # of the backbone; none: 2,3, of a ViT what comes out at its end
     dim: Width = 70  # of the codes
-    stego: StegoConfig = field(default_factory=StegoConfig)
+    stego: StegoConfig = field(default_factory=StegoConfig)  # its loss
     steps: PositiveInt = 5000  # of training
     batch_size: PositiveInt = 16  # images per step
     lr: PositiveFloat = 5e-4  # of the head, by Adam
