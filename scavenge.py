@@ -49,6 +49,10 @@ from evaluation.anomaly.prediction import (
 )
 from evaluation.classify import Classified, classify, load_classifier_run
 from evaluation.features import stored_sections
+from evaluation.inspect import embedding
+from evaluation.inspect.correspondence import Matches, mutual_matches
+from evaluation.inspect.correspondence import patches as patches_of
+from evaluation.inspect.dense import DenseFeatures
 from models.anomaly.detector import Detector
 from models.backbones.build import BackboneConfig, build_backbone
 from models.classifier import Classifier
@@ -80,6 +84,29 @@ class LoadedBackbone:
         """The maps of the four stages, the finest first: float32 [(N, C_i, H_i, W_i)] * 4."""
         parts = [[s.float().cpu() for s in self.network.forward_stages(batch)] for batch in self._batches(images)]
         return [torch.cat(stage) for stage in zip(*parts)]
+
+    @torch.no_grad()
+    def patches(self, images: Images, stages: tuple[int, ...] = ()) -> Tensor:
+        """Features of every patch, as eval.py task=correspondence and segment compare them: float32 (N, C, h, w).
+
+        stages: of `stages`, beside each other; empty: those that these tasks take."""
+        dense = DenseFeatures(self.network, stages)
+        return torch.cat([dense(batch).cpu() for batch in self._batches(images)])
+
+    def correspondence(self, images: Images, stages: tuple[int, ...] = ()) -> Matches:
+        """The patches of two images that are each other's nearest (evaluation/inspect/correspondence.py).
+
+        Raises:
+            ValueError: there are not two images.
+        """
+        maps = self.patches(images, stages)
+        if len(maps) != 2:
+            raise ValueError(f"correspondence is of two images, not of {len(maps)}")
+        return mutual_matches(*map(patches_of, maps))
+
+    def plane(self, images: Images, *, perplexity: float = 30.0, learning_rate: float | None = None) -> Tensor:
+        """Images as points by t-SNE, as eval.py task=embedding draws them with seed=0: float64 (N, 2)."""
+        return embedding.tsne(embedding.unit(self(images)), perplexity=perplexity, learning_rate=learning_rate, seed=0)
 
     def _batches(self, images: Images) -> Iterator[Tensor]:
         loaded = load(images, self.geometry, self.batch_size)

@@ -176,10 +176,14 @@ class Dataset:
         return self.paths[index] if box is None else f"{self.paths[index]}#{','.join(map(str, box))}"
 
     @property
+    def kinds(self) -> list[str]:
+        """Of each image its class; of sets with defects "good" or its defect."""
+        return self.defects or [self.classes[label] for label in self.labels.tolist()]
+
+    @property
     def matched(self) -> str:
         """What was found, in words: how many images of each class, or of each defect and how many masks."""
-        kinds = self.defects or [self.classes[label] for label in self.labels.tolist()]
-        counts = Counter(kinds)
+        counts = Counter(self.kinds)
         each = first_few((f"{counts[kind]} {kind}" for kind in sorted(counts, key=lambda k: (k != "good", k))), 20)
         masks = f", {sum(mask is not None for mask in self.mask_paths)} masks" if self.has_masks else ""
         groups = "" if self.whole_groups is None else f", in {len({*self.whole_groups})} groups"

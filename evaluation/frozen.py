@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,27 +123,34 @@ class MeasureConfig(FrozenConfig):
 
 
 @dataclass(frozen=True)
-class Opened:
-    """The run folder of a task, the backbone that it measures, and the images."""
+class OpenedBackbone:
+    """The run folder of a task, and the backbone that it looks at."""
 
     folder: Path
     log: Log
     device: torch.device
     backbone: nn.Module
-    train_set: Dataset
-    test_set: Dataset
+    weights: str  # where they come from, in words
     about: dict  # for results.json
     began: float
-
-    @property
-    def classes(self) -> list[str]:
-        return self.train_set.classes
 
     def write(self, results: dict) -> None:
         """The end: results.json."""
         seconds = {"seconds": time.perf_counter() - self.began, "version": code_version()}
         self.log.results(self.about | results | seconds)
         distributed.cleanup()
+
+
+@dataclass(frozen=True)
+class Opened(OpenedBackbone):
+    """And the images."""
+
+    train_set: Dataset
+    test_set: Dataset
+
+    @property
+    def classes(self) -> list[str]:
+        return self.train_set.classes
 
     def confusion(self, scores: Tensor, labels: Tensor) -> None:
         """Draw which classes are taken for which; scores (N, C) and labels (N,) of the test images."""
@@ -167,6 +175,33 @@ def train_and_test(
     return train_set, test_set
 
 
+def task_folder(cfg: Any, task: str) -> Path:
+    """eval_<task>/ beside the checkpoint of `cfg`, of other ones than last.pt with their name; else in the run folder.
+    Settles `cfg.checkpoint`: the file itself."""
+    name, folder = f"eval_{task}", config.run_folder(cfg)
+    if not cfg.checkpoint:
+        return folder / name
+    cfg.checkpoint = str(checkpoint.file_of(cfg.checkpoint))
+    stem = Path(cfg.checkpoint).stem
+    return Path(cfg.checkpoint).parent / (name if stem == "last" else f"{name}_{stem}")
+
+
+def open_backbone(cfg: Any, task: str) -> OpenedBackbone:
+    """Open the run folder of a task and build its backbone. Settles `cfg.data`, where there is one.
+
+    cfg: has `data`, `backbone`, `checkpoint`, `seed`, `device`, `runs` and `run_name`, as `FrozenConfig`.
+    """
+    folder, device = task_folder(cfg, task), distributed.setup(cfg.device)
+    cfg.data = None if cfg.data is None else settled(cfg.data)
+    resolved, began = config.as_dict(cfg), time.perf_counter()
+    checkpoint.open_run(folder, resolved)
+    log = Log(folder, cfg)
+    torch.manual_seed(cfg.seed)
+    backbone, weights = build_backbone(cfg.backbone)
+    backbone.to(device, memory_format=torch.channels_last)
+    return OpenedBackbone(folder, log, device, backbone, weights, {"task": task, "backbone": cfg.backbone.name}, began)
+
+
 def opened(cfg: FrozenConfig, task: str, by_split: Callable[[DataConfig, str], DataConfig] | None = None) -> Opened:
     """Open the run folder of a task; build backbone and data.
 
@@ -176,27 +211,14 @@ def opened(cfg: FrozenConfig, task: str, by_split: Callable[[DataConfig, str], D
     Raises:
         UserError: the training images are of one class.
     """
-    name = f"eval_{task}"
-    folder = config.run_folder(cfg) / name
-    device = distributed.setup(cfg.device)
-    cfg.data = settled(cfg.data)
-    if cfg.checkpoint:  # beside it; of other checkpoints than last.pt by their name
-        cfg.checkpoint = str(checkpoint.file_of(cfg.checkpoint))
-        stem = Path(cfg.checkpoint).stem
-        folder = Path(cfg.checkpoint).parent / (name if stem == "last" else f"{name}_{stem}")
-    resolved, began = config.as_dict(cfg), time.perf_counter()
-    checkpoint.open_run(folder, resolved)
-    log = Log(folder, cfg)
-
-    torch.manual_seed(cfg.seed)
-    backbone, report = build_backbone(cfg.backbone)
-    backbone.to(device, memory_format=torch.channels_last)
+    found = open_backbone(cfg, task)
     train_set, test_set = train_and_test(cfg.data, task, by_split)
-    log.say(f"{name}: {cfg.backbone.name} ({report}), {len(train_set)} training and {len(test_set)} test images")
-    log.say(what_is_used(train_set, len(train_set), {}))
-    write_splits(test_set, folder)
-    about = {"task": task, "backbone": cfg.backbone.name, "n_train": len(train_set), "n_test": len(test_set)}
-    return Opened(folder, log, device, backbone, train_set, test_set, about, began)
+    n_train, n_test, log = len(train_set), len(test_set), found.log
+    log.say(f"eval_{task}: {cfg.backbone.name} ({found.weights}), {n_train} training and {n_test} test images")
+    log.say(what_is_used(train_set, n_train, {}))
+    write_splits(test_set, found.folder)
+    about = found.about | {"n_train": n_train, "n_test": n_test}
+    return Opened(**(vars(found) | {"about": about}), train_set=train_set, test_set=test_set)
 
 
 def features_of(cfg: FrozenConfig, found: Opened) -> tuple[Features, Features]:

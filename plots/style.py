@@ -24,6 +24,8 @@ USUAL = (95, 105, 115)  # image scores that are not, and curves
 RIGHT, WRONG = (8, 81, 156), (190, 30, 30)  # a verdict or prediction that the ground truth confirms, or does not
 PAPER, INK, SOFT, GRID = (255, 255, 255), (25, 25, 25), (110, 110, 110), (226, 226, 226)
 RIM = (0, 0, 0)
+# Of classes and clusters, none better than another: Okabe & Ito 2008, without yellow, which paper hides
+CATEGORIES = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), (40, 40, 40))
 
 # Usual on Linux, macOS and Windows; Pillow looks for them by name in the system's folders.
 FONTS = (
@@ -34,6 +36,14 @@ FONTS = (
     *("NotoSansThai-Regular.ttf", "Nirmala.ttf", "leelawui.ttf"),
 )
 NO_CHARACTER = "\U0010ffff"  # no font has it, so this is how a font draws what it lacks
+
+
+def category(number: int) -> tuple[int, int, int]:
+    """The color of a class or cluster; after seven they come again lighter, then darker, then from the beginning."""
+    turn, place = divmod(number, len(CATEGORIES))
+    toward, share = ((0, 0.0), (255, 0.5), (0, 0.45))[turn % 3]
+    red, green, blue = (round(channel + share * (toward - channel)) for channel in CATEGORIES[place])
+    return red, green, blue
 
 
 def write(

@@ -51,6 +51,9 @@ TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, descr
     "precision_recall": ("2_test/precision_recall", "Precision over recall of the test images, scores scaled to 0..1."),
     "confusion": ("2_test/confusion", "True classes in rows, predicted classes in columns."),
     "confused": ("2_test/confused", "The most confused pairs of classes, each with test images: truth -> prediction."),
+    "points": ("2_test/points", "Images as points of a plane: what lies near has similar features."),
+    "thumbnails": ("2_test/thumbnails", "The images where t-SNE puts them."),
+    "segments": ("2_test/segments", "Clusters of patches over test images, in colors; true defects are outlined."),
     "defects": ("2_test/defects", "Synthetic defects on training images, their masks outlined."),
     "features/std": (
         "3_health/features_std",
@@ -115,6 +118,37 @@ TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, descr
     "stats/spread": ("4_method/spread", "RegAD: variance of the normalized features; 0 is a collapse."),
     "stats/discrepancy_normal": ("4_method/discrepancy_normal", "CDO: expert against apprentice where all is normal."),
     "stats/discrepancy_abnormal": ("4_method/discrepancy_abnormal", "CDO: expert against apprentice in the noise."),
+    "stats/intra_loss": ("4_method/intra_loss", "STEGO: loss of an image with itself, before its weight."),
+    "stats/intra_feature_cosine": (
+        "4_method/intra_feature_cosine",
+        "STEGO: mean cosine of features of an image with itself.",
+    ),
+    "stats/intra_code_cosine": ("4_method/intra_code_cosine", "STEGO: mean cosine of codes of an image with itself."),
+    "stats/inter_loss": ("4_method/inter_loss", "STEGO: loss of an image with one most like it, before its weight."),
+    "stats/inter_feature_cosine": (
+        "4_method/inter_feature_cosine",
+        "STEGO: mean cosine of features of an image with one most like it.",
+    ),
+    "stats/inter_code_cosine": (
+        "4_method/inter_code_cosine",
+        "STEGO: mean cosine of codes of an image with one most like it.",
+    ),
+    "stats/negative_loss": (
+        "4_method/negative_loss",
+        "STEGO: loss of an image with others at random, before its weight.",
+    ),
+    "stats/negative_feature_cosine": (
+        "4_method/negative_feature_cosine",
+        "STEGO: mean cosine of features of an image with others at random.",
+    ),
+    "stats/negative_code_cosine": (
+        "4_method/negative_code_cosine",
+        "STEGO: mean cosine of codes of an image with others at random.",
+    ),
+    "stats/cluster_loss": (
+        "4_method/cluster_loss",
+        "STEGO: minus the mean cosine of a code with its cluster's center.",
+    ),
     "lr": ("5_optimizer/lr", "Learning rate of the last step."),
     "grad_norm": ("5_optimizer/grad_norm", "Norm of all gradients in the last step, before clipping."),
     "epoch": ("5_optimizer/epoch", "Epochs done."),
@@ -135,6 +169,7 @@ TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, descr
 FAMILIES = {  # keys that begin alike, as the name of a defect or the number of a page is not known before
     "heatmaps/": ("2_test/heatmaps ", TAGS["heatmaps"][1]),
     "neighbors/": ("2_test/neighbors ", TAGS["neighbors"][1]),
+    "correspondence/": ("2_test/correspondence ", "Patches of two images that are each other's nearest ones."),
     "data/": ("2_data/", "Images of the data set: of each class, copies, and odd ones, the worst first."),
     "robustness/false_alarms_": (
         "2_robustness_false_alarms/",

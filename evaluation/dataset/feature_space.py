@@ -20,12 +20,12 @@ from evaluation.dataset.inspection import Inspected, tile
 from evaluation.dataset.outliers import FENCE, NEIGHBORS, excess, leave_one_out, mutual_scoring
 from evaluation.dataset.section import Gallery, Problem, Section, Table, count
 from evaluation.features import extract
+from evaluation.inspect import embedding
 from runtime.log import Log
 
 SHOWN = 12  # outliers of a split in the report, for each score
 NAMED = 50  # in results.json
-TILE, SPRITE = 160, 48  # pixels of their longer side, and of each image in TensorBoard's projector
-COMPONENTS = 50  # principal components that the projector gets: its own methods start from so many
+TILE = 160  # pixels of their longer side
 
 TITLE = "Distance of the splits in feature space"
 NO_BACKBONE = (
@@ -178,9 +178,6 @@ def project(log: Log, splits: dict[str, Inspected], measured: dict[str, Measured
     places = [places[i] for i in drawn]
     if len(places) < 2:
         return
-    points = torch.stack([measured[name].features[row] for name, row in places]).double()
-    points = points - points.mean(0)
-    left, strengths, _ = torch.linalg.svd(points, full_matrices=False)
     columns: dict[str, list[str]] = {"class": [], "split": [], "path": []}
     thumbnails = []
     for name, row in places:
@@ -188,16 +185,9 @@ def project(log: Log, splits: dict[str, Inspected], measured: dict[str, Measured
         columns["class"].append(measured[name].kinds[row])
         columns["split"].append(name)
         columns["path"].append(dataset.paths[position])
-        thumbnails.append(_square(tile(dataset, position, SPRITE), SPRITE))
-    log.embedding("images", (left * strengths)[:, :COMPONENTS], columns, torch.stack(thumbnails))
-
-
-def _square(small: Tensor, side: int) -> Tensor:
-    """uint8 (3, h, w) -> (3, side, side), gray bars beside images that are not square."""
-    out = torch.full((3, side, side), 128, dtype=torch.uint8)
-    top, left = ((side - length) // 2 for length in small.shape[1:])
-    out[:, top : top + small.shape[1], left : left + small.shape[2]] = small
-    return out
+        thumbnails.append(embedding.thumbnail(dataset, position))
+    features = torch.stack([measured[name].features[row] for name, row in places])  # (N, D)
+    embedding.project(log, "images", features, columns, torch.stack(thumbnails))
 
 
 def _cells(found: dict) -> list[str]:

@@ -59,7 +59,7 @@ class Inspected:
     @cached_property
     def kinds(self) -> list[str]:
         """Of each image its class, of anomaly sets `good` or its defect."""
-        return self.dataset.defects or [self.dataset.classes[label] for label in self.dataset.labels.tolist()]
+        return self.dataset.kinds
 
     @cached_property
     def names(self) -> list[str]:

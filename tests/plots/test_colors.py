@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from plots.heatmaps import INFERNO
-from plots.style import ABOVE, ALARM, PAPER, PEAK, RIGHT, RIM, TRUE_DEFECT, USUAL, WRONG
+from plots.style import ABOVE, ALARM, CATEGORIES, PAPER, PEAK, RIGHT, RIM, TRUE_DEFECT, USUAL, WRONG
 
 # Machado et al. 2009, table 1, severity 1: what dichromats see, of linear RGB.
 VISION = {
@@ -50,3 +50,9 @@ def test_the_true_defect_lies_neither_on_the_heat_map_nor_on_grey(vision):
         for mark in (ABOVE, PEAK):  # the mark, or the rim that goes with it
             seen = np.maximum(difference(mark, blended, VISION[vision]), difference(RIM, blended, VISION[vision]))
             assert seen.min() > 28
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_classes_and_clusters_look_different_from_each_other_and_from_paper(vision):
+    for one, other in combinations((*CATEGORIES, PAPER), 2):
+        assert difference(one, other, VISION[vision]) > 14, (one, other)
