@@ -41,6 +41,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import torch
+
 from evaluation.sweep_table import Axes, Outcome, read_results, with_numbers, write_tables
 from runtime import checkpoint, config, errors, scripts
 from runtime.files import REMOVING, empty, lock, locked, unlock, whole_file
@@ -53,6 +55,8 @@ class Config:
     pretraining: dict[str, str]  # name: a YAML of train_ssl.py with overrides, or the backbone's overrides
     detectors: dict[str, str]  # name: a YAML of train_anomaly.py with overrides, or a script with its words
     tasks: dict[str, str]  # name: overrides that say what data it is
+    values: dict[str, str | None] = field(default_factory=dict)
+    # {name} in a command stands for the words of the value `name`; a command with one that is none is left out
     also: str = ""  # further overrides for every command
     grid: dict = field(default_factory=dict)  # {key: list of values} of which every combination is run
     seeds: list[Seed] = field(default_factory=list)
@@ -60,12 +64,15 @@ class Config:
     stale: Literal["keep", "rerun"] = "keep"  # what happens to cells that another version of the code made
     metrics: list[str] = field(default_factory=lambda: ["image_auroc"])  # of results.json, rows of the table
     mean: bool = False  # add rows with the mean over the tasks, for one class after the other as the normal one
-    launcher: str = ""  # for example torchrun --nproc_per_node=4; empty: one process for each cell
+    devices: list[str] = field(default_factory=list)
+    # run a cell on each of these at a time: GPUs as CUDA_VISIBLE_DEVICES has them, or cpu; empty: all visible GPUs
+    launcher: str = ""  # for example torchrun --nproc_per_node=4, for one cell at a time; empty: one process for each
     runs: PathText = "runs"  # folder of all runs
     run_name: str  # folder below it; the name of the YAML file unless given
 
 
 MOST_VARIANTS = 10_000  # combinations of a grid's values
+NAME = r"\{([A-Za-z_]\w*)\}"  # of a value, in a command
 
 
 class Cell(NamedTuple):
@@ -75,58 +82,66 @@ class Cell(NamedTuple):
     weights: str | None = "any"  # what backbone.weights must be in its config; any: nothing is required
 
 
+class Work(NamedTuple):
+    """A cell, and what its run folder holds before it runs."""
+
+    cell: Cell
+    folder: Path
+    note: Path  # says what is in the folder; not inside it, because resume=never removes that
+    record: dict  # what the note has to say: the script, its config, and what its pretraining came to
+    version: str  # of the code that is to end the cell, or has
+    is_done: bool
+    anew: bool  # what is in the folder has to go first
+    stale: str  # another version of the code that made what is there
+
+
 def main(argv: list[str]) -> None:
     cfg = load(argv)
     top, (axes, cells) = config.run_folder(cfg), plan(cfg)
     configs = check(cells)
+    free = devices_of(cfg, configs)
+    several = len(free) > 1
     lock(top, ".cells")
     server = multiprocessing.get_context("forkserver")  # each cell a fresh process, but torch and ours imported once
     ours = [name for name in sys.modules if (TOP / name.partition(".")[0] / "__init__.py").exists()]
     server.set_forkserver_preload(ours)
-    began, outcomes = time.perf_counter(), {}
-    for number, (name, words, needs, _) in enumerate(cells, 1):
-        folder, script = top / name, scripts.path_of(words[0])
-        # says what is in the folder; not inside it, because resume=never removes that
-        note = top / ".cells" / f"{name}.json"
-        keys = config.flatten(configs[name])
-        if needs and "error" in outcomes[needs].results:
-            outcomes[name] = Outcome({"error": f"its pretraining {needs} failed"}, keys)
-            continue
-        pretrained = results_of(top / needs) if needs else None
-        record = {"script": words[0], "config": configs[name], "pretraining": pretrained and pretrained.read_text()}
-        known = read_note(note)
-        stale = another_version(made_by(folder, known), script) if known else ""
-        anew = known is not None and (is_another(known, record, words) or (stale != "" and cfg.stale == "rerun"))
-        anew = anew or (known is None and needs is not None and os.path.exists(note))  # whose results they are is lost
-        if known and results_of(folder) and not anew and not script_decides(known, record, words):
-            say(number, cells, began, f"{name}: done before{stale and f', by {stale}; stale=rerun runs it anew'}")
-        else:
-            say(number, cells, began, f"{name}: python {shlex.join(words)}")
-            version = known["version"] if known and not anew else code_version(script)
-            error = clear(folder) if anew else None
-            if not error:
-                with whole_file(note, durable=True) as file:
-                    json.dump(record | {"version": version}, file)
-                error = scripts.run(words, cfg.launcher, server)
-            if error or not results_of(folder):
-                error = error or f"{words[0]} wrote no results.json in {folder}"
-                outcomes[name] = Outcome({"error": error}, keys)
-                print(f"    failed: {error}", file=sys.stderr)
+    began, waiting = time.perf_counter(), dict(enumerate(cells, 1))
+    outcomes: dict[str, Outcome] = {}
+    running: dict[scripts.Running, tuple[Work, str]] = {}  # and on which device
+    with scripts.ends_with_all(running.keys()):
+        while waiting or running:
+            ready = (n for n, cell in waiting.items() if cell.needs is None or cell.needs in outcomes)
+            number = next(ready, None) if free else None
+            if number is None:
+                ended = scripts.first_ended(running.keys())
+                work, device = running.pop(ended)
+                free.append(device)
+                outcomes[work.cell.name] = outcome_of(work, ended.error, cfg.metrics, outcomes)
                 continue
-            stale = another_version(made_by(folder, {"version": version}), script)
-        written = results_of(folder)
-        assert written is not None  # else it has failed, above
-        results = with_numbers(read_results(written) or {}, cfg.metrics, written)
-        outcomes[name] = Outcome(results, keys, bool(stale or (needs and outcomes[needs].stale)))
+            work = look(cell := waiting.pop(number), top, configs[cell.name], cfg.stale)
+            if cell.needs and "error" in outcomes[cell.needs].results:
+                outcomes[cell.name] = failed(work, f"its pretraining {cell.needs} failed")
+            elif work.is_done:
+                by = work.stale and f", by {work.stale}; stale=rerun runs it anew"
+                say(number, cells, began, f"{cell.name}: done before{by}")
+                outcomes[cell.name] = outcome_of(work, None, cfg.metrics, outcomes)
+            else:
+                say(number, cells, began, f"{cell.name}: python {shlex.join(cell.words)}")
+                if error := make_ready(work):
+                    outcomes[cell.name] = outcome_of(work, error, cfg.metrics, outcomes)
+                    continue
+                device = free.pop(0)
+                log = work.note.with_suffix(".log") if several else None
+                running[scripts.Running(cell.words, cfg.launcher, server, environment(device), log)] = work, device
 
-    print(write_tables(top, cfg.run_name, axes, outcomes, cfg.metrics, cfg.mean))
+    print(write_tables(top, cfg.run_name, axes, {c.name: outcomes[c.name] for c in cells}, cfg.metrics, cfg.mean))
     images = f"{top}/*/*/*{'/*' if cfg.seeds else ''}/heatmaps.png"
     print(f"{top}/results.md, {top}/results.csv; images: {images}; curves: tensorboard --logdir {top}")
-    failed = [name for name, outcome in outcomes.items() if "error" in outcome.results]
+    wrong = [name for name, outcome in outcomes.items() if "error" in outcome.results]
     stale = [name for name, outcome in outcomes.items() if outcome.stale]
     unlock(top)
-    print(json.dumps({"cells": len(outcomes), "failed": failed, "stale": stale, "table": str(top / "results.md")}))
-    if failed:
+    print(json.dumps({"cells": len(outcomes), "failed": wrong, "stale": stale, "table": str(top / "results.md")}))
+    if wrong:
         sys.exit(1)
 
 
@@ -139,11 +154,56 @@ def load(argv: list[str]) -> Config:
     cfg = config.load(Config, [word for word in argv if not word.startswith("also=")])
     cfg.also = shlex.join(config.overlay(*map(split, [cfg.also, *further])))
     cfg.grid = config.flatten(cfg.grid)  # sections are dotted keys as well
+    fill(cfg)
     if "seeds" in cfg.grid:
         if cfg.seeds:
             raise errors.UserError("seeds and grid.seeds are the same key: give one of them")
         cfg.seeds = config.coerce(cfg.grid.pop("seeds"), list[Seed], "grid.seeds")
     return cfg
+
+
+def fill(cfg: Config) -> None:
+    """Put the values in the place of their names, and leave out what has one that is none; a line says so.
+
+    Raises:
+        UserError: a name that no value has, `also` with a value that is none, or nothing is left of a section.
+    """
+    out: dict[str, list[str]] = {}  # of each value that is none
+    for section in ("pretraining", "detectors", "tasks"):
+        texts, kept = getattr(cfg, section), {}
+        for name, text in texts.items():
+            if lacking := next((key for key in names_in(text, cfg.values) if cfg.values[key] is None), None):
+                out.setdefault(lacking, []).append(name)
+            else:
+                kept[name] = filled(text, cfg.values)
+        if texts and not kept:
+            raise errors.UserError(f"nothing is left of {section}: set {' or '.join(f'values.{key}' for key in out)}")
+        setattr(cfg, section, kept)
+    for key in names_in(cfg.also, cfg.values):
+        if cfg.values[key] is None:
+            raise errors.UserError(f"also={errors.cut(cfg.also)} needs values.{key}, which is none")
+    cfg.also = filled(cfg.also, cfg.values)
+    for key, names in out.items():
+        print(f"left out, because values.{key} is not given: {', '.join(names)}", file=sys.stderr)
+
+
+def names_in(text: str, values: dict[str, str | None]) -> list[str]:
+    found = re.findall(NAME, text)
+    for name in found:
+        if name not in values:
+            known = ", ".join(values) or "none"
+            raise errors.UserError(f"`{errors.cut(text)}`: there is no values.{name}; there are {known}")
+    return found
+
+
+def filled(text: str, values: dict[str, str | None]) -> str:
+    """`text` with the values for their names: a word that is just a name becomes all of the value's words, a name
+    within a word the value as it stands, spaces included."""
+    words = []
+    for word in split(text):
+        alone = re.fullmatch(NAME, word)
+        words += split(values[alone[1]] or "") if alone else [re.sub(NAME, lambda m: values[m[1]] or "", word)]
+    return shlex.join(words)
 
 
 def plan(cfg: Config) -> tuple[Axes, list[Cell]]:
@@ -319,6 +379,75 @@ def script_decides(known: dict, record: dict, words: list[str]) -> bool:
     """Whether a cell that is done is given to its script, which repeats its results only if its images are the same."""
     roots = [config.flatten(of["config"]).get("data.root") or "" for of in (known, record)]
     return os.path.realpath(roots[0]) != os.path.realpath(roots[1]) or "resume=never" in words
+
+
+def devices_of(cfg: Config, configs: dict[str, dict]) -> list[str]:
+    """Where cells run, one at a time in each place: GPUs as CUDA_VISIBLE_DEVICES has them, `cpu`, or an empty text for
+    one place that is as it is.
+
+    Raises:
+        UserError: `devices` beside a launcher, or beside a cell that names its device.
+    """
+    named = {str(its.get("device", "auto")): cell for cell, its in configs.items()}
+    if not cfg.devices:
+        if cfg.launcher or named.keys() - {"auto", "cuda"}:
+            return [""]
+        visible, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+        ids = [str(number) for number in range(count)] if visible is None else visible.split(",")[:count]
+        return [name.strip() for name in ids] or [""]
+    if cfg.launcher:
+        raise errors.UserError("devices gives each cell one device, and launcher gives a cell several: remove one")
+    if fixed := next((name for name in named if name.startswith("cuda:")), None):
+        raise errors.UserError(f"{named[fixed]} has device={fixed}, but devices gives each cell its own: remove one")
+    return [*cfg.devices]
+
+
+def environment(device: str) -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": "" if device == "cpu" else device} if device else {}
+
+
+# -------------------------------------------------------------------- a cell
+
+
+def look(cell: Cell, top: Path, its_config: dict, policy: str) -> Work:
+    """What is there of a cell, and whether it counts."""
+    folder, note, script = top / cell.name, top / ".cells" / f"{cell.name}.json", scripts.path_of(cell.words[0])
+    pretrained = results_of(top / cell.needs) if cell.needs else None
+    record = {"script": cell.words[0], "config": its_config, "pretraining": pretrained and pretrained.read_text()}
+    known = read_note(note)
+    stale = another_version(made_by(folder, known), script) if known else ""
+    anew = known is not None and (is_another(known, record, cell.words) or (stale != "" and policy == "rerun"))
+    anew = anew or (known is None and cell.needs is not None and os.path.exists(note))  # whose results they are is lost
+    done = bool(known and results_of(folder) and not anew and not script_decides(known, record, cell.words))
+    version = known["version"] if known and not anew else code_version(script)
+    return Work(cell, folder, note, record, version, done, anew, stale)
+
+
+def make_ready(work: Work) -> str | None:
+    """Remove what has to go and write the note; returns why that cannot be done."""
+    if work.anew and (error := clear(work.folder)):
+        return error
+    with whole_file(work.note, durable=True) as file:
+        json.dump(work.record | {"version": work.version}, file)
+    return None
+
+
+def outcome_of(work: Work, error: str | None, metrics: list[str], outcomes: dict[str, Outcome]) -> Outcome:
+    """What a cell that is done or has ended gave, `error` if it failed."""
+    written = None if error else results_of(work.folder)
+    if written is None:
+        error = error or f"{work.cell.words[0]} wrote no results.json in {work.folder}"
+        print(f"    failed: {error} ({work.cell.name})", file=sys.stderr)
+        return failed(work, error)
+    results = with_numbers(read_results(written) or {}, metrics, written)
+    script = scripts.path_of(work.cell.words[0])
+    stale = another_version(made_by(work.folder, {"version": work.version}), script)
+    needs = work.cell.needs
+    return Outcome(results, config.flatten(work.record["config"]), bool(stale or (needs and outcomes[needs].stale)))
+
+
+def failed(work: Work, error: str) -> Outcome:
+    return Outcome({"error": error}, config.flatten(work.record["config"]))
 
 
 def results_of(folder: Path) -> Path | None:
