@@ -20,15 +20,24 @@ other value of a key that may change them, and its pretraining has the same resu
 not looked at again: after adding some, give also="resume=never". Results of another version of the code
 (runtime/version.py) are kept and marked with an asterisk, or made anew with stale=rerun.
 
-Writes runs/<run_name>/results.md and results.csv, and a run folder for every cell, heat maps in it. A cell that fails
-is in the table with its error, and the others still run.
+Several cells run at a time, one on each GPU of the machine, or on what `devices` has: `devices=cpu,cpu` runs two. Their
+progress is then in .cells/<cell>.log. A pretraining comes before what needs it. {name} stands for a value:
+
+    values: {parts: datasets/demo/scavport, archive: none}
+    pretraining: {simclr: "configs/simclr_scavport.yaml data.root={parts}", ...}
+
+`values.parts=/path/to/parts` then takes other images, and what has a value `none` is left out.
+
+Writes runs/<run_name>/results.html, a page with curves and heat maps that needs no other file, results.md and
+results.csv, and a run folder for every cell. In the tables the best of a row is bold where it is better than all others
+by more than chance (evaluation/sweep_winners.py). A cell that fails is in the table with its error, and the others
+still run.
 """
 
 import runtime.threads  # before torch
 
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -37,13 +46,14 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 
-from evaluation.sweep_table import Axes, Outcome, read_results, with_numbers, write_tables
+from evaluation.sweep_commands import NOTHING, filled, names_in, split, variants
+from evaluation.sweep_page import write_page
+from evaluation.sweep_table import Axes, Outcome, read_results, row_winners, with_numbers, write_tables
 from runtime import checkpoint, config, errors, scripts
 from runtime.files import REMOVING, empty, lock, locked, unlock, whole_file
 from runtime.values import PathText, Seed
@@ -55,8 +65,8 @@ class Config:
     pretraining: dict[str, str]  # name: a YAML of train_ssl.py with overrides, or the backbone's overrides
     detectors: dict[str, str]  # name: a YAML of train_anomaly.py with overrides, or a script with its words
     tasks: dict[str, str]  # name: overrides that say what data it is
-    values: dict[str, str | None] = field(default_factory=dict)
-    # {name} in a command stands for the words of the value `name`; a command with one that is none is left out
+    values: dict[str, str] = field(default_factory=dict)
+    # {name} in a command stands for the words of the value `name`; a command with a value `none` is left out
     also: str = ""  # further overrides for every command
     grid: dict = field(default_factory=dict)  # {key: list of values} of which every combination is run
     seeds: list[Seed] = field(default_factory=list)
@@ -69,10 +79,6 @@ class Config:
     launcher: str = ""  # for example torchrun --nproc_per_node=4, for one cell at a time; empty: one process for each
     runs: PathText = "runs"  # folder of all runs
     run_name: str  # folder below it; the name of the YAML file unless given
-
-
-MOST_VARIANTS = 10_000  # combinations of a grid's values
-NAME = r"\{([A-Za-z_]\w*)\}"  # of a value, in a command
 
 
 class Cell(NamedTuple):
@@ -134,9 +140,14 @@ def main(argv: list[str]) -> None:
                 log = work.note.with_suffix(".log") if several else None
                 running[scripts.Running(cell.words, cfg.launcher, server, environment(device), log)] = work, device
 
-    print(write_tables(top, cfg.run_name, axes, {c.name: outcomes[c.name] for c in cells}, cfg.metrics, cfg.mean))
+    outcomes = {cell.name: outcomes[cell.name] for cell in cells}  # the first that ended may be another
+    won = row_winners(top, axes, outcomes, cfg.metrics)
+    write_page(top, cfg.run_name, axes, outcomes, cfg.metrics, cfg.mean, won)
+    print(write_tables(top, cfg.run_name, axes, outcomes, cfg.metrics, cfg.mean, won))
     images = f"{top}/*/*/*{'/*' if cfg.seeds else ''}/heatmaps.png"
-    print(f"{top}/results.md, {top}/results.csv; images: {images}; curves: tensorboard --logdir {top}")
+    print(
+        f"{top}/results.html, {top}/results.md, {top}/results.csv; images: {images}; curves: tensorboard --logdir {top}"
+    )
     wrong = [name for name, outcome in outcomes.items() if "error" in outcome.results]
     stale = [name for name, outcome in outcomes.items() if outcome.stale]
     unlock(top)
@@ -163,47 +174,31 @@ def load(argv: list[str]) -> Config:
 
 
 def fill(cfg: Config) -> None:
-    """Put the values in the place of their names, and leave out what has one that is none; a line says so.
+    """Put the values in the place of their names, and leave out what has a value `none`; a line says so.
 
     Raises:
-        UserError: a name that no value has, `also` with a value that is none, or nothing is left of a section.
+        UserError: a name that no value has, `also` with a value `none`, or nothing is left of a section.
     """
-    out: dict[str, list[str]] = {}  # of each value that is none
+    out: dict[str, list[str]] = {}  # of each value `none`
     for section in ("pretraining", "detectors", "tasks"):
-        texts, kept = getattr(cfg, section), {}
+        texts, kept, lacking = getattr(cfg, section), {}, {}
         for name, text in texts.items():
-            if lacking := next((key for key in names_in(text, cfg.values) if cfg.values[key] is None), None):
-                out.setdefault(lacking, []).append(name)
+            if key := next((key for key in names_in(text, cfg.values) if cfg.values[key] == NOTHING), None):
+                lacking.setdefault(key, []).append(name)
             else:
                 kept[name] = filled(text, cfg.values)
         if texts and not kept:
-            raise errors.UserError(f"nothing is left of {section}: set {' or '.join(f'values.{key}' for key in out)}")
+            keys = " or ".join(f"values.{key}" for key in lacking)
+            raise errors.UserError(f"nothing is left of {section}: set {keys}")
         setattr(cfg, section, kept)
+        for key, names in lacking.items():
+            out.setdefault(key, []).extend(names)
     for key in names_in(cfg.also, cfg.values):
-        if cfg.values[key] is None:
-            raise errors.UserError(f"also={errors.cut(cfg.also)} needs values.{key}, which is none")
+        if cfg.values[key] == NOTHING:
+            raise errors.UserError(f"also={errors.cut(cfg.also)} needs values.{key}, which is {NOTHING}")
     cfg.also = filled(cfg.also, cfg.values)
     for key, names in out.items():
         print(f"left out, because values.{key} is not given: {', '.join(names)}", file=sys.stderr)
-
-
-def names_in(text: str, values: dict[str, str | None]) -> list[str]:
-    found = re.findall(NAME, text)
-    for name in found:
-        if name not in values:
-            known = ", ".join(values) or "none"
-            raise errors.UserError(f"`{errors.cut(text)}`: there is no values.{name}; there are {known}")
-    return found
-
-
-def filled(text: str, values: dict[str, str | None]) -> str:
-    """`text` with the values for their names: a word that is just a name becomes all of the value's words, a name
-    within a word the value as it stands, spaces included."""
-    words = []
-    for word in split(text):
-        alone = re.fullmatch(NAME, word)
-        words += split(values[alone[1]] or "") if alone else [re.sub(NAME, lambda m: values[m[1]] or "", word)]
-    return shlex.join(words)
 
 
 def plan(cfg: Config) -> tuple[Axes, list[Cell]]:
@@ -265,52 +260,6 @@ def varied(texts: dict[str, str], which: list[str], grid: dict) -> dict[str, tup
                 raise errors.UserError(f"two of the sweep's cells would be called {errors.cut(name + end)}: rename one")
             found[name + end] = split(text), words
     return found
-
-
-def split(text: str) -> list[str]:
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise errors.UserError(f"`{errors.cut(text)}` cannot be split into words: {error}") from None
-
-
-def variants(grid: dict) -> list[tuple[str, list[str]]]:
-    """(end of a run folder's name, words of a command line) of each combination; one of nothing for an empty grid.
-
-    `{"optim.lr": [0.03, 0.3], "method": ["byol"]}` gives `_lr-0.03_method-byol` with `optim.lr=0.03 method=byol`, ...
-    """
-    keys = [key.removesuffix(".name") for key in grid]
-    short = [key.rpartition(".")[2] for key in keys]
-    short = [last if short.count(last) == 1 else key for last, key in zip(short, keys)]
-    found, lists = [], [spelled(key, values) for key, values in grid.items()]
-    if math.prod(map(len, lists)) > MOST_VARIANTS:
-        raise errors.UserError(f"the grid has more than {MOST_VARIANTS} combinations of values: remove some")
-    for values in itertools.product(*lists):
-        name = "".join(f"_{key}-{value}" for key, value in zip(short, values))
-        found.append((folder_name(name), [f"{key}={value}" for key, value in zip(grid, values)]))
-    return found
-
-
-def spelled(key: str, values) -> list[str]:
-    """The values of one of the grid's keys as a command line spells them; a list in the list is one value."""
-    if isinstance(values, str):
-        values = [value.strip() for value in values.split(",") if value.strip()]
-    lists = [v if isinstance(v, list) else [v] for v in (values if isinstance(values, list) else [values])]
-    texts = [",".join(_text(part) for part in parts) for parts in lists]
-    if not texts or len({*texts}) < len(texts):
-        raise errors.UserError(f"grid.{errors.cut(key)}={errors.shown(values)} must be a list of different values")
-    return texts
-
-
-def _text(value) -> str:
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def folder_name(text: str) -> str:
-    """`text` as part of a folder's name on any system; a hash stands for characters that such a name
-    cannot have and for what is beyond 80 characters."""
-    safe = re.sub(r"[^\w.,+-]", "_", text)[:80]
-    return safe if safe == text else f"{safe}-{sha256(text.encode()).hexdigest()[:6]}"
 
 
 # -------------------------------------------------------------------- what is known before it runs
