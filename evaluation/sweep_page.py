@@ -205,13 +205,16 @@ def mean_roc(runs: list[Path]) -> list[tuple[float, float]]:
         try:
             with open(run / "test_scores.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 rows = [(int(row["label"]), float(row["score"])) for row in csv.DictReader(file)]
-            false, true, _ = roc_curve(*zip(*rows))
-        except (OSError, ValueError, KeyError, TypeError):  # none there, damaged, or no image at all
+        except (OSError, ValueError, KeyError, TypeError):  # none there, or damaged
             return []
-        if not np.isfinite([false, true]).all():  # one of the classes is not there
+        labels, scores = [label for label, _ in rows], [score for _, score in rows]
+        if {*labels} != {0, 1}:
             return []
-        levels = np.unique(false)
-        rates.append(np.interp(GRID, levels, [true[false == level].max() for level in levels]))
+        false, true, _ = roc_curve(labels, scores)
+        left = np.searchsorted(false, GRID, "right") - 1  # the highest point at or before each rate
+        right = np.minimum(left + 1, len(false) - 1)  # the lowest one after it
+        share = (GRID - false[left]) / np.maximum(false[right] - false[left], 1e-12)
+        rates.append(true[left] + share * (true[right] - true[left]))
     return [(0.0, 0.0), *zip(GRID.tolist(), np.mean(rates, 0).tolist())]
 
 

@@ -113,10 +113,8 @@ def lines_svg(
         y = top + 10 + 19 * number
         marks.append(f'<polyline points="{path}" {look}/>')
         marks.append(f'<polyline points="{LEGEND - 16:g},{y - 4:g} {LEGEND:g},{y - 4:g}" {look}/>')
-        note = (notes or {}).get(name, "")
-        marks.append(
-            _text(LEGEND + 6, y, f"{_short(name)} {note}".strip() if its else f"{_short(name)}: none", 12, INK)
-        )
+        note = (notes or {}).get(name, "") if its else "(none)"
+        marks.append(_text(LEGEND + 6, y, f"{_short(name)} {note}".strip(), 12, INK))
     return _svg(LEGEND + 210, max(top + height, top + 19 * len(points)) + 38, marks, title)
 
 
