@@ -208,7 +208,7 @@ def mean_roc(runs: list[Path]) -> list[tuple[float, float]]:
         except (OSError, ValueError, KeyError, TypeError):  # none there, or damaged
             return []
         labels, scores = [label for label, _ in rows], [score for _, score in rows]
-        if {*labels} != {0, 1}:
+        if {*labels} != {0, 1} or not np.isfinite(scores).all():
             return []
         false, true, _ = roc_curve(labels, scores)
         left = np.searchsorted(false, GRID, "right") - 1  # the highest point at or before each rate
