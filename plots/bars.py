@@ -112,6 +112,9 @@ def lines_svg(
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in its))
         y = top + 10 + 19 * number
         marks.append(f'<polyline points="{path}" {look}/>')
+        if len(its) == 1:
+            center = 'cx="{:.1f}" cy="{:.1f}"'.format(*at(*its[0]))
+            marks.append(f'<circle {center} r="3" fill="{color}"/>')  # a line of one point is not seen
         marks.append(f'<polyline points="{LEGEND - 16:g},{y - 4:g} {LEGEND:g},{y - 4:g}" {look}/>')
         note = (notes or {}).get(name, "") if its else "(none)"
         marks.append(_text(LEGEND + 6, y, f"{_short(name)} {note}".strip(), 12, INK))
