@@ -21,6 +21,8 @@ MEETS = """
     if Path("together").exists():  # each cell waits until two have begun
         while len([*Path(".").glob("seen_*")]) < 2:
             time.sleep(0.01)
+        while folder.parent.name == "pretraining" and not Path("seen_b_random").exists():  # which has to overtake
+            time.sleep(0.01)
     if Path("held").exists() and folder.parent.name == "b":
         print("held up", file=sys.stderr)
         Path(f"pid_{folder.name}").write_text(str(os.getpid()))
