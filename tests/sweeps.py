@@ -102,9 +102,10 @@ def rows_of(place) -> dict[str, dict]:
 
 
 def table_of(folder: Path) -> str:
-    """results.md without its links and marks."""
+    """results.md without its links and marks, which widen its columns."""
     text = (folder / "results.md").read_text()
-    return re.sub(r"\*\*|\[(.+?)\]\[\d+\]", lambda found: found[1] or "", text)
+    text = re.sub(r"\*\*|\[(.+?)\]\[\d+\]", lambda found: found[1] or "", text)
+    return re.sub(r" +\|", " |", text)
 
 
 def calls(place) -> dict[str, int]:
