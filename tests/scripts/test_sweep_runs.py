@@ -75,7 +75,7 @@ def test_results_of_another_version_are_marked_and_made_anew_on_demand(place, ca
     last, done = run(place, capfd)
     assert set(done.values()) == {"done"} and last["stale"] == names[1:]
     table = table_of(place / "runs" / "grid")
-    assert "| 0.100* | 0.100* |" in table and "stale=rerun" in table and "| mine  " in table
+    assert "| 0.100* | 0.100* |" in table and "stale=rerun" in table and "| mine |" in table
     rows = rows_of(place)
     assert [rows[name]["stale"] for name in names] == ["", "yes", "yes", "yes", "yes"]
     last, done = run(place, capfd, stale="rerun")
