@@ -20,15 +20,24 @@ other value of a key that may change them, and its pretraining has the same resu
 not looked at again: after adding some, give also="resume=never". Results of another version of the code
 (runtime/version.py) are kept and marked with an asterisk, or made anew with stale=rerun.
 
-Writes runs/<run_name>/results.md and results.csv, and a run folder for every cell, heat maps in it. A cell that fails
-is in the table with its error, and the others still run.
+Several cells run at a time, one on each GPU of the machine, or on what `devices` has: `devices=cpu,cpu` runs two. Their
+progress is then in .cells/<cell>.log. A pretraining comes before what needs it. {name} stands for a value:
+
+    values: {parts: datasets/demo/scavport, archive: none}
+    pretraining: {simclr: "configs/simclr_scavport.yaml data.root={parts}", ...}
+
+`values.parts=/path/to/parts` then takes other images, and what has a value `none` is left out.
+
+Writes runs/<run_name>/results.html, a page with curves and heat maps that needs no other file, results.md and
+results.csv, and a run folder for every cell. In the tables the best of a row is bold where it is better than all others
+by more than chance (evaluation/sweep_winners.py). A cell that fails is in the table with its error, and the others
+still run.
 """
 
 import runtime.threads  # before torch
 
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -37,11 +46,14 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from evaluation.sweep_table import Axes, Outcome, read_results, with_numbers, write_tables
+import torch
+
+from evaluation.sweep_commands import NOTHING, filled, names_in, split, variants
+from evaluation.sweep_page import write_page
+from evaluation.sweep_table import Axes, Outcome, read_results, row_winners, with_numbers, write_tables
 from runtime import checkpoint, config, errors, scripts
 from runtime.files import REMOVING, empty, lock, locked, unlock, whole_file
 from runtime.values import PathText, Seed
@@ -53,6 +65,8 @@ class Config:
     pretraining: dict[str, str]  # name: a YAML of train_ssl.py with overrides, or the backbone's overrides
     detectors: dict[str, str]  # name: a YAML of train_anomaly.py with overrides, or a script with its words
     tasks: dict[str, str]  # name: overrides that say what data it is
+    values: dict[str, str] = field(default_factory=dict)
+    # {name} in a command stands for the words of the value `name`; a command with a value `none` is left out
     also: str = ""  # further overrides for every command
     grid: dict = field(default_factory=dict)  # {key: list of values} of which every combination is run
     seeds: list[Seed] = field(default_factory=list)
@@ -60,12 +74,11 @@ class Config:
     stale: Literal["keep", "rerun"] = "keep"  # what happens to cells that another version of the code made
     metrics: list[str] = field(default_factory=lambda: ["image_auroc"])  # of results.json, rows of the table
     mean: bool = False  # add rows with the mean over the tasks, for one class after the other as the normal one
-    launcher: str = ""  # for example torchrun --nproc_per_node=4; empty: one process for each cell
+    devices: list[str] = field(default_factory=list)
+    # run a cell on each of these at a time: GPUs as CUDA_VISIBLE_DEVICES has them, or cpu; empty: all visible GPUs
+    launcher: str = ""  # for example torchrun --nproc_per_node=4, for one cell at a time; empty: one process for each
     runs: PathText = "runs"  # folder of all runs
     run_name: str  # folder below it; the name of the YAML file unless given
-
-
-MOST_VARIANTS = 10_000  # combinations of a grid's values
 
 
 class Cell(NamedTuple):
@@ -75,58 +88,71 @@ class Cell(NamedTuple):
     weights: str | None = "any"  # what backbone.weights must be in its config; any: nothing is required
 
 
+class Work(NamedTuple):
+    """A cell, and what its run folder holds before it runs."""
+
+    cell: Cell
+    folder: Path
+    note: Path  # says what is in the folder; not inside it, because resume=never removes that
+    record: dict  # what the note has to say: the script, its config, and what its pretraining came to
+    version: str  # of the code that is to end the cell, or has
+    is_done: bool
+    anew: bool  # what is in the folder has to go first
+    stale: str  # another version of the code that made what is there
+
+
 def main(argv: list[str]) -> None:
     cfg = load(argv)
     top, (axes, cells) = config.run_folder(cfg), plan(cfg)
     configs = check(cells)
+    free = devices_of(cfg, configs)
+    several = len(free) > 1
     lock(top, ".cells")
     server = multiprocessing.get_context("forkserver")  # each cell a fresh process, but torch and ours imported once
     ours = [name for name in sys.modules if (TOP / name.partition(".")[0] / "__init__.py").exists()]
     server.set_forkserver_preload(ours)
-    began, outcomes = time.perf_counter(), {}
-    for number, (name, words, needs, _) in enumerate(cells, 1):
-        folder, script = top / name, scripts.path_of(words[0])
-        # says what is in the folder; not inside it, because resume=never removes that
-        note = top / ".cells" / f"{name}.json"
-        keys = config.flatten(configs[name])
-        if needs and "error" in outcomes[needs].results:
-            outcomes[name] = Outcome({"error": f"its pretraining {needs} failed"}, keys)
-            continue
-        pretrained = results_of(top / needs) if needs else None
-        record = {"script": words[0], "config": configs[name], "pretraining": pretrained and pretrained.read_text()}
-        known = read_note(note)
-        stale = another_version(made_by(folder, known), script) if known else ""
-        anew = known is not None and (is_another(known, record, words) or (stale != "" and cfg.stale == "rerun"))
-        anew = anew or (known is None and needs is not None and os.path.exists(note))  # whose results they are is lost
-        if known and results_of(folder) and not anew and not script_decides(known, record, words):
-            say(number, cells, began, f"{name}: done before{stale and f', by {stale}; stale=rerun runs it anew'}")
-        else:
-            say(number, cells, began, f"{name}: python {shlex.join(words)}")
-            version = known["version"] if known and not anew else code_version(script)
-            error = clear(folder) if anew else None
-            if not error:
-                with whole_file(note, durable=True) as file:
-                    json.dump(record | {"version": version}, file)
-                error = scripts.run(words, cfg.launcher, server)
-            if error or not results_of(folder):
-                error = error or f"{words[0]} wrote no results.json in {folder}"
-                outcomes[name] = Outcome({"error": error}, keys)
-                print(f"    failed: {error}", file=sys.stderr)
+    began, waiting = time.perf_counter(), dict(enumerate(cells, 1))
+    outcomes: dict[str, Outcome] = {}
+    running: dict[scripts.Running, tuple[Work, str]] = {}  # and on which device
+    with scripts.ends_with_all(running.keys()):
+        while waiting or running:
+            ready = (n for n, cell in waiting.items() if cell.needs is None or cell.needs in outcomes)
+            number = next(ready, None) if free else None
+            if number is None:
+                ended = scripts.first_ended(running.keys())
+                work, device = running.pop(ended)
+                free.append(device)
+                outcomes[work.cell.name] = outcome_of(work, ended.error, cfg.metrics, outcomes)
                 continue
-            stale = another_version(made_by(folder, {"version": version}), script)
-        written = results_of(folder)
-        assert written is not None  # else it has failed, above
-        results = with_numbers(read_results(written) or {}, cfg.metrics, written)
-        outcomes[name] = Outcome(results, keys, bool(stale or (needs and outcomes[needs].stale)))
+            work = look(cell := waiting.pop(number), top, configs[cell.name], cfg.stale)
+            if cell.needs and "error" in outcomes[cell.needs].results:
+                outcomes[cell.name] = failed(work, f"its pretraining {cell.needs} failed")
+            elif work.is_done:
+                by = work.stale and f", by {work.stale}; stale=rerun runs it anew"
+                say(number, cells, began, f"{cell.name}: done before{by}")
+                outcomes[cell.name] = outcome_of(work, None, cfg.metrics, outcomes)
+            else:
+                say(number, cells, began, f"{cell.name}: python {shlex.join(cell.words)}")
+                if error := make_ready(work):
+                    outcomes[cell.name] = outcome_of(work, error, cfg.metrics, outcomes)
+                    continue
+                device = free.pop(0)
+                log = work.note.with_suffix(".log") if several else None
+                running[scripts.Running(cell.words, cfg.launcher, server, environment(device), log)] = work, device
 
-    print(write_tables(top, cfg.run_name, axes, outcomes, cfg.metrics, cfg.mean))
+    outcomes = {cell.name: outcomes[cell.name] for cell in cells}  # the first that ended may be another
+    won = row_winners(top, axes, outcomes, cfg.metrics)
+    write_page(top, cfg.run_name, axes, outcomes, cfg.metrics, cfg.mean, won)
+    print(write_tables(top, cfg.run_name, axes, outcomes, cfg.metrics, cfg.mean, won))
     images = f"{top}/*/*/*{'/*' if cfg.seeds else ''}/heatmaps.png"
-    print(f"{top}/results.md, {top}/results.csv; images: {images}; curves: tensorboard --logdir {top}")
-    failed = [name for name, outcome in outcomes.items() if "error" in outcome.results]
+    print(
+        f"{top}/results.html, {top}/results.md, {top}/results.csv; images: {images}; curves: tensorboard --logdir {top}"
+    )
+    wrong = [name for name, outcome in outcomes.items() if "error" in outcome.results]
     stale = [name for name, outcome in outcomes.items() if outcome.stale]
     unlock(top)
-    print(json.dumps({"cells": len(outcomes), "failed": failed, "stale": stale, "table": str(top / "results.md")}))
-    if failed:
+    print(json.dumps({"cells": len(outcomes), "failed": wrong, "stale": stale, "table": str(top / "results.md")}))
+    if wrong:
         sys.exit(1)
 
 
@@ -139,11 +165,40 @@ def load(argv: list[str]) -> Config:
     cfg = config.load(Config, [word for word in argv if not word.startswith("also=")])
     cfg.also = shlex.join(config.overlay(*map(split, [cfg.also, *further])))
     cfg.grid = config.flatten(cfg.grid)  # sections are dotted keys as well
+    fill(cfg)
     if "seeds" in cfg.grid:
         if cfg.seeds:
             raise errors.UserError("seeds and grid.seeds are the same key: give one of them")
         cfg.seeds = config.coerce(cfg.grid.pop("seeds"), list[Seed], "grid.seeds")
     return cfg
+
+
+def fill(cfg: Config) -> None:
+    """Put the values in the place of their names, and leave out what has a value `none`; a line says so.
+
+    Raises:
+        UserError: a name that no value has, `also` with a value `none`, or nothing is left of a section.
+    """
+    out: dict[str, list[str]] = {}  # of each value `none`
+    for section in ("pretraining", "detectors", "tasks"):
+        texts, kept, lacking = getattr(cfg, section), {}, {}
+        for name, text in texts.items():
+            if key := next((key for key in names_in(text, cfg.values) if cfg.values[key] == NOTHING), None):
+                lacking.setdefault(key, []).append(name)
+            else:
+                kept[name] = filled(text, cfg.values)
+        if texts and not kept:
+            keys = " or ".join(f"values.{key}" for key in lacking)
+            raise errors.UserError(f"nothing is left of {section}: set {keys}")
+        setattr(cfg, section, kept)
+        for key, names in lacking.items():
+            out.setdefault(key, []).extend(names)
+    for key in names_in(cfg.also, cfg.values):
+        if cfg.values[key] == NOTHING:
+            raise errors.UserError(f"also={errors.cut(cfg.also)} needs values.{key}, which is {NOTHING}")
+    cfg.also = filled(cfg.also, cfg.values)
+    for key, names in out.items():
+        print(f"left out, because values.{key} is not given: {', '.join(names)}", file=sys.stderr)
 
 
 def plan(cfg: Config) -> tuple[Axes, list[Cell]]:
@@ -205,52 +260,6 @@ def varied(texts: dict[str, str], which: list[str], grid: dict) -> dict[str, tup
                 raise errors.UserError(f"two of the sweep's cells would be called {errors.cut(name + end)}: rename one")
             found[name + end] = split(text), words
     return found
-
-
-def split(text: str) -> list[str]:
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise errors.UserError(f"`{errors.cut(text)}` cannot be split into words: {error}") from None
-
-
-def variants(grid: dict) -> list[tuple[str, list[str]]]:
-    """(end of a run folder's name, words of a command line) of each combination; one of nothing for an empty grid.
-
-    `{"optim.lr": [0.03, 0.3], "method": ["byol"]}` gives `_lr-0.03_method-byol` with `optim.lr=0.03 method=byol`, ...
-    """
-    keys = [key.removesuffix(".name") for key in grid]
-    short = [key.rpartition(".")[2] for key in keys]
-    short = [last if short.count(last) == 1 else key for last, key in zip(short, keys)]
-    found, lists = [], [spelled(key, values) for key, values in grid.items()]
-    if math.prod(map(len, lists)) > MOST_VARIANTS:
-        raise errors.UserError(f"the grid has more than {MOST_VARIANTS} combinations of values: remove some")
-    for values in itertools.product(*lists):
-        name = "".join(f"_{key}-{value}" for key, value in zip(short, values))
-        found.append((folder_name(name), [f"{key}={value}" for key, value in zip(grid, values)]))
-    return found
-
-
-def spelled(key: str, values) -> list[str]:
-    """The values of one of the grid's keys as a command line spells them; a list in the list is one value."""
-    if isinstance(values, str):
-        values = [value.strip() for value in values.split(",") if value.strip()]
-    lists = [v if isinstance(v, list) else [v] for v in (values if isinstance(values, list) else [values])]
-    texts = [",".join(_text(part) for part in parts) for parts in lists]
-    if not texts or len({*texts}) < len(texts):
-        raise errors.UserError(f"grid.{errors.cut(key)}={errors.shown(values)} must be a list of different values")
-    return texts
-
-
-def _text(value) -> str:
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def folder_name(text: str) -> str:
-    """`text` as part of a folder's name on any system; a hash stands for characters that such a name
-    cannot have and for what is beyond 80 characters."""
-    safe = re.sub(r"[^\w.,+-]", "_", text)[:80]
-    return safe if safe == text else f"{safe}-{sha256(text.encode()).hexdigest()[:6]}"
 
 
 # -------------------------------------------------------------------- what is known before it runs
@@ -319,6 +328,75 @@ def script_decides(known: dict, record: dict, words: list[str]) -> bool:
     """Whether a cell that is done is given to its script, which repeats its results only if its images are the same."""
     roots = [config.flatten(of["config"]).get("data.root") or "" for of in (known, record)]
     return os.path.realpath(roots[0]) != os.path.realpath(roots[1]) or "resume=never" in words
+
+
+def devices_of(cfg: Config, configs: dict[str, dict]) -> list[str]:
+    """Where cells run, one at a time in each place: GPUs as CUDA_VISIBLE_DEVICES has them, `cpu`, or an empty text for
+    one place that is as it is.
+
+    Raises:
+        UserError: `devices` beside a launcher, or beside a cell that names its device.
+    """
+    named = {str(its.get("device", "auto")): cell for cell, its in configs.items()}
+    if not cfg.devices:
+        if cfg.launcher or named.keys() - {"auto", "cuda"}:
+            return [""]
+        visible, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+        ids = [str(number) for number in range(count)] if visible is None else visible.split(",")[:count]
+        return [name.strip() for name in ids] or [""]
+    if cfg.launcher:
+        raise errors.UserError("devices gives each cell one device, and launcher gives a cell several: remove one")
+    if fixed := next((name for name in named if name.startswith("cuda:")), None):
+        raise errors.UserError(f"{named[fixed]} has device={fixed}, but devices gives each cell its own: remove one")
+    return [*cfg.devices]
+
+
+def environment(device: str) -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": "" if device == "cpu" else device} if device else {}
+
+
+# -------------------------------------------------------------------- a cell
+
+
+def look(cell: Cell, top: Path, its_config: dict, policy: str) -> Work:
+    """What is there of a cell, and whether it counts."""
+    folder, note, script = top / cell.name, top / ".cells" / f"{cell.name}.json", scripts.path_of(cell.words[0])
+    pretrained = results_of(top / cell.needs) if cell.needs else None
+    record = {"script": cell.words[0], "config": its_config, "pretraining": pretrained and pretrained.read_text()}
+    known = read_note(note)
+    stale = another_version(made_by(folder, known), script) if known else ""
+    anew = known is not None and (is_another(known, record, cell.words) or (stale != "" and policy == "rerun"))
+    anew = anew or (known is None and cell.needs is not None and os.path.exists(note))  # whose results they are is lost
+    done = bool(known and results_of(folder) and not anew and not script_decides(known, record, cell.words))
+    version = known["version"] if known and not anew else code_version(script)
+    return Work(cell, folder, note, record, version, done, anew, stale)
+
+
+def make_ready(work: Work) -> str | None:
+    """Remove what has to go and write the note; returns why that cannot be done."""
+    if work.anew and (error := clear(work.folder)):
+        return error
+    with whole_file(work.note, durable=True) as file:
+        json.dump(work.record | {"version": work.version}, file)
+    return None
+
+
+def outcome_of(work: Work, error: str | None, metrics: list[str], outcomes: dict[str, Outcome]) -> Outcome:
+    """What a cell that is done or has ended gave, `error` if it failed."""
+    written = None if error else results_of(work.folder)
+    if written is None:
+        error = error or f"{work.cell.words[0]} wrote no results.json in {work.folder}"
+        print(f"    failed: {error} ({work.cell.name})", file=sys.stderr)
+        return failed(work, error)
+    results = with_numbers(read_results(written) or {}, metrics, written)
+    script = scripts.path_of(work.cell.words[0])
+    stale = another_version(made_by(work.folder, {"version": work.version}), script)
+    needs = work.cell.needs
+    return Outcome(results, config.flatten(work.record["config"]), bool(stale or (needs and outcomes[needs].stale)))
+
+
+def failed(work: Work, error: str) -> Outcome:
+    return Outcome({"error": error}, config.flatten(work.record["config"]))
 
 
 def results_of(folder: Path) -> Path | None:

@@ -1,15 +1,21 @@
 """results.md and results.csv of a sweep."""
 
 import itertools
+import os
 import statistics
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
+from evaluation.sweep_winners import replicates, winner
 from evaluation.tables import csv_table, markdown_table, with_interval
 from runtime import checkpoint
 from runtime.files import whole_file
 
 OF_PRETRAINING = ["method", "steps", "loss", "knn20_top1", "seconds", "error"]  # columns of its own table
+STALE = "made by another version of the code (results.csv: stale, version); stale=rerun runs these cells anew"
+WON = "Bold: better than every other of its row by more than chance (evaluation/sweep_winners.py)."
+Winners = dict[tuple[str, str, str], str]  # {(task, detector, metric): pretraining}
 OF_THE_PLACE = ("runs", "run_name", "resume")  # keys that differ between cells and tell nothing
 
 
@@ -57,33 +63,63 @@ def with_numbers(results: dict, metrics: list[str], path: Path) -> dict:
 
 
 def write_tables(
-    folder: Path, title: str, axes: Axes, outcomes: dict[str, Outcome], metrics: list[str], mean: bool
+    folder: Path, title: str, axes: Axes, outcomes: dict[str, Outcome], metrics: list[str], mean: bool, won: Winners
 ) -> str:
-    """Write both files; returns the tables of results.md: a row per task, detector and metric, a column per
-    pretraining. results.csv has a row per cell, with all its single values and the keys in which cells differ."""
-    varied, rows = columns(axes.detectors), []
+    """Write both files; returns the tables of results.md without its links: a row per task, detector and metric, a
+    column per pretraining. results.csv has a row per cell, with all its single values and the keys in which cells
+    differ."""
+    with whole_file(folder / "results.md", durable=True) as file:
+        about = f"{what_is_shown(axes, mean)}. {WON}" if won else f"{what_is_shown(axes, mean)}."
+        file.write(f"# {title}\n\n{about}\n\n{tables(axes, outcomes, metrics, mean, won, linked=True)}")
+    differ = differing([outcome.config for outcome in outcomes.values()])
+    with whole_file(folder / "results.csv", durable=True) as file:
+        file.write(csv_table([csv_row(name, outcome, differ) for name, outcome in outcomes.items()]))
+    return tables(axes, outcomes, metrics, mean, won)
+
+
+def tables(
+    axes: Axes, outcomes: dict[str, Outcome], metrics: list[str], mean: bool, won: Winners, *, linked: bool = False
+) -> str:
+    """That of the pretraining runs and that of results, as Markdown; `linked`: each result to its run folder."""
+    varied, rows, links = columns(axes.detectors), [], []
     for task, (detector, words), metric in itertools.product(axes.tasks, axes.detectors.items(), metrics):
         shown = [cell(axes, outcomes, metric, f"{task}/{detector}/{name}") for name in axes.pretrainings]
         if any(text != "-" for text in shown):
+            for i, name in enumerate(axes.pretrainings):
+                if linked and shown[i] != "-" and not failed(axes, outcomes, where := f"{task}/{detector}/{name}"):
+                    links += [where] * (where not in links)
+                    shown[i] = f"[{shown[i]}][{links.index(where) + 1}]"
+                shown[i] = f"**{shown[i]}**" if won.get((task, detector, metric)) == name else shown[i]
             rows.append([task, detector, *values(varied, words), metric, *shown])
     rows += mean_rows(axes, outcomes, metrics) if mean else []
     table = markdown_table(["task", "detector", *varied, "metric", *axes.pretrainings], rows)
     if pretrained := pretraining_rows(axes, outcomes):
         table = markdown_table(["pretraining", *columns(axes.pretrainings), *OF_PRETRAINING], pretrained) + "\n" + table
     if any(outcome.stale for outcome in outcomes.values()):
-        table += "\n\\* made by another version of the code (results.csv: stale, version); "
-        table += "stale=rerun runs these cells anew\n"
+        table += f"\n\\* {STALE}\n"
+    targets = [f"[{number}]: <{quote(os.fsencode(where))}>\n" for number, where in enumerate(links, 1)]
+    return table + "\n" * bool(targets) + "".join(targets)
+
+
+def what_is_shown(axes: Axes, mean: bool) -> str:
     if axes.seeds:
-        brackets = "Mean ± standard deviation over seeds " + ", ".join(map(str, axes.seeds))
-    else:
-        brackets = "In brackets: 95 % bootstrap intervals over test images"
-        brackets += "; of a mean ± standard deviation over the tasks" if mean else ""
-    with whole_file(folder / "results.md", durable=True) as file:
-        file.write(f"# {title}\n\n{brackets}.\n\n{table}")
-    differ = differing([outcome.config for outcome in outcomes.values()])
-    with whole_file(folder / "results.csv", durable=True) as file:
-        file.write(csv_table([csv_row(name, outcome, differ) for name, outcome in outcomes.items()]))
-    return table
+        return "Mean ± standard deviation over seeds " + ", ".join(map(str, axes.seeds))
+    brackets = "In brackets: 95 % bootstrap intervals over test images"
+    return brackets + ("; of a mean ± standard deviation over the tasks" if mean else "")
+
+
+def row_winners(folder: Path, axes: Axes, outcomes: dict[str, Outcome], metrics: list[str]) -> Winners:
+    """{(task, detector, metric): pretraining} of the rows in which one is better than all others by more than
+    chance; those that failed are left out."""
+    found = {}
+    for task, detector in itertools.product(axes.tasks, axes.detectors):
+        names = [n for n in axes.pretrainings if not failed(axes, outcomes, f"{task}/{detector}/{n}")]
+        cells = {name: [f"{task}/{detector}/{name}{end}" for end in axes.ends] for name in names}
+        row = {name: [outcomes[cell].results for cell in its] for name, its in cells.items()}
+        drawn = replicates({name: [folder / cell for cell in its] for name, its in cells.items()}, metrics)
+        best = {metric: winner(metric, row, drawn.get(metric, {})) for metric in metrics}
+        found |= {(task, detector, metric): name for metric, name in best.items() if name}
+    return found
 
 
 def columns(names: dict[str, list[str]]) -> list[str]:
@@ -98,12 +134,18 @@ def values(keys: list[str], words: list[str]) -> list[str]:
 
 def cell(axes: Axes, outcomes: dict[str, Outcome], metric: str, name: str) -> str:
     """The metric of one cell: with its interval, or mean and deviation over the seeds."""
+    if error := failed(axes, outcomes, name):
+        return error
     found = [outcomes[name + end] for end in axes.ends]
-    if errors := [outcome.results["error"] for outcome in found if "error" in outcome.results]:
-        return errors[0]
     if axes.seeds:
         return spread([outcome.results.get(metric) for outcome in found], any(outcome.stale for outcome in found))
     return starred(with_interval(found[0].results, metric), found[0].stale)
+
+
+def failed(axes: Axes, outcomes: dict[str, Outcome], name: str) -> str | None:
+    """The first error of a cell's seeds."""
+    errors = [outcomes[name + end].results.get("error") for end in axes.ends]
+    return next(filter(None, errors), None)
 
 
 def mean_rows(axes: Axes, outcomes: dict[str, Outcome], metrics: list[str]) -> list[list[str]]:

@@ -1,15 +1,18 @@
-"""Charts as SVG, for pages: histograms with a limit, and bars of counts. Colors: plots/style.py."""
+"""Charts as SVG, for pages: histograms with a limit, bars of counts, and lines. Colors: plots/style.py."""
 
-from html import escape
+import math
 
 import numpy as np
 
 from plots.curves import bar_edges, ticks
+from plots.page import safe
 from plots.style import ALARM, GRID, INK, SOFT, USUAL
-from runtime.text import printable
 
 WIDTH, NAMES, NOTES, ROW, TOP = 760, 150, 130, 46, 44  # pixels: of a chart, its names and notes, a group, the title
 SHADES = ((95, 105, 115), (0, 130, 200), (170, 120, 190), (60, 160, 120), (210, 140, 60))  # of splits, in their order
+LINES = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (170, 90, 150), (95, 105, 115), (60, 170, 230), (120, 80, 40))
+DASHES = ("", "7 3", "2 3")  # of lines: when all colors are used, they come again with the next
+SIDES, PLOT, LEGEND = (250, 190), (48, 34), 330  # pixels of a plot of lines: its sides, its corner, where names begin
 
 
 def histogram_svg(
@@ -69,14 +72,70 @@ def bars_svg(title: str, counts: dict[str, list[int]], groups: list[str]) -> str
     return _svg(WIDTH, y + 4, marks, title)
 
 
+def lines_svg(
+    title: str,
+    lines: dict[str, list[tuple[float, float]]],
+    x_name: str,
+    y_name: str,
+    *,
+    notes: dict[str, str] | None = None,
+    unit: bool = False,
+) -> str:
+    """Lines {name: [(x, y), ...]} in one plot, their names on the right, in this order, a note behind each.
+
+    `unit`: both axes from 0 to 1, with a dashed diagonal; else they hold all finite points.
+    """
+    points = {name: [(x, y) for x, y in its if math.isfinite(x) and math.isfinite(y)] for name, its in lines.items()}
+    ends = [(0.0, 1.0), (0.0, 1.0)]
+    if not unit:
+        ends = [_ends([point[axis] for its in points.values() for point in its]) for axis in (0, 1)]
+    (width, height), (left, top) = SIDES, PLOT
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        share = [(value - low) / (high - low) for value, (low, high) in zip((x, y), ends)]
+        return left + share[0] * width, top + (1 - share[1]) * height
+
+    marks = [_text(0, 16, title, 15, INK)]
+    for value, text in ticks(*ends[0])[::2]:
+        x, _ = at(value, ends[1][0])
+        marks += [_line(x, top, x, top + height, GRID), _text(x, top + height + 15, text, 11, SOFT, "middle")]
+    for value, text in ticks(*ends[1]):
+        _, y = at(ends[0][0], value)
+        marks += [_line(left, y, left + width, y, GRID), _text(left - 6, y + 4, text, 11, SOFT, "end")]
+    marks.append(_text(left + width / 2, top + height + 30, x_name, 12, SOFT, "middle"))
+    marks.append(_text(left, top - 4, y_name, 12, SOFT))
+    if unit:
+        marks.append(_line(*at(0, 0), *at(1, 1), SOFT, dashed=True))
+    for number, (name, its) in enumerate(points.items()):
+        color, dash = _hex(LINES[number % len(LINES)]), DASHES[number // len(LINES) % len(DASHES)]
+        look = f'fill="none" stroke="{color}" stroke-width="2"' + (f' stroke-dasharray="{dash}"' if dash else "")
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in its))
+        y = top + 10 + 19 * number
+        marks.append(f'<polyline points="{path}" {look}/>')
+        if len(its) == 1:
+            center = 'cx="{:.1f}" cy="{:.1f}"'.format(*at(*its[0]))
+            marks.append(f'<circle {center} r="3" fill="{color}"/>')  # a line of one point is not seen
+        marks.append(f'<polyline points="{LEGEND - 16:g},{y - 4:g} {LEGEND:g},{y - 4:g}" {look}/>')
+        note = (notes or {}).get(name, "") if its else "(none)"
+        marks.append(_text(LEGEND + 6, y, f"{_short(name)} {note}".strip(), 12, INK))
+    return _svg(LEGEND + 210, max(top + height, top + 19 * len(points)) + 38, marks, title)
+
+
+def _ends(values: list[float]) -> tuple[float, float]:
+    """Of an axis."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    margin = 0.04 * (high - low) or 0.1 * max(abs(low), 1.0)
+    return low - margin, high + margin
+
+
 def _svg(width: float, height: float, marks: list[str], title: str) -> str:
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" role="img"'
-    return f'{head} aria-label="{_safe(title)}" font-family="sans-serif">{"".join(marks)}</svg>'
+    return f'{head} aria-label="{safe(title)}" font-family="sans-serif">{"".join(marks)}</svg>'
 
 
 def _text(x: float, y: float, text: str, size: int, color: tuple, anchor: str = "start") -> str:
     about = f'font-size="{size}" fill="{_hex(color)}" text-anchor="{anchor}"'
-    return f'<text x="{x:.1f}" y="{y:.1f}" {about}>{_safe(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" {about}>{safe(text)}</text>'
 
 
 def _box(x: float, y: float, width: float, height: float, color: tuple) -> str:
@@ -90,10 +149,6 @@ def _line(x0: float, y0: float, x1: float, y1: float, color: tuple, dashed: bool
 
 def _short(name: str) -> str:
     return name if len(name) <= 20 else f"{name[:9]}...{name[-8:]}"
-
-
-def _safe(text: str) -> str:
-    return escape(printable(text))
 
 
 def _hex(color: tuple) -> str:

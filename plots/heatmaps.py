@@ -150,6 +150,19 @@ def sheet(
     return paper
 
 
+def last_rows(paper: Image.Image, count: int) -> Image.Image:
+    """Of a sheet of two columns, images and heat maps of the last `count` rows below one another, without captions."""
+    block, line = 2 * TILE + 2 * GAP + CAPTION, TILE + GAP
+    lines = (paper.height - TOP - MARGIN + GAP) // line
+    places = [(MARGIN + column * block, TOP + at * line) for at in range(lines) for column in (0, 1)]
+    parts = [paper.crop((x, y, x + 2 * TILE + GAP, y + TILE)) for x, y in places]
+    parts = parts[: len(parts) - (len(parts) > 0 and set(parts[-1].getdata()) == {PAPER})]  # the last may not be there
+    cut = Image.new("RGB", (2 * TILE + GAP, max(1, len(parts[-count:]) * line - GAP)), PAPER)
+    for number, part in enumerate(parts[-count:]):
+        cut.paste(part, (0, number * line))
+    return cut
+
+
 def verdict_color(correct: bool | None) -> tuple[int, int, int]:
     return INK if correct is None else RIGHT if correct else WRONG
 

@@ -13,9 +13,11 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
+from multiprocessing import connection
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from runtime import config, signals
 from runtime.errors import UserError, cut, explain
@@ -67,58 +69,96 @@ def config_of(words: list[str]) -> dict | None:
         return config.as_dict(config.load(schema, words[1:]))
 
 
-def run(words: list[str], launcher: str, server) -> str | None:
-    """Run one command; returns its error as one line, or None. Its progress goes to the terminal.
+class Running:
+    """A command in a process of its own, which begins at once."""
 
-    SIGTERM and Ctrl-C are passed on, and raised here once the command has ended, a training after its step.
-    """
-    words = [str(path_of(words[0])), *words[1:]]
-    if launcher:
-        environment = os.environ | {SWEEP: f"{os.getpid()} {machine()}"}
-        try:  # in a session of its own, or Ctrl-C would reach it twice, which torchrun cannot take
-            command = [*shlex.split(launcher), *words]
-            started = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True, env=environment)
-        except (OSError, ValueError) as error:  # of shlex: a quotation mark that nothing closes
-            why = getattr(error, "strerror", None) or error
-            raise UserError(f"launcher={cut(launcher)} cannot be started: {why}") from None
-        with _passing_on(started.send_signal, started.wait):
-            status = started.wait()
-        return f"exit status {status}; run it by itself to see why" if status else None
-    receive, send = server.Pipe(duplex=False)
-    process = server.Process(target=call_script, args=(words, send))
-    with signals.blocked():  # also the server, whose end would be taken for the command's
-        process.start()
-    send.close()
-    with _passing_on(lambda number: os.kill(process.pid, number), process.join):
-        try:
-            error = receive.recv()
-        except EOFError:  # killed before it could report anything
-            process.join()
-            error = f"the process died (exit code {process.exitcode}); out of memory?"
-        process.join()
-    return error
+    def __init__(self, words: list[str], launcher: str, server, environment: dict[str, str], log: Path | None = None):
+        """
+        Args:
+            launcher: what the command is started with; empty: it is forked from `server`, a context of multiprocessing.
+            environment: variables that this command sees in place of ours.
+            log: file that gets its progress, after what is there; none: the terminal.
+
+        Raises:
+            UserError: there is no such script, or the launcher cannot be started.
+        """
+        words = [str(path_of(words[0])), *words[1:]]
+        self.process: Any = None  # of subprocess or multiprocessing
+        self.receive: connection.Connection | None = None  # what the latter sends
+        self.error: str | None = None
+        if launcher:
+            sees = os.environ | environment | {SWEEP: f"{os.getpid()} {machine()}"}
+            try:  # in a session of its own, or Ctrl-C would reach it twice, which torchrun cannot take
+                command = [*shlex.split(launcher), *words]
+                self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True, env=sees)
+            except (OSError, ValueError) as error:  # of shlex: a quotation mark that nothing closes
+                why = getattr(error, "strerror", None) or error
+                raise UserError(f"launcher={cut(launcher)} cannot be started: {why}") from None
+            return
+        self.receive, send = server.Pipe(duplex=False)
+        self.process = server.Process(target=call_script, args=(words, send, environment, log))
+        with signals.blocked():  # also the server, whose end would be taken for the command's
+            self.process.start()
+        send.close()
+
+    def send_signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
+
+    def wait(self) -> str | None:
+        """Until it has ended; returns its error as one line, or None."""
+        if self.receive is None:
+            status = self.process.wait()
+            self.error = f"exit status {status}; run it by itself to see why" if status else None
+            return self.error
+        if not self.receive.closed:
+            try:
+                self.error = self.receive.recv()
+            except EOFError:  # killed before it could report anything
+                self.process.join()
+                self.error = f"the process died (exit code {self.process.exitcode}); out of memory?"
+            self.process.join()
+            self.receive.close()
+        return self.error
+
+
+def first_ended(running: Collection[Running]) -> Running:
+    """Wait until one of the commands has ended, and return it. With a launcher there may be no others."""
+    ended = next(iter(running))
+    if len(running) > 1:
+        ready = connection.wait([command.receive for command in running if command.receive])
+        ended = next(command for command in running if command.receive in ready)
+    ended.wait()
+    return ended
 
 
 @contextlib.contextmanager
-def _passing_on(send: Callable[[int], object], wait: Callable[[], object]) -> Iterator[None]:
-    """A SIGTERM or Ctrl-C that comes inside is passed on by `send(number)`, and raised after `wait()`."""
+def ends_with_all(running: Collection[Running]) -> Iterator[None]:
+    """A SIGTERM or Ctrl-C that comes inside is passed on to all that are `running` by then, a SIGTERM at any other
+    error, and raised once they have ended, a training after its step."""
     try:
         yield
-    except KeyboardInterrupt as stopped:
-        with contextlib.suppress(ProcessLookupError):
-            send(getattr(stopped, "number", signal.SIGINT))
-        wait()
+    except BaseException as stopped:
+        own = signal.SIGINT if isinstance(stopped, KeyboardInterrupt) else signal.SIGTERM
+        for command in running:
+            command.send_signal(getattr(stopped, "number", own))
+        for command in running:
+            command.wait()
         raise
 
 
-def call_script(words: list[str], send) -> None:
+def call_script(words: list[str], send, environment: dict[str, str], log: Path | None) -> None:
     """In a fresh process: `main` of the script, its errors sent back as one line."""
     error, sys.argv = None, words
+    os.environ.update(environment)
     if (sweep := multiprocessing.parent_process()) and sweep.pid:
         end_with(sweep.pid)
     code_version(words[0])  # read before the script is, so that it is the version of what runs
     try:
         signals.listen()
+        if log is not None:
+            with open(log, "ab", buffering=0) as file:
+                os.dup2(file.fileno(), sys.stderr.fileno())
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             module_of(words[0]).main(words[1:])
     except SystemExit as problem:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import sweep
@@ -98,6 +99,13 @@ def cells_of(place, words=(), **keys):
 def rows_of(place) -> dict[str, dict]:
     with open(place / "runs" / "grid" / "results.csv", newline="") as file:
         return {row["run"]: row for row in csv.DictReader(file)}
+
+
+def table_of(folder: Path) -> str:
+    """results.md without its links and marks, which widen its columns."""
+    text = (folder / "results.md").read_text()
+    text = re.sub(r"\*\*|\[(.+?)\]\[\d+\]", lambda found: found[1] or "", text)
+    return re.sub(r" +\|", " |", text)
 
 
 def calls(place) -> dict[str, int]:

@@ -19,7 +19,7 @@ from runtime.values import BelowOne, PathText, PositiveInt, Seed
 
 FOLDERS = {"train": ("train",), "validation": ("val", "validation"), "test": ("test",)}  # of each split
 LAYOUT = "expected <root>/{train,val,test}/<class>/*.jpg (val may be missing) or <root>/<class>/*.jpg"
-SWEEP = "configs/sweeps/scavport_one_vs_all.yaml takes each in turn"
+SWEEP = "configs/sweeps/sweep_scavport.yaml takes each in turn"
 
 
 class ScavPortClass(Dataset):

@@ -297,7 +297,7 @@ SWEEP = """
 import multiprocessing, sys
 from runtime import scripts
 
-scripts.run([sys.argv[1]], sys.argv[2], multiprocessing.get_context("fork"))
+scripts.Running([sys.argv[1]], sys.argv[2], multiprocessing.get_context("fork"), {}).wait()
 """
 LIGHT_CELL = """
 import os, signal, time
@@ -366,7 +366,7 @@ def test_there_are_a_hundred_kills():
 @pytest.mark.parametrize(("launcher", "why"), [("torchrun '", "No closing quotation"), ("/nowhere", "No such file")])
 def test_a_launcher_that_cannot_be_started_is_one_line(launcher, why):
     with pytest.raises(UserError, match=rf"launcher={launcher} cannot be started: {why}"):
-        scripts.run(["train_ssl.py"], launcher, None)
+        scripts.Running(["train_ssl.py"], launcher, None, {})
 
 
 def test_a_sweep_on_another_machine_or_in_another_container_is_not_looked_for(monkeypatch):

@@ -282,7 +282,9 @@ from runtime import errors, scripts
 
 def main(argv):
     server = multiprocessing.get_context("forkserver")
-    print(scripts.run(argv, "", server), "and went on", file=sys.stderr)
+    running = [scripts.Running(argv, "", server, {})]
+    with scripts.ends_with_all(running):
+        print(scripts.first_ended(running).error, "and went on", file=sys.stderr)
 
 if __name__ == "__main__":
     errors.run(main)
@@ -305,7 +307,7 @@ def test_a_sweep_waits_for_its_cell_to_be_saved(tmp_path):
     """The cell here signals the sweep, as a person would, and ends once it has got the same signal from it."""
     (tmp_path / "cell.py").write_text(CELL)
     path = tmp_path / "script.py"
-    path.write_text(SWEEP.replace("scripts.run(argv,", "scripts.run([argv[0], str(os.getpid()), argv[1]],"))
+    path.write_text(SWEEP.replace("Running(argv,", "Running([argv[0], str(os.getpid()), argv[1]],"))
     end = end_of([str(path), str(tmp_path / "cell.py"), str(tmp_path / "file")], tmp_path, NEVER)
     assert (end.status, len(end.lines)) == ([143], 1), end.stderr
     assert (tmp_path / "file").read_text() == "saved"

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from plots.bars import bars_svg, histogram_svg
+from plots.bars import LINES, bars_svg, histogram_svg, lines_svg
 from plots.style import ALARM, USUAL
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -39,3 +39,32 @@ def test_bars_are_as_long_as_the_counts():
     lengths = [float(box.get("width")) for box in boxes[2:]]  # after the key
     assert len(lengths) == 3 and lengths == pytest.approx([lengths[0], lengths[0] / 4, lengths[0] / 2], abs=0.1)
     assert {"40", "10", "0", "20", "train", "test", "a"} <= set(texts)
+
+
+def polylines(svg):
+    """Those in the plot, each [(x, y), ...], without the keys beside the names; and what each looks like."""
+    lines = list(ElementTree.fromstring(svg).iter(f"{SVG}polyline"))[::2]
+    pairs = [[tuple(map(float, pair.split(","))) for pair in line.get("points").split()] for line in lines]
+    return pairs, [(line.get("stroke"), line.get("stroke-dasharray")) for line in lines]
+
+
+def test_lines_are_where_their_points_are():
+    svg = lines_svg("ROC", {"a": [(0, 0), (0.5, 0.8), (1, 1)], "b<&": []}, "x", "y", notes={"a": "0.7"}, unit=True)
+    (a, b), _ = polylines(svg)
+    assert b == [] and {"a 0.7", "b<& (none)", "x", "y", "ROC"} <= set(drawn(svg)[0])
+    assert a[2][0] - a[0][0] == pytest.approx(250) and a[0][1] - a[2][1] == pytest.approx(190)
+    assert a[1] == pytest.approx((a[0][0] + 125, a[0][1] - 0.8 * 190), abs=0.1)
+
+
+@pytest.mark.parametrize("values", [[], [(1, 3.0)], [(1, 2.0), (2, 2.0)], [(0, 1e-12), (1e9, 1e12)], [(1, -5.0)]])
+def test_few_points(values):
+    points = [*values, (2, float("nan")), (float("inf"), 1)]
+    svg = lines_svg("Loss", {"a": points}, "step", "loss")
+    (line,), _ = polylines(svg)
+    assert svg.count("<circle") == (len(values) == 1)
+    assert len(line) == len(values) and all(48 <= x <= 298 and 34 <= y <= 224 for x, y in line)
+
+
+def test_many_lines_look_different():
+    _, looks = polylines(lines_svg("Loss", {str(i): [(0, 0), (1, i)] for i in range(3 * len(LINES))}, "x", "y"))
+    assert len({*looks}) == len(looks)

@@ -17,6 +17,7 @@ from evaluation.knn import knn_scores
 from evaluation.sweep_table import Axes, Outcome, mean_rows
 from runtime.errors import UserError
 from tests.images import write_classes, write_mvtec
+from tests.sweeps import table_of
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +199,7 @@ def test_sweep(images, tmp_path, capfd):
     out, err = run()
     top = tmp_path / "runs" / "grid"
     assert json.loads(out.splitlines()[-1])["failed"] == ["part/embedding/broken", "part/patchcore/broken"]
-    table = (top / "results.md").read_text()
+    table = table_of(top)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert ["task", "detector", "metric", "random", "simclr", "broken"] in rows
     cell = json.loads((top / "part" / "patchcore" / "simclr" / "results.json").read_text())
@@ -230,7 +231,7 @@ def test_sweep_measures_backbones_themselves(images, tmp_path, capfd):
     capfd.readouterr()
     cells = tmp_path / "runs" / "grid" / "stripes" / "knn" / "random"
     a, b = (json.loads((cells / f"seed{seed}/eval_knn/results.json").read_text()) for seed in (0, 1))
-    assert f"{(a['top1'] + b['top1']) / 2:.3f}" in (tmp_path / "runs" / "grid" / "results.md").read_text()
+    assert f"{(a['top1'] + b['top1']) / 2:.3f}" in table_of(tmp_path / "runs" / "grid")
     sweep.main([str(path)])
     assert capfd.readouterr().err.count("done before") == 2
     features = [evaluate_once(images, tmp_path / name, seed) for name, seed in (("x", 0), ("y", 0), ("z", 1))]
@@ -254,7 +255,7 @@ def test_sweep_over_seeds(images, tmp_path, capfd):
     path.write_text("\n".join(line for line in text.splitlines() if "broken" not in line) + "\nseeds: [3, 4]\n")
     sweep.main([str(path)])
     top = tmp_path / "runs" / "grid"
-    rows = [[c.strip() for c in line.strip("|").split("|")] for line in (top / "results.md").read_text().splitlines()]
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in table_of(top).splitlines()]
     values = {}
     for task in ("again", "part"):
         for seed in (3, 4):
@@ -269,7 +270,7 @@ def test_sweep_over_seeds(images, tmp_path, capfd):
     means = [(values["again", seed] + values["part", seed]) / 2 for seed in (3, 4)]
     shown = next(row for row in rows if row[:3] == ["mean", "patchcore", "aupro"])
     assert shown[4] == f"{np.mean(means):.3f} ± {abs(means[1] - means[0]) / 2**0.5:.3f}"
-    assert "over seeds 3, 4" in (top / "results.md").read_text()
+    assert "over seeds 3, 4" in table_of(top)
     assert json.loads(capfd.readouterr().out.splitlines()[-1]) == {
         "cells": 2 + 8, "failed": [], "stale": [], "table": str(top / "results.md")
     }  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 
 import sweep
 from runtime import version
-from tests.sweeps import SCRIPT, YAML, calls, edit, make, rows_of, write
+from tests.sweeps import SCRIPT, YAML, calls, edit, make, rows_of, table_of, write
 
 
 @pytest.fixture
@@ -74,13 +74,13 @@ def test_results_of_another_version_are_marked_and_made_anew_on_demand(place, ca
     edit(place / "my_test.py")
     last, done = run(place, capfd)
     assert set(done.values()) == {"done"} and last["stale"] == names[1:]
-    table = (place / "runs" / "grid" / "results.md").read_text()
-    assert "| 0.100* | 0.100* |" in table and "stale=rerun" in table and "| mine  " in table
+    table = table_of(place / "runs" / "grid")
+    assert "| 0.100* | 0.100* |" in table and "stale=rerun" in table and "| mine |" in table
     rows = rows_of(place)
     assert [rows[name]["stale"] for name in names] == ["", "yes", "yes", "yes", "yes"]
     last, done = run(place, capfd, stale="rerun")
     assert done == dict.fromkeys(names, "run") | {"pretraining/mine": "done"} and last["stale"] == []
-    assert "*" not in (place / "runs" / "grid" / "results.md").read_text()
+    assert "*" not in table_of(place / "runs" / "grid")
     assert rows_of(place)["part/a/mine"]["version"] == version.code_version(place / "my_test.py") != made_by
 
     edit(place / "my_train.py")
@@ -98,7 +98,7 @@ def test_one_stale_seed_marks_the_mean(place, capfd):
     path = place / "runs" / "grid" / "part" / "a" / "random" / "seed1" / "results.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": "bc5813abcd"}))
     assert run(place, capfd, **keys)[0]["stale"] == ["part/a/random/seed1"]
-    table = (place / "runs" / "grid" / "results.md").read_text()
+    table = table_of(place / "runs" / "grid")
     assert table.count("| 0.300 ± 0.000* |") == 2  # the cell, and the mean over the tasks
 
 
@@ -118,7 +118,7 @@ def test_what_was_begun_by_another_version_is_not_resumed_with_rerun(place, capf
 
 def test_the_tables_show_the_keys_that_differ(place, capfd):
     run(place, capfd, grid={"optim.lr": [0.5, 0.7], "seeds": [0, 1]})
-    lines = (place / "runs" / "grid" / "results.md").read_text().splitlines()
+    lines = table_of(place / "runs" / "grid").splitlines()
     table = [[text.strip() for text in line.strip("|").split("|")] for line in lines]
     assert ["pretraining", "optim.lr", "method", "steps", "loss", "knn20_top1", "seconds", "error"] in table
     assert ["mine_lr-0.7/seed1", "0.7"] in [row[:2] for row in table]
@@ -131,7 +131,7 @@ def test_the_tables_show_the_keys_that_differ(place, capfd):
     assert rows["part/a/mine_lr-0.7/seed1"]["backbone.weights"] == "pretraining/mine_lr-0.7/seed1"
 
     run(place, capfd, grid={"k": [3, 4]}, pretraining={"random": ""}, detectors={"a": "my_test.py x.yaml"}, mean=True)
-    lines = (place / "runs" / "grid" / "results.md").read_text().splitlines()
+    lines = table_of(place / "runs" / "grid").splitlines()
     table = [[text.strip() for text in line.strip("|").split("|")] for line in lines]
     assert ["task", "detector", "k", "metric", "random"] in table
     assert ["part", "a_k-4", "4", "image_auroc", "0.400"] in table
