@@ -141,6 +141,16 @@ class Log:
                 shutil.rmtree(self.folder / "00000" / key, ignore_errors=True)  # of a run before, else torch prints
                 self.writer.add_embedding(points.float(), **about)
 
+    def mesh(self, key: str, vertices: Tensor, colors: Tensor, faces: Tensor) -> None:
+        """A surface that can be turned: vertices (N, 3), their colors uint8 (N, 3), triangles int (F, 3) of them."""
+        if self.writer:
+            tag, description = tag_of(key)
+            parts = [part[None].cpu().numpy() for part in (vertices.float(), colors, faces)]
+            seen = {"material": {"cls": "MeshStandardMaterial", "side": 2, "roughness": 1.0, "metalness": 0.0}}
+            with self._writing():
+                made = summary.mesh(printable(tag), *parts, config_dict=seen, description=description)
+                self.writer.file_writer.add_summary(made, 0)
+
     def say(self, line: str) -> None:
         """A line for the person at the terminal, on stderr: stdout's last line is the results."""
         if self.writer:
