@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
 
 from evaluation.inspect.landscape import Direction, filter_norm, learned
@@ -30,31 +30,42 @@ def hessian_times(loss: RunLoss) -> Callable[[list[Tensor]], list[Tensor]]:
             slopes = torch.autograd.grad(loss.of(batch) * share, weights, create_graph=True, materialize_grads=True)
             products = [(slope * v).sum() for slope, v in zip(slopes, vector) if slope.requires_grad]
             if products:
-                for part, whole in zip(_derivative(sum(products), weights), total):
+                parts = torch.autograd.grad(sum(products), weights, materialize_grads=True)
+                for part, whole in zip(parts, total):
                     whole += part
         return total
 
     return times
 
 
-def _derivative(value: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
-    try:
-        return torch.autograd.grad(value, weights, materialize_grads=True)
-    except RuntimeError as error:
-        if "once_differentiable" not in str(error):
-            raise
-        raise UserError("this loss has no second derivative here: use directions=random and eigenvalues=0") from None
+def require_second_derivative(loss: RunLoss) -> None:
+    """UserError for a loss with a hand-written gradient, as DINO's: the product would silently lack its derivative."""
+    waiting, met = [loss.of(loss.batches[0]).grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in met:
+            continue
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            raise UserError(
+                f"the loss of {loss.name} has no second derivative here, only a hand-written first one: use "
+                "directions=random and eigenvalues=0"
+            )
+        met.add(node)
+        waiting += [following for following, _ in node.next_functions]
 
 
 def leading(loss: RunLoss, count: int, seed: int) -> tuple[list[float], list[Direction]]:
     """The largest eigenvalues of the Hessian, descending, and their eigenvectors, each as long as a random direction of
     `evaluation.inspect.landscape`, so that a shift of 1 is as far in both.
 
-    Lanczos iterations with restarts (ARPACK's), from a seeded vector.
+    Lanczos iterations with restarts (ARPACK's), from a seeded vector. If the loss `reestimates`, once before that.
 
     Raises:
-        UserError: no convergence, or fewer weights than that.
+        UserError: no convergence, fewer weights than that, or a loss without second derivative.
     """
+    require_second_derivative(loss)
+    if loss.reestimates:
+        loss.reestimate()
     times, weights = hessian_times(loss), learned(loss.network)
     sizes = [weight.numel() for weight in weights.values()]
     length, example = sum(sizes), next(iter(weights.values()))
@@ -72,8 +83,8 @@ def leading(loss: RunLoss, count: int, seed: int) -> tuple[list[float], list[Dir
     try:
         about = {"v0": start, "tol": TOLERANCE, "maxiter": MOST_RESTARTS, "ncv": min(length, max(20, 2 * count + 1))}
         values, vectors = eigsh(operator, count, which="LA", **about)
-    except ArpackNoConvergence:
-        raise UserError(f"the {count} largest eigenvalues did not converge: ask for fewer, or more images") from None
+    except ArpackError as error:
+        raise UserError(f"no {count} largest eigenvalues of {loss.name}: {error}; ask for fewer") from None
     scale, order = filter_norm(weights), np.argsort(-values)
     directions = []
     for i in order:

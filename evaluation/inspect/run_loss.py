@@ -40,9 +40,11 @@ class RunLoss:
     Attributes:
         name: of the run. network: on its device. batches: all there are. images: names of the images in them.
         note: what the user should know of it.
-        still: a part of the network whose statistics of BatchNorm nobody estimates anew: an EMA target.
+        reestimates: whether `measure` first estimates BatchNorm's statistics anew.
+        still: a part of the network whose statistics stay even then: an EMA target.
     """
 
+    reestimates = False
     still: nn.Module | None = None
     note = ""
 
@@ -53,9 +55,16 @@ class RunLoss:
         """The mean loss of a batch, differentiable."""
         raise NotImplementedError
 
+    def value(self) -> tuple[float, float]:
+        """As `measure`, with the statistics as they are."""
+        raise NotImplementedError
+
+    @torch.no_grad()
     def measure(self) -> tuple[float, float]:
         """The mean loss over all images, and the share of them that is classified correctly (NaN without classes)."""
-        raise NotImplementedError
+        if self.reestimates:
+            self.reestimate()
+        return self.value()
 
     @torch.no_grad()
     def reestimate(self) -> None:
@@ -85,8 +94,7 @@ class ClassifierLoss(RunLoss):
         (images,), labels = batch
         return self.criterion(self.network(images), soft_targets(labels, self.n_classes))
 
-    @torch.no_grad()
-    def measure(self) -> tuple[float, float]:
+    def value(self) -> tuple[float, float]:
         logits = torch.cat([self.network(images) for (images,), _ in self.batches]).double()  # (N, C)
         labels = torch.cat([labels for _, labels in self.batches])  # (N,)
         loss = self.criterion(logits, soft_targets(labels, self.n_classes))
@@ -108,8 +116,7 @@ class PretextLoss(RunLoss):
             torch.manual_seed(self.seed)
             return self.network(views, labels)[0]
 
-    @torch.no_grad()
-    def measure(self) -> tuple[float, float]:
+    def value(self) -> tuple[float, float]:
         return float(torch.stack([self.of(batch).double() for batch in self.batches]).mean()), float("nan")
 
 
@@ -121,6 +128,7 @@ def load_loss(
     data: DataConfig | None = None,
     split: str = "train",
     batch_size: int | None = None,
+    reestimates: bool = False,
     seed: int = 0,
 ) -> RunLoss:
     """The loss of a run of train_classifier.py or train_ssl.py.
@@ -131,6 +139,7 @@ def load_loss(
             the run has learned from.
         data: where other images are to be taken than the run's own.
         batch_size: images per forward; None: the run's own. The value of a contrastive loss depends on it.
+        reestimates: BatchNorm's statistics, before each measurement.
         seed: of the order in which a pretraining's images make batches.
 
     Raises:
@@ -143,10 +152,13 @@ def load_loss(
     dataset = build_dataset(data, split)
     name = file.parent.name if file.stem == "last" else f"{file.parent.name}/{file.stem}"
     if "head" in state["config"]:
-        return _classifier(name, file, state, dataset, device, **about)
-    if "method" in state["config"]:
-        return _pretext(name, file, state, dataset, device, **about, seed=seed)
-    raise UserError(f"{file} is of neither train_classifier.py nor train_ssl.py, whose losses this can measure")
+        loss = _classifier(name, file, state, dataset, device, **about)
+    elif "method" in state["config"]:
+        loss = _pretext(name, file, state, dataset, device, **about, seed=seed)
+    else:
+        raise UserError(f"{file} is of neither train_classifier.py nor train_ssl.py, whose losses this can measure")
+    loss.reestimates = reestimates
+    return loss
 
 
 def _classifier(

@@ -10,7 +10,6 @@ is. The same command resumes a killed one. Writes landscape.csv, contours.png or
 TensorBoard events to eval_landscape/ in the first run's folder.
 """
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,25 +19,22 @@ from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
 from data import DataConfig
-from evaluation.inspect import landscape
+from evaluation.inspect import landscape, landscape_report
 from evaluation.inspect.hessian import leading
 from evaluation.inspect.landscape import COLUMNS, Direction
+from evaluation.inspect.landscape_report import Measured
 from evaluation.inspect.run_loss import RunLoss, load_loss
-from evaluation.tables import csv_table, markdown_table
-from plots.heatmaps import save as save_image
-from plots.landscape import Landscape, Scale, contour_image, curve_image, surface
 from runtime import checkpoint, config, distributed
 from runtime.errors import UserError, cut
-from runtime.files import whole_file
 from runtime.integrity import checksum
 from runtime.log import Log
 from runtime.values import FewOrZero, PathText, PositiveFloat, PositiveInt, Range, Seed
 from runtime.version import code_version
 
 FOLDER = "eval_landscape"
+SPHERE = 1000  # after the seed of the grid's directions comes that of the sharpness's
 
 
 @dataclass(kw_only=True)
@@ -64,52 +60,52 @@ class Config:
     out: PathText | None = None  # folder; none: eval_landscape/ in that of the first run
 
 
-@dataclass
-class Plan:
-    """What is measured of one run."""
-
-    loss: RunLoss
-    clean: tuple[float, float]  # loss and accuracy where it stands
-    start: dict[str, Tensor]  # the network's state
-    directions: list[Direction]
-    eigenvalues: list[float]
-    marks: list[tuple[float, float, str]]  # positions of networks
-
-
 def run(cfg: Config) -> None:
     began, device = time.perf_counter(), distributed.setup(cfg.device)
     dimensions = check(cfg)
     options = {"images": cfg.images, "data": cfg.data, "split": cfg.split, "batch_size": cfg.batch_size}
-    losses = [load_loss(path, device, **options, seed=cfg.seed) for path in cfg.runs]
-    others = [load_loss(path, device, **options, seed=cfg.seed) for path in cfg.to]
-    named_apart(losses, cfg.runs)
-    same_images(losses)
-    like(losses[0], others, cfg)
-    cleans = [measured_clean(loss, cfg) for loss in losses]  # also finds what cannot work before the folder is touched
+    options |= {"reestimates": cfg.norms == "reestimated", "seed": cfg.seed}
+    losses, others = ([load_loss(path, device, **options) for path in paths] for paths in (cfg.runs, cfg.to))
+    require_comparable(losses, others, cfg)
+    cleans = [measured_clean(loss) for loss in losses]  # what cannot work is found before the folder is touched
 
     axis = landscape.axis_between if cfg.to else landscape.symmetric_axis
     axes = [axis(cfg.points, cfg.extent)] * dimensions
-    grid = landscape.grid_of(*axes)  # (P, D)
-    fresh = {"grid": rows(len(losses), len(grid)), "around": rows(len(losses), 2 * cfg.draws)}
-    fresh["networks"] = [checksum(loss.network.state_dict()) for loss in (*losses, *others)]
+    state = {"grid": rows(len(losses), cfg.points**dimensions), "around": rows(len(losses), 2 * cfg.draws)}
+    state["networks"] = [checksum(loss.network.state_dict()) for loss in (*losses, *others)]
     folder = Path(cfg.out) if cfg.out else checkpoint.file_of(cfg.runs[0]).parent / FOLDER
     about = {"schema": Config, "resume": cfg.resume, "images": {"names": losses[0].images}}
     saved = checkpoint.open_run(folder, config.as_dict(cfg), **about)
-    state = resumed(saved, fresh, folder)
+    if saved and saved.get("networks") != state["networks"]:
+        raise UserError(f"the networks of {folder} changed since it began: resume=never starts it anew")
+    state |= {key: saved[key] for key in state} if saved else {}
     log = Log(folder, cfg)
     for loss in losses:
-        log.say(f"{loss.name}: {len(loss.images)} images of {cfg.split}, {len(grid)} points")
+        log.say(f"{loss.name}: {len(loss.images)} images of {cfg.split}, {cfg.points**dimensions} points")
         if loss.note:
             log.say(f"note: {loss.note}")
 
-    keep = partial(save, folder, cfg, losses[0], state)
-    plans = []
-    for i, (loss, clean) in enumerate(zip(losses, cleans)):
+    save = partial(checkpoint.save, folder / checkpoint.LAST, {}, config=config.as_dict(cfg), names=losses[0].images)
+    measured = []
+    for i, (loss, (clean, accuracy)) in enumerate(zip(losses, cleans)):
+        grid, around = state["grid"][i], state["around"][i]
         with landscape.restored(loss.network) as start:
-            plan = planned(cfg, dimensions, loss, clean, start, others, folder / f"hessian_{i}.pt", saved is not None)
-            measure(cfg, plan, grid, state["grid"][i], state["around"][i], keep, device)
-        plans.append(plan)
-    finish(cfg, log, plans, axes, state, began)
+            values, found = hessian(cfg, dimensions, loss, folder / f"hessian_{i}.pt", saved is not None)
+            directions, marks = found[:dimensions], [(0.0, 0.0, "")]
+            if others:
+                directions, marks = to_others(loss, start, others)
+            elif cfg.directions == "random":
+                weights = landscape.learned(loss.network)
+                directions = [landscape.random_direction(weights, cfg.seed + axis) for axis in range(dimensions)]
+            measure(cfg, loss, start, directions, landscape.grid_of(*axes), grid, around, partial(save, **state))
+        about = {"loss": clean, "accuracy": accuracy, "grid": grid, "around": around, "radius": cfg.radius}
+        measured.append(Measured(name=loss.name, **about, eigenvalues=values, marks=marks))
+
+    results = {"task": "landscape", "runs": landscape_report.write(log, measured, axes, axis_names(cfg, measured[0]))}
+    results |= {"points": cfg.points, "dimensions": dimensions, "n_images": len(losses[0].images)}
+    results |= {"processes": distributed.world_size(), "seconds": time.perf_counter() - began}
+    log.results(results | {"version": code_version()})
+    distributed.cleanup()
 
 
 def check(cfg: Config) -> int:
@@ -134,100 +130,64 @@ def check(cfg: Config) -> int:
     return len(cfg.to)
 
 
-def named_apart(losses: list[RunLoss], paths: list[str]) -> None:
-    """Runs of one name get their paths as names."""
-    if len({loss.name for loss in losses}) < len(losses):
-        for loss, path in zip(losses, paths):
-            loss.name = str(path)
-
-
-def same_images(losses: list[RunLoss]) -> None:
-    """UserError when the runs would not be measured on the same images."""
+def require_comparable(losses: list[RunLoss], others: list[RunLoss], cfg: Config) -> None:
+    """UserError when the runs would not be measured on the same images, or a network of `to` has other weights than the
+    run by name or shape. Runs of one name get their paths as names."""
     for loss in losses[1:]:
         if sorted(loss.images) != sorted(losses[0].images):
             raise UserError(
                 f"{loss.name} and {losses[0].name} have other images, and one scale needs the same: set data, or "
                 "split=test"
             )
+    shapes = [shapes_of(loss) for loss in (losses[0], *others)]
+    for other, its, path in zip(others, shapes[1:], cfg.to):
+        if type(other) is not type(losses[0]) or its != shapes[0]:
+            raise UserError(
+                f"to={cut(path)} is another kind of network than {losses[0].name}, so there is no line between them"
+            )
+    if len({loss.name for loss in (*losses, *others)}) < len(losses) + len(others):
+        for loss, path in zip((*losses, *others), (*cfg.runs, *cfg.to)):
+            loss.name = path
 
 
-def like(loss: RunLoss, others: list[RunLoss], cfg: Config) -> None:
-    """UserError when a network of `to` has other weights than the run's by name or shape."""
-    shapes = {name: tensor.shape for name, tensor in loss.network.state_dict().items()}
-    for other, path in zip(others, cfg.to):
-        its = {name: tensor.shape for name, tensor in other.network.state_dict().items()}
-        if type(other) is not type(loss) or its != shapes:
-            raise UserError(f"to={cut(path)} is another kind of network than {loss.name}, so there is no line between")
+def shapes_of(loss: RunLoss) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in loss.network.state_dict().items()}
 
 
-def measured_clean(loss: RunLoss, cfg: Config) -> tuple[float, float]:
+def measured_clean(loss: RunLoss) -> tuple[float, float]:
     """Loss and accuracy of a run as it is."""
     with landscape.restored(loss.network), distributed.alone():
-        return measure_here(loss, cfg.norms)
-
-
-def measure_here(loss: RunLoss, norms: str) -> tuple[float, float]:
-    if norms == "reestimated":
-        loss.reestimate()
-    return loss.measure()
+        return loss.measure()
 
 
 def rows(runs: int, points: int) -> Tensor:
+    """Nothing is measured yet."""
     return torch.full((runs, points, COLUMNS), torch.nan, dtype=torch.float64)
 
 
-def resumed(saved: dict | None, fresh: dict, folder: Path) -> dict:
-    """What a killed task has measured, or nothing yet."""
-    if saved is None:
-        return fresh
-    if saved.get("networks") != fresh["networks"]:
-        raise UserError(f"the networks of {folder} changed since it began: resume=never starts it anew")
-    return {key: saved[key] for key in fresh}
+def to_others(
+    loss: RunLoss, start: dict[str, Tensor], others: list[RunLoss]
+) -> tuple[list[Direction], list[tuple[float, float, str]]]:
+    """The directions to one or two other networks, and where all of them are."""
+    ways = [landscape.between(start, other.network.state_dict()) for other in others]
+    marks = [(0.0, 0.0, loss.name), (1.0, 0.0, others[0].name)]
+    if len(others) == 1:
+        return ways, marks
+    second, x = landscape.plane(*ways, landscape.learned(loss.network))
+    return [ways[0], second], [*marks, (x, 1.0, others[1].name)]
 
 
-def save(folder: Path, cfg: Config, loss: RunLoss, state: dict) -> None:
-    about = {"config": config.as_dict(cfg), "names": loss.images}
-    checkpoint.save(folder / checkpoint.LAST, {}, **about, **state)
-
-
-def planned(
-    cfg: Config,
-    dimensions: int,
-    loss: RunLoss,
-    clean: tuple[float, float],
-    start: dict[str, Tensor],
-    others: list[RunLoss],
-    file: Path,
-    resumes: bool,
-) -> Plan:
-    """The directions of one run; the Hessian's are in `file` when the task resumes."""
-    weights, eigenvalues, found = landscape.learned(loss.network), [], []
-    wanted = max(cfg.eigenvalues, dimensions if cfg.directions == "hessian" else 0)
-    if wanted:
-        eigenvalues, found = hessian(cfg, loss, wanted, file, resumes)
-    marks = [(0.0, 0.0, "")]
-    if others:
-        ways = [landscape.between(start, other.network.state_dict()) for other in others]
-        marks = [(0.0, 0.0, loss.name), (1.0, 0.0, others[0].name)]
-        directions = ways[:1]
-        if len(others) == 2:
-            second, x = landscape.plane(*ways, weights)
-            directions.append(second)
-            marks.append((x, 1.0, others[1].name))
-    elif cfg.directions == "hessian":
-        directions = found[:dimensions]
-    else:
-        directions = [landscape.random_direction(weights, cfg.seed + i) for i in range(dimensions)]
-    return Plan(loss, clean, start, directions, eigenvalues[: cfg.eigenvalues or wanted], marks)
-
-
-def hessian(cfg: Config, loss: RunLoss, wanted: int, file: Path, resumes: bool) -> tuple[list[float], list[Direction]]:
-    """Eigenvalues and directions at the run itself, kept in `file`, from which all ranks have the same."""
+def hessian(
+    cfg: Config, dimensions: int, loss: RunLoss, file: Path, resumes: bool
+) -> tuple[list[float], list[Direction]]:
+    """The largest eigenvalues and their directions at the run itself, as many as are asked for; kept in `file`, from
+    which all ranks have the same."""
+    count = max(cfg.eigenvalues, dimensions if cfg.directions == "hessian" else 0)
+    if not count:
+        return [], []
     if not (resumes and file.exists()):
         with landscape.restored(loss.network), distributed.alone():
-            if cfg.norms == "reestimated":
-                loss.reestimate()
-            values, directions = leading(loss, wanted, cfg.seed)
+            values, directions = leading(loss, count, cfg.seed)
         checkpoint.save(file, {}, config={}, eigenvalues=values, directions=directions)
     distributed.barrier()
     stored, device = checkpoint.load(file), loss.batches[0][1].device
@@ -237,95 +197,33 @@ def hessian(cfg: Config, loss: RunLoss, wanted: int, file: Path, resumes: bool) 
 
 def measure(
     cfg: Config,
-    plan: Plan,
+    loss: RunLoss,
+    start: dict[str, Tensor],
+    directions: list[Direction],
+    positions: Tensor,
     grid: Tensor,
-    found: Tensor,
     around: Tensor,
-    keep: Callable[[], None],
-    device: torch.device,
+    save: Callable[[], None],
 ) -> None:
-    """Fill the rows of one run's grid, and of the points around it."""
-    loss, weights = plan.loss, {name: plan.start[name] for name in landscape.learned(plan.loss.network)}
-    sphere: dict[int, Direction] = {}  # the last direction of it, for its two sides
+    """Fill what is missing of one run's rows of the grid, and of the points around it for the sharpness."""
+    weights, drawn = {name: start[name] for name in landscape.learned(loss.network)}, {}
 
     def to_grid(point: int) -> None:
-        landscape.move(loss.network, plan.start, plan.directions, grid[point].tolist())
+        landscape.move(loss.network, start, directions, positions[point].tolist())
 
     def to_sphere(point: int) -> None:
         number, side = divmod(point, 2)
-        if number not in sphere:
-            sphere.clear()
-            sphere[number] = landscape.random_direction(weights, cfg.seed + 1000 + number)
-        landscape.move(loss.network, plan.start, [sphere[number]], [cfg.radius * (1 - 2 * side)])
+        if number not in drawn:  # a direction has two sides
+            drawn.clear()
+            drawn[number] = landscape.random_direction(weights, cfg.seed + SPHERE + number)
+        landscape.move(loss.network, start, [drawn[number]], [cfg.radius * (1 - 2 * side)])
 
-    here = partial(measure_here, loss, cfg.norms)
-    landscape.walk(found, to_grid, here, keep, device, f"{loss.name}: grid")
-    landscape.walk(around, to_sphere, here, keep, device, f"{loss.name}: sharpness")
-
-
-def finish(cfg: Config, log: Log, plans: list[Plan], axes: list[Tensor], state: dict, began: float) -> None:
-    """Table, CSV, images, surfaces and results."""
-    drawn, described, cells = [], [], []
-    for plan, found, around in zip(plans, state["grid"], state["around"]):
-        loss, accuracy = plan.clean
-        row = {"run": plan.loss.name, "loss": loss, "accuracy": None if math.isnan(accuracy) else accuracy}
-        row |= landscape.sharpness(loss, around) if cfg.draws else {}
-        row |= {"eigenvalues": plan.eigenvalues} if plan.eigenvalues else {}
-        row |= {"lowest": float(found[:, 0].nan_to_num(math.inf).min()), "seconds_per_point": float(found[:, 2].mean())}
-        described.append(row)
-        cells += [
-            {"run": plan.loss.name, **dict(zip("xy", position)), "loss": at, "accuracy": right}
-            for position, (at, right, _) in zip(landscape.grid_of(*axes).tolist(), found.tolist())
-        ]
-        shape = [len(axis) for axis in axes[::-1]]
-        about = {"name": plan.loss.name, "note": note_of(row, cfg), "marks": plan.marks}
-        y = axes[1] if len(axes) == 2 else None
-        drawn.append(Landscape(x=axes[0], y=y, loss=found[:, 0].view(shape), **about))  # (Y, X)
-    names = axis_names(cfg, plans)
-    if len(axes) == 2:
-        image, file, key = contour_image(drawn, *names), "contours.png", "landscape"
-        scale = Scale([each.loss for each in drawn])
-        for each in drawn:
-            log.mesh(f"landscape/surface/{each.name}", *surface(each, scale))
-    else:
-        image, file, key = curve_image(drawn, names[0]), "curves.png", "landscape/curves"
-    log.image(key, pil_to_tensor(image))
-    table = markdown_table(*described_table(described, cfg))
-    log.text("landscape/table", table)
-    log.say(table)
-    if distributed.is_main():
-        save_image(image, log.folder / file)
-        with whole_file(log.folder / "landscape.csv") as csv:
-            csv.write(csv_table(cells))
-    results = {"task": "landscape", "runs": described, "points": cfg.points, "dimensions": len(axes)}
-    results |= {"directions": "networks" if cfg.to else cfg.directions, "n_images": len(plans[0].loss.images)}
-    seconds = time.perf_counter() - began
-    log.results(results | {"processes": distributed.world_size(), "seconds": seconds, "version": code_version()})
-    distributed.cleanup()
+    for found, place, what in ((grid, to_grid, "grid"), (around, to_sphere, "sharpness")):
+        landscape.walk(found, place, loss.measure, save, loss.batches[0][1].device, f"{loss.name}: {what}")
 
 
-def note_of(row: dict, cfg: Config) -> str:
-    parts = [f"loss {row['loss']:.3g}"]
-    parts += [] if row["accuracy"] is None else [f"accuracy {row['accuracy']:.3f}"]
-    parts += [f"rise at {cfg.radius:g}: {row['rise']:.2g}"] if "rise" in row else []
-    parts += [f"eigenvalue {row['eigenvalues'][0]:.3g}"] if "eigenvalues" in row else []
-    return ", ".join(parts)
-
-
-def axis_names(cfg: Config, plans: list[Plan]) -> tuple[str, str]:
+def axis_names(cfg: Config, first: Measured) -> tuple[str, str]:
     if cfg.to:
-        return f"from {plans[0].loss.name} (0) to {plans[0].marks[1][2]} (1)", "orthogonal to it, to the third network"
+        return f"from {first.name} (0) to {first.marks[1][2]} (1)", "orthogonal to it, to the third network"
     kind = {"random": "random direction", "hessian": "eigenvector"}[cfg.directions]
     return f"shift along {kind} 1", f"shift along {kind} 2"
-
-
-def described_table(described: list[dict], cfg: Config) -> tuple[list[str], list[list[str]]]:
-    """Header and rows for people."""
-    header = ["run", "loss", "accuracy", "lowest on the grid", f"mean rise at {cfg.radius:g}", "largest eigenvalues"]
-    body = []
-    for row in described:
-        rise = f"{row['rise']:.4g} ± {row['rise_error']:.2g}" if "rise" in row else "-"
-        accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
-        values = ", ".join(f"{value:.4g}" for value in row.get("eigenvalues", [])) or "-"
-        body.append([row["run"], f"{row['loss']:.5g}", accuracy, f"{row['lowest']:.5g}", rise, values])
-    return header, body
