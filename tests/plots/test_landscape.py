@@ -88,20 +88,6 @@ def test_what_is_no_number_is_grey_and_ends_a_curve():
     broken.loss[0, 0] = torch.inf
     image = contour_image([broken], "x", "y")
     assert pixel(image, 0.97, 0.97) == pixel(image, -0.99, -0.99) == UNKNOWN
-    assert (
-        curve_image([line([1.0, 2.0, float("nan"), 2.0, 1.0]), line([1.0, 1.5, 2.0, 3.0, 4.0], "b")], "x").width > 600
-    )
-
-
-def test_scales():
-    assert not Scale([torch.tensor([1.0, 9.0])]).is_log and Scale([torch.tensor([1.0, 10.0])]).is_log
-    assert not Scale([torch.tensor([0.0, 10.0])]).is_log
-    flat = Scale([torch.full((3,), 2.0)])
-    assert flat.share(torch.tensor([2.0])).tolist() == pytest.approx([0.5]) and flat.levels()
-    nothing = Scale([torch.tensor([float("nan")])])
-    assert (nothing.low, nothing.high) == (0, 1)
-    values = torch.tensor([0.5, 5.0, 50.0, float("inf")])
-    assert Scale([values]).share(values).tolist()[:3] == pytest.approx([0, 0.5, 1])
     image = curve_image([line([1.0, 2.0, float("nan"), float("nan"), 2.0, 1.0])], "x")
     top, left = 40 + 26, LEFT + MARGIN
     drawn = (np.asarray(image)[top + 2 : top + HIGH - 2, left + 2 : left + WIDE - 2] == SHADES[0]).all(-1).any(0)
