@@ -63,7 +63,7 @@ def write(log: Log, measured: list[Measured], axes: list[Tensor], names: tuple[s
     log.text("landscape/table", table)
     log.say(table)
     cells = [
-        {"run": each.name, **dict(zip("xy", at)), "loss": loss, "accuracy": accuracy}
+        {"run": each.name, **dict(zip("xy", at)), "loss": loss, "accuracy": None if math.isnan(accuracy) else accuracy}
         for each in measured
         for at, (loss, accuracy, _) in zip(grid_of(*axes).tolist(), each.grid.tolist())
     ]

@@ -98,6 +98,8 @@ def test_two_processes_have_the_grid_of_one(place, further):
     keys = ("loss", "rise", "lowest", "eigenvalues")
     for mine, theirs in zip(one["runs"], two["runs"]):
         assert [mine.get(key) for key in keys] == [theirs.get(key) for key in keys]
+    for row, grid in zip(one["runs"], grid_of(place, f"one{further[0]}")):
+        assert row["loss"] == float(grid[len(grid) // 2, 0])
     assert (one["processes"], two["processes"]) == (1, 2)
 
 
