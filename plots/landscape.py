@@ -19,6 +19,7 @@ from plots.style import GRID, INK, PAPER, RIM, SOFT, font, write
 PLOT, LEFT, TOP, BELOW, FINE = 408, 56, 96, 62, 2  # pixels: side of a plot, around it; drawn so many times as large
 BAR, BAR_ROOM, ROW = 22, 110, 3  # pixels of the color bar, and it with its numbers; plots in a row
 WIDE, HIGH = 760, 380  # pixels of the curves
+MOST = 255  # points of a surface along an axis
 UNKNOWN = (150, 190, 190)  # where the loss is no number
 
 
@@ -178,12 +179,14 @@ def curve_image(landscapes: list[Landscape], x_name: str) -> Image.Image:
 
 
 def surface(each: Landscape, scale: Scale) -> tuple[Tensor, Tensor, Tensor]:
-    """Vertices (N, 3), y upwards, in a box of side 2; their colors uint8 (N, 3); triangles int32 (F, 3)."""
+    """Vertices (N, 3) in a box of side 2, x to the right, the loss upwards, y away; their colors uint8 (N, 3);
+    triangles int32 (F, 3). Of larger grids every second point, or fewer: TensorBoard numbers vertices in 16 bits."""
     assert each.y is not None
-    rows, columns = each.loss.shape
-    share = scale.share(each.loss).nan_to_num(1.0)
+    loss = each.loss[:: -(-len(each.y) // MOST), :: -(-len(each.x) // MOST)]
+    rows, columns = loss.shape
+    share = scale.share(loss).nan_to_num(1.0)
     y, x = torch.meshgrid(*(torch.linspace(-1, 1, n, dtype=torch.float64) for n in (rows, columns)), indexing="ij")
-    vertices = torch.stack([x, share * 1.4 - 0.7, y], dim=-1).reshape(-1, 3)  # (N, 3)
+    vertices = torch.stack([x, share * 1.4 - 0.7, -y], dim=-1).reshape(-1, 3)  # (N, 3)
     colors = colorize(share).permute(1, 2, 0).reshape(-1, 3)  # (N, 3)
     corner = (torch.arange(rows - 1)[:, None] * columns + torch.arange(columns - 1)).flatten()  # (F / 2,)
     halves = [torch.stack([corner, corner + columns, corner + 1], 1)]

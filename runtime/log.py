@@ -32,6 +32,15 @@ WITHOUT_METADATA = {
     "histo": ("histograms", DataClass.DATA_CLASS_TENSOR),
 }
 
+SCENE = {  # of a mesh: seen from above, lit from above, both sides of its triangles
+    "camera": {"cls": "PerspectiveCamera", "fov": 60, "position": [1.2, 1.8, 2.6], "lookAt": [0, 0, 0]},
+    "lights": [
+        {"cls": "AmbientLight", "color": "#ffffff", "intensity": 0.8},
+        {"cls": "DirectionalLight", "color": "#ffffff", "intensity": 0.3, "position": [1, 3, 2]},
+    ],
+    "material": {"cls": "MeshStandardMaterial", "side": 2, "roughness": 1, "metalness": 0},
+}
+
 
 class Log:
     """What a run shows: `scalars` to TensorBoard and metrics.jsonl, images, text, and the final results.
@@ -142,13 +151,12 @@ class Log:
                 self.writer.add_embedding(points.float(), **about)
 
     def mesh(self, key: str, vertices: Tensor, colors: Tensor, faces: Tensor) -> None:
-        """A surface that can be turned: vertices (N, 3), their colors uint8 (N, 3), triangles int (F, 3) of them."""
+        """A surface to turn: vertices (N, 3), fewer than 2^16; their colors uint8 (N, 3); triangles int (F, 3)."""
         if self.writer:
             tag, description = tag_of(key)
-            parts = [part[None].cpu().numpy() for part in (vertices.float(), colors, faces)]
-            seen = {"material": {"cls": "MeshStandardMaterial", "side": 2, "roughness": 1.0, "metalness": 0.0}}
+            parts = [part[None].cpu().numpy() for part in (vertices.float(), colors, faces)]  # (1, N, 3), ...
             with self._writing():
-                made = summary.mesh(printable(tag), *parts, config_dict=seen, description=description)
+                made = summary.mesh(printable(tag), *parts, config_dict=SCENE, description=description)
                 self.writer.file_writer.add_summary(made, 0)
 
     def say(self, line: str) -> None:

@@ -121,4 +121,15 @@ def test_a_surface_covers_its_square_in_triangles():
     corners = vertices[faces.long()][..., [0, 2]]  # (F, 3, 2)
     (ax, ay), (bx, by) = ((corners[:, i] - corners[:, 0]).T for i in (1, 2))
     areas = (ax * by - ay * bx).abs() / 2
+    front, back = vertices[:7], vertices[-7:]  # the lowest and the highest y
+    assert (
+        (front[:, 2] == 1).all() and (back[:, 2] == -1).all() and front[:, 0].tolist() == sorted(front[:, 0].tolist())
+    )
     assert float(areas.sum()) == pytest.approx(4) and float(areas.min()) == pytest.approx(float(areas.max()))
+
+
+def test_a_surface_has_no_more_vertices_than_tensorboard_can_number():
+    axis = torch.linspace(-1, 1, 301, dtype=torch.float64)
+    large = Landscape(name="", note="", x=axis, y=axis[:5], loss=axis.expand(5, -1) + 2, marks=[])
+    vertices, _, faces = surface(large, Scale([large.loss]))
+    assert len(vertices) == 5 * 151 and int(faces.max()) == len(vertices) - 1
