@@ -190,7 +190,6 @@ def _pretext(
     if not len(ids):
         raise UserError(f"{len(order)} images make no batch of {batch_size} ({file}): raise images, or set batch_size")
     method, views, remark = load_method(file, state, dataset)
-    method.check_views(len(views(dataset[0][0][None], torch.zeros(1, dtype=torch.int64), epoch=0)))
     decoded = _decoded(dataset, ids, batch_size, device)
     batches = [(views(pixels, numbers, epoch=0), labels) for pixels, labels, numbers in decoded]
     loss = PretextLoss(name, _on(method, device), batches, [dataset.names[i] for i in ids.tolist()], seed=seed)
