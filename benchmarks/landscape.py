@@ -3,8 +3,7 @@
     python -m benchmarks.landscape [--write]          # --write: benchmarks/results/landscape.md (landscape_cuda.md)
 
 A point of `task=landscape` moves all weights along two directions and measures the loss of a classifier. "Several at
-once" passes stacked weights of K points through torch.func's vmap, of which moving is left out; it takes the same
-images. On a CPU seconds are CPU seconds of one thread, which other programs on the machine change little; all take
+once" moves K copies of them and passes all through torch.func's vmap, with the same images. On a CPU seconds are CPU seconds of one thread, which other programs on the machine change little; all take
 turns, and the fastest turn of each counts.
 """
 
@@ -69,6 +68,11 @@ def measure(name: str, size: int, images: int, stacked: bool, device: torch.devi
 
     def several(stack: dict[str, Tensor]) -> None:
         with torch.no_grad():
+            for name, rows in stack.items():
+                for row in rows:
+                    row.copy_(start[name])
+                    for direction in directions if name in directions[0] else ():
+                        row.add_(direction[name], alpha=0.01)
             forward(stack)
 
     calls: dict[str, tuple[int, Callable[[], None]]] = {"one": (1, one)}

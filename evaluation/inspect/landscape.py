@@ -111,11 +111,12 @@ def move(network: nn.Module, start: dict[str, Tensor], directions: list[Directio
     """Put the network at start + the sum of position_i direction_i; at 0 it is `start` bit for bit. Variances, which
     beyond two networks may become negative, stop at 0."""
     for name, tensor in network.state_dict().items():
-        value = start[name].clone()
+        tensor.copy_(start[name])
         for x, direction in zip(position, directions):
             if x and name in direction:
-                value.add_(direction[name], alpha=x)
-        tensor.copy_(value.clamp_(min=0) if name.endswith("running_var") else value)
+                tensor.add_(direction[name], alpha=x)
+        if name.endswith("running_var"):
+            tensor.clamp_(min=0)
 
 
 def walk(
