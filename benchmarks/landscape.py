@@ -3,8 +3,9 @@
     python -m benchmarks.landscape [--write]          # --write: benchmarks/results/landscape.md (landscape_cuda.md)
 
 A point of `task=landscape` moves all weights along two directions and measures the loss of a classifier. "Several at
-once" moves K copies of them and passes all through torch.func's vmap, with the same images. On a CPU seconds are CPU seconds of one thread, which other programs on the machine change little; all take
-turns, and the fastest turn of each counts.
+once" moves K copies of them and passes all through torch.func's vmap, with the same images. On a CPU seconds are CPU
+seconds of one thread, which other programs on the machine change little; all take turns, and the fastest turn of each
+counts.
 """
 
 import argparse
