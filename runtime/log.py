@@ -154,9 +154,9 @@ class Log:
         """A surface to turn: vertices (N, 3), fewer than 2^16; their colors uint8 (N, 3); triangles int (F, 3)."""
         if self.writer:
             tag, description = tag_of(key)
-            parts = [part[None].cpu().numpy() for part in (vertices.float(), colors, faces)]  # (1, N, 3), ...
+            points, colored, numbers = (x[None].cpu().numpy() for x in (vertices.float(), colors, faces))  # (1, N, 3)
             with self._writing():
-                made = summary.mesh(printable(tag), *parts, config_dict=SCENE, description=description)
+                made = summary.mesh(printable(tag), points, colored, numbers, SCENE, description=description)
                 self.writer.file_writer.add_summary(made, 0)
 
     def say(self, line: str) -> None:

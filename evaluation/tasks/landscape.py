@@ -1,4 +1,4 @@
-"""The loss around the weights of runs: contours, curves, a surface, sharpness; several runs on one scale.
+"""The loss around the weights of runs: contours, curves, a surface, sharpness; all on one scale.
 
     python eval.py task=landscape runs=runs/finetuned,runs/scratch images=500
     python eval.py task=landscape runs=runs/simclr directions=hessian points=25
