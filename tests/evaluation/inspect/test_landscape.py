@@ -187,6 +187,7 @@ def contrastive_walk(_rank: int, _world: int, points: int) -> torch.Tensor:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("points", [1, 7])
 def test_two_processes_have_the_rows_of_one(points):
     expected = contrastive_walk(0, 1, points)
