@@ -25,6 +25,7 @@ bench: .venv/installed # every speed claim
 	$(PY) -m benchmarks.defects
 	$(PY) -m benchmarks.dino_loss
 	$(PY) -m benchmarks.knn
+	$(PY) -m benchmarks.landscape
 	$(PY) -m benchmarks.loading datasets/demo/scavport
 	$(PY) -m benchmarks.neighbor
 	$(PY) -m benchmarks.padim

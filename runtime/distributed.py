@@ -5,7 +5,8 @@ import os
 import sys
 import threading
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +24,7 @@ from runtime.scripts import end_with_sweep, machine
 # metrics of 12,000 maps of 1024 x 1024 pixels, with intervals (benchmarks/results/aupro.md).
 PATIENCE = timedelta(minutes=30)
 LOOK, STOPPED = 1.0, 10.0  # seconds between looks at the other processes; and for which one may be stopped
+_alone = False
 
 
 def setup(device: str = "auto") -> torch.device:
@@ -95,11 +97,23 @@ def cleanup() -> None:
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _alone else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process counts as the only one, so that a loss gathers nothing of the others, which meanwhile do
+    something else."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def is_main() -> bool:

@@ -32,6 +32,15 @@ WITHOUT_METADATA = {
     "histo": ("histograms", DataClass.DATA_CLASS_TENSOR),
 }
 
+SCENE = {  # of a mesh: seen from above, lit from above, both sides of its triangles
+    "camera": {"cls": "PerspectiveCamera", "fov": 60, "position": [1.2, 1.8, 2.6], "lookAt": [0, 0, 0]},
+    "lights": [
+        {"cls": "AmbientLight", "color": "#ffffff", "intensity": 0.8},
+        {"cls": "DirectionalLight", "color": "#ffffff", "intensity": 0.3, "position": [1, 3, 2]},
+    ],
+    "material": {"cls": "MeshStandardMaterial", "side": 2, "roughness": 1, "metalness": 0},
+}
+
 
 class Log:
     """What a run shows: `scalars` to TensorBoard and metrics.jsonl, images, text, and the final results.
@@ -140,6 +149,15 @@ class Log:
             with self._writing():
                 shutil.rmtree(self.folder / "00000" / key, ignore_errors=True)  # of a run before, else torch prints
                 self.writer.add_embedding(points.float(), **about)
+
+    def mesh(self, key: str, vertices: Tensor, colors: Tensor, faces: Tensor) -> None:
+        """A surface to turn: vertices (N, 3), fewer than 2^16; their colors uint8 (N, 3); triangles int (F, 3)."""
+        if self.writer:
+            tag, description = tag_of(key)
+            points, colored, numbers = (x[None].cpu().numpy() for x in (vertices.float(), colors, faces))  # (1, N, 3)
+            with self._writing():
+                made = summary.mesh(printable(tag), points, colored, numbers, SCENE, description=description)
+                self.writer.file_writer.add_summary(made, 0)
 
     def say(self, line: str) -> None:
         """A line for the person at the terminal, on stderr: stdout's last line is the results."""

@@ -54,6 +54,12 @@ TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, descr
     "points": ("2_test/points", "Images as points of a plane: what lies near has similar features."),
     "thumbnails": ("2_test/thumbnails", "The images where t-SNE puts them."),
     "segments": ("2_test/segments", "Clusters of patches over test images, in colors; true defects are outlined."),
+    "landscape": (
+        "2_landscape/contours",
+        "Loss around the weights of runs, on one scale; the cross is the run itself.",
+    ),
+    "landscape/curves": ("2_landscape/curves", "Loss along one direction; at 0 the run itself."),
+    "landscape/table": ("landscape", "Loss, accuracy and sharpness of each run."),
     "defects": ("2_test/defects", "Synthetic defects on training images, their masks outlined."),
     "features/std": (
         "3_health/features_std",
@@ -176,6 +182,10 @@ FAMILIES = {  # keys that begin alike, as the name of a defect or the number of 
         "Share of good test images above the stored threshold under a corruption, over its severity; 0: as they are.",
     ),
     "robustness/": ("2_robustness/", "Error under a corruption, over its severity as the step; 0: images as they are."),
+    "landscape/surface/": (
+        "2_landscape/",
+        "The loss as a height, in logarithms where the contours are; all runs on one scale.",
+    ),
     "views/": ("7_views/", "Training images in rows; in columns the image itself and what the network sees of it."),
     "scores/": ("8_scores/", "Histogram of the image scores of one kind of image."),
     "stats/loss_stage": ("4_method/loss_stage", "The loss of one stage of maps."),

@@ -24,6 +24,7 @@ TASKS = {  # modules, of which eval.py imports only the one that runs
     "segment": "evaluation.tasks.segment",
     "compare": "evaluation.tasks.compare",
     "defects": "evaluation.tasks.defects",
+    "landscape": "evaluation.tasks.landscape",
     "describe": "evaluation.tasks.describe",
     "data": "evaluation.tasks.data",
     "robustness": "evaluation.tasks.robustness",

@@ -17,7 +17,11 @@ def together(rank, world_size):  # noqa: ARG001
     norm = nn.BatchNorm1d(2)
     norm(10 * rank + torch.randn(5, 2))
     distributed.share_buffers(norm)
+    with distributed.alone(), distributed.alone():
+        lonely = distributed.gather(x.detach())
+        lonely = [lonely, distributed.all_reduce_sum(lonely), distributed.rank(), distributed.world_size()]
     return {
+        "alone": lonely,
         "buffers": dict(norm.named_buffers()),
         "gathered": gathered.detach(),
         "grad": x.grad,
@@ -36,7 +40,10 @@ def test_two_processes():
         assert torch.equal(result["grad"], torch.full((3, 2), 3.0))  # 1 + 2: from both ranks
         assert torch.equal(result["rows"], torch.full((2, 3), 1))
         assert (result["sum"], result["mean"]) == (3.0, 1.5)
-        assert result["who"] == (rank, 2, rank == 0)
+        assert result["who"] == (rank, 2, rank == 0)  # after `alone`
+        gathered, total, *who = result["alone"]
+        assert torch.equal(gathered, expected[3 * rank : 3 * rank + 3]) and torch.equal(total, gathered)
+        assert who == [0, 1]
         assert result["buffers"]["num_batches_tracked"] == 1
         assert torch.equal(result["buffers"]["running_mean"], results[0]["buffers"]["running_mean"])
     assert results[0]["buffers"]["running_mean"].abs().max() < 0.5  # rank 0's, not the mean of both

@@ -9,6 +9,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
+from tensorboard.plugins.mesh import metadata as mesh_metadata
+from tensorboard.util import tensor_util
 
 from models.ssl import SSL_METHODS
 from runtime.config import choice
@@ -73,6 +75,30 @@ def test_every_tag_has_its_description(tmp_path):
     kinds = {tag: about.plugin_data.plugin_name for tag, about in found.items()}
     assert kinds["1_loss/loss"] == "scalars" and kinds["2_test/heatmaps 1 of 2"] == "images"
     assert kinds["8_scores/good"] == "histograms" and kinds["2_test/precision_recall"] == "pr_curves"
+
+
+def test_a_surface_is_three_tensors_of_one_name(tmp_path):
+    log = Log(tmp_path, {})
+    corners = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0]], dtype=torch.float64)
+    log.mesh("landscape/surface/run", corners, torch.full((3, 3), 7, dtype=torch.uint8), torch.tensor([[0, 1, 2]]))
+    log.writer.close()
+    found = {tag: about for tag, about in metadata_of(tmp_path).items() if about.plugin_data.plugin_name == "mesh"}
+    names = {mesh_metadata.parse_plugin_metadata(about.plugin_data.content).name for about in found.values()}
+    assert len(found) == 3 and names == {"2_landscape/run"}
+    assert {about.summary_description for about in found.values()} == {FAMILIES["landscape/surface/"][1]}
+    assert mesh_values(tmp_path) == [corners.tolist(), [[0, 1, 2]], [[7, 7, 7]] * 3]
+
+
+def mesh_values(folder) -> list:
+    """In the order of TensorBoard's kinds: vertices, triangles, colors."""
+    kinds = {}
+    for path in folder.glob("events.out*"):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                if value.metadata.plugin_data.plugin_name == "mesh":
+                    kind = mesh_metadata.parse_plugin_metadata(value.metadata.plugin_data.content).content_type
+                    kinds[kind] = tensor_util.make_ndarray(value.tensor)[0].tolist()
+    return [kinds[kind] for kind in sorted(kinds, key=[1, 2, 3].index)]
 
 
 def test_loss_and_chance_loss_share_a_chart(tmp_path):
