@@ -367,7 +367,9 @@ def introduce(cfg: Config, run: Run, data: Data, model: Classifier, weights: str
     """Print what is about to happen."""
     write_splits(data.tested.dataset, run.folder)
     size, end = sum(p.numel() for p in model.parameters()), cfg.unfreeze.layers_at(cfg.epochs - 1, layers.count)
-    validated = "none" if data.validation is None else f"{len(data.validation.indices)} images"
+    validated = "none, hence no temperature, and no threshold of none of these (holdout=0.1 gives both)"
+    if data.validation is not None:
+        validated = f"{len(data.validation.indices)} images"
     last = "" if cfg.unfreeze.is_last(cfg.epochs - 1, layers.count) else ": epochs ends before the others' turn"
     for line in (
         f"{cfg.run_name}: {len(data.classes)} classes, {cfg.backbone.name} ({weights}), {cfg.head.name} head, "
@@ -375,7 +377,7 @@ def introduce(cfg: Config, run: Run, data: Data, model: Classifier, weights: str
         f"{size:,} parameters, {data.epoch_steps} steps per epoch, step {run.start} of {run.total}, "
         f"{run.world} x {run.device}",
         f"layers of the backbone that learn in the end: {end} of {layers.count}{last}",
-        f"{data.note}; validation: {validated}, test: {len(data.tested.indices)} images",
+        f"{data.note}; test: {len(data.tested.indices)} images, validation: {validated}",
     ):
         run.log.say(line)
 
