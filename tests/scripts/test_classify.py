@@ -204,6 +204,8 @@ def test_mistakes(folder, images, tmp_path):
     before = scavenge.load_classifier(tmp_path / "half", device="cpu")  # the end of the training
     (result,) = before.classify([images / "test/class0/000.png"])
     assert result.score is result.threshold is result.is_unknown is None and result.probability > 0
+    with pytest.raises(UserError, match=r"has not finished, so no image has a score: leave out threshold=0\.5"):
+        scavenge.load_classifier(tmp_path / "half", threshold=0.5, device="cpu")
 
 
 def test_a_large_set_is_compared_with_a_part_of_it(images, tmp_path, monkeypatch, capsys):
