@@ -141,7 +141,7 @@ class EfficientNet(MobileNet):
     def _initialize(self, num_classes: int) -> None:
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.eps = self.bn_eps  # momentum 0.1, as timm's: TensorFlow's 0.01 lags behind in fine-tuning
+                module.eps, module.momentum = self.bn_eps, 0.1  # timm's; TensorFlow's 0.01 lags in fine-tuning
             elif isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
             elif isinstance(module, nn.Linear):
