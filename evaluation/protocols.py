@@ -26,7 +26,7 @@ class Protocol:
     training, and in the test the center of an image whose short side is 256 for crops of 224.
 
     Deviation: training crops are cut from images that were squashed to the test images' short side, not from the files'
-    own pixels; where and of what proportions, is drawn in the original image.
+    own pixels. Their positions and proportions are those of crops drawn in the original image.
     """
 
     lr: float
