@@ -58,7 +58,7 @@ from evaluation.anomaly.prediction import (
 )
 from evaluation.anomaly.submission import check_private, write_submission
 from evaluation.anomaly.tiling import check_tiling
-from evaluation.classify import Classified, classify, load_classifier_run
+from evaluation.classify import OLDER, Classified, classify, load_classifier_run
 from models.anomaly.detector import Findings
 from plots.heatmaps import bytes_to_draw, save, single_heatmap
 from runtime import checkpoint, config, distributed, errors, help
@@ -179,8 +179,9 @@ def with_classifier(cfg: Config, state: dict, device: torch.device) -> Examiner:
         if (value := getattr(cfg, key)) is not None:
             raise UserError(f"{key}={cut(str(value), 40)} is for detectors, and {cfg.run} is a classifier's: remove it")
     if "calibration" not in state:
-        older = "or an older version trained it: resume=never trains it anew"
-        raise UserError(f"the run in {cfg.run} has not finished, and the command that began it resumes it; {older}")
+        if (checkpoint.folder_of(cfg.run) / "results.json").exists():
+            raise UserError(f"the run in {cfg.run} was {OLDER}")
+        raise UserError(f"the run in {cfg.run} has not finished: the command that began it resumes it")
     network, geometry, state = load_classifier_run(cfg.run, state)
     say_version(cfg, state)
     network.to(device)

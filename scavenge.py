@@ -264,11 +264,13 @@ def load_classifier(
         batch_size: images per forward.
 
     Raises:
-        UserError: a file that cannot be read, or is not of such a run.
+        UserError: a file that cannot be read, or is not of such a run; a threshold for a run that has not finished.
     """
     network, geometry, state = load_classifier_run(run)
     if other := another_version(state.get("version"), with_script=False):
         warnings.warn(f"{run} was made by {other}, so probabilities may differ from its own", stacklevel=2)
+    if threshold is not None and state["bank"] is None:
+        raise UserError(f"the run in {run} has not finished, so no image has a score: leave out threshold={threshold}")
     threshold = state["calibration"]["threshold"] if threshold is None else threshold
     precision = coerce(precision or state["config"]["precision"], Precision, "precision")
     where = find_device(device)

@@ -15,7 +15,9 @@ calls of this script stands below it in that order.
 import runtime.threads  # before torch
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -188,6 +190,7 @@ class Data:
     note: str  # for the user
     smoothing: float  # of labels
     semi: SemiSupervised | None  # with the unlabelled images
+    about_unlabelled: Callable[[], AbstractContextManager]  # around what reads these: see `about_unlabelled`
 
     @property
     def epoch_steps(self) -> int:
@@ -213,7 +216,9 @@ class Data:
         if self.mix is not None:
             views, targets = self.mix(views, targets, ids, number)
         if self.semi is not None:
-            views = torch.cat([views, *self.semi.views(step)])  # (B + 2 U, 3, h, w), in the warm-up (B, 3, h, w)
+            with self.about_unlabelled():
+                unlabelled = self.semi.views(step)
+            views = torch.cat([views, *unlabelled])  # (B + 2 U, 3, h, w), in the warm-up (B, 3, h, w)
         return views, targets
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -229,7 +234,7 @@ class Data:
             loader = {"labelled": self.loader, "unlabelled": self.semi.loader}[which]
             about: dict[str, Any] = {"indices": loader.indices, "cache": loader.cache, "workers": loader.workers}
             distributed.share_buffers(model)
-            with autocast():
+            with autocast(), self.about_unlabelled() if which == "unlabelled" else nullcontext():
                 return extract(model, Loader(loader.dataset, loader.batch_size, loader.device, **about))
 
         return look
@@ -288,7 +293,8 @@ def prepare_data(cfg: Config, run: Run) -> Data:
         return LOSSES[cfg.loss.name](logits, targets, **cfg.loss.options)
 
     smoothing = cfg.label_smoothing
-    return Data(loader, augment, mix, criterion, validation, tested, classes, names, note, smoothing, semi)
+    where = partial(about_unlabelled, cfg)
+    return Data(loader, augment, mix, criterion, validation, tested, classes, names, note, smoothing, semi, where)
 
 
 def draw_labelled(train_set: Dataset, train_ids: Tensor, cfg: Config) -> Tensor:
@@ -315,8 +321,9 @@ def prepare_unlabelled(
         return None
     dataset, ids, about, truth = train_set, train_ids, cfg.data, train_set.labels
     if cfg.unlabelled is not None:
-        about = cfg.unlabelled = settled(cfg.unlabelled)
-        dataset, truth = build_dataset(about, "train"), None
+        with about_unlabelled(cfg):
+            about = cfg.unlabelled = settled(cfg.unlabelled)
+            dataset, truth = build_dataset(about, "train"), None
         ids = torch.arange(len(dataset))
     together = cfg.semi.ratio * cfg.batch_size
     if len(ids) < together:
@@ -328,6 +335,13 @@ def prepare_unlabelled(
     loader = Loader(dataset, together // run.world, run.device, seed=cfg.seed, indices=ids, **load)
     sizes = dataset.sizes if about.fit == "squash" else None
     return SemiSupervised(cfg.semi, loader, augment, n_classes, sizes=sizes, truth=truth)
+
+
+def about_unlabelled(cfg: Config) -> AbstractContextManager:
+    """Inside, messages that name keys of `data` name those of `unlabelled`, if there is this section."""
+    if cfg.unlabelled is None:
+        return nullcontext()
+    return errors.keys_in("unlabelled", {key.name for key in fields(cfg.unlabelled)} | {*cfg.unlabelled.options})
 
 
 def build_networks(cfg: Config, run: Run, data: Data) -> tuple[Classifier, str]:
@@ -353,7 +367,9 @@ def introduce(cfg: Config, run: Run, data: Data, model: Classifier, weights: str
     """Print what is about to happen."""
     write_splits(data.tested.dataset, run.folder)
     size, end = sum(p.numel() for p in model.parameters()), cfg.unfreeze.layers_at(cfg.epochs - 1, layers.count)
-    validated = "none" if data.validation is None else f"{len(data.validation.indices)} images"
+    validated = "none, hence no temperature, and no threshold of none of these (holdout=0.1 gives both)"
+    if data.validation is not None:
+        validated = f"{len(data.validation.indices)} images"
     last = "" if cfg.unfreeze.is_last(cfg.epochs - 1, layers.count) else ": epochs ends before the others' turn"
     for line in (
         f"{cfg.run_name}: {len(data.classes)} classes, {cfg.backbone.name} ({weights}), {cfg.head.name} head, "
@@ -361,7 +377,7 @@ def introduce(cfg: Config, run: Run, data: Data, model: Classifier, weights: str
         f"{size:,} parameters, {data.epoch_steps} steps per epoch, step {run.start} of {run.total}, "
         f"{run.world} x {run.device}",
         f"layers of the backbone that learn in the end: {end} of {layers.count}{last}",
-        f"{data.note}; validation: {validated}, test: {len(data.tested.indices)} images",
+        f"{data.note}; test: {len(data.tested.indices)} images, validation: {validated}",
     ):
         run.log.say(line)
 

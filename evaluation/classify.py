@@ -24,6 +24,10 @@ from runtime.values import coerce
 from training.optim import PRECISIONS
 
 NONE = "none of these"
+OLDER = (
+    "trained by an older version, which kept no features of training images to compare new ones with: train it anew, "
+    "by the command that began it with resume=never"
+)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -55,7 +59,7 @@ def load_classifier_run(path: Path | str, state: dict | None = None) -> tuple[Cl
         state: what the checkpoint holds, if it has been read.
 
     Raises:
-        UserError: it is no such checkpoint, or was edited.
+        UserError: it is no such checkpoint, is older than the score, or was edited.
     """
     network, state = load_trained(path, state)
     file = checkpoint.file_of(path)
@@ -69,6 +73,8 @@ def load_classifier_run(path: Path | str, state: dict | None = None) -> tuple[Cl
     if not all(map(is_number, (temperature, found["threshold"]))) or (temperature is not None and temperature <= 0):
         raise UserError(f"{file} was edited: its calibration cannot be what was saved; {checkpoint.advice_on(file)}")
     bank, width = state.get("bank"), network.backbone.num_features
+    if bank is None and "calibration" in state:  # its threshold is of another score
+        raise UserError(f"{file} was {OLDER}")
     if bank is not None and not (
         isinstance(bank, Tensor) and bank.shape[1:] == (width,) and len(bank) and bank.isfinite().all()
     ):

@@ -22,8 +22,12 @@ WHOLE = 256 / 224  # short side before the center crop, over the side of the cro
 
 @dataclass(frozen=True)
 class Protocol:
-    """What the official scripts do. All: momentum 0.9, W ~ N(0, 0.01^2), zero bias, a random-resized-crop of 8 to 100 %
-    and a flip in training, and in the test the center of an image whose short side is 256 for crops of 224."""
+    """What the official scripts do. All: momentum 0.9, zero bias, a random-resized-crop of 8 to 100 % and a flip in
+    training, and in the test the center of an image whose short side is 256 for crops of 224.
+
+    Deviation: training crops are cut from images that were squashed to the test images' short side, not from the files'
+    own pixels. Their positions and proportions are those of crops drawn in the original image.
+    """
 
     lr: float
     batch_size: int  # images per step, over all processes
@@ -32,6 +36,8 @@ class Protocol:
     schedule: Literal["steps", "cosine_by_epoch", "cosine_by_step"] = "cosine_by_epoch"  # steps: / 10 at 60 and 80 %
     weight_decay: float = 0.0  # of weight and bias
     nesterov: bool = False
+    zero_start: bool = False  # weights begin at zero; else W ~ N(0, 0.01^2)
+    crops: Literal["bilinear", "bicubic"] = "bilinear"  # how training crops are resized
     resample: Literal["bilinear", "bicubic"] = "bilinear"  # of the test images
     tokens: bool = False  # DINO's features of a ViT, see `tokens_of`
 
@@ -51,7 +57,7 @@ PROTOCOLS = {
     "dino": Protocol(lr=1e-3, batch_size=1024, epochs=100, scaled=True, resample="bicubic", tokens=True),
     # main_lincls.py
     "moco": Protocol(lr=30.0, batch_size=256, epochs=100, schedule="steps"),
-    # appendix B.6 of the paper; run.py of the official code
+    # appendix B.6 of the paper; run.py with --zero_init_logits_layer=True, as the README calls it
     "simclr": Protocol(
         lr=0.1,
         batch_size=4096,
@@ -59,6 +65,8 @@ PROTOCOLS = {
         scaled=True,
         schedule="cosine_by_step",
         nesterov=True,
+        zero_start=True,
+        crops="bicubic",
         resample="bicubic",
     ),
     # evaluate.py, as the README calls it
@@ -127,7 +135,7 @@ def train_classifier(
             rate = protocol.rate(epoch, step, epochs, epoch_steps, together)
             inputs, labels = _inputs(backbone, augment, batches, epoch, loader)
             if weight is None:
-                weight = _start(inputs.shape[1], n_classes, seed).to(loader.device)
+                weight = _start(inputs.shape[1], n_classes, seed, protocol.zero_start).to(loader.device)
                 velocity = torch.zeros_like(weight)
             logits = inputs @ weight  # (B, C)
             error = logits.softmax(1) - F.one_hot(labels, n_classes)  # (B, C)
@@ -153,8 +161,8 @@ def _inputs(backbone: nn.Module, augment: Augment, batches, epoch: int, loader: 
     return with_one(backbone(augment(images, ids, epoch)[0]).float()), labels
 
 
-def _start(rows: int, n_classes: int, seed: int) -> Tensor:
+def _start(rows: int, n_classes: int, seed: int, zero: bool) -> Tensor:
     """Weights from the CPU's generator, so that they are the same on every device."""
     weight = 0.01 * torch.randn(rows, n_classes, generator=torch.Generator().manual_seed(seed))
-    weight[-1] = 0
+    weight[slice(None) if zero else -1] = 0
     return weight

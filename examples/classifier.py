@@ -39,7 +39,7 @@ def train(
     backbone_lr: float = 1e-2,
     seed: int = 0,
 ) -> tuple[list[float], float]:
-    """Returns the loss of every step, and the share of test images that are told."""
+    """Returns the loss of every step, and the share of test images that are classified correctly."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     # Data: uint8 images, and views that are made of them on the device
@@ -77,7 +77,7 @@ def train(
 
     logits, labels = extract(model, Loader(tested, batch_size, device))  # in eval mode: (N, C), (N,)
     accuracy = float((logits.argmax(1) == labels).double().mean())
-    print(f"{accuracy:.1%} of {len(tested)} test images are told")
+    print(f"{accuracy:.1%} of {len(tested)} test images are classified correctly")
     torch.save(backbone.state_dict(), out)
     return losses, accuracy
 

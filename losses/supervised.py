@@ -38,7 +38,7 @@ def focal_cross_entropy(logits: Tensor, targets: Tensor, *, gamma: NonNegativeFl
     equation 4, for classes that exclude each other, without alpha. Computed in at least float32 with autocast off.
 
     Args:
-        gamma: how much less an image counts that is told already; 0 is the cross-entropy.
+        gamma: how much less an image counts whose class is already likely; 0 is the cross-entropy.
     """
     return (targets * focal(logits.log_softmax(1), gamma)).sum(1).mean()
 

@@ -7,7 +7,8 @@ import reprlib
 import sys
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NoReturn
 
@@ -51,6 +52,17 @@ def shown(value) -> str:
 def cut(text: str, width: int = 90) -> str:
     """At most `width` characters: of a longer text the beginning and the end."""
     return text if len(text) <= width else f"{text[: width - 33]}...{text[-30:]}"
+
+
+@contextmanager
+def keys_in(section: str, keys: Collection[str]) -> Iterator[None]:
+    """Inside, a `UserError` that names keys `data.<key>` names those of `section`, which has the same keys."""
+    try:
+        yield
+    except UserError as error:
+        key = re.compile(rf"(?<![\w./-])data\.(?=(?:{'|'.join(map(re.escape, keys))})\b)")
+        error.args = (key.sub(lambda _: f"{section}.", str(error)),)
+        raise
 
 
 def reason(error: OSError) -> str:

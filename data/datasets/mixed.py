@@ -11,7 +11,7 @@ from data.geometry import Geometry, as_geometry
 from data.splits import Division
 from runtime import config
 from runtime.config import suggest
-from runtime.errors import UserError
+from runtime.errors import UserError, keys_in
 from runtime.schema import choice
 from runtime.values import PositiveInt
 
@@ -124,7 +124,8 @@ def _part(name: str, about: dict, split: str, geometry: Geometry) -> Dataset:
     kind = KINDS[part.name]
     if split not in kind.splits:
         raise UserError(f"data.sets.{name}: {part.name} has no split '{split}'")
-    return open_set(kind, split, geometry, part.options)
+    with keys_in(f"data.sets.{name}", {"name", *part.options}):
+        return open_set(kind, split, geometry, part.options)
 
 
 def renamed(names: list[str], merge: dict[str, str]) -> list[str]:

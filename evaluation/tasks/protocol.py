@@ -55,7 +55,7 @@ def run(cfg: Config) -> None:
     batch = max(min(cfg.train_batch or protocol.batch_size, len(found.train_set)) // world, 1)
     load = {"cache": cfg.data.cache, "workers": cfg.data.workers}
     loader = Loader(found.train_set, batch, found.device, shuffle=True, seed=cfg.seed, **load)
-    view = View((*seen.size, *seen.size)[:2], scale=(0.08, 1.0), flip_p=0.5)
+    view = View((*seen.size, *seen.size)[:2], scale=(0.08, 1.0), flip_p=0.5, interpolation=protocol.crops)
     probed = Probed(found.backbone, protocol)
     weight = train_classifier(
         probed,

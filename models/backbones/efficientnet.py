@@ -95,7 +95,6 @@ class EfficientNet(MobileNet):
     depth: float
     dropout: float
     lite = False
-    bn_momentum = 0.1
     stage_ends = (2, 3, 5, 7)  # of `features`, the last at each stride
 
     def __init__(
@@ -142,7 +141,7 @@ class EfficientNet(MobileNet):
     def _initialize(self, num_classes: int) -> None:
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.eps, module.momentum = self.bn_eps, self.bn_momentum
+                module.eps, module.momentum = self.bn_eps, 0.1  # timm's; TensorFlow's 0.01 lags in fine-tuning
             elif isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
             elif isinstance(module, nn.Linear):
@@ -184,7 +183,6 @@ class EfficientNetLite(EfficientNet):
     """
 
     lite = True
-    bn_momentum = 0.01
     normalization = HALF
 
     def __init__(

@@ -185,7 +185,9 @@ def test_mistakes(folder, images, tmp_path):
     for name, change, text in (
         ("temperature", {"calibration": state["calibration"] | {"temperature": 0.0}}, "its calibration cannot be"),
         ("threshold", {"calibration": state["calibration"] | {"threshold": "high"}}, "its calibration cannot be"),
-        ("half", {"calibration": None, "bank": None}, "has not finished"),
+        ("half", {"calibration": None, "bank": None}, "has not finished: the command that began it resumes it"),
+        ("older", {"bank": None}, "trained by an older version, .* resume=never"),
+        ("oldest", {"calibration": None, "bank": None}, "trained by an older version, .* resume=never"),
         ("wide", {"bank": torch.zeros(3, 4)}, "its bank is no features"),
         ("nan", {"bank": torch.full((3, 512), torch.nan)}, "its bank is no features"),
         ("precision", {"config": state["config"] | {"precision": "int8"}}, "precision"),
@@ -193,6 +195,8 @@ def test_mistakes(folder, images, tmp_path):
         edited = {key: value for key, value in (state | change).items() if value is not None}
         (tmp_path / name).mkdir()
         torch.save(edited, tmp_path / name / "last.pt")
+        if name.startswith("old"):  # and finished
+            shutil.copy(folder / "results.json", tmp_path / name)
         with pytest.raises(UserError, match=text) as error:
             predict.main([str(tmp_path / name), str(images / "test"), f"out={tmp_path}/out", "device=cpu"])
         assert len(str(error.value)) <= 300
@@ -200,6 +204,8 @@ def test_mistakes(folder, images, tmp_path):
     before = scavenge.load_classifier(tmp_path / "half", device="cpu")  # the end of the training
     (result,) = before.classify([images / "test/class0/000.png"])
     assert result.score is result.threshold is result.is_unknown is None and result.probability > 0
+    with pytest.raises(UserError, match=r"has not finished, so no image has a score: leave out threshold=0\.5"):
+        scavenge.load_classifier(tmp_path / "half", threshold=0.5, device="cpu")
 
 
 def test_a_large_set_is_compared_with_a_part_of_it(images, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 against one, and mistakes."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -219,3 +220,29 @@ def test_unlabelled_without_semi(images, tmp_path):
     more = ["unlabelled=folder", f"unlabelled.root={images}", "unlabelled.size=33"]
     with pytest.raises(UserError, match="unlabelled names images for semi, and there is none: set semi=fixmatch"):
         train_classifier.main(words(images, tmp_path, *more))
+
+
+def test_a_mistake_in_unlabelled_names_its_keys(images, tmp_path):
+    """The section's own, whether the set is opened or an image of it decoded; those of `data` keep theirs."""
+    pool, root = tmp_path / "data.root", tmp_path / "nothing"
+    shutil.copytree(images / "train" / "class0", pool)
+    keys = ("name=folder", f"root={root}")
+    for more, said in (
+        (["unlabelled=folder", f"unlabelled.root={root}"], f"unlabelled.root={root}"),
+        (["unlabelled=folder", f"unlabelled.root={pool}", "unlabelled.size=9,9,9"], "unlabelled.size=9,9,9 must"),
+        (["unlabelled=mixed", *(f"unlabelled.sets.a.{key}" for key in keys)], f"unlabelled.sets.a.root={root}"),
+    ):
+        more = more if "unlabelled.size" in str(more) else [*more, "unlabelled.size=33"]
+        with pytest.raises(UserError) as error:
+            train_classifier.main(run_of("fixmatch", images, tmp_path, "labels_per_class=none", *more))
+        assert said in str(error.value) and not re.search(r"(?<!/)data\.", str(error.value))
+    broken = sorted(pool.iterdir())[0]
+    broken.write_bytes(broken.read_bytes()[:60])
+    more = [f"unlabelled.root={pool}", "unlabelled=folder", "unlabelled.size=33", "labels_per_class=none"]
+    for name in ("fixmatch", "self_training"):
+        with pytest.raises(UserError, match=r"data.root/.* \(unlabelled\.on_error=skip leaves such"):
+            train_classifier.main(run_of(name, images, tmp_path / name, *more, "semi.ratio=1"))
+    with pytest.raises(UserError, match=rf"data\.root={root}"):
+        train_classifier.main(
+            run_of("fixmatch", images, tmp_path, f"data.root={root}", *more, "unlabelled.on_error=skip")
+        )

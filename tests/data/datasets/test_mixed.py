@@ -73,7 +73,7 @@ def test_classes_with_few_training_images_leave_all_splits(roots):
         ({}, r"data\.sets is empty"),
         ({"a": {"name": "foldr", "root": "x"}}, r"data\.sets\.a\.name='foldr' is unknown"),
         ({"a": {"name": "folder"}}, r"missing key 'data\.sets\.a\.root'"),
-        ({"a": {"name": "folder", "root": "nowhere"}}, r"data\.root=nowhere is not a folder"),
+        ({"a": {"name": "folder", "root": "nowhere"}}, r"data\.sets\.a\.root=nowhere is not a folder"),
         ({"a": "nowhere"}, r"data\.sets\.a"),
     ],
 )
