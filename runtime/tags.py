@@ -55,6 +55,11 @@ TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, descr
     "thumbnails": ("2_test/thumbnails", "The images where t-SNE puts them."),
     "segments": ("2_test/segments", "Clusters of patches over test images, in colors; true defects are outlined."),
     "defects": ("2_test/defects", "Synthetic defects on training images, their masks outlined."),
+    "attention": (
+        "2_test/attention",
+        "A vision transformer's attention: heads of the last block, 60 % of each outlined, their mean, and rollout.",
+    ),
+    "gradcam": ("2_test/gradcam", "Where in test images a class, a similarity or an anomaly score comes from."),
     "features/std": (
         "3_health/features_std",
         "In eval mode, as kNN sees the backbone's features: 1 healthy, 0 if all images have the same features.",
