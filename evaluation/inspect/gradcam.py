@@ -119,6 +119,39 @@ def score_target(
     return Target(f"anomaly score {float(value(image)):.3g}", layers, value, texture)
 
 
+def target_of(
+    network: nn.Module,
+    image: Tensor,
+    *,
+    state: dict | None = None,
+    class_name: str | None = None,
+    reference: Tensor | None = None,
+    valid: Tensor | None = None,
+    texture: Tensor | None = None,
+) -> Target:
+    """The similarity with a `reference`; without one the likeliest class of a classifier, or `class_name`, a detector's
+    score, or the similarity of a backbone's features with those of the image as it is. Arguments as above.
+
+    Raises:
+        UserError: class_name of a network that is no classifier, or beside a reference.
+    """
+    if class_name is not None and (reference is not None or not isinstance(network, Classifier)):
+        why = "and reference are two things to explain: remove one" if reference is not None else "is for classifiers"
+        raise UserError(f"class_name={class_name} {why}")
+    if reference is not None:
+        return similarity_target(backbone_of(network), image, reference)
+    if isinstance(network, Classifier):
+        return class_target(network, image, state, class_name)
+    if isinstance(network, Detector):
+        return score_target(network, image, valid, texture)
+    return similarity_target(network, image)
+
+
+def backbone_of(network: nn.Module) -> nn.Module:
+    """A classifier's or detector's, or the backbone itself."""
+    return network.backbone if isinstance(network, Classifier | Detector) else network
+
+
 def explain(target: Target, image: Tensor) -> Tensor:
     """Grad-CAM of (1, 3, H, W): (h, w). Several layers' maps are brought to the finest one's size and added."""
     with torch.enable_grad():

@@ -4,13 +4,16 @@ and what is written."""
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
 
 from data import DataConfig, Geometry, build_dataset, build_geometry, settled
 from data.dataset import Dataset
@@ -21,11 +24,9 @@ from evaluation.anomaly.prediction import load_run
 from evaluation.classify import load_classifier_run
 from evaluation.features import stored_sections
 from evaluation.inspect.faithfulness import center_map, enlarged, faithfulness, localization, random_map
-from evaluation.inspect.gradcam import Target, class_target, score_target, similarity_target
+from evaluation.inspect.gradcam import Target, backbone_of, target_of
 from evaluation.tables import csv_table, markdown_table
-from models.anomaly.detector import Detector
 from models.backbones.build import BackboneConfig, build_backbone
-from models.classifier import Classifier
 from plots.heatmaps import save
 from plots.saliency import Panel, Row, saliency_sheet
 from runtime import checkpoint, config, distributed
@@ -62,17 +63,13 @@ class Loaded(NamedTuple):
     state: dict
     normals: Dataset | None = None  # the training set of a detector
 
-    @property
-    def backbone(self) -> nn.Module:
-        return self.network.backbone if isinstance(self.network, Classifier | Detector) else self.network
-
 
 class Seen(NamedTuple):
     """An image that is looked at."""
 
     name: str
     pixels: Tensor  # uint8 (3, H, W)
-    valid: Tensor | None  # bool (1, H, W), False in padding; None: there is none
+    valid: Tensor | None  # bool (1, H, W) on the network's device, False in padding; None: there is none
     mask: Tensor | None  # bool (H, W), of its defect, where that is known
 
 
@@ -87,52 +84,68 @@ def look(
     cfg: SaliencyConfig,
     title: str,
     look_at: Callable[[Loaded, Target, Tensor, Seen], Looked],
-    target_of: Callable[[Loaded, Tensor, Seen], Target] | None = None,
+    class_name: str | None = None,
+    reference: str | None = None,
 ) -> None:
     """Measure and draw the maps that `look_at` makes of each image, and write them into the run folder.
 
     Args:
         title: of the sheet.
         look_at: (what is looked at, target, normalized image (1, 3, H, W), the image) -> maps.
-        target_of: what the maps should explain; None: `usual_target`.
+        class_name, reference: what the maps should explain, as for `target_of`; the reference is a file.
     """
+    began, device = time.perf_counter(), distributed.setup(cfg.device)
     if distributed.world_size() > 1:
         raise UserError(f"task={cfg.task} runs in one process: start it without torchrun")
-    began, device = time.perf_counter(), distributed.setup(cfg.device)
     cfg.data, folder = settled(cfg.data), config.run_folder(cfg) / f"eval_{cfg.task}"
-    if cfg.checkpoint:
+    if cfg.checkpoint:  # beside it; of other checkpoints than last.pt by their name
         file = checkpoint.file_of(cfg.checkpoint)
         folder = file.parent / (f"eval_{cfg.task}" if file.stem == "last" else f"eval_{cfg.task}_{file.stem}")
-    loaded, (count, images) = load_network(cfg), images_of(cfg)
+    loaded, (count, images) = load_network(cfg), images_of(cfg, device)
     loaded.network.to(device, memory_format=torch.channels_last)
+    own, other = normalization_of(loaded.network), None
+    if reference is not None:
+        other = normalize(decode(reference, build_geometry(cfg.data))[None].to(device), own)  # (1, 3, H, W)
+
+    def see(seen: Seen) -> tuple[Tensor, Target, Looked]:
+        image = normalize(seen.pixels[None].to(device), own)
+        explained = {"class_name": class_name, "reference": other, "valid": seen.valid}
+        if loaded.normals is not None and reference is None:
+            explained["texture"] = normal_texture(loaded, image, seen)
+        target = target_of(loaded.network, image, state=loaded.state, **explained)
+        return image[0], target, look_at(loaded, target, image, seen)
+
+    see(first := next(images))  # so that a mistake is met before the folder is opened
     checkpoint.open_run(folder, config.as_dict(cfg))
     log = Log(folder, cfg)
-    log.say(f"{cfg.task}: {count} images, {type(loaded.network).__name__} on {type(loaded.backbone).__name__}")
-    about: list[dict[str, Any]] = []
+    names = " on ".join(dict.fromkeys(type(part).__name__ for part in (loaded.network, backbone_of(loaded.network))))
+    log.say(f"{cfg.task}: {count} images, {names}")
+    numbers: list[dict[str, Any]] = []
     rows: list[Row] = []
     drawn = {*spread(count, cfg.shown)}
-    for number, seen in enumerate(images):
-        image = normalize(seen.pixels[None].to(device), normalization_of(loaded.network))
-        target = (target_of or usual_target)(loaded, image, seen)
-        looked = look_at(loaded, target, image, seen)
-        maps, measured = measure(looked.maps, image[0], target, seen, cfg, number)
-        about += [{"image": seen.name, "explains": target.what, "map": name} | each for name, each in measured.items()]
-        if number in drawn:
+    for i, seen in enumerate(tqdm(chain([first], images), total=count, desc=cfg.task, unit="image", leave=False)):
+        image, target, looked = see(seen)
+        maps, measured = measure(looked.maps, image, target, seen, cfg, i)
+        numbers += [{"image": seen.name, "explains": target.what, "map": name} | measured[name] for name in measured]
+        if i in drawn:
             panels = [Panel(maps[name], None, [name, *numbers_of(measured, name)]) for name in looked.maps]
             rows.append(Row(seen.pixels, seen.mask, f"{seen.name}: {target.what}", [*looked.parts, *panels]))
-    summary = summarize(about, cfg.seed)
+    summary = summarize(numbers, cfg.seed)
+    write(log, cfg.task, numbers, summary, saliency_sheet(rows, title, sheet_lines(summary)))
+    about = {"task": cfg.task, "network": names, "n_images": count, "maps": summary}
+    log.results(about | {"seconds": time.perf_counter() - began, "version": code_version()})
+    distributed.cleanup()
+
+
+def write(log: Log, task: str, numbers: list[dict], summary: dict, sheet: Image.Image) -> None:
+    """The sheet and a row for each image and map as files, the sheet and the means in TensorBoard and the terminal."""
     table = markdown_table(*summary_table(summary))
     log.say(table)
-    log.text(cfg.task, table)
-    sheet = saliency_sheet(rows, title, sheet_lines(summary))
-    save(sheet, folder / f"{cfg.task}.png")
-    log.image(cfg.task, pil_to_tensor(sheet))
-    with whole_file(folder / f"{cfg.task}.csv") as text:
-        text.write(csv_table([{key: v for key, v in row.items() if not isinstance(v, list)} for row in about]))
-    results = {"task": cfg.task, "backbone": type(loaded.backbone).__name__, "n_images": count, "maps": summary}
-    results |= {"sheet": str(folder / f"{cfg.task}.png"), "seconds": time.perf_counter() - began}
-    log.results(results | {"version": code_version()})
-    distributed.cleanup()
+    log.text(task, table)
+    save(sheet, log.folder / f"{task}.png")
+    log.image(task, pil_to_tensor(sheet))
+    with whole_file(log.folder / f"{task}.csv") as file:
+        file.write(csv_table([{key: v for key, v in row.items() if not isinstance(v, list)} for row in numbers]))
 
 
 def load_network(cfg: SaliencyConfig) -> Loaded:
@@ -154,7 +167,7 @@ def load_network(cfg: SaliencyConfig) -> Loaded:
     return Loaded(network, state, build_dataset(cfg.data, "train") if "detector" in state["config"] else None)
 
 
-def images_of(cfg: SaliencyConfig) -> tuple[int, Iterator[Seen]]:
+def images_of(cfg: SaliencyConfig, device: torch.device) -> tuple[int, Iterator[Seen]]:
     """How many images are looked at, and they: `most` of those below `images`, or of the data set's split test, in a
     set of normal and anomalous ones of the latter."""
     if cfg.data.tile:
@@ -169,7 +182,7 @@ def images_of(cfg: SaliencyConfig) -> tuple[int, Iterator[Seen]]:
         def of_dataset() -> Iterator[Seen]:
             for i in chosen:
                 mask = dataset.mask(i) if known[i] else None
-                valid = valid_of(dataset.geometry, dataset.sizes[i])
+                valid = valid_of(dataset.geometry, dataset.sizes[i], device)
                 yield Seen(dataset.names[i], dataset.image(i), valid, mask)
 
         return len(chosen), of_dataset()
@@ -182,7 +195,7 @@ def images_of(cfg: SaliencyConfig) -> tuple[int, Iterator[Seen]]:
 
     def of_files() -> Iterator[Seen]:
         for path in paths:
-            valid = valid_of(geometry, torch.tensor(image_size(path)))
+            valid = valid_of(geometry, torch.tensor(image_size(path)), device)
             yield Seen(str(Path(path).relative_to(top)), decode(path, geometry), valid, None)
 
     return len(paths), of_files()
@@ -193,24 +206,14 @@ def spread(count: int, most: int) -> list[int]:
     return torch.linspace(0, count - 1, min(count, most)).round().long().tolist()
 
 
-def valid_of(geometry: Geometry, size: Tensor) -> Tensor | None:
+def valid_of(geometry: Geometry, size: Tensor, device: torch.device) -> Tensor | None:
     """Where an image of the original `size` (2,) lies in its input: bool (1, H, W); None: everywhere."""
-    return geometry.valid(geometry.regions(size[None])) if geometry.fit == "pad" else None
+    return geometry.valid(geometry.regions(size[None]).to(device)) if geometry.fit == "pad" else None
 
 
-def usual_target(loaded: Loaded, image: Tensor, seen: Seen) -> Target:
-    """The likeliest class, the anomaly score, or the similarity of a backbone's features with those of the image."""
-    if isinstance(loaded.network, Classifier):
-        return class_target(loaded.network, image, loaded.state)
-    if isinstance(loaded.network, Detector):
-        valid = None if seen.valid is None else seen.valid.to(image.device)
-        return score_target(loaded.network, image, valid, normal_texture(loaded, image, valid))
-    return similarity_target(loaded.network, image)
-
-
-def normal_texture(loaded: Loaded, image: Tensor, valid: Tensor | None) -> Tensor:
+def normal_texture(loaded: Loaded, image: Tensor, seen: Seen) -> Tensor:
     """The training image that comes nearest, where the detector names one, else the first: (3, H, W) normalized."""
-    nearest, names = loaded.network.examine(image, valid).nearest_image, loaded.normals.names
+    nearest, names = loaded.network.examine(image, seen.valid).nearest_image, loaded.normals.names
     name = names[0] if nearest is None else loaded.state["names"][int(nearest)]
     pixels = loaded.normals.image(names.index(name) if name in names else 0)[None]
     return normalize(pixels.to(image.device), normalization_of(loaded.network))[0]
@@ -227,7 +230,7 @@ def measure(
     grid = tuple(next(iter(maps.values())).shape)
     large = {name: enlarged(heat.float(), size).cpu() for name, heat in maps.items()}
     if seen.valid is not None:
-        large = {name: heat.where(seen.valid[0], heat.min()) for name, heat in large.items()}
+        large = {name: heat.where(seen.valid[0].cpu(), heat.min()) for name, heat in large.items()}
     found = {}
     for name, heat in (large | {RANDOM: random_map(grid, size, seed), CENTER: center_map(size)}).items():
         about = {"texture": target.texture, "batch_size": cfg.batch_size, "seed": seed}

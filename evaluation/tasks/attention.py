@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from evaluation.inspect.attention import attention, mass_mask
-from evaluation.inspect.gradcam import Target
+from evaluation.inspect.gradcam import Target, backbone_of
 from evaluation.inspect.saliency import Loaded, Looked, SaliencyConfig, Seen, look
 from plots.saliency import Panel
 from runtime.values import PositiveShare
@@ -29,7 +29,7 @@ class Config(SaliencyConfig):
 
 def run(cfg: Config) -> None:
     def look_at(loaded: Loaded, target: Target, image: Tensor, seen: Seen) -> Looked:  # noqa: ARG001
-        found = attention(loaded.backbone, image)
+        found = attention(backbone_of(loaded.network), image)
         heads = [Panel(heat, mass_mask(heat, cfg.mass), [f"head {i}"]) for i, heat in enumerate(found.heads[0], 1)]
         return Looked({"mean of the heads": found.heads[0].mean(0), "rollout": found.rollout[0]}, heads)
 

@@ -18,14 +18,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from data import build_geometry
-from data.images import decode
-from data.normalize import normalization_of, normalize
-from evaluation.inspect.gradcam import Target, class_target, explain, similarity_target
-from evaluation.inspect.saliency import Loaded, Looked, SaliencyConfig, Seen, look, usual_target
-from models.anomaly.detector import Detector
-from models.classifier import Classifier
-from runtime.errors import UserError
+from evaluation.inspect.gradcam import Target, explain
+from evaluation.inspect.saliency import Loaded, Looked, SaliencyConfig, Seen, look
 from runtime.values import PathText
 
 
@@ -36,25 +30,11 @@ class Config(SaliencyConfig):
 
 
 def run(cfg: Config) -> None:
-    if cfg.class_name and cfg.reference:
-        raise UserError("class_name and reference are two things to explain: remove one")
-
-    def target_of(loaded: Loaded, image: Tensor, seen: Seen) -> Target:
-        if cfg.reference:
-            pixels = decode(cfg.reference, build_geometry(cfg.data))[None].to(image.device)
-            return similarity_target(loaded.backbone, image, normalize(pixels, normalization_of(loaded.network)))
-        if cfg.class_name is None:
-            return usual_target(loaded, image, seen)
-        if not isinstance(loaded.network, Classifier):
-            raise UserError(f"class_name={cfg.class_name} needs checkpoint=, a run of train_classifier.py")
-        return class_target(loaded.network, image, loaded.state, cfg.class_name)
-
     def look_at(loaded: Loaded, target: Target, image: Tensor, seen: Seen) -> Looked:
         maps = {"Grad-CAM": explain(target, image)}
-        if isinstance(loaded.network, Detector) and not cfg.reference:
-            valid = None if seen.valid is None else seen.valid.to(image.device)
-            own = loaded.network.examine(image, valid).maps
+        if loaded.normals is not None and cfg.reference is None:
+            own = loaded.network.examine(image, seen.valid).maps
             maps |= {} if own is None else {"the detector's own map": own[0]}
         return Looked(maps, [])
 
-    look(cfg, "Grad-CAM", look_at, target_of)
+    look(cfg, "Grad-CAM", look_at, cfg.class_name, cfg.reference)
