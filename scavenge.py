@@ -326,8 +326,8 @@ def grad_cam(
         if item.geometry.fit == "pad":
             valid = item.geometry.valid(item.geometry.regions(torch.tensor([item.size])).to(device))
         target = target_of(network, image, valid=valid, **about)
-        heat = enlarged(explain(target, image), image.shape[2:]).float()
-        options = {"texture": target.texture, "batch_size": model.batch_size}
+        heat = enlarged(explain(target, image), (item.image.shape[1], item.image.shape[2]))  # (H, W)
+        options: dict[str, Any] = {"texture": target.texture, "batch_size": model.batch_size}
         found = faithfulness(image[0], heat, target.value, **options)
         results.append(Explained(path=item.path, explains=target.what, map=heat.cpu(), faithfulness=found))
     return results
