@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from evaluation.inspect.attention import attention, mass_mask
+from evaluation.inspect.attention import MASS, attention, mass_mask
 from evaluation.inspect.gradcam import Target, backbone_of
 from evaluation.inspect.saliency import Loaded, Looked, SaliencyConfig, Seen, look
 from plots.saliency import Panel
@@ -24,7 +24,7 @@ from runtime.values import PositiveShare
 
 @dataclass(kw_only=True)
 class Config(SaliencyConfig):
-    mass: PositiveShare = 0.6  # share of a head's attention that the outlined patches hold
+    mass: PositiveShare = MASS  # share of a head's attention that the outlined patches hold
 
 
 def run(cfg: Config) -> None:
