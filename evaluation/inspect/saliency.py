@@ -174,7 +174,7 @@ def images_of(cfg: SaliencyConfig, device: torch.device) -> tuple[int, Iterator[
         raise UserError(f"task={cfg.task} looks at whole images, not at tiles: set data.tile=0")
     if cfg.images is None:
         dataset = build_dataset(cfg.data, "test")
-        if dataset.defects is not None:
+        if dataset.defects is not None and dataset.labels.any():
             dataset = dataset.only(dataset.labels.nonzero()[:, 0].tolist())
         chosen = spread(len(dataset), cfg.most)
         known = dataset.has_masks & dataset.mask_known & (dataset.labels > 0)  # (N,)
