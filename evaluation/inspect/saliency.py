@@ -279,13 +279,18 @@ def summary_table(summary: dict[str, dict]) -> tuple[list[str], list[list[str]]]
 
 def numbers_of(measured: dict[str, dict], name: str) -> list[str]:
     """What stands below a map."""
-    own, chance, middle = (measured[which]["faithfulness"] for which in (name, RANDOM, CENTER))
-    return [f"faithfulness {own:.2f}", f"(random {chance:.2f}, center {middle:.2f})"]
+    own, chance, middle = (rounded(measured[which]["faithfulness"]) for which in (name, RANDOM, CENTER))
+    return [f"faithfulness {own}", f"(random {chance}, center {middle})"]
+
+
+def rounded(number: float) -> str:
+    """With two digits, and no minus before 0."""
+    return f"{round(number, 2) + 0.0:.2f}"
 
 
 def sheet_lines(summary: dict[str, dict]) -> list[str]:
     """Below the title: what the number beside a map means, and its means over all images."""
-    means = ", ".join(f"{name} {found['faithfulness']:.2f}" for name, found in summary.items())
+    means = ", ".join(f"{name} {rounded(found['faithfulness'])}" for name, found in summary.items())
     return [
         "faithfulness: area under the target as the least salient pixels go first, less that as the most salient do; "
         "0: the map knows nothing",

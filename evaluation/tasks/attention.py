@@ -33,4 +33,4 @@ def run(cfg: Config) -> None:
         heads = [Panel(heat, mass_mask(heat, cfg.mass), [f"head {i}"]) for i, heat in enumerate(found.heads[0], 1)]
         return Looked({"mean of the heads": found.heads[0].mean(0), "rollout": found.rollout[0]}, heads)
 
-    look(cfg, f"Attention of the class token; {cfg.mass:.0%} of each head's is outlined", look_at)
+    look(cfg, f"Attention of the class token; {100 * cfg.mass:.0f} % of each head's is outlined", look_at)
