@@ -26,7 +26,8 @@ class Panel:
 class Row:
     image: Tensor  # uint8 (3, H, W)
     mask: Tensor | None  # bool (H, W), the true defect
-    heading: str
+    name: str
+    lines: list[str]  # at most three, below the image
     panels: list[Panel]
 
 
@@ -44,14 +45,14 @@ def saliency_sheet(rows: list[Row], title: str, lines: list[str]) -> Image.Image
         write(pen, (MARGIN, 48 + 20 * number), line, SOFT, 14, width=size[0] - 2 * MARGIN)
     for number, row in enumerate(rows):
         left, y = MARGIN + number % beside * wide, TOP + number // beside * high
-        write(pen, (left, y + 4), row.heading, INK, 15, width=wide - 3 * GAP if beside > 1 else size[0] - 2 * MARGIN)
+        write(pen, (left, y + 4), row.name, INK, 15, width=wide - 3 * GAP if beside > 1 else size[0] - 2 * MARGIN)
         tile = _tile(row.image.float()).round().clamp(0, 255).byte()  # (3, SIDE, SIDE)
         mask = None if row.mask is None else _tile(row.mask[None].float(), "nearest-exact")[0] > 0
-        paper.paste(to_pil(_with_defect(tile, mask)), (left, y + HEADING))
-        for column, panel in enumerate(row.panels, 1):
+        drawn = [to_pil(_with_defect(tile, mask)), *(_drawn(tile, panel, mask) for panel in row.panels)]
+        for column, (image, below) in enumerate(zip(drawn, [row.lines, *(panel.lines for panel in row.panels)])):
             x = left + column * block
-            paper.paste(_drawn(tile, panel, mask), (x, y + HEADING))
-            for line, text in enumerate(panel.lines[:3]):
+            paper.paste(image, (x, y + HEADING))
+            for line, text in enumerate(below[:3]):
                 write(pen, (x, y + HEADING + SIDE + 2 + 16 * line), text, SOFT, 12, width=SIDE)
     return paper
 

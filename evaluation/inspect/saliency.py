@@ -97,6 +97,8 @@ def look(
     began, device = time.perf_counter(), distributed.setup(cfg.device)
     if distributed.world_size() > 1:
         raise UserError(f"task={cfg.task} runs in one process: start it without torchrun")
+    if cfg.data.tile:
+        raise UserError(f"task={cfg.task} looks at whole images, not at tiles: set data.tile=0")
     cfg.data, folder = settled(cfg.data), config.run_folder(cfg) / f"eval_{cfg.task}"
     if cfg.checkpoint:  # beside it; of other checkpoints than last.pt by their name
         file = checkpoint.file_of(cfg.checkpoint)
@@ -129,7 +131,7 @@ def look(
         numbers += [{"image": seen.name, "explains": target.what, "map": name} | measured[name] for name in measured]
         if i in drawn:
             panels = [Panel(maps[name], None, [name, *numbers_of(measured, name)]) for name in looked.maps]
-            rows.append(Row(seen.pixels, seen.mask, f"{seen.name}: {target.what}", [*looked.parts, *panels]))
+            rows.append(Row(seen.pixels, seen.mask, seen.name, target.what.split(", "), [*looked.parts, *panels]))
     summary = summarize(numbers, cfg.seed)
     write(log, cfg.task, numbers, summary, saliency_sheet(rows, title, sheet_lines(summary)))
     about = {"task": cfg.task, "network": names, "n_images": count, "maps": summary}
@@ -170,8 +172,6 @@ def load_network(cfg: SaliencyConfig) -> Loaded:
 def images_of(cfg: SaliencyConfig, device: torch.device) -> tuple[int, Iterator[Seen]]:
     """How many images are looked at, and they: `most` of those below `images`, or of the data set's split test, in a
     set of normal and anomalous ones of the latter."""
-    if cfg.data.tile:
-        raise UserError(f"task={cfg.task} looks at whole images, not at tiles: set data.tile=0")
     if cfg.images is None:
         dataset = build_dataset(cfg.data, "test")
         if dataset.defects is not None and dataset.labels.any():

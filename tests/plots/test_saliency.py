@@ -16,8 +16,8 @@ def test_an_image_beside_its_maps():
     image = torch.full((3, 20, 20), 120, dtype=torch.uint8)
     heat, part, mask = torch.zeros(4, 4), torch.zeros(4, 4, dtype=torch.bool), torch.zeros(20, 20, dtype=torch.bool)
     heat[0, 0], part[2:, 2:], mask[:, 10:] = 1, True, True
-    rows = [Row(image, None, "a", [Panel(heat, part, ["x", "y", "z"]), Panel(torch.ones(2, 2), None, [])])]
-    rows.append(Row(image, mask, "b", [Panel(heat, None, ["x"])]))
+    rows = [Row(image, None, "a", [], [Panel(heat, part, ["x", "y", "z"]), Panel(torch.ones(2, 2), None, [])])]
+    rows.append(Row(image, mask, "b", ["one"], [Panel(heat, None, ["x"])]))
     sheet = saliency_sheet(rows, "title", ["one", "two"])
     assert (tile(sheet, 0, 0) == 120).all() and (tile(sheet, 0, 2) == 120).all()  # a constant map leaves it bare
     first = tile(sheet, 0, 1)
@@ -32,6 +32,6 @@ def test_an_image_beside_its_maps():
 
 def test_many_panels_stand_below_each_other():
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    rows = [Row(image, None, str(i), [Panel(torch.rand(2, 2), None, ["head"])] * 14) for i in range(2)]
+    rows = [Row(image, None, str(i), [], [Panel(torch.rand(2, 2), None, ["head"])] * 14) for i in range(2)]
     sheet = saliency_sheet(rows, "title", [])
     assert sheet.width == 48 + 15 * (SIDE + 8) + 16 and sheet.height == TOP + 2 * (HEADING + SIDE + CAPTION) + 24

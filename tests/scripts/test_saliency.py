@@ -80,8 +80,9 @@ def test_every_kind_of_run(runs, sets, capsys):
     found = results_of(["task=gradcam", f"checkpoint={runs}/patchcore"], capsys)
     assert list(found["maps"]) == ["Grad-CAM", "the detector's own map", "random", "center"]
     assert found["n_images"] == 4 and found["maps"]["Grad-CAM"]["n_masked"] == 4  # the anomalous ones
-    # a bright square in a texture: both maps know where it is
-    assert all(found["maps"][name]["hit"] == 1 for name in ("Grad-CAM", "the detector's own map"))
+    # a bright square in a texture
+    inside = {name: each["inside"] for name, each in found["maps"].items()}
+    assert min(inside["Grad-CAM"], inside["the detector's own map"]) > inside["random"], inside
     for more in ([], ["data.size=40"]):
         found = results_of(["task=attention", f"checkpoint={runs}/dino", "most=2", *more], capsys)
         assert list(found["maps"]) == ["mean of the heads", "rollout", "random", "center"]

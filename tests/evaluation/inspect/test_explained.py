@@ -109,8 +109,11 @@ def test_the_last_map_is_what_is_pooled(backbone):
 def test_every_backbone_is_explained(name):
     network = BACKBONES[name]().eval()
     image = torch.randn(1, 3, 96, 96)
-    heat = explain(similarity_target(network, image), image)
-    assert heat.ndim == 2 and heat.numel() > 1 and heat.isfinite().all() and heat.max() > 0
+    target = similarity_target(network, image)
+    [layer], value = target.layers(image.clone())
+    assert layer.ndim == 4 and layer.shape[2] * layer.shape[3] > 1
+    assert torch.autograd.grad(value.sum(), layer)[0].abs().max() > 0
+    assert explain(target, image).shape == layer.shape[2:]
 
 
 # -------------------------------------------------------------------- detectors
