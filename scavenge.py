@@ -50,10 +50,10 @@ from evaluation.anomaly.prediction import (
 from evaluation.classify import Classified, classify, load_classifier_run
 from evaluation.features import stored_sections
 from evaluation.inspect import embedding
+from evaluation.inspect.attention import Attention, attention
 from evaluation.inspect.correspondence import Matches, mutual_matches
 from evaluation.inspect.correspondence import patches as patches_of
 from evaluation.inspect.dense import DenseFeatures
-from evaluation.inspect.attention import Attention, attention
 from evaluation.inspect.faithfulness import Faithfulness, enlarged, faithfulness
 from evaluation.inspect.gradcam import explain, target_of
 from models.anomaly.detector import Detector
@@ -110,6 +110,7 @@ class LoadedBackbone:
     def plane(self, images: Images, *, perplexity: float = 30.0, learning_rate: float | None = None) -> Tensor:
         """Images as points by t-SNE, as eval.py task=embedding draws them with seed=0: float64 (N, 2)."""
         return embedding.tsne(embedding.unit(self(images)), perplexity=perplexity, learning_rate=learning_rate, seed=0)
+
     def attention(self, images: Images) -> Attention:
         """Of a vision transformer: `heads` (N, heads, h, w), the class token's attention to the patches in the last
         block, and `rollout` (N, h, w), that over all blocks (evaluation/inspect/attention.py)."""
