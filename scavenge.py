@@ -23,7 +23,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -50,9 +50,12 @@ from evaluation.anomaly.prediction import (
 from evaluation.classify import Classified, classify, load_classifier_run
 from evaluation.features import stored_sections
 from evaluation.inspect import embedding
+from evaluation.inspect.attention import Attention, attention
 from evaluation.inspect.correspondence import Matches, mutual_matches
 from evaluation.inspect.correspondence import patches as patches_of
 from evaluation.inspect.dense import DenseFeatures
+from evaluation.inspect.faithfulness import Faithfulness, enlarged, faithfulness
+from evaluation.inspect.gradcam import explain, target_of
 from models.anomaly.detector import Detector
 from models.backbones.build import BackboneConfig, build_backbone
 from models.classifier import Classifier
@@ -107,6 +110,12 @@ class LoadedBackbone:
     def plane(self, images: Images, *, perplexity: float = 30.0, learning_rate: float | None = None) -> Tensor:
         """Images as points by t-SNE, as eval.py task=embedding draws them with seed=0: float64 (N, 2)."""
         return embedding.tsne(embedding.unit(self(images)), perplexity=perplexity, learning_rate=learning_rate, seed=0)
+
+    def attention(self, images: Images) -> Attention:
+        """Of a vision transformer: `heads` (N, heads, h, w), the class token's attention to the patches in the last
+        block, and `rollout` (N, h, w), that over all blocks (evaluation/inspect/attention.py)."""
+        found = [attention(self.network, batch) for batch in self._batches(images)]
+        return Attention(*(torch.cat(parts).float().cpu() for parts in zip(*found)))
 
     def _batches(self, images: Images) -> Iterator[Tensor]:
         loaded = load(images, self.geometry, self.batch_size)
@@ -275,6 +284,56 @@ def load_classifier(
     precision = coerce(precision or state["config"]["precision"], Precision, "precision")
     where = find_device(device)
     return LoadedClassifier(network.to(where), geometry, state, threshold, where, precision, batch_size)
+
+
+@dataclass(kw_only=True, eq=False)
+class Explained:
+    """Where in an image a class, a similarity or a score comes from."""
+
+    path: str  # of the file
+    explains: str  # what, in words
+    map: Tensor = field(repr=False)  # float32 (H, W), of the input's size; 0 where nothing speaks for it
+    faithfulness: Faithfulness = field(repr=False)  # whether it goes when what the map shows goes
+
+
+def grad_cam(
+    model: LoadedBackbone | LoadedDetector | LoadedClassifier,
+    images: Images,
+    *,
+    class_name: str | None = None,
+    reference: str | Path | None = None,
+    normal: str | Path | None = None,
+) -> list[Explained]:
+    """Grad-CAM of each image, as eval.py task=gradcam draws it, in float32.
+
+    Args:
+        class_name: of a classifier's classes; None: each image's likeliest.
+        reference: an image, the similarity with which is explained, and not a class or score.
+        normal: an image without a defect, whose texture stands where pixels are removed to measure the faithfulness of
+            a detector's maps; None: what is around them, which is itself an anomaly to most detectors.
+
+    Raises:
+        UserError: a file that cannot be read, no such class, or a detector whose score has no gradient.
+    """
+    network, own, results = model.network, normalization_of(model.network), []
+
+    def one(path: str | Path | None) -> Tensor | None:  # (1, 3, H, W)
+        return None if path is None else normalize(next(load([path], model.geometry, 1)).image[None].to(device), own)
+
+    device, state = model.device, getattr(model, "state", None)
+    about: dict[str, Any] = {"class_name": class_name, "reference": one(reference), "state": state}
+    texture = one(normal)
+    about["texture"] = None if texture is None else texture[0]
+    for item in load(images, model.geometry, model.batch_size):
+        image, valid = normalize(item.image[None].to(device), own), None
+        if item.geometry.fit == "pad":
+            valid = item.geometry.valid(item.geometry.regions(torch.tensor([item.size])).to(device))
+        target = target_of(network, image, valid=valid, **about)
+        heat = enlarged(explain(target, image), (item.image.shape[1], item.image.shape[2]))  # (H, W)
+        options: dict[str, Any] = {"texture": target.texture, "batch_size": model.batch_size}
+        found = faithfulness(image[0], heat, target.value, **options)
+        results.append(Explained(path=item.path, explains=target.what, map=heat.cpu(), faithfulness=found))
+    return results
 
 
 # -------------------------------------------------------------------- what is given

@@ -6,7 +6,12 @@ from torch import Tensor
 
 
 def grad_cam(activations: Tensor, targets: Tensor) -> Tensor:
-    """Where the activations raise each image's target (equations 1 and 2): (B, h, w), 0 where they lower it.
+    """`grad_cams` of one layer's activations (B, C, h, w): (B, h, w)."""
+    return grad_cams([activations], targets)[0]
+
+
+def grad_cams(layers: list[Tensor], targets: Tensor) -> list[Tensor]:
+    """Where each layer's activations raise each image's target (equations 1 and 2): (B, h, w), 0 where they lower it.
 
         alpha_c = mean over h, w of d target / d A_c,  map = ReLU(sum over c of alpha_c A_c)
 
@@ -14,8 +19,10 @@ def grad_cam(activations: Tensor, targets: Tensor) -> Tensor:
     network has to be in eval mode.
 
     Args:
-        activations: A, (B, C, h, w), part of the graph that leads to the targets. targets: (B,).
+        layers: A of each, (B, C, h, w), part of the graph that leads to the targets. targets: (B,).
     """
-    [gradients] = torch.autograd.grad(targets.sum(), activations)
-    weights = gradients.mean((2, 3))  # alpha, (B, C)
-    return F.relu((weights[:, :, None, None] * activations.detach()).sum(1))  # (B, h, w)
+    maps = []
+    for activations, gradients in zip(layers, torch.autograd.grad(targets.sum(), layers)):
+        weights = gradients.mean((2, 3))  # alpha, (B, C)
+        maps.append(F.relu((weights[:, :, None, None] * activations.detach()).sum(1)))  # (B, h, w)
+    return maps

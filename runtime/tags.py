@@ -61,6 +61,11 @@ TAGS = {  # key in metrics.jsonl, or of an image, histogram or text: (tag, descr
     "landscape/curves": ("2_landscape/curves", "Loss along one direction; at 0 the run itself."),
     "landscape/table": ("landscape", "Loss, accuracy and sharpness of each run."),
     "defects": ("2_test/defects", "Synthetic defects on training images, their masks outlined."),
+    "attention": (
+        "2_test/attention",
+        "A vision transformer's attention: heads of the last block, 60 % of each outlined, their mean, and rollout.",
+    ),
+    "gradcam": ("2_test/gradcam", "Where in test images a class, a similarity or an anomaly score comes from."),
     "features/std": (
         "3_health/features_std",
         "In eval mode, as kNN sees the backbone's features: 1 healthy, 0 if all images have the same features.",

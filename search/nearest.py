@@ -125,6 +125,13 @@ def nearest_squared(
     return squared[:, :k], indices[:, :k]
 
 
+def with_gradient(queries: Tensor, entries: Tensor) -> Tensor:
+    """Squared distances (Q, k) float64 of queries (Q, D) to the entries (Q, k, D) that a search has found, by
+    differences that autograd follows, as it does not follow the search. The gradient at distance 0 is 0, also of the
+    root."""
+    return (queries[:, None].double() - entries.double()).square().sum(2).clamp(min=1e-30)  # (Q, k)
+
+
 def _candidates(
     rows: Tensor, n_entries: int, k: int, prepared: Prepared, away: Tensor | None, precision: Precision
 ) -> tuple[Tensor, Tensor]:

@@ -61,6 +61,12 @@ FURTHER = {  # what makes a config small beyond that
         "method.prototypes=32",
         "method.warmup_teacher_epochs=0",
     ],
+    "configs/dino_vit_scavport.yaml": [
+        "augment.local_size=16",
+        "augment.local_crops=1",
+        "method.prototypes=32",
+        "method.warmup_teacher_epochs=0",
+    ],
 }
 CONFIGS = sorted((TOP / "configs").rglob("*.yaml"))
 PAGES = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md"))]

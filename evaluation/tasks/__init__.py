@@ -28,6 +28,8 @@ TASKS = {  # modules, of which eval.py imports only the one that runs
     "describe": "evaluation.tasks.describe",
     "data": "evaluation.tasks.data",
     "robustness": "evaluation.tasks.robustness",
+    "attention": "evaluation.tasks.attention",
+    "gradcam": "evaluation.tasks.gradcam",
 }
 
 

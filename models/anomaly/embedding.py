@@ -13,7 +13,7 @@ from models.anomaly.maps import pool
 from runtime.errors import UserError
 from runtime.values import PositiveInt, coerce
 from search.bounds import require_finite
-from search.nearest import nearest_squared
+from search.nearest import nearest_squared, with_gradient
 
 Distance = Literal["knn", "knn_squared", "mahalanobis"]
 Combine = Literal["concat", "sum"]
@@ -149,6 +149,8 @@ class Embedding(Detector):
             exclude = None if leave_out is None else (leave_out, self.numbers)
             banks = self.bank.split(widths, dim=1)
             found = [nearest_squared(part, bank, self.k, exclude=exclude) for part, bank in zip(parts, banks)]
+            if parts[0].requires_grad:
+                found = [(with_gradient(part, bank[i]), i) for part, bank, (_, i) in zip(parts, banks, found)]
             if self.distance == "knn":
                 scores = sum(squared.sqrt().float().mean(1) for squared, _ in found)  # (B,)
             else:

@@ -99,8 +99,9 @@ class PaDiM(Detector):
             if part.shape[1:3] != size:
                 part = F.interpolate(part.permute(0, 3, 1, 2), size, mode="nearest").permute(0, 2, 3, 1)
             parts.append(part)  # (B, h, w, d_i)
-        shape = len(features[0]), *size, len(self.drawn)
-        rows = workspace.empty(*shape) if workspace else features[0].new_empty(shape)
+        if workspace is None:
+            return torch.cat(parts, dim=-1)
+        rows = workspace.empty(len(features[0]), *size, len(self.drawn))
         for part, columns in zip(parts, rows.split([part.shape[-1] for part in parts], dim=-1)):
             columns.copy_(part)
         return rows

@@ -25,6 +25,7 @@ from runtime.values import Few, NonNegativeFloat, PositiveInt, PositiveShare, Se
 from search.bank import Bank
 from search.bounds import full_precision
 from search.coreset import Coreset, greedy_coreset
+from search.nearest import with_gradient
 from search.patches import Patches, all_ids, memory_plan
 
 
@@ -130,7 +131,11 @@ class PatchCore(Detector):
         patches = self.patches(features)  # (B, h, w, D)
         grid = patches.shape[1:3]
         away = None if leave_out is None else leave_out[:, None].expand(-1, math.prod(grid)).flatten()  # (B h w,)
-        squared, owners = (x.view(patches.shape[:3]) for x in self.bank.nearest(patches.flatten(0, 2), 1, away))
+        queries = patches.flatten(0, 2)  # (B h w, D)
+        squared, owners = self.bank.nearest(queries, 1, away)
+        if queries.requires_grad:
+            squared = with_gradient(queries, self.bank.rows(owners))
+        squared, owners = (x.view(patches.shape[:3]) for x in (squared, owners))
         distances = squared if self.mode.squared else squared.sqrt()
         distances, inside = distances.float(), None if valid is None else grid_valid(valid, grid)
         compared = distances if inside is None else distances.masked_fill(~inside, -torch.inf)

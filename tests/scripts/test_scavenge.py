@@ -198,3 +198,24 @@ def test_a_program_elsewhere_has_it_on_its_path(place, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(TOP)}
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "(1, 512)\n", "")
+
+
+def test_grad_cam_is_what_the_task_measures(place, paths):
+    detector = scavenge.load_detector(place / "runs/patchcore_own", device="cpu")
+    for result, path in zip(scavenge.grad_cam(detector, paths[:2], normal=paths[0]), paths):
+        assert result.path == str(path) and result.explains.startswith("anomaly score")
+        assert result.map.shape == (32, 32) and result.faithfulness.faithfulness == pytest.approx(
+            result.faithfulness.insertion - result.faithfulness.deletion
+        )
+    classifier = scavenge.load_classifier(place / "runs/classifier", device="cpu")
+    pixels = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths[:2]])
+    results = scavenge.grad_cam(classifier, pixels, class_name="class1")
+    probabilities = classifier(pixels)[:, classifier.classes.index("class1")]
+    found = [result.faithfulness.deletion_curve[0] for result in results]
+    assert found == pytest.approx(probabilities.tolist(), abs=1e-5)
+    backbone = scavenge.load_backbone(place / "runs/simclr", device="cpu")
+    [result] = scavenge.grad_cam(backbone, [paths[1]], reference=paths[0])
+    one, other = backbone(paths[:2])
+    assert result.faithfulness.deletion_curve[0] == pytest.approx(float(torch.cosine_similarity(one, other, dim=0)))
+    with pytest.raises(UserError, match="ResNet18 has none"):
+        backbone.attention(paths)
