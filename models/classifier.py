@@ -88,7 +88,7 @@ class WithNovelty(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         features = self.classifier.backbone(x)
         logits = self.classifier.head(features).float()
-        far = logits.new_full((len(logits),), torch.inf)
+        far = logits.new_full((logits.shape[0],), torch.inf)
         distances = far if self.bank is None else novelty(features, self.bank, self.prepared)
         return torch.cat([logits, distances[:, None]], 1)  # (B, C + 1)
 

@@ -139,6 +139,10 @@ class Detector(nn.Module):
             self.train(was_training)
         return findings if findings.maps is None else findings._replace(maps=blank(findings.maps, valid))
 
+    def prepare_export(self) -> None:
+        """Find out beforehand what `examine` looks up once torch.export traces it (`torch.compiler.is_exporting()`), for
+        a program's shapes and steps cannot depend on values."""
+
     def score(
         self, images: Tensor, valid: Tensor | None = None, leave_out: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor]:
