@@ -48,10 +48,8 @@ from evaluation.anomaly.prediction import (
     predicted,
 )
 from evaluation.classify import Classified, classify, load_classifier_run
+from evaluation.export.exported import Exported, is_exported, load_exported
 from evaluation.features import stored_sections
-from models.anomaly.detector import Detector
-from models.backbones.build import BackboneConfig, build_backbone
-from models.classifier import Classifier
 from runtime import config, distributed
 from runtime.errors import UserError
 from runtime.values import coerce
@@ -73,26 +71,41 @@ class LoadedBackbone:
     @torch.no_grad()
     def __call__(self, images: Images) -> Tensor:
         """Features of N images: float32 (N, D)."""
-        return torch.cat([self.network(batch).float().cpu() for batch in self._batches(images)])
+        return torch.cat([self._features(pixels).float().cpu() for pixels in self._batches(images)])
 
     @torch.no_grad()
     def stages(self, images: Images) -> list[Tensor]:
         """The maps of the four stages, the finest first: float32 [(N, C_i, H_i, W_i)] * 4."""
-        parts = [[s.float().cpu() for s in self.network.forward_stages(batch)] for batch in self._batches(images)]
+        batches = (normalize(pixels, normalization_of(self.network)) for pixels in self._batches(images))
+        parts = [[s.float().cpu() for s in self.network.forward_stages(batch)] for batch in batches]
         return [torch.cat(stage) for stage in zip(*parts)]
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        return self.network(normalize(pixels, normalization_of(self.network)))
 
     def _batches(self, images: Images) -> Iterator[Tensor]:
         loaded = load(images, self.geometry, self.batch_size)
         while batch := list(islice(loaded, self.batch_size)):
-            pixels = torch.stack([item.image for item in batch]).to(self.device)  # (B, 3, H, W)
-            yield normalize(pixels, normalization_of(self.network))
+            yield torch.stack([item.image for item in batch]).to(self.device)  # uint8 (B, 3, H, W)
+
+
+class ExportedBackbone(LoadedBackbone):
+    """The program of a backbone: features alone."""
+
+    network: Exported
+
+    def stages(self, images: Images) -> list[Tensor]:  # noqa: ARG002
+        raise ValueError(f"{self.network.path} gives features alone: take stages of the run that it was exported from")
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        return self.network(pixels)["features"]
 
 
 @dataclass(repr=False, eq=False)
 class LoadedDetector:
     """The detector of a run; calling it gives a `Prediction` per image (evaluation/anomaly/prediction.py)."""
 
-    network: Detector  # in eval mode
+    network: Any  # a detector in eval mode, or an `Exported`
     geometry: Geometry  # fits images into its input
     state: dict  # of the run: config, calibration, names of the training images
     threshold: float | None  # of the score
@@ -117,7 +130,7 @@ class LoadedDetector:
 class LoadedClassifier:
     """The classifier of a run; calling it gives the probability of each class, with the run's temperature."""
 
-    network: Classifier  # in eval mode
+    network: Any  # a classifier in eval mode, or an `Exported`
     geometry: Geometry  # fits images into its input
     state: dict  # of the run: config, classes, calibration
     threshold: float | None  # of the score, above which an image is none of the classes
@@ -167,6 +180,16 @@ def load_backbone(
     Raises:
         UserError: a file that cannot be read or does not fit, an unknown backbone or option.
     """
+    if is_exported(path):
+        for key, value in ({"name": name, "size": size} | options).items():
+            if value is not None:
+                raise ValueError(
+                    f"{key}={value!r} is for runs and weights, and {path} is an exported program: remove it"
+                )
+        exported = load_exported(path, "backbone")
+        return ExportedBackbone(exported, exported.geometry, device_of(exported, device), batch_size)
+    from models.backbones.build import BackboneConfig, build_backbone  # here, for exported programs do without
+
     if name is None:
         try:
             sections = stored_sections(path)
@@ -208,6 +231,11 @@ def load_detector(
     """
     if distributed.world_size() > 1:
         raise UserError("load_detector works in one process: call it without torchrun")
+    if is_exported(run):
+        exported = load_exported(run, "detector", category=category)
+        return LoadedDetector(
+            exported, exported.geometry, exported.state, *settled(exported, threshold, device, precision), batch_size
+        )
     network, geometry, state = load_run(Path(run), category)
     if other := another_version(state.get("version"), with_script=False):
         warnings.warn(f"{run} was made by {other}, so scores may differ from its own", stacklevel=2)
@@ -239,6 +267,11 @@ def load_classifier(
     Raises:
         UserError: a file that cannot be read, or is not of such a run.
     """
+    if is_exported(run):
+        exported = load_exported(run, "classifier")
+        return LoadedClassifier(
+            exported, exported.geometry, exported.state, *settled(exported, threshold, device, precision), batch_size
+        )
     network, geometry, state = load_classifier_run(run)
     if other := another_version(state.get("version"), with_script=False):
         warnings.warn(f"{run} was made by {other}, so probabilities may differ from its own", stacklevel=2)
@@ -297,6 +330,27 @@ def as_array(images: Images) -> np.ndarray:
         "images must be a list of paths, a uint8 array (N, H, W, 3) or a uint8 tensor (N, 3, H, W), not "
         f"{type(images).__name__} {given}".rstrip()
     )
+
+
+def settled(
+    exported: Exported, threshold: float | None, device: str, precision: Precision | None
+) -> tuple[float | None, torch.device, Precision]:
+    """Of an exported program threshold, device and precision, of which the last two are what they are."""
+    own = exported.state["config"]["precision"]
+    if precision not in (None, own):
+        raise ValueError(
+            f"precision={precision!r}: {exported.path} was exported with {own}; remove it, or name the run"
+        )
+    threshold = exported.state["calibration"]["threshold"] if threshold is None else threshold
+    return threshold, device_of(exported, device), own
+
+
+def device_of(exported: Exported, name: str) -> torch.device:
+    if name not in ("auto", "cpu"):
+        raise ValueError(
+            f"device={name!r}: {exported.path} was exported for the CPU; use device='cpu', or name the run"
+        )
+    return torch.device("cpu")
 
 
 def find_device(name: str) -> torch.device:

@@ -97,8 +97,10 @@ class Bank(nn.Module):
         return out[before : before + len(positions)]
 
     def around(self, positions: Tensor, count: int) -> Tensor:
-        """The `count` entries nearest to each entry at positions (n,), itself first: (n, count), searched for once. What
-        torch.export traces looks them up, so all must have been searched for before."""
+        """The `count` entries nearest to each entry at positions (n,), itself first: (n, count), searched for once.
+
+        While torch.export traces it, all must have been searched for.
+        """
         if torch.compiler.is_exporting():
             return self._around[positions]
         if self._around is None or self._around.shape[1] != count:

@@ -38,8 +38,10 @@ def pieces(points: Tensor) -> tuple[Tensor, ...]:
 
 
 def require_finite(points: Tensor, name: str) -> None:
-    """Raise `UserError` with the first row of points (n, D) that holds NaN or inf. An exported program lets them pass, to
-    a score that is not finite."""
+    """Raise `UserError` with the first row of points (n, D) that holds NaN or inf.
+
+    An exported program lets them pass, and its scores are not finite either.
+    """
     if torch.compiler.is_exporting():
         return
     first = 0

@@ -23,6 +23,7 @@ TASKS = {  # modules, of which eval.py imports only the one that runs
     "defects": "evaluation.tasks.defects",
     "describe": "evaluation.tasks.describe",
     "data": "evaluation.tasks.data",
+    "export": "evaluation.tasks.export",
 }
 
 
