@@ -7,8 +7,8 @@ train_classifier.py.
     python predict.py runs/classifier_own images/ out=results/
     python predict.py runs/patchcore_own/eval_export/detector.pt2 images/ out=results/
 
-The run folder is all it needs, or a file of eval.py task=export, for which models/ need not be there. Images are those in
-a folder and below, or one file, of any sizes. Writes to `out`:
+The run folder is all it needs, or a file of eval.py task=export, for which models/ need not be there. Images are those
+in a folder and below, or one file, of any sizes. Writes to `out`:
 
 predictions.csv: a row per image. Of a detector: path (below the folder), score, is_anomalous (1 if the score is above
     the threshold, else 0), threshold, nearest_training_image (of detectors with a memory), and y, x: row and column of

@@ -36,11 +36,11 @@ FORMAT = 1  # of what stands in ABOUT; another one is refused
 ABOUT = "scavenge.json"  # in the archive's folder extra/
 KINDS = ("backbone", "detector", "classifier")
 ENDING = ".pt2"
-PARTS = re.compile(
+PART = re.compile(
     r"archive_(format|version)|byteorder|\.data/(version|serialization_id)|models/model\.json|extra/scavenge\.json"
-    r"|data/weights/(weight_\d+|model_weights_config\.json)|data/constants/(tensor_\d+|model_constants_config\.json)"
-    r"|data/sample_inputs/model\.pt"
+    r"|data/weights/model_weights_config\.json|data/constants/model_constants_config\.json|data/sample_inputs/model\.pt"
 )
+TENSOR = re.compile(r"data/(weights/weight|constants/tensor)_\d+")  # raw numbers
 # what a node may call, and what stands in sizes that depend on the batch: torch looks the first up and evaluates these
 TARGETS = re.compile(r"torch\.ops\.aten\.(?!from_file|save)\w+\.\w+|_operator\.(?!call)\w+")
 GUARDS = re.compile(r"L\['\w+'\]\.size\(\)\[\d+\] [=!<>]=? (\d+|L\['\w+'\]\.size\(\)\[\d+\])")
@@ -103,31 +103,39 @@ def load_exported(path: str | Path, *kinds: str, category: str | None = None) ->
     """
     try:
         with open_regular(path) as file:
-            about = read_about(file, path)
+            parts = parts_of(file)
+            about = about_in(parts, path)
             if about["kind"] not in kinds:
                 raise UserError(f"{path} is an exported {about['kind']}, not a {' or a '.join(kinds)}")
-            require_plain(file, path)
+            require_plain(parts, path)
             exported = _loaded(file, about, path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except UserError:
+        raise
+    except Exception as error:  # of whatever is damaged
+        why = cut(" ".join(str(error).split()), 80)
+        raise UserError(f"{path} is no {ENDING} file or is damaged ({why}): export it again") from None
     if exported.kind == "detector":
         require_calibration(exported.state, Path(path))
         exported.state["calibration"] = calibration_of(exported.state, category, Path(path))
     return exported
 
 
-def read_about(file: IO[bytes], path: str | Path) -> dict[str, Any]:
-    """What an exported file says of itself.
+def parts_of(file: IO[bytes]) -> dict[str, bytes]:
+    """The parts of the archive by their names; those of the tensors are left empty."""
+    with zipfile.ZipFile(file) as archive:
+        names = {name.partition("/")[2]: name for name in archive.namelist()}
+        return {part: b"" if TENSOR.fullmatch(part) else archive.read(name) for part, name in names.items()}
+
+
+def about_in(parts: dict[str, bytes], path: str | Path) -> dict[str, Any]:
+    """What the file says of itself.
 
     Raises:
-        UserError: it is none, or of another version.
+        UserError: it is none of task=export, or of another version.
     """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            names = [name for name in archive.namelist() if name.partition("/")[2] == f"extra/{ABOUT}"]
-            about = json.loads(archive.read(names[0])) if names else {}
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
-        raise UserError(f"{path} is no {ENDING} file or is damaged ({cut(str(error))}): export it again") from None
+    about = json.loads(parts.get(f"extra/{ABOUT}", b"{}"))
     if about.get("kind") not in KINDS:
         raise UserError(f"{path} was not written by eval.py task=export, so what it takes and gives is not known")
     if about.get("format") != FORMAT:
@@ -136,35 +144,29 @@ def read_about(file: IO[bytes], path: str | Path) -> dict[str, Any]:
     return about
 
 
-def require_plain(file: IO[bytes], path: str | Path) -> None:
+def require_plain(parts: dict[str, bytes], path: str | Path) -> None:
     """UserError if the archive has parts or calls that task=export does not write, pickles of objects above all."""
 
     def refuse(what: str) -> None:
         raise UserError(f"{path} holds {cut(what)}, which could run code and which task=export does not write: refused")
 
-    with zipfile.ZipFile(file) as archive:
-        parts = {name.partition("/")[2]: archive.read(name) for name in archive.namelist() if not WEIGHT.search(name)}
-        for name in (name.partition("/")[2] for name in archive.namelist()):
-            if not PARTS.fullmatch(name):
-                refuse(name)
+    for name in parts:
+        if not PART.fullmatch(name) and not TENSOR.fullmatch(name):
+            refuse(name)
     for name in ("data/weights/model_weights_config.json", "data/constants/model_constants_config.json"):
-        if any(meta.get("use_pickle") for meta in json.loads(parts[name])["config"].values()):
+        if any(meta["use_pickle"] for meta in json.loads(parts[name])["config"].values()):
             refuse("pickled tensors")
     try:
         torch.load(io.BytesIO(parts["data/sample_inputs/model.pt"]), weights_only=True)
-    except Exception:
+    except Exception:  # for which torch.export.load would try again without weights_only
         refuse("a pickle as its sample inputs")
-    model = json.loads(parts["models/model.json"])
-    for key, text in texts(model):
-        if key == "guards_code" and not GUARDS.fullmatch(text):
-            refuse(f"the condition {text}")
+    for key, text in texts(json.loads(parts["models/model.json"])):
         if key == "target" and not TARGETS.fullmatch(text):
             refuse(f"a call of {text}")
+        if key == "guards_code" and not GUARDS.fullmatch(text):
+            refuse(f"the condition {text}")
         if key == "expr_str" and not SIZES.fullmatch(text):
             refuse(f"the expression {text}")
-
-
-WEIGHT = re.compile(r"/(weight|tensor)_\d+$")
 
 
 def texts(value: Any, key: str = "") -> list[tuple[str, str]]:
