@@ -31,6 +31,7 @@ from data.geometry import Geometry
 from evaluation.anomaly.prediction import calibration_of, require_calibration
 from runtime.errors import UserError, cut
 from runtime.files import open_regular
+from runtime.integrity import damage
 
 FORMAT = 1  # of what stands in ABOUT; another one is refused
 ABOUT = "scavenge.json"  # in the archive's folder extra/
@@ -82,7 +83,7 @@ class Exported:
 
 
 def is_exported(path: str | Path) -> bool:
-    return str(path).endswith(ENDING)
+    return str(path).endswith(ENDING) and not Path(path).is_dir()
 
 
 def about_file(kind: str, masked: bool, geometry: Geometry, state: dict) -> str:
@@ -103,6 +104,8 @@ def load_exported(path: str | Path, *kinds: str, category: str | None = None) ->
     """
     try:
         with open_regular(path) as file:
+            if wrong := damage(path, contents=True):  # which torch's reader does not notice
+                raise UserError(f"{path} {wrong}: export it again")
             parts = parts_of(file)
             about = about_in(parts, path)
             if about["kind"] not in kinds:

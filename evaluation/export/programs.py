@@ -112,13 +112,8 @@ def write_onnx(program: torch.export.ExportedProgram, file: IO[bytes]) -> Callab
     """Write the program as an ONNX model, and return what onnxruntime makes of it.
 
     Raises:
-        UserError: the packages that torch needs for it are not here, or it cannot be converted.
+        UserError: it cannot be converted.
     """
-    if missing := [name for name in ONNX if importlib.util.find_spec(name) is None]:
-        raise UserError(
-            f"format=onnx needs {' and '.join(missing)}, which are no part of requirements.txt: install them "
-            f"(pip install {' '.join(ONNX)}), or take format=pt2"
-        )
     try:
         model = torch.onnx.export(program, dynamo=True)
         model.save(file.name, external_data=False)
@@ -126,3 +121,12 @@ def write_onnx(program: torch.export.ExportedProgram, file: IO[bytes]) -> Callab
         raise UserError(f"torch.onnx cannot convert this program: {cut(' '.join(str(error).split()), 150)}") from None
     names = list(program.call_spec.out_spec.unflatten(range(program.call_spec.out_spec.num_leaves)))
     return lambda *images: dict(zip(names, model(*images)))
+
+
+def require_onnx() -> None:
+    """UserError unless the packages are here that `write_onnx` needs."""
+    if missing := [name for name in ONNX if importlib.util.find_spec(name) is None]:
+        raise UserError(
+            f"format=onnx needs {' and '.join(missing)}, which are no part of requirements.txt: install them "
+            f"(pip install {' '.join(ONNX)}), or take format=pt2"
+        )

@@ -15,7 +15,7 @@ from typing import Literal
 
 from evaluation.export.agreement import compare, images_of, subject_of
 from evaluation.export.exported import Exported, load_exported
-from evaluation.export.programs import traced, write, write_onnx
+from evaluation.export.programs import require_onnx, traced, write, write_onnx
 from evaluation.tables import markdown_table
 from runtime import checkpoint, config, distributed
 from runtime.errors import UserError
@@ -40,6 +40,8 @@ def run(cfg: Config) -> None:
     distributed.setup("cpu")
     if distributed.world_size() > 1:
         raise UserError("task=export works in one process: start it without torchrun")
+    if cfg.format == "onnx":
+        require_onnx()
     file = checkpoint.file_of(cfg.checkpoint)
     subject = subject_of(cfg.checkpoint, cfg.threshold)
     images = images_of(subject, cfg.images, cfg.n_images)

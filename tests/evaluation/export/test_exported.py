@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import struct
 import zipfile
 from dataclasses import asdict
 
@@ -151,7 +152,8 @@ def test_a_flipped_bit_is_noticed(file, tmp_path):
     content = bytearray(file.read_bytes())
     with zipfile.ZipFile(file) as archive:
         (weight,) = (info for info in archive.infolist() if info.filename.endswith("/weight_3"))
-    content[content.index(b"weight_3", weight.header_offset) + weight.file_size] ^= 1
+    name, extra = struct.unpack_from("<HH", content, weight.header_offset + 26)  # lengths, of the local header
+    content[weight.header_offset + 30 + name + extra + 5] ^= 1
     (tmp_path / "flipped.pt2").write_bytes(content)
     with pytest.raises(UserError, match=r"flipped.pt2"):
         load_exported(tmp_path / "flipped.pt2", "detector")
