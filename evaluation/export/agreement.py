@@ -218,47 +218,62 @@ class Agreement:
 
 
 def compare(subject: Subject, exported: Exported, images: list[LoadedImage], batch_sizes: list[int]) -> Agreement:
-    """Ask the run once, at the largest batch size, and the program at each.
+    """Ask the run at the largest batch size, and the program at each. At the largest they take turns, so that their
+    times can be compared on a machine with other work.
 
     Raises:
         UserError: they do not agree; it names the image.
     """
-    live, largest, moved = [], {}, 0
-    for network, state in ((subject.live, subject.state), (exported, exported.state)):
-        subject.ask(network, images[: batch_sizes[-1]], state, batch_sizes[-1])  # what is made once is made
-    began = time.perf_counter()
-    live = subject.ask(subject.live, images, subject.state, batch_sizes[-1])
-    seconds_live = time.perf_counter() - began
-    typical = {
-        name: torch.stack([answer.values[name].abs().max() for answer in live]).mean() for name in live[0].values
-    }
-    for batch_size in batch_sizes:
-        began = time.perf_counter()
+    *smaller, most = batch_sizes
+    asked = (subject.live, subject.state), (exported, exported.state)
+    for network, state in asked:  # what is made once is made
+        subject.ask(network, images[:most], state, most)
+    answers: tuple[list[Answer], list[Answer]] = ([], [])
+    seconds = [0.0, 0.0]
+    for first in range(0, len(images), most):
+        for i, (network, state) in enumerate(asked):
+            began = time.perf_counter()
+            answers[i].extend(subject.ask(network, images[first : first + most], state, most))
+            seconds[i] += time.perf_counter() - began
+    live, found = answers
+    largest = dict.fromkeys(live[0].values, 0.0)
+    typical = {name: torch.stack([answer.values[name].abs().max() for answer in live]).mean() for name in largest}
+    moved = agree(live, found, most, typical, largest)
+    for batch_size in smaller:
         found = subject.ask(exported, images, exported.state, batch_size)
-        seconds_exported = time.perf_counter() - began
-        for then, now in zip(live, found):
-            at = f"of {then.path} at batch size {batch_size}"
-            for name, value in then.values.items():
-                away = difference(value, now.values[name], typical[name])
-                largest[name] = max(largest.get(name, 0.0), away)
-                if not away <= TOLERANCE:
-                    raise UserError(
-                        f"the exported program's {name} {at} differs from the run's by {away:.1e} of its size, more "
-                        f"than {TOLERANCE:g}: the file is not kept"
-                    )
-            if now.verdict != then.verdict:
-                raise UserError(
-                    f"the exported program's decision {at} is {now.verdict}, the run's {then.verdict}: the file is "
-                    "not kept"
-                )
-            moved += then.places != now.places
+        moved += agree(live, found, batch_size, typical, largest)
     return Agreement(
         largest=largest,
         decisions=len(images) * len(batch_sizes) if live[0].verdict is not None else 0,
         moved=moved,
-        seconds_live=seconds_live / len(images),
-        seconds_exported=seconds_exported / len(images),
+        seconds_live=seconds[0] / len(images),
+        seconds_exported=seconds[1] / len(images),
     )
+
+
+def agree(
+    live: list[Answer], exported: list[Answer], batch_size: int, typical: dict[str, Tensor], largest: dict[str, float]
+) -> int:
+    """How many answers have other places; raises `largest` where a difference is larger.
+
+    Raises:
+        UserError: they do not agree.
+    """
+    for then, now in zip(live, exported, strict=True):
+        at = f"of {then.path} at batch size {batch_size}"
+        for name, value in then.values.items():
+            away = difference(value, now.values.get(name, torch.empty(0)), typical[name])
+            largest[name] = max(largest[name], away)
+            if not away <= TOLERANCE:
+                raise UserError(
+                    f"the exported program's {name} {at} differs from the run's by {away:.1e} of its size, more than "
+                    f"{TOLERANCE:g}: the file is not kept"
+                )
+        if now.verdict != then.verdict:
+            raise UserError(
+                f"the exported program's decision {at} is {now.verdict}, the run's {then.verdict}: the file is not kept"
+            )
+    return sum(then.places != now.places for then, now in zip(live, exported))
 
 
 def difference(live: Tensor, exported: Tensor, typical: Tensor) -> float:

@@ -66,7 +66,8 @@ def run(cfg: Config) -> None:
     rows = [[name, f"{away:.1e}"] for name, away in found.largest.items()]
     table = markdown_table(["value", "largest difference"], rows)
     log.text("export", table)
-    sizes = f"{len(images)} images in batches of {', '.join(map(str, batch_sizes))}"
-    log.say(f"{place}: {size / 1e6:.1f} MB, compared on {sizes}: {found.decisions} decisions, all equal\n{table}")
+    decided = f": all {found.decisions} decisions are equal" if found.decisions else ""
+    on = f"{len(images)} images in batches of {', '.join(map(str, batch_sizes))}"
+    log.say(f"{place}: {size / 1e6:.1f} MB, compared on {on}{decided}\n{table}")
     results = {"task": "export", "kind": subject.kind, "file": str(place), "bytes": size, "images": len(images)}
     log.results(results | {"batch_sizes": batch_sizes} | asdict(found) | {"version": code_version()})
