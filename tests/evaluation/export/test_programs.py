@@ -71,11 +71,17 @@ def fitted(name: str, **options):
 
 
 def require_equal(found, live, images: slice = slice(None)) -> None:
+    """Of maps that are flat at their top the peak may lie elsewhere on it."""
     for name in ("scores", "maps", "peaks", "nearest_image"):
         theirs, ours = getattr(live, name), getattr(found, name)
         assert (theirs is None) == (ours is None), name
         if theirs is not None:
             theirs = theirs[images].double()
+            if name == "peaks" and not torch.equal(ours.double(), theirs):
+                y, x = ours.long().unbind(1)
+                tops = live.maps[images]
+                assert torch.allclose(tops[range(len(y)), y, x], tops.amax((1, 2)), rtol=1e-4)
+                continue
             assert ours.shape == theirs.shape, name
             assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max(), name
 
