@@ -125,9 +125,9 @@ def test_the_block_of_the_documentation_runs(place, monkeypatch, capsys):
 def test_a_program_that_differs_is_not_kept(wrong, place, monkeypatch):
     def write(program, about, file):
         if wrong == "weight":
-            for value in program.state_dict.values():
-                if value.dim() == 4:  # a convolution's
-                    value.data.mul_(1.01)
+            for name, value in list(program.state_dict.items()):
+                if value.dim() == 4:  # a convolution's, which the run's own network shares
+                    program.state_dict[name] = torch.nn.Parameter(1.01 * value.detach(), requires_grad=False)
         else:
             threshold = {"threshold": about["state"]["calibration"]["threshold"] / 100}
             calibration = about["state"]["calibration"] | threshold
