@@ -36,9 +36,10 @@ def schema(argv: list[str]) -> type | None:
 
 
 def stored(schema: type, layers: list[dict]) -> list[dict]:
-    """The sections of the checkpoint that `layers` name, as the lowest layer of a task with a key `checkpoint`."""
+    """The sections of the checkpoint that `layers` name, as the lowest layer of a task with a key `checkpoint` that has
+    these sections."""
     named = [layer["checkpoint"] for layer in layers if "checkpoint" in layer]
-    if not named or "checkpoint" not in {field.name for field in dataclasses.fields(schema)}:
+    if not named or not {"checkpoint", "data", "backbone"} <= {field.name for field in dataclasses.fields(schema)}:
         return []
     path = coerce(named[-1], PathText | None, "checkpoint")
     return [] if path is None else [stored_sections(path)]

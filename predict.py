@@ -5,8 +5,10 @@ train_classifier.py.
     python predict.py runs/patchcore_own images/large.jpg out=results/ tile=512 overlap=64 threshold=3.5
     python predict.py runs/patchcore_can /path/to/mvtec_ad2/can/test_private submission=submission/
     python predict.py runs/classifier_own images/ out=results/
+    python predict.py runs/patchcore_own/eval_export/detector.pt2 images/ out=results/
 
-The run folder is all it needs. Images are those in a folder and below, or one file, of any sizes. Writes to `out`:
+The run folder is all it needs, or a file of eval.py task=export, for which models/ need not be there. Images are those
+in a folder and below, or one file, of any sizes. Writes to `out`:
 
 predictions.csv: a row per image. Of a detector: path (below the folder), score, is_anomalous (1 if the score is above
     the threshold, else 0), threshold, nearest_training_image (of detectors with a memory), and y, x: row and column of
@@ -44,6 +46,7 @@ import torch
 from tqdm import tqdm
 
 from data import Geometry
+from data.batches import Findings
 from data.image_files import find_images
 from data.opening import memory_kept
 from evaluation.anomaly.prediction import (
@@ -59,7 +62,7 @@ from evaluation.anomaly.prediction import (
 from evaluation.anomaly.submission import check_private, write_submission
 from evaluation.anomaly.tiling import check_tiling
 from evaluation.classify import OLDER, Classified, classify, load_classifier_run
-from models.anomaly.detector import Findings
+from evaluation.export.exported import is_exported, load_exported
 from plots.heatmaps import bytes_to_draw, save, single_heatmap
 from runtime import checkpoint, config, distributed, errors, help
 from runtime.errors import DiskFull, UserError, cut
@@ -77,7 +80,7 @@ THREADS = min(16, runtime.threads.cpu_count())  # that decode and draw; each hol
 
 @dataclass(kw_only=True)
 class Config:
-    run: PathText  # folder of a finished run
+    run: PathText  # folder of a finished run, or a .pt2 file of task=export
     images: PathText  # a folder or a file
     out: PathText = "results"  # folder of the table and the heat maps
     threshold: float | None = None  # of the score; none: the run's own
@@ -100,11 +103,7 @@ def main(argv: list[str]) -> None:
     if distributed.world_size() > 1:
         raise UserError("predict.py runs in one process: start it without torchrun, once for each folder")
     out = Path(cfg.out)
-    if not checkpoint.file_of(cfg.run).exists():
-        scripts = "train_anomaly.py or train_classifier.py"
-        raise UserError(f"{cfg.run} has no {checkpoint.LAST}: name the folder of a finished run of {scripts}")
-    state = checkpoint.load(cfg.run)
-    examiner = (with_classifier if "head" in state["config"] else with_detector)(cfg, state, device)
+    examiner = (with_exported if is_exported(cfg.run) else with_run)(cfg, device)
     root, paths = images_of(Path(cfg.images), out, submission=cfg.submission is not None)
     if os.path.isfile(out / "heatmaps"):
         raise UserError(f"{out / 'heatmaps'} is no folder: remove it or choose another out=")
@@ -154,15 +153,47 @@ class Examiner:
     summary: Callable[[Counter], dict]  # for the JSON, of the counted verdicts
 
 
-def with_detector(cfg: Config, state: dict, device: torch.device) -> Examiner:
+def with_run(cfg: Config, device: torch.device) -> Examiner:
+    if not checkpoint.file_of(cfg.run).exists():
+        scripts = "train_anomaly.py or train_classifier.py"
+        raise UserError(f"{cfg.run} has no {checkpoint.LAST}: name the folder of a finished run of {scripts}")
+    state = checkpoint.load(cfg.run)
+    if "head" in state["config"]:
+        refuse_keys_of_detectors(cfg)
+        if "calibration" not in state:
+            if (checkpoint.folder_of(cfg.run) / "results.json").exists():
+                raise UserError(f"the run in {cfg.run} was {OLDER}")
+            raise UserError(f"the run in {cfg.run} has not finished: the command that began it resumes it")
+        network, geometry, state = load_classifier_run(cfg.run, state)
+        say_version(cfg, state)
+        return with_classifier(cfg, network.to(device), geometry, state, device)
     detector, geometry, state = load_run(Path(cfg.run), cfg.category, state)
     say_version(cfg, state)
-    detector.to(device)
     settle_tiles(cfg, state)
+    if cfg.tile:
+        check_tiling(detector, cfg.tile, cfg.overlap)
+    return with_detector(cfg, detector.to(device), geometry, state, device)
+
+
+def with_exported(cfg: Config, device: torch.device) -> Examiner:  # noqa: ARG001
+    """A program of eval.py task=export, which runs on the CPU, with the tiles and the precision that it has."""
+    if cfg.device not in ("auto", "cpu"):
+        raise UserError(f"device={cfg.device}: {cfg.run} was exported for the CPU; set device=cpu, or name the run")
+    exported = load_exported(cfg.run, "detector", "classifier", category=cfg.category)
+    if exported.kind == "classifier":
+        refuse_keys_of_detectors(cfg)
+    settings = exported.state["config"]
+    for key, own in (settings.get("data", {}) | {"precision": settings["precision"]}).items():
+        if (value := getattr(cfg, key)) not in (None, own):
+            raise UserError(f"{key}={value} is not how {cfg.run} was exported ({own}): remove it, or name a run")
+        setattr(cfg, key, own)
+    use = with_detector if exported.kind == "detector" else with_classifier
+    return use(cfg, exported, exported.geometry, exported.state, torch.device("cpu"))
+
+
+def with_detector(cfg: Config, detector: Any, geometry: Geometry, state: dict, device: torch.device) -> Examiner:
     about: dict[str, Any] = {"batch_size": cfg.batch_size, "tile": cfg.tile, "overlap": cfg.overlap}
     about["precision"] = cfg.precision or state["config"]["precision"]
-    if cfg.tile:
-        check_tiling(detector, about["tile"], about["overlap"])
     threshold = threshold_of(cfg, state)
     return Examiner(
         columns=COLUMNS,
@@ -174,17 +205,13 @@ def with_detector(cfg: Config, state: dict, device: torch.device) -> Examiner:
     )
 
 
-def with_classifier(cfg: Config, state: dict, device: torch.device) -> Examiner:
+def refuse_keys_of_detectors(cfg: Config) -> None:
     for key in ("tile", "overlap", "category", "submission"):
         if (value := getattr(cfg, key)) is not None:
             raise UserError(f"{key}={cut(str(value), 40)} is for detectors, and {cfg.run} is a classifier's: remove it")
-    if "calibration" not in state:
-        if (checkpoint.folder_of(cfg.run) / "results.json").exists():
-            raise UserError(f"the run in {cfg.run} was {OLDER}")
-        raise UserError(f"the run in {cfg.run} has not finished: the command that began it resumes it")
-    network, geometry, state = load_classifier_run(cfg.run, state)
-    say_version(cfg, state)
-    network.to(device)
+
+
+def with_classifier(cfg: Config, network: Any, geometry: Geometry, state: dict, device: torch.device) -> Examiner:
     threshold = state["calibration"]["threshold"] if cfg.threshold is None else cfg.threshold
     if threshold is None:
         say(f"warning: {cfg.run} had no validation images, so no image is called none of these: give threshold=")

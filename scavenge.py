@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -48,21 +48,17 @@ from evaluation.anomaly.prediction import (
     predicted,
 )
 from evaluation.classify import Classified, classify, load_classifier_run
+from evaluation.export.exported import Exported, is_exported, load_exported
 from evaluation.features import stored_sections
-from evaluation.inspect import embedding
-from evaluation.inspect.attention import Attention, attention
-from evaluation.inspect.correspondence import Matches, mutual_matches
-from evaluation.inspect.correspondence import patches as patches_of
-from evaluation.inspect.dense import DenseFeatures
-from evaluation.inspect.faithfulness import Faithfulness, enlarged, faithfulness
-from evaluation.inspect.gradcam import explain, target_of
-from models.anomaly.detector import Detector
-from models.backbones.build import BackboneConfig, build_backbone
-from models.classifier import Classifier
 from runtime import config, distributed
 from runtime.errors import UserError
 from runtime.values import coerce
 from runtime.version import another_version
+
+if TYPE_CHECKING:  # what imports models/ is imported where it is needed, as exported programs do without
+    from evaluation.inspect.attention import Attention
+    from evaluation.inspect.correspondence import Matches
+    from evaluation.inspect.faithfulness import Faithfulness
 
 Images = list[str | Path] | np.ndarray | Tensor
 THREADS = min(16, runtime.threads.cpu_count())  # that decode
@@ -80,12 +76,12 @@ class LoadedBackbone:
     @torch.no_grad()
     def __call__(self, images: Images) -> Tensor:
         """Features of N images: float32 (N, D)."""
-        return torch.cat([self.network(batch).float().cpu() for batch in self._batches(images)])
+        return torch.cat([self._features(pixels).float().cpu() for pixels in self._batches(images)])
 
     @torch.no_grad()
     def stages(self, images: Images) -> list[Tensor]:
         """The maps of the four stages, the finest first: float32 [(N, C_i, H_i, W_i)] * 4."""
-        parts = [[s.float().cpu() for s in self.network.forward_stages(batch)] for batch in self._batches(images)]
+        parts = [[s.float().cpu() for s in self.network.forward_stages(batch)] for batch in self._normalized(images)]
         return [torch.cat(stage) for stage in zip(*parts)]
 
     @torch.no_grad()
@@ -93,15 +89,20 @@ class LoadedBackbone:
         """Features of every patch, as eval.py task=correspondence and segment compare them: float32 (N, C, h, w).
 
         stages: of `stages`, beside each other; empty: those that these tasks take."""
-        dense = DenseFeatures(self.network, stages)
-        return torch.cat([dense(batch).cpu() for batch in self._batches(images)])
+        from evaluation.inspect.dense import DenseFeatures
 
-    def correspondence(self, images: Images, stages: tuple[int, ...] = ()) -> Matches:
+        dense = DenseFeatures(self.network, stages)
+        return torch.cat([dense(batch).cpu() for batch in self._normalized(images)])
+
+    def correspondence(self, images: Images, stages: tuple[int, ...] = ()) -> "Matches":
         """The patches of two images that are each other's nearest (evaluation/inspect/correspondence.py).
 
         Raises:
             ValueError: there are not two images.
         """
+        from evaluation.inspect.correspondence import mutual_matches
+        from evaluation.inspect.correspondence import patches as patches_of
+
         maps = self.patches(images, stages)
         if len(maps) != 2:
             raise ValueError(f"correspondence is of two images, not of {len(maps)}")
@@ -109,26 +110,50 @@ class LoadedBackbone:
 
     def plane(self, images: Images, *, perplexity: float = 30.0, learning_rate: float | None = None) -> Tensor:
         """Images as points by t-SNE, as eval.py task=embedding draws them with seed=0: float64 (N, 2)."""
+        from evaluation.inspect import embedding
+
         return embedding.tsne(embedding.unit(self(images)), perplexity=perplexity, learning_rate=learning_rate, seed=0)
 
-    def attention(self, images: Images) -> Attention:
+    def attention(self, images: Images) -> "Attention":
         """Of a vision transformer: `heads` (N, heads, h, w), the class token's attention to the patches in the last
         block, and `rollout` (N, h, w), that over all blocks (evaluation/inspect/attention.py)."""
-        found = [attention(self.network, batch) for batch in self._batches(images)]
+        from evaluation.inspect.attention import Attention, attention
+
+        found = [attention(self.network, batch) for batch in self._normalized(images)]
         return Attention(*(torch.cat(parts).float().cpu() for parts in zip(*found)))
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        return self.network(normalize(pixels, normalization_of(self.network)))
+
+    def _normalized(self, images: Images) -> Iterator[Tensor]:
+        for pixels in self._batches(images):
+            yield normalize(pixels, normalization_of(self.network))
 
     def _batches(self, images: Images) -> Iterator[Tensor]:
         loaded = load(images, self.geometry, self.batch_size)
         while batch := list(islice(loaded, self.batch_size)):
-            pixels = torch.stack([item.image for item in batch]).to(self.device)  # (B, 3, H, W)
-            yield normalize(pixels, normalization_of(self.network))
+            yield torch.stack([item.image for item in batch]).to(self.device)  # uint8 (B, 3, H, W)
+
+
+class ExportedBackbone(LoadedBackbone):
+    """The program of a backbone: features alone."""
+
+    network: Exported
+
+    def _alone(self, *_, **__):
+        raise ValueError(f"{self.network.path} gives features alone: load the run that it was exported from")
+
+    stages = patches = attention = _alone  # correspondence takes patches
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        return self.network(pixels)["features"]
 
 
 @dataclass(repr=False, eq=False)
 class LoadedDetector:
     """The detector of a run; calling it gives a `Prediction` per image (evaluation/anomaly/prediction.py)."""
 
-    network: Detector  # in eval mode
+    network: Any  # a detector in eval mode, or an `Exported`
     geometry: Geometry  # fits images into its input
     state: dict  # of the run: config, calibration, names of the training images
     threshold: float | None  # of the score
@@ -153,7 +178,7 @@ class LoadedDetector:
 class LoadedClassifier:
     """The classifier of a run; calling it gives the probability of each class, with the run's temperature."""
 
-    network: Classifier  # in eval mode
+    network: Any  # a classifier in eval mode, or an `Exported`
     geometry: Geometry  # fits images into its input
     state: dict  # of the run: config, classes, calibration
     threshold: float | None  # of the score, above which an image is none of the classes
@@ -203,6 +228,16 @@ def load_backbone(
     Raises:
         UserError: a file that cannot be read or does not fit, an unknown backbone or option.
     """
+    if is_exported(path):
+        for key, value in ({"name": name, "size": size} | options).items():
+            if value is not None:
+                raise ValueError(
+                    f"{key}={value!r} is for runs and weights, and {path} is an exported program: remove it"
+                )
+        exported = load_exported(path, "backbone")
+        return ExportedBackbone(exported, exported.geometry, device_of(exported, device), batch_size)
+    from models.backbones.build import BackboneConfig, build_backbone  # here, for exported programs do without
+
     if name is None:
         try:
             sections = stored_sections(path)
@@ -244,6 +279,11 @@ def load_detector(
     """
     if distributed.world_size() > 1:
         raise UserError("load_detector works in one process: call it without torchrun")
+    if is_exported(run):
+        exported = load_exported(run, "detector", category=category)
+        return LoadedDetector(
+            exported, exported.geometry, exported.state, *settled(exported, threshold, device, precision), batch_size
+        )
     network, geometry, state = load_run(Path(run), category)
     if other := another_version(state.get("version"), with_script=False):
         warnings.warn(f"{run} was made by {other}, so scores may differ from its own", stacklevel=2)
@@ -275,6 +315,11 @@ def load_classifier(
     Raises:
         UserError: a file that cannot be read, or is not of such a run; a threshold for a run that has not finished.
     """
+    if is_exported(run):
+        exported = load_exported(run, "classifier")
+        return LoadedClassifier(
+            exported, exported.geometry, exported.state, *settled(exported, threshold, device, precision), batch_size
+        )
     network, geometry, state = load_classifier_run(run)
     if other := another_version(state.get("version"), with_script=False):
         warnings.warn(f"{run} was made by {other}, so probabilities may differ from its own", stacklevel=2)
@@ -293,7 +338,7 @@ class Explained:
     path: str  # of the file
     explains: str  # what, in words
     map: Tensor = field(repr=False)  # float32 (H, W), of the input's size; 0 where nothing speaks for it
-    faithfulness: Faithfulness = field(repr=False)  # whether it goes when what the map shows goes
+    faithfulness: "Faithfulness" = field(repr=False)  # whether it goes when what the map shows goes
 
 
 def grad_cam(
@@ -314,8 +359,14 @@ def grad_cam(
 
     Raises:
         UserError: a file that cannot be read, no such class, or a detector whose score has no gradient.
+        ValueError: an exported program.
     """
+    if isinstance(model.network, Exported):
+        raise ValueError(f"{model.network.path} has no gradients: explain the run that it was exported from")
     network, own, results = model.network, normalization_of(model.network), []
+
+    from evaluation.inspect.faithfulness import enlarged, faithfulness
+    from evaluation.inspect.gradcam import explain, target_of
 
     def one(path: str | Path | None) -> Tensor | None:  # (1, 3, H, W)
         return None if path is None else normalize(next(load([path], model.geometry, 1)).image[None].to(device), own)
@@ -385,6 +436,27 @@ def as_array(images: Images) -> np.ndarray:
         "images must be a list of paths, a uint8 array (N, H, W, 3) or a uint8 tensor (N, 3, H, W), not "
         f"{type(images).__name__} {given}".rstrip()
     )
+
+
+def settled(
+    exported: Exported, threshold: float | None, device: str, precision: Precision | None
+) -> tuple[float | None, torch.device, Precision]:
+    """Of an exported program threshold, device and precision, of which the last two are what they are."""
+    own = exported.state["config"]["precision"]
+    if precision not in (None, own):
+        raise ValueError(
+            f"precision={precision!r}: {exported.path} was exported with {own}; remove it, or name the run"
+        )
+    threshold = exported.state["calibration"]["threshold"] if threshold is None else threshold
+    return threshold, device_of(exported, device), own
+
+
+def device_of(exported: Exported, name: str) -> torch.device:
+    if name not in ("auto", "cpu"):
+        raise ValueError(
+            f"device={name!r}: {exported.path} was exported for the CPU; use device='cpu', or name the run"
+        )
+    return torch.device("cpu")
 
 
 def find_device(name: str) -> torch.device:

@@ -29,8 +29,8 @@ from models.anomaly import DETECTORS, DetectorConfig
 from models.anomaly.detector import Batch, Detector
 from models.backbones.build import BackboneConfig, build_backbone
 from runtime import checkpoint, config
+from runtime.precision import PRECISIONS
 from runtime.version import commit
-from training.optim import PRECISIONS
 
 CASES = [("wide_resnet50_2", 224), ("wide_resnet50_2", 256), ("mobilenet_v2", 224), ("mobilenet_v2", 256)]
 PATCHES = 16_000  # at least so many in the bank, which holds every patch of enough images

@@ -34,8 +34,9 @@ from models.backbones.build import build_backbone, normalization_from
 from models.ssl import SSL_METHODS
 from models.ssl.gradient import backward
 from runtime import config, distributed
+from runtime.precision import PRECISIONS
 from runtime.version import commit
-from training.optim import PRECISIONS, apply_gradients, build_optimizer, mixed_precision, set_rates
+from training.optim import apply_gradients, build_optimizer, mixed_precision, set_rates
 
 CONFIGS = {"revd": ["configs/revd_neu.yaml", "data.size=32", "augment.size=32"]}
 CLASSES, RATE = 10, 1e-3  # of labels; of learning, whatever the schedule

@@ -5,23 +5,24 @@ for image, result in classify(network, images, state, device, batch_size=16, pre
     print(result.path, result.verdict, result.probability)
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from data import DataConfig, Geometry, build_geometry
-from data.normalize import normalize
 from evaluation.anomaly.prediction import LoadedImage, Precision, is_number
-from losses.supervised import probabilities
-from models.classifier import Classifier, WithNovelty, load_trained
 from runtime import checkpoint, config
 from runtime.errors import UserError
 from runtime.values import coerce
-from training.optim import PRECISIONS
+
+if TYPE_CHECKING:  # exported programs classify where there is no models/
+    from models.classifier import Classifier
 
 NONE = "none of these"
 OLDER = (
@@ -48,7 +49,7 @@ class Classified:
         return NONE if self.is_unknown else self.likeliest
 
 
-def load_classifier_run(path: Path | str, state: dict | None = None) -> tuple[Classifier, Geometry, dict]:
+def load_classifier_run(path: Path | str, state: dict | None = None) -> tuple["Classifier", Geometry, dict]:
     """The classifier of a run in eval mode on the CPU, how its images become inputs, and the checkpoint's other values.
 
     Of a run that has not finished, `state["calibration"]` has no temperature and no threshold, and `state["bank"]`,
@@ -61,6 +62,8 @@ def load_classifier_run(path: Path | str, state: dict | None = None) -> tuple[Cl
     Raises:
         UserError: it is no such checkpoint, is older than the score, or was edited.
     """
+    from models.classifier import load_trained  # here, for exported programs do without
+
     network, state = load_trained(path, state)
     file = checkpoint.file_of(path)
     try:
@@ -84,7 +87,7 @@ def load_classifier_run(path: Path | str, state: dict | None = None) -> tuple[Cl
 
 @torch.no_grad()
 def classify(
-    network: Classifier,
+    network: "Classifier",
     loaded: Iterator[LoadedImage],
     state: dict,
     device: torch.device,
@@ -102,17 +105,12 @@ def classify(
     Raises:
         UserError: logits that are not finite.
     """
-    dtype, loss = PRECISIONS[precision], state["config"]["loss"]["name"]
-    temperature = state["calibration"]["temperature"] or 1.0
-    bank = state["bank"]
-    both = WithNovelty(network, None if bank is None else bank.to(device))
+    answer = network.answering(state, device, precision)
     while group := list(islice(loaded, batch_size)):
         pixels = torch.stack([item.image for item in group]).to(device)  # (B, 3, H, W)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            rows = both(normalize(pixels, network.normalization)).cpu()  # (B, C + 1)
-        logits, scores = rows[:, :-1], rows[:, -1].tolist()  # (B, C), (B,)
-        found, finite = probabilities(logits, loss, temperature), logits.isfinite().all(1).tolist()  # (B, C), (B,)
-        for item, row, likeliest, score, good in zip(group, found, logits.argmax(1).tolist(), scores, finite):
+        logits, found, scores = answer(pixels)
+        finite, likeliest = logits.isfinite().all(1).tolist(), logits.argmax(1).tolist()  # (B,) each
+        for item, row, likely, score, good in zip(group, found, likeliest, scores.tolist(), finite):
             if not good:
                 raise UserError(
                     f"the logits of {item.path} are not finite: use precision=fp32, or the run has diverged"
@@ -121,10 +119,10 @@ def classify(
                 item,
                 Classified(
                     path=item.path,
-                    likeliest=state["classes"][likeliest],
-                    probability=float(row[likeliest]),
+                    likeliest=state["classes"][likely],
+                    probability=float(row[likely]),
                     probabilities=row,
-                    score=None if bank is None else score,
+                    score=score if math.isfinite(score) else None,
                     threshold=threshold,
                     is_unknown=None if threshold is None else score > threshold,
                 ),

@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.normalize import normalization_of
+from data.batches import Answers
+from data.normalize import normalization_of, normalize
+from losses.supervised import probabilities
 from models.backbones.build import BackboneConfig, build_backbone
 from models.heads import mlp
 from runtime import checkpoint, config
 from runtime.errors import UserError
 from runtime.integrity import faults, first_two
-from runtime.precision import at_least_float32
+from runtime.precision import PRECISIONS, at_least_float32
 from runtime.schema import choice
 from runtime.values import BelowOne, WidthOrZero
 from search.nearest import Prepared, nearest, prepare
@@ -61,6 +63,24 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.backbone(x))
 
+    def answering(self, state: dict, device: torch.device, precision: str) -> Callable[[Tensor], Answers]:
+        """What answers to images uint8 (B, 3, H, W) on `device`, on the CPU.
+
+        Args:
+            state: loss, temperature and bank of `evaluation.classify.load_classifier_run`.
+        """
+        bank, temperature = state["bank"], state["calibration"]["temperature"] or 1.0
+        both = WithNovelty(self, None if bank is None else bank.to(device))
+        dtype, loss = PRECISIONS[precision], state["config"]["loss"]["name"]
+
+        def answer(pixels: Tensor) -> Answers:
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                rows = both(normalize(pixels, self.normalization)).cpu()  # (B, C + 1)
+            logits, scores = rows[:, :-1], rows[:, -1]  # (B, C), (B,)
+            return Answers(logits, probabilities(logits, loss, temperature), scores)
+
+        return answer
+
 
 @at_least_float32
 def novelty(features: Tensor, bank: Tensor, prepared: Prepared | None = None) -> Tensor:
@@ -88,7 +108,7 @@ class WithNovelty(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         features = self.classifier.backbone(x)
         logits = self.classifier.head(features).float()
-        far = logits.new_full((len(logits),), torch.inf)
+        far = logits.new_full((logits.shape[0],), torch.inf)
         distances = far if self.bank is None else novelty(features, self.bank, self.prepared)
         return torch.cat([logits, distances[:, None]], 1)  # (B, C + 1)
 

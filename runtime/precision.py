@@ -1,4 +1,5 @@
-"""Full precision inside autocast, for losses and densities: half precision would ruin their sums and logarithms."""
+"""The precisions of autocast by name, and full precision inside it, for losses and densities: half precision would ruin
+their sums and logarithms."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -7,6 +8,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -51,6 +51,9 @@ class Bank(nn.Module):
         Raises:
             UserError: a query is not finite, or is of the only image in the bank and leaves that out.
         """
+        if torch.compiler.is_exporting():
+            squared, index = nearest_squared(queries, self.entries, k)
+            return squared, self.positions[index]
         everyone = gather_rows(queries)  # (sum of Q, D)
         require_finite(everyone, "patches")
         away = None if images is None else gather_rows(images)
@@ -94,7 +97,12 @@ class Bank(nn.Module):
         return out[before : before + len(positions)]
 
     def around(self, positions: Tensor, count: int) -> Tensor:
-        """The `count` entries nearest to each entry at positions (n,), itself first: (n, count), searched for once."""
+        """The `count` entries nearest to each entry at positions (n,), itself first: (n, count), searched for once.
+
+        While torch.export traces it, all must have been searched for.
+        """
+        if torch.compiler.is_exporting():
+            return self._around[positions]
         if self._around is None or self._around.shape[1] != count:
             self._around = positions.new_full((len(self), count), -1)
         asked = gather_rows(positions).unique()  # equal on all processes, and so is the table

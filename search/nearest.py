@@ -17,6 +17,7 @@ from search.bounds import (
     pair_distances,
     require_finite,
 )
+from search.traced import traced_nearest
 
 CANDIDATES = 64  # more than this many a query, on average, are not worth a product in low precision
 
@@ -96,6 +97,8 @@ def nearest_squared(
 ) -> tuple[Tensor, Tensor]:
     """`nearest` with its squared distances, (Q, k) float64, before they are rounded: to merge with those of others."""
     _check(queries, bank, k, prepared, chunk, exclude, precision)
+    if torch.compiler.is_exporting():
+        return traced_nearest(queries, bank, k)
     queries, bank = _float32(queries), _float32(bank)
     prepared = prepared or prepare(bank, precision=precision)
     step = max(1, (chunk or (2**22 if queries.device.type == "cpu" else 2**25)) // len(prepared.columns))

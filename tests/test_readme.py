@@ -20,7 +20,7 @@ import train_classifier
 import train_ssl
 from data import build_augment
 from data.demo.generate import generate
-from evaluation.tasks import knn
+from evaluation.tasks import export, knn
 from models.backbones.build import normalization_from
 from models.ssl import SSL_METHODS
 from runtime import config
@@ -141,7 +141,7 @@ def run(line: str, place: Path, out: Path) -> None:
         words = config.overlay(words, ["points=3", "draws=1", "device=cpu"])
     elif "task=describe" in words:
         words += ["batch_size=1", "device=cpu", f"runs={out}/runs"]
-    elif "task=compare" not in words:
+    elif not {"task=compare", "task=export"} & {*words}:
         further = [] if "epochs=0" in words else FURTHER.get(words[0], [])
         # a detector takes images as its run did
         small = ["device=cpu"] if "task=robustness checkpoint=" in line else SMALL[name]
@@ -191,6 +191,9 @@ def test_every_command_is_understood(page, monkeypatch):
         elif name == "predict.py":
             config.load(predict.Config, [f"run={words[0]}", f"images={words[1]}", *words[2:]])
         elif name == "eval.py":
+            if "task=export" in words:
+                config.load(export.Config, words)
+                continue
             if any(word.startswith("checkpoint=") for word in words):  # data and backbone are that run's
                 words = [word for word in words if not word.startswith("checkpoint=")]
                 words += ["data.name=folder", "data.root=/path/to/images", "data.size=32", "backbone.name=resnet18"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.errors import UserError
+from runtime.precision import PRECISIONS
 from runtime.schema import choice
 from runtime.values import (
     BelowOne,
@@ -80,7 +81,6 @@ def lars(
     return LARS(groups, momentum=momentum, eta=eta, form=form, clip_lr=clip_lr)
 
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": sgd, "adam": adam, "adamw": adamw, "lars": lars}
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from data.batches import Batch, Findings
 from data.normalize import Normalization, normalization_of, normalize
 from evaluation.anomaly.bootstrap import Histograms, with_intervals
 from evaluation.anomaly.metrics import PIXEL_METRICS, pixel_metrics
-from models.anomaly.detector import Batch, Findings
 from runtime import distributed
 
 

@@ -14,25 +14,25 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from data import DataConfig, Geometry, build_geometry
+from data.batches import Findings
 from data.geometry import as_geometry
 from data.images import decode, image_size
-from data.normalize import normalization_of, normalize
 from data.opening import REMEDY
 from evaluation.anomaly.tiling import examine_tiles
-from models.anomaly import DETECTORS, DetectorConfig
-from models.anomaly.detector import Detector, Findings
-from models.backbones.build import BackboneConfig, build_backbone
 from runtime import checkpoint, config
 from runtime.errors import UserError
+from runtime.precision import PRECISIONS
 from runtime.text import first_few
 from runtime.values import coerce
-from training.optim import PRECISIONS
+
+if TYPE_CHECKING:  # exported programs are examined where there is no models/
+    from models.anomaly.detector import Detector
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -58,7 +58,7 @@ class Prediction:
     nearest_training_image: str | None  # its path below data.root; None: the detector remembers none
 
 
-def load_run(folder: Path, category: str | None = None, state: dict | None = None) -> tuple[Detector, Geometry, dict]:
+def load_run(folder: Path, category: str | None = None, state: dict | None = None) -> tuple["Detector", Geometry, dict]:
     """The detector of a run folder in eval mode on the CPU, how its images become inputs, and the checkpoint's other
     values. `category`: of a run of several the one that the images are of, whose thresholds and normal images count.
     `state`: what the checkpoint holds, if it has been read.
@@ -66,6 +66,9 @@ def load_run(folder: Path, category: str | None = None, state: dict | None = Non
     Raises:
         UserError: there is no finished run of train_anomaly.py, or it has no such category.
     """
+    from models.anomaly import DETECTORS, DetectorConfig  # here, for exported programs do without
+    from models.backbones.build import BackboneConfig, build_backbone
+
     file = checkpoint.file_of(folder)
     if not file.exists():
         raise UserError(f"{folder} has no {checkpoint.LAST}: name the folder of a finished run of train_anomaly.py")
@@ -84,15 +87,21 @@ def load_run(folder: Path, category: str | None = None, state: dict | None = Non
     except UserError as error:
         raise UserError(f"the config in {file}: {error}") from None
     require_calibration(state, file)
-    if category is not None:
-        each = state["calibration"].get("per_category", {})
-        if category not in each:
-            there = f"of {first_few(each, 8)}" if each else "of one category, which needs no name"
-            raise UserError(f"category={category} has no thresholds in {folder}, a run {there}")
-        state["calibration"] = each[category]
+    state["calibration"] = calibration_of(state, category, folder)
     detector.to(memory_format=torch.channels_last).eval()
     detector.load_fitted(state.pop("model", None), file, (geometry.height, geometry.width))
     return detector, geometry, state
+
+
+def calibration_of(state: dict, category: str | None, folder: Path) -> dict:
+    """The thresholds and normal images that count: of all, or of a category of several."""
+    each = state["calibration"].get("per_category", {})
+    if category is None:
+        return state["calibration"]
+    if category not in each:
+        there = f"of {first_few(each, 8)}" if each else "of one category, which needs no name"
+        raise UserError(f"category={category} has no thresholds in {folder}, a run {there}")
+    return each[category]
 
 
 def require_calibration(state: dict, path: Path) -> None:
@@ -130,7 +139,7 @@ def decode_whole(path: str, geometry: int | Geometry = 1) -> Tensor:
 
 
 def examine(
-    detector: Detector,
+    detector: "Detector",
     loaded: Iterator[LoadedImage],
     device: torch.device,
     *,
@@ -154,7 +163,7 @@ def examine(
                     sizes = torch.tensor([item.size for item in group])
                     valid = geometry.valid(geometry.regions(sizes).to(device))
                 batch = torch.stack([p.image for p in group]).to(device)  # (B, 3, H, W)
-                found = detector.examine(normalize(batch, normalization_of(detector)), valid)
+                found = detector.examine_pixels(batch, valid)
                 found = Findings(*(None if values is None else values.cpu() for values in found))
         for i, item in enumerate(group):
             yield item, Findings(*(None if values is None else values[i : i + 1] for values in found))

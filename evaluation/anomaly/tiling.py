@@ -4,24 +4,27 @@ Letters: h and w the image's height and width, H and W the same with padding, T 
 """
 
 from itertools import product
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from data.batches import Findings
 from data.geometry import FILL
-from data.normalize import normalization_of, normalize
 from data.tiles import spans
 from evaluation.anomaly.detection import gathered
-from models.anomaly.detector import Detector, Findings
 from runtime import distributed
 from runtime.errors import UserError
+
+if TYPE_CHECKING:  # exported programs are examined where there is no models/
+    from models.anomaly.detector import Detector
 
 GRID = 32  # pixels: the coarsest stride of a backbone; at its multiples the patch grids of all tiles coincide
 
 
-def check_tiling(detector: Detector, tile: int, overlap: int) -> None:
+def check_tiling(detector: "Detector", tile: int, overlap: int) -> None:
     """Raise `UserError` unless `detector` can examine tiles of this size."""
     if detector.positional:
         raise UserError(
@@ -39,7 +42,7 @@ def check_tiling(detector: Detector, tile: int, overlap: int) -> None:
 
 
 @torch.no_grad()
-def takes(detector: Detector, tile: int) -> bool:
+def takes(detector: "Detector", tile: int) -> bool:
     """Whether the detector's networks can pass squares of this size."""
     try:
         detector.networks(torch.zeros(1, 3, tile, tile, device=next(detector.parameters()).device))
@@ -54,7 +57,7 @@ def padded_side(length: int, tile: int) -> int:
 
 @torch.no_grad()
 def examine_tiles(
-    detector: Detector, image: Tensor, *, tile: int, overlap: int, batch_size: int, device: torch.device
+    detector: "Detector", image: Tensor, *, tile: int, overlap: int, batch_size: int, device: torch.device
 ) -> Findings:
     """`Findings` of one image, uint8 (3, h, w), on the CPU: (1,) scores, (1, h, w) maps, peaks in its pixels.
 
@@ -83,7 +86,7 @@ def examine_tiles(
             torch.stack([x[..., top : top + tile, left : left + tile] for (top, *_), (left, *_) in some]).to(device)
             for x in (canvas, inside)
         )
-        found = detector.examine(normalize(tiles, normalization_of(detector)), None if inside.all() else valid)
+        found = detector.examine_pixels(tiles, None if inside.all() else valid)
         if found.maps is not None:
             for ((top, *rows), (left, *columns)), own in zip(some, found.maps.cpu()):
                 (y, bottom), (x, right) = rows, columns
@@ -100,7 +103,7 @@ def examine_tiles(
 
 
 @torch.no_grad()
-def examine_set_in_tiles(detector: Detector, loader, text: str, *, tile: int, overlap: int) -> Findings:
+def examine_set_in_tiles(detector: "Detector", loader, text: str, *, tile: int, overlap: int) -> Findings:
     """`detection.examine_set` of whole images at their own resolution: scores as `examine_tiles` gives them, maps and
     peaks brought to the size of the Loader's images, at which masks are compared and heat maps drawn."""
     dataset, device, geometry = loader.dataset, loader.device, loader.dataset.geometry

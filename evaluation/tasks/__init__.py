@@ -30,6 +30,7 @@ TASKS = {  # modules, of which eval.py imports only the one that runs
     "robustness": "evaluation.tasks.robustness",
     "attention": "evaluation.tasks.attention",
     "gradcam": "evaluation.tasks.gradcam",
+    "export": "evaluation.tasks.export",
 }
 
 

@@ -16,9 +16,9 @@ from models.backbones.build import build_backbone, from_words
 from runtime import checkpoint, config, distributed
 from runtime.errors import UserError
 from runtime.log import Log
+from runtime.precision import PRECISIONS
 from runtime.values import PathText, Pixels, PositiveInt
 from runtime.version import code_version
-from training.optim import PRECISIONS
 
 
 @dataclass(kw_only=True)

@@ -209,9 +209,11 @@ class CFlow(Detector):
         grids = []
         for flow, feature in zip(self.flows, self.features(images)):
             vectors, positions = rows_of(feature)  # (B, H W, C), (H W, P)
-            pairs = zip(vectors.flatten(0, 1).split(ROWS), positions.repeat(len(images), 1).split(ROWS))
+            both = vectors.flatten(0, 1), positions.repeat(images.shape[0], 1)  # (B H W, C), (B H W, P)
+            # a program for any batch size cannot have a number of pieces that depends on it
+            pairs = [both] if torch.compiler.is_exporting() else zip(*(part.split(ROWS) for part in both))
             found = torch.cat([log_density(*flow(*pair)) for pair in pairs])  # (B H W,)
-            grids.append(found.view(len(images), *feature.shape[-2:]))  # (B, H, W)
+            grids.append(found.view(images.shape[0], *feature.shape[-2:]))  # (B, H, W)
         return grids
 
     @torch.no_grad()

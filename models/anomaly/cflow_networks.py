@@ -57,7 +57,7 @@ class ConditionalFlow(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors (N, C) at positions (N, P) -> z (N, C), standard normal once trained, and log |det dz/dx| (N,)."""
-        log_det = x.new_zeros(len(x))
+        log_det = x.new_zeros(x.shape[0])
         for block in self.module_list:
             x, each = block(x, position)
             log_det = log_det + each

@@ -164,6 +164,16 @@ class CutPaste(Detector):
         kernels = x @ self.bank.T - 1  # (B, N): -|x - b|^2 / 2 of unit vectors
         return math.log(count) + dimensions / 2 * math.log(2 * math.pi) - kernels.logsumexp(1)
 
+    def slope(self, embeddings: Tensor) -> Tensor:
+        """The gradient of each `unlikeliness` with respect to its embedding, written out: (B, D) -> (B, D) float32."""
+        length = embeddings.double().norm(dim=1, keepdim=True)  # (B, 1)
+        x = embeddings.double() / length
+        if self.density == "gaussian":
+            along = 2 * torch.cholesky_solve((x - self.mean).T, self.cholesky).T  # (B, D)
+        else:
+            along = -(x @ self.bank.T - 1).softmax(1) @ self.bank  # (B, D)
+        return ((along - (along * x).sum(1, keepdim=True) * x) / length).float()
+
     def measure(
         self,
         outputs: list[Tensor],
@@ -172,10 +182,15 @@ class CutPaste(Detector):
         leave_out: None = None,  # noqa: ARG002
     ) -> Findings:
         self.require_fitted(self.cholesky if self.density == "gaussian" else self.bank)
-        with torch.inference_mode(False), torch.enable_grad():
-            stage = outputs[0].clone().requires_grad_()  # a copy, since predict.py's tensors never have gradients
-            unlikely = self.unlikeliness(pool(stage, valid))
-            heat = grad_cam(stage, unlikely)  # (B, h, w)
+        if torch.compiler.is_exporting():  # which traces no backward pass
+            embeddings = pool(outputs[0], valid)
+            unlikely, slope = self.unlikeliness(embeddings), self.slope(embeddings)
+            heat = F.relu(torch.einsum("bc,bchw->bhw", slope, outputs[0]) / outputs[0][0, 0].numel())  # (B, h, w)
+        else:
+            with torch.inference_mode(False), torch.enable_grad():
+                stage = outputs[0].clone().requires_grad_()  # a copy, since predict.py's tensors never have gradients
+                unlikely = self.unlikeliness(pool(stage, valid))
+                heat = grad_cam(stage, unlikely)  # (B, h, w)
         maps = render(heat, size, None if valid is None else grid_valid(valid, heat.shape[1:]))
         if self.image_score == "density":
             scores = (unlikely.sqrt() if self.density == "gaussian" else unlikely).detach().float()

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
+from data.batches import Batch as Batch
+from data.batches import Findings, TrainingBatch
 from data.normalize import Normalization, normalization_of, normalize
 from models.anomaly.maps import blank
 from runtime.distributed import all_reduce_sum, gather_rows, world_size
@@ -16,34 +18,6 @@ from runtime.values import Range
 from training.rehearsal import batch_norm_needs_more, naming, no_trace
 
 Stage = Annotated[int, Range(least=1, most=4)]  # of a backbone, 1 the finest
-
-
-class Batch(NamedTuple):
-    """Training images of this process, as `fit` receives them."""
-
-    images: Tensor  # (B, 3, H, W) normalized
-    valid: Tensor | None  # bool (B, H, W), False in padding; None: no padding
-    indices: Tensor  # (B,) int64 on the images' device: the images' numbers in the training set
-
-
-class TrainingBatch(NamedTuple):
-    """Training images of this process, as a method that is trained by gradients gets them."""
-
-    images: Tensor  # (B, 3, H, W) uint8
-    labels: Tensor  # (B,) int64 on the images' device
-    ids: Tensor  # (B,) int64 on the CPU: the images' numbers in the training set
-    epoch: int
-    seed: int  # of the run; with epoch and ids it is the key of whatever is drawn for an image
-
-
-class Findings(NamedTuple):
-    """What a detector finds in B images. Positions are (y, x) in pixels of the input, at the center of a patch."""
-
-    scores: Tensor  # (B,) how anomalous each image is
-    maps: Tensor | None = None  # (B, H, W) float32, how anomalous each pixel is; None when the method has none
-    peaks: Tensor | None = None  # (B, 2) float: the most anomalous patch
-    nearest_image: Tensor | None = None  # (B,) int64: the training image that comes nearest, where one is remembered
-    nearest_positions: Tensor | None = None  # (B, 2) float: its patch nearest to the most anomalous one
 
 
 class Detector(nn.Module):
@@ -138,6 +112,14 @@ class Detector(nn.Module):
         finally:
             self.train(was_training)
         return findings if findings.maps is None else findings._replace(maps=blank(findings.maps, valid))
+
+    def examine_pixels(self, pixels: Tensor, valid: Tensor | None = None) -> Findings:
+        """`examine` of images uint8 (B, 3, H, W), as files hold them."""
+        return self.examine(normalize(pixels, self.normalization), valid)
+
+    def prepare_export(self) -> None:
+        """Find out, once fitted, what `examine` only looks up while torch.export traces it: the shapes in a program
+        cannot depend on values (`torch.compiler.is_exporting()`)."""
 
     def score(
         self, images: Tensor, valid: Tensor | None = None, leave_out: Tensor | None = None

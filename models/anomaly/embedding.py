@@ -157,7 +157,7 @@ class Embedding(Detector):
                 scores = sum(squared.sum(1) for squared, _ in found).float()  # (B,)
             return Findings(scores, nearest_image=self.numbers[found[-1][1][:, 0]])
         require_finite(torch.cat(parts, dim=1), "embeddings of the images")
-        scores, first = torch.zeros(len(parts[0]), dtype=torch.float64, device=parts[0].device), 0
+        scores, first = torch.zeros(parts[0].shape[0], dtype=torch.float64, device=parts[0].device), 0
         for part in parts:
             span = slice(first, first + part.shape[1])
             centred = (part.double() - self.mean[span]).T  # (C, B)

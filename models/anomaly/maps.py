@@ -96,7 +96,7 @@ def image_score(maps: Tensor, valid: Tensor | None, how: ImageScore) -> Tensor:
     count = inside.sum(1)  # (B,)
     if how == "mean":
         return pixels.where(inside, 0).sum(1) / count.clamp(min=1)
-    share = count.new_ones(len(count)) if how == "max" else (count // 100).clamp(min=1)  # (B,) pixels that count
+    share = torch.ones_like(count) if how == "max" else (count // 100).clamp(min=1)  # (B,) pixels that count
     most = 1 if how == "max" else max(1, pixels.shape[1] // 100)  # no image has more: nothing waits for the device
     largest = pixels.masked_fill(~inside, -torch.inf).topk(most, dim=1).values  # (B, most)
     counted = torch.arange(most, device=maps.device) < torch.minimum(share, count)[:, None]  # (B, most)

@@ -89,6 +89,10 @@ class PaDiM(Detector):
     def embed(self, features: list[Tensor], workspace: Workspace | None = None) -> Tensor:
         """Stages [(B, C_i, H_i, W_i)] -> (B, h, w, d): the drawn channels at the finest stage's resolution."""
         size, first, parts = max(feature.shape[-2:] for feature in features), 0, []
+        if torch.compiler.is_exporting():  # whose shapes must not depend on the values of `drawn`
+            whole = torch.cat([F.interpolate(feature, size, mode="nearest") for feature in features], 1)
+            rows = whole.permute(0, 2, 3, 1)  # (B, h, w, sum of C_i)
+            return rows if len(self.drawn) == rows.shape[-1] else rows[..., self.drawn]
         for feature in features:
             channels = self.drawn[(self.drawn >= first) & (self.drawn < first + feature.shape[1])] - first
             first += feature.shape[1]

@@ -140,7 +140,7 @@ class PatchCore(Detector):
         distances, inside = distances.float(), None if valid is None else grid_valid(valid, grid)
         compared = distances if inside is None else distances.masked_fill(~inside, -torch.inf)
         scores, peaks = compared.flatten(1).max(1)  # (B,)
-        each = torch.arange(len(patches), device=peaks.device)
+        each = torch.arange(patches.shape[0], device=peaks.device)
         nearest = owners.flatten(1)[each, peaks]  # (B,) positions in the bank
         if self.image_score == "patch" and self.neighbors > 1 and len(self.bank) > 1:
             scores = scores * self.reweight(patches.flatten(1, 2)[each, peaks], nearest, leave_out)
@@ -171,6 +171,10 @@ class PatchCore(Detector):
         neighbors = self.bank.rows(around.where(exists, 0))  # (B, b, D)
         to_neighbors = torch.linalg.vector_norm(patches[:, None] - neighbors, dim=2)  # (B, b)
         return 1 - to_neighbors.where(exists, -torch.inf).softmax(1)[:, 0]
+
+    def prepare_export(self) -> None:
+        if self.image_score == "patch" and self.neighbors > 1 and len(self.bank) > 1:
+            self.bank.around(torch.arange(len(self.bank)), min(self.neighbors, len(self.bank)))
 
     def can_leave_out(self, count: int) -> bool:
         """Two images or more have patches in the bank: of a thinned one, all may be of one."""

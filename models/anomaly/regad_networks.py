@@ -68,9 +68,9 @@ def warp(x: Tensor, theta: Tensor) -> Tensor:
     A map whose theta is not finite becomes NaN. Under autocast even affine_grid would multiply in half precision, which
     knows 128 places between 0.5 and 1.
     """
-    if len(x) == 0:  # a process may have nothing left to score, and affine_grid refuses that
+    if x.shape[0] == 0:  # a process may have nothing left to score, and affine_grid refuses that
         return x
-    grid = F.affine_grid(theta.expand(len(x), 2, 3), list(x.shape), align_corners=False)  # (B, H, W, 2)
+    grid = F.affine_grid(theta.expand(x.shape[0], 2, 3), list(x.shape), align_corners=False)  # (B, H, W, 2)
     # on a CPU the backward of grid_sample writes outside its memory for a NaN: take NaN from x, not from the grid
     lost = ~grid.isfinite().all(3).all(2).all(1)[:, None, None, None]  # (B, 1, 1, 1)
     x = x.masked_fill(lost, torch.nan)

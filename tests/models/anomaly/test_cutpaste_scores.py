@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from data.normalize import normalize
 from models.anomaly.cutpaste import CutPaste
+from models.anomaly.maps import pool
 from runtime.errors import UserError
 from tests.images import batches
 from tests.models.anomaly.test_cutpaste import Tiny, detector, raw_images, step_of
@@ -91,6 +92,15 @@ def test_maps_are_grad_cam_of_the_score_image_by_image(density):
     assert not found.maps.requires_grad and not found.scores.requires_grad
     nothing = model.examine(test[:0])
     assert nothing.scores.shape == (0,) and nothing.maps.shape == (0, 64, 48)
+
+
+@pytest.mark.parametrize("density", ["gaussian", "kde"])
+def test_the_slope_is_autograd_s(density):
+    model = fitted(raw_images(24), density=density)
+    stage = normalize(raw_images(5, seed=1))
+    x = pool(*model.networks(stage), None).detach().requires_grad_()
+    (expected,) = torch.autograd.grad(model.unlikeliness(x).sum(), x)
+    torch.testing.assert_close(model.slope(x.detach()), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("how", ["max", "top1", "mean"])
