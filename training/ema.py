@@ -1,9 +1,12 @@
 """Exponential moving average of a network's parameters."""
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @torch.no_grad()
@@ -16,7 +19,7 @@ def ema_update(target: nn.Module, online: nn.Module, momentum: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - momentum)
 
 
-class Averaged:
+class Averaged(Generic[Network]):
     """A network and the moving average of its weights, which is the one to evaluate and to keep.
 
     BatchNorm's running statistics are averaged as the weights are (timm's ModelEmaV2), for the average is never in
@@ -31,9 +34,9 @@ class Averaged:
         network: in eval mode and without gradients.
     """
 
-    def __init__(self, trained: nn.Module, momentum: float):
+    def __init__(self, trained: Network, momentum: float):
         self.trained, self.momentum = trained, momentum
-        self.network = copy.deepcopy(trained).requires_grad_(False).eval() if momentum else trained
+        self.network: Network = copy.deepcopy(trained).requires_grad_(False).eval() if momentum else trained
 
     @torch.no_grad()
     def update(self) -> None:
@@ -50,4 +53,5 @@ class Averaged:
     @property
     def parts(self) -> dict[str, nn.Module]:
         """Of a checkpoint: `model` is the one to load; the trained one, if it is another, is `learner`."""
-        return {"model": self.network} | ({"learner": self.trained} if self.momentum else {})
+        parts: dict[str, nn.Module] = {"model": self.network}
+        return parts | ({"learner": self.trained} if self.momentum else {})

@@ -171,7 +171,6 @@ REFUSED = {  # (section, name): {key: (refused values), (taken values)}
         "warmup_epochs": ("-1", "0"),
         "operations": ("-1 101", "0"),
         "cutout": ("-0.1 1.1", "0"),
-        "apart": ("2 maybe", "true false"),
     },
     ("semi", "flexmatch"): {"threshold": ("-0.1 1.1", "0 1")},
     ("semi", "freematch"): {"momentum": ("1 -0.1", "0"), "fairness": ("-1", "0"), "most": ("1.1", "0.95 1")},
