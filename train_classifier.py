@@ -45,6 +45,7 @@ from plots.sheets import view_sheets
 from runtime import config, distributed, errors
 from runtime.run import Run
 from runtime.values import BelowOne, PathText, PositiveInt, Seed
+from training.ema import Averaged
 from training.optim import OptimConfig, apply_gradients, build_optimizer, mixed_precision, set_rates
 from training.plateau import EarlyStoppingConfig, PlateauConfig, ValidationWatch
 from training.rehearsal import batch_norm_needs_more, naming, no_trace
@@ -67,6 +68,7 @@ class Config:
     loss: LossConfig  # of logits and targets
     label_smoothing: BelowOne = 0.0  # share of a training target that is spread over all classes
     optim: OptimConfig  # optimizer and rates
+    ema: BelowOne = 0.0  # momentum of the moving average of the weights that is then tested and kept; 0: none
     unfreeze: UnfreezeConfig = field(default_factory=UnfreezeConfig)  # the classifier first, then layer by layer
     plateau: PlateauConfig | None = None  # a lower rate where the validation loss no longer falls
     early_stopping: EarlyStoppingConfig | None = None  # an end there
@@ -95,11 +97,12 @@ def main(argv: list[str]) -> None:
     data = prepare_data(cfg, run)
     model, weights = build_networks(cfg, run, data)
     optimizer, layers = build_optimizer(cfg.optim, model), Layers(model, model.backbone)
+    averaged = Averaged(model, cfg.ema)
     autocast, scaler = mixed_precision(cfg.precision, run.device)
     compiled: Any = torch.compile(model) if cfg.compile else model
     watch, epoch_steps = ValidationWatch(cfg.plateau, cfg.early_stopping), data.epoch_steps
 
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "watch": watch} | data.parts
+    parts = averaged.parts | {"optimizer": optimizer, "scaler": scaler, "watch": watch} | data.parts
     state = run.open(parts, cfg.epochs * epoch_steps, data.names, {"curves": {}, "metrics": {}})
     run.total = run.start if watch.ended else run.total
     introduce(cfg, run, data, model, weights, layers)
@@ -120,18 +123,19 @@ def main(argv: list[str]) -> None:
         views, targets = data.views(images, labels, ids, step)  # (B, 3, h, w), with semi (B + 2 U, 3, h, w); (B, C)
         torch.manual_seed(cfg.seed + 1_000_003 * step + 1009 * distributed.rank())
         with autocast():
-            loss = data.loss(network(views), targets)
+            loss = data.loss(data.logits(network, views), targets)
         scaler.scale(loss).backward()
         run.window.add(loss)
         grad_norm = apply_gradients(optimizer, scaler, model.parameters(), cfg.optim)
+        averaged.update()
 
         done = step + 1
         if step == 0:
             log_views(run, images, views, model.normalization)
         if done % epoch_steps == 0 and data.validation is not None:
-            state["metrics"] = validate(run, data, model, autocast, done)
+            state["metrics"] = validate(run, data, averaged.network, autocast, done)
             last_stage = cfg.unfreeze.is_last(epoch, layers.count)
-            watch.see(epoch + 1, state["metrics"]["validation/loss"], model, counts=last_stage)
+            watch.see(epoch + 1, state["metrics"]["validation/loss"], averaged.network, counts=last_stage)
             run.total = done if watch.ended else run.total
         save_due, stops = run.due(done, cfg.save_every), run.stops(done)
         log_due = save_due or run.due(done, cfg.log_every)
@@ -142,7 +146,7 @@ def main(argv: list[str]) -> None:
             state["curves"] = run.curves(done, rates | (data.semi.curves() if data.semi else {}))
         if save_due or stops:
             run.save(done, **state)
-    finish(cfg, run, data, model, watch, state, autocast)
+    finish(cfg, run, data, averaged.network, watch, state, autocast)
 
 
 def check(cfg: Config, run: Run) -> None:
@@ -220,6 +224,9 @@ class Data:
                 unlabelled = self.semi.views(step)
             views = torch.cat([views, *unlabelled])  # (B + 2 U, 3, h, w), in the warm-up (B, 3, h, w)
         return views, targets
+
+    def logits(self, network: nn.Module, views: Tensor) -> Tensor:
+        return network(views) if self.semi is None else self.semi.logits(network, views)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Of the labelled images, and of the unlabelled ones below them."""

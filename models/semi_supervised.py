@@ -2,7 +2,7 @@
 
     semi.begin(epoch, look)                       # before an epoch's first step
     views = torch.cat([views, *semi.views(step)])  # labelled, then weak and strong of the unlabelled
-    logits = network(views)                       # one pass, as in the official code, so that BatchNorm sees all
+    logits = semi.logits(network, views)          # in one pass as in the official code, or in two: `apart`
     loss = criterion(logits[:B], targets) + semi.loss(logits[B:])
 
 Letters: B labelled images of a step and process, U = ratio * B unlabelled ones, C classes.
@@ -11,7 +11,7 @@ Letters: B labelled images of a step and process, U = ratio * B unlabelled ones,
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.augment.views import Augment
 from data.loading import Loader
@@ -21,6 +21,7 @@ from runtime import distributed
 from runtime.memory import send
 from runtime.schema import choice
 from runtime.values import Few, FewOrZero, NonNegativeFloat, NonNegativeInt, UnitInterval
+from training.sam import frozen_statistics
 
 
 @dataclass(kw_only=True)
@@ -33,6 +34,7 @@ class SemiConfig:
     warmup_epochs: NonNegativeInt = 0  # at first, of labelled images alone; official Dash: 2
     operations: FewOrZero = 3  # of RandAugment, on the strong view
     cutout: UnitInterval = 0.5  # largest side of the strong view's gray square, as a share of its width
+    apart: bool = False  # strong views pass the network by themselves; BatchNorm's running statistics are of the others
     options: dict = field(default_factory=dict)
 
 
@@ -85,6 +87,19 @@ class SemiSupervised:
             self.epoch, self.batches = epoch, self.loader.epoch(epoch, first_batch=batch)
         images, *_, self.ids = next(self.batches)
         return self.augment(images, self.ids, epoch)
+
+    def logits(self, network: nn.Module, views: Tensor) -> Tensor:
+        """Of a step's views (B + 2 U, 3, h, w), in the warm-up (B, 3, h, w): (B + 2 U, C) or (B, C).
+
+        With `apart` BatchNorm does not normalize weak views by strong ones, which are darker and partly gray, nor does
+        the network that is tested by statistics of both. Official code has one pass, and 2^20 steps to get used to it.
+        """
+        if not self.config.apart or not len(self.ids):
+            return network(views)
+        strong = len(self.ids)
+        others = network(views[:-strong])
+        with frozen_statistics(network):
+            return torch.cat([others, network(views[-strong:])])
 
     def loss(self, logits: Tensor) -> Tensor:
         """Of the logits (2 U, C) of `views`, the weak ones' without gradient."""

@@ -22,7 +22,13 @@ from runtime.values import (
     UnitInterval,
 )
 from training.lars import LARS, Form
-from training.schedule import warmup_constant, warmup_cosine, warmup_exponential, warmup_steps
+from training.schedule import (
+    warmup_constant,
+    warmup_cosine,
+    warmup_cosine_7_16,
+    warmup_exponential,
+    warmup_steps,
+)
 
 # Of rates, their factors and decays, whose products single precision must hold
 Factor = Annotated[float, Range(least=0, most=1e10)]
@@ -89,7 +95,8 @@ class OptimConfig:
     name: str = choice(OPTIMIZERS)
     lr: PositiveFactor  # learning rate where the warm-up ends
     lr_scaling: Literal["linear", "none"] = "none"  # linear: lr is per 256 images of a step
-    schedule: Literal["cosine", "constant", "steps", "exponential"] = "cosine"  # of the rate after the warm-up
+    # of the rate after the warm-up; cosine_7_16: FixMatch's, which ends at 0.195 of it
+    schedule: Literal["cosine", "cosine_7_16", "constant", "steps", "exponential"] = "cosine"
     steps: tuple[OpenUnitInterval, ...] = (0.6, 0.8)  # `steps`: a tenth of the rate after each of these parts of a run
     decay: PositiveShare = 0.95  # `exponential`: factor on the rate after every epoch
     warmup_epochs: NonNegativeFloat = 0.0  # the rate rises linearly over so many epochs
@@ -117,6 +124,8 @@ class OptimConfig:
         warmup = round(self.warmup_epochs * epoch_steps)
         if self.schedule == "constant":
             return warmup_constant(step, total, start=start, warmup=warmup)
+        if self.schedule == "cosine_7_16":
+            return warmup_cosine_7_16(step, total, start=start, warmup=warmup)
         if self.schedule == "steps":
             return warmup_steps(step, total, start=start, warmup=warmup, at=self.steps)
         if self.schedule == "exponential":

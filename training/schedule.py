@@ -26,6 +26,14 @@ def warmup_cosine(step: int, total: int, *, start: float, end: float = 0.0, warm
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * progress))
 
 
+def warmup_cosine_7_16(step: int, total: int, *, start: float, warmup: int = 0) -> float:
+    """The same warm-up, then `start` * cos(7 pi i / (16 N)) with N = total - warmup and i = 0 .. N-1 (FixMatch, Sohn et
+    al. 2020, section 2.3), which ends near 0.195 of `start`."""
+    if step < warmup:
+        return start * step / max(warmup - 1, 1)
+    return start * math.cos(7 / 16 * math.pi * (step - warmup) / max(total - warmup, 1))
+
+
 def warmup_constant(step: int, total: int, *, start: float, warmup: int = 0) -> float:
     """The same warm-up, then `start` until the end; `total` is not needed and taken for a common signature."""
     del total

@@ -211,6 +211,7 @@ SCRIPTS = {  # those of a script's own
         "epochs": ("0 -1", "1"),
         "batch_size": ("0", "1"),
         "label_smoothing": ("1 -0.1", "0 0.1"),
+        "ema": ("1 -0.1", "0 0.999"),
         "labels_per_class": ("0", "4 none"),
         "holdout": ("1 -0.1", "0 none"),
         "log_every": ("0", "1"),

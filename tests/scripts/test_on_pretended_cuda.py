@@ -117,7 +117,8 @@ def test_a_step_of_fine_tuning_reads_nothing(classes, small_backbone, tmp_path, 
 @pytest.mark.parametrize("name", leaving({*PSEUDO_LABELS} - {"fixmatch"}, PSEUDO_LABELS))
 def test_unlabelled_images(name, classes, small_backbone, tmp_path):
     """Dash looks at the labelled images once, self-training at all of them, in features.py."""
-    more = test_semi_supervised.run_of(name, classes, tmp_path, "save_every=9", "log_every=9")
+    about = ["ema=0.9", "semi.apart=true"] if name == "flexmatch" else []
+    more = test_semi_supervised.run_of(name, classes, tmp_path, "save_every=9", "log_every=9", *about)
     reads = on_cuda(train_classifier.main, [*without_backbone(more), *small_backbone])
     assert {file for file, _ in reads} <= CURVES | EVALUATION | COMPARED | {"train_classifier.py"}, reads
     assert reads["train_classifier.py", "measure"] <= 2  # logits and labels at the end

@@ -1,26 +1,33 @@
 """train_classifier.py with images without labels: what a step is made of, every rule, killed and resumed, two processes
 against one, and mistakes."""
 
+import copy
 import json
 import re
 import shutil
 
 import pytest
 import torch
+from sklearn.metrics import log_loss
+from torch import nn
 
 import train_classifier
 from data import build_dataset, settled
 from data.augment.views import Augment
 from data.splits import few_per_class
 from losses.pseudo_labels import PSEUDO_LABELS
+from models.backbones import BACKBONES
+from models.classifier import build_classifier
 from models.semi_supervised import SemiSupervised
+from models.weights.load import load_weights
 from runtime import checkpoint, config
 from runtime.errors import UserError
 from runtime.run import Run
 from tests.images import write_classes
 from tests.processes import kill_script, script
-from tests.scripts.test_train_classifier import curves, interrupt_at, results_of, words
+from tests.scripts.test_train_classifier import as_trained, curves, interrupt_at, results_of, words
 from tests.slow import leaving
+from training.ema import Averaged
 
 FEW = ["labels_per_class=4", "batch_size=6", "semi.ratio=2", "epochs=2"]  # 12 of 36 labelled, 3 steps in an epoch
 OFTEN = {"fixmatch": "semi.threshold=0.4", "flexmatch": "semi.threshold=0.5", "freematch": "semi.momentum=0.5"}
@@ -105,10 +112,34 @@ def test_the_loss_is_the_sum_of_both(images, tmp_path):
     assert 0 < kept < 12 and found == pytest.approx({"semi/kept": kept / 12, "semi/right": right / kept})
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_whom_batch_norm_sees(apart, images, tmp_path):
+    """All views of a step together, or strong ones by themselves, which then leave its running statistics alone."""
+    _, data = prepared(run_of("fixmatch", images, tmp_path, f"semi.apart={apart}", "semi.warmup_epochs=1"))
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()).train()
+    oracle, norm = copy.deepcopy(network), network[1]
+    batches = data.batches(0)
+    for step in range(4):  # three of the warm-up
+        views, targets = data.views(*next(batches), step)
+        logits = data.logits(network, views)
+        parts = views.split([18, 12]) if apart and step == 3 else [views]
+        assert len(views) == (30 if step == 3 else 6) and len(targets) == 6
+        assert torch.equal(logits[: len(parts[0])], oracle(parts[0]))
+        assert torch.equal(norm.running_mean, oracle[1].running_mean)
+        assert torch.equal(norm.running_var, oracle[1].running_var) and norm.num_batches_tracked == step + 1
+    if apart:
+        assert torch.equal(logits[18:], oracle(parts[1]))  # by a batch of their own
+    logits.square().mean().backward()  # through both
+    assert norm.weight.grad.abs().min() > 0 and norm.training and norm.track_running_stats
+
+
 @pytest.mark.parametrize("name", leaving({*PSEUDO_LABELS} - {"flexmatch"}, PSEUDO_LABELS))
 def test_every_rule_trains_and_is_resumed(name, images, tmp_path, monkeypatch):
-    """Interrupted within an epoch, it ends with the weights, the rule's state and the curves of a run in one go."""
-    more = ["semi.round_epochs=1"] if name == "self_training" else ["semi.warmup_epochs=1"] if name == "dash" else []
+    """Interrupted within an epoch, it ends with the weights, their average, the rule's state and the curves of a run in
+    one go."""
+    more = ["ema=0.6", "semi.apart=true"] if name in ("flexmatch", "fixmatch") else []
+    more += ["semi.round_epochs=1"] if name == "self_training" else ["semi.warmup_epochs=1"] if name == "dash" else []
     train_classifier.main(run_of(name, images, tmp_path / "a", *more, "save_every=1"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(5, patch)
@@ -116,7 +147,8 @@ def test_every_rule_trains_and_is_resumed(name, images, tmp_path, monkeypatch):
     assert 0 < checkpoint.load(tmp_path / "b" / "run")["step"] < 6
     train_classifier.main(run_of(name, images, tmp_path / "b", *more, "save_every=1"))
     whole, resumed = (checkpoint.load(tmp_path / x / "run") for x in "ab")
-    for part in ("model", "semi"):
+    assert ("learner" in whole) == ("ema=0.6" in more)
+    for part in {"model", "learner", "semi"} & whole.keys():
         assert whole[part].keys() == resumed[part].keys()
         for key, value in whole[part].items():
             assert torch.equal(value, resumed[part][key]), key
@@ -128,6 +160,60 @@ def test_every_rule_trains_and_is_resumed(name, images, tmp_path, monkeypatch):
     if name == "dash":
         assert whole["semi"]["first"] > 0 and whole["semi"]["steps"] == 3
         assert (3, "semi/kept") in points and points[3, "semi/kept"] == 0 < points[4, "semi/kept"]
+
+
+@pytest.mark.slow
+def test_the_average_is_what_is_tested_and_kept(images, tmp_path, capsys, monkeypatch):
+    """It is that of the weights after every step, by a loop in float64, and what load_classifier loads; the steps are
+    those of a run without it."""
+    states, update = [], Averaged.update
+
+    def recorded(averaged):
+        update(averaged)
+        states.append({name: value.clone() for name, value in averaged.trained.state_dict().items()})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Averaged, "update", recorded)
+        train_classifier.main(run_of("fixmatch", images, tmp_path / "a", "ema=0.6"))
+    results, _ = results_of(capsys)
+    train_classifier.main(run_of("fixmatch", images, tmp_path / "b"))
+    state, plain = (checkpoint.load(tmp_path / x / "run") for x in "ab")
+    cfg = config.load(train_classifier.Config, run_of("fixmatch", images, tmp_path / "c"))
+    torch.manual_seed(cfg.seed)
+    expected = {
+        name: value.double() for name, value in build_classifier(cfg.backbone, cfg.head, 3)[0].state_dict().items()
+    }
+    for after in states:
+        for name, value in after.items():
+            expected[name] = 0.6 * expected[name] + 0.4 * value.double() if value.is_floating_point() else value
+    assert len(states) == 6
+    for name, value in state["model"].items():
+        torch.testing.assert_close(value.double(), expected[name].double(), rtol=1e-5, atol=1e-6, msg=name)
+        assert torch.equal(state["learner"][name], plain["model"][name]), name
+    classifier = as_trained(tmp_path / "a" / "run")
+    paths = sorted((images / "test").rglob("*.png"))
+    truth = [classifier.classes.index(path.parent.name) for path in paths]
+    found = classifier(paths)
+    assert results["test_loss"] == pytest.approx(log_loss(truth, found.double().numpy(), labels=[0, 1, 2]), rel=1e-5)
+    backbone = BACKBONES["mobilenet_v2"](width=0.25)
+    load_weights(backbone, tmp_path / "a" / "run")  # for every script's backbone.weights
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(value, state["model"][f"backbone.{name}"]), name
+
+
+@pytest.mark.slow
+def test_early_stopping_keeps_the_best_average(images, tmp_path, capsys):
+    """The validation images see the average, and the weights of the lowest loss are the average's."""
+    more = ["ema=0.6", "holdout=0.2", "labels_per_class=none", "batch_size=8", "early_stopping.patience=1"]
+    train_classifier.main(words(images, tmp_path, *more, "early_stopping.min_delta=9"))
+    results, _ = results_of(capsys)
+    assert (results["tested_epoch"], results["chosen"]) == (1, "lowest validation loss")
+    points, state = curves(tmp_path / "run"), checkpoint.load(tmp_path / "run")
+    first = min(step for step, key in points if key == "validation/loss")
+    assert results["validation_loss"] == pytest.approx(points[first, "validation/loss"], rel=1e-6)
+    kept = state["watch"]["weights"]
+    assert all(torch.equal(value, kept[name]) for name, value in state["model"].items())
+    assert any(not torch.equal(value, state["learner"][name]) for name, value in state["model"].items())
 
 
 @pytest.mark.slow
@@ -147,12 +233,12 @@ def test_killed_and_resumed(images, tmp_path):
 @pytest.mark.parametrize("name", ["flexmatch", "freematch", "self_training"])
 def test_two_processes_give_the_weights_of_one(name, images, tmp_path):
     about = ["backbone=convnext_atto", "backbone.patch=4", "optim=sgd", "optim.lr=0.01"]
-    about += ["semi.round_epochs=1"] if name == "self_training" else []
+    about += ["semi.round_epochs=1"] if name == "self_training" else ["ema=0.6", "semi.apart=true"]
     for n in (1, 2):
         run = [word for word in run_of(name, images, tmp_path / str(n), *about) if "backbone.width" not in word]
         script(["train_classifier.py", *run], processes=n)
     one, two = (checkpoint.load(tmp_path / str(n) / "run") for n in (1, 2))
-    for part in ("model", "semi"):
+    for part in {"model", "learner", "semi"} & one.keys():
         for key, value in one[part].items():
             torch.testing.assert_close(value, two[part][key], rtol=1e-4, atol=1e-6, msg=key)
     first, second = (curves(tmp_path / str(n) / "run") for n in (1, 2))

@@ -13,6 +13,7 @@ from training.schedule import (
     linear_then_constant,
     warmup_constant,
     warmup_cosine,
+    warmup_cosine_7_16,
     warmup_exponential,
     warmup_steps,
 )
@@ -35,6 +36,21 @@ def test_landmarks():
     assert warmup_cosine(9, 100, start=1.0, warmup=10) == 1.0
     assert warmup_cosine(10, 100, start=1.0, warmup=10) == 1.0
     assert 0.1 < warmup_cosine(99, 100, start=1.0, end=0.1) < 0.101
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_cosine_7_16_equals_torchs_lambda_of_the_official_formula(warmup):
+    """TorchSSL's get_cosine_schedule_with_warmup, num_cycles 7/16; our warm-up is the others'."""
+    optimizer, expected = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.03), []
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: np.cos(np.pi * 7 / 16 * step / 33))
+    for _ in range(33):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    config = OptimConfig(name="sgd", lr=0.03, schedule="cosine_7_16", warmup_epochs=warmup / 2)
+    ours = [config.lr_at(i, 33 + warmup, 2, 16) for i in range(33 + warmup)]
+    np.testing.assert_allclose(ours, [*np.linspace(0, 0.03, warmup), *expected], rtol=1e-12)
+    assert warmup_cosine_7_16(10**6, 10**6, start=1.0) == pytest.approx(0.19509, abs=1e-5)
 
 
 def test_constant_and_steps():
