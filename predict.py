@@ -103,7 +103,7 @@ def main(argv: list[str]) -> None:
     if distributed.world_size() > 1:
         raise UserError("predict.py runs in one process: start it without torchrun, once for each folder")
     out = Path(cfg.out)
-    examiner = (with_exported if is_exported(cfg.run) else with_run)(cfg, device)
+    examiner = with_exported(cfg) if is_exported(cfg.run) else with_run(cfg, device)
     root, paths = images_of(Path(cfg.images), out, submission=cfg.submission is not None)
     if os.path.isfile(out / "heatmaps"):
         raise UserError(f"{out / 'heatmaps'} is no folder: remove it or choose another out=")
@@ -171,11 +171,11 @@ def with_run(cfg: Config, device: torch.device) -> Examiner:
     say_version(cfg, state)
     settle_tiles(cfg, state)
     if cfg.tile:
-        check_tiling(detector, cfg.tile, cfg.overlap)
+        check_tiling(detector, cfg.tile, cfg.overlap or 0)
     return with_detector(cfg, detector.to(device), geometry, state, device)
 
 
-def with_exported(cfg: Config, device: torch.device) -> Examiner:  # noqa: ARG001
+def with_exported(cfg: Config) -> Examiner:
     """A program of eval.py task=export, which runs on the CPU, with the tiles and the precision that it has."""
     if cfg.device not in ("auto", "cpu"):
         raise UserError(f"device={cfg.device}: {cfg.run} was exported for the CPU; set device=cpu, or name the run")

@@ -102,6 +102,7 @@ class Bank(nn.Module):
         While torch.export traces it, all must have been searched for.
         """
         if torch.compiler.is_exporting():
+            assert self._around is not None
             return self._around[positions]
         if self._around is None or self._around.shape[1] != count:
             self._around = positions.new_full((len(self), count), -1)
