@@ -42,11 +42,13 @@ GRID = np.linspace(0, 1, 51)  # false-alarm rates at which ROC curves are averag
 NOTHING = "<td>-</td>"  # a cell without the metric
 STYLE = """
 body { max-width: 1400px } .results td, .results th { padding: 5px 12px; vertical-align: top }
+.results td { white-space: nowrap }
 .results th:first-child, .results td:first-child { position: sticky; left: 0; background: #fff; padding-left: 0 }
 .results tr.task td { font-weight: 600; padding-top: 14px; text-align: left }
 .results td a { text-decoration: none; color: inherit; display: block }
 .results td a:hover { text-decoration: underline }
-.results small { display: block; color: #555; white-space: nowrap } td.failed { color: #be1e1e; max-width: 220px }
+.results small { display: block; color: #555 }
+.results td.failed { color: #be1e1e; max-width: 220px; white-space: normal }
 td.won { outline: 2px solid #191919; outline-offset: -2px; font-weight: 700 } td.won small { font-weight: normal }
 .charts { display: flex; flex-wrap: wrap; gap: 8px 28px } .charts svg { flex: 0 1 auto } details { margin: 10px 0 }
 """
@@ -71,7 +73,7 @@ def write_page(
             names = best_first(
                 {key: value_of(axes, outcomes, metrics[0], f"{name}/{key}") for key in axes.pretrainings}
             )
-            charts = f'<div class="charts">{"".join(curves(folder, axes, outcomes, name, names, metrics[0]))}</div>'
+            charts = f'<div class="charts">{"".join(curves(folder, axes, outcomes, name, metrics[0]))}</div>'
             images = heatmaps(folder, axes, outcomes, name, names, metrics[0])
             if len(images) > room:
                 images = "<p>The heat maps are in the run folders, for this page would be too large.</p>"
@@ -184,10 +186,10 @@ def points(run: Path, key: str, most: int = 100) -> list[tuple[float, float]]:
     return found[:: max(1, -(-len(found) // most))] if found else []
 
 
-def curves(
-    folder: Path, axes: Axes, outcomes: dict[str, Outcome], name: str, names: list[str], metric: str
-) -> Iterator[str]:
-    """ROC curves, means over the seeds, and the losses of detectors that are trained, by the first seed."""
+def curves(folder: Path, axes: Axes, outcomes: dict[str, Outcome], name: str, metric: str) -> Iterator[str]:
+    """ROC curves, means over the seeds, and the losses of detectors that are trained, by the first seed. A pretraining
+    has the same color in all charts."""
+    names = axes.pretrainings
     roc = {pretraining: mean_roc([folder / f"{name}/{pretraining}{end}" for end in axes.ends]) for pretraining in names}
     if any(roc.values()):
         known = {key: value_of(axes, outcomes, metric, f"{name}/{key}") for key in names}

@@ -104,8 +104,8 @@ def tables(
 def what_is_shown(axes: Axes, mean: bool) -> str:
     if axes.seeds:
         return "Mean ± standard deviation over seeds " + ", ".join(map(str, axes.seeds))
-    brackets = "In brackets: 95 % bootstrap intervals over test images"
-    return brackets + ("; of a mean ± standard deviation over the tasks" if mean else "")
+    intervals = "With 95 % bootstrap intervals over test images"
+    return intervals + ("; of a mean ± standard deviation over the tasks" if mean else "")
 
 
 def row_winners(folder: Path, axes: Axes, outcomes: dict[str, Outcome], metrics: list[str]) -> Winners:

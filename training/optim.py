@@ -95,8 +95,7 @@ class OptimConfig:
     name: str = choice(OPTIMIZERS)
     lr: PositiveFactor  # learning rate where the warm-up ends
     lr_scaling: Literal["linear", "none"] = "none"  # linear: lr is per 256 images of a step
-    # of the rate after the warm-up; cosine_7_16: FixMatch's, which ends at 0.195 of it
-    schedule: Literal["cosine", "cosine_7_16", "constant", "steps", "exponential"] = "cosine"
+    schedule: Literal["cosine", "cosine_7_16", "constant", "steps", "exponential"] = "cosine"  # cosine_7_16: FixMatch's
     steps: tuple[OpenUnitInterval, ...] = (0.6, 0.8)  # `steps`: a tenth of the rate after each of these parts of a run
     decay: PositiveShare = 0.95  # `exponential`: factor on the rate after every epoch
     warmup_epochs: NonNegativeFloat = 0.0  # the rate rises linearly over so many epochs

@@ -76,7 +76,7 @@ def test_small_scores_are_measured_by_the_usual_ones():
 
 
 def test_another_threshold_is_another_decision():
-    with pytest.raises(UserError, match=r"decision of 3.png at batch size 1 is normal, the run's anomalous"):
+    with pytest.raises(UserError, match=r"decision of 3.png at batch size 4 is normal, the run's anomalous"):
         compared(same, threshold=4.5)
 
 
