@@ -182,8 +182,13 @@ def _plain(text: str, wrong: UserError) -> str:
 
 def path_text(path: str, where: str) -> str:
     """`path`, of any bytes, if the file system can have it."""
-    if "\0" in path or len(os.fsencode(path)) > 4000 or any(len(os.fsencode(p)) > 255 for p in path.split("/")):
-        raise UserError(f"{where}={shown(path)} cannot be a path: a name has at most 255 bytes, and no NUL")
+    wrong = UserError(f"{where}={shown(path)} cannot be a path: a name has at most 255 bytes, and no NUL")
+    try:
+        names = [os.fsencode(name) for name in path.split("/")]
+    except UnicodeEncodeError:  # of half a character, which a YAML file can have
+        raise wrong from None
+    if "\0" in path or len(b"/".join(names)) > 4000 or max(map(len, names)) > 255:
+        raise wrong
     return path
 
 

@@ -93,6 +93,12 @@ def test_other_types_read_what_yaml_means(of, text, key, value):
     assert getattr(of(text), key) == value and type(getattr(of(text), key)) is type(value)
 
 
+@pytest.mark.parametrize("written", [r"\ud800", r"a/\udfffb", r"\0", "x" * 256, "x/" * 2001])
+def test_what_no_file_can_be_called_is_no_path(of, written):
+    with pytest.raises(UserError, match=r"place=.* cannot be a path"):
+        of(f'place: "{written}"')
+
+
 def test_merge_keys_and_aliases(of):
     cfg = of("inner: &a {text: '01', maybe: b}\npairs: {<<: *a, text: c}")
     assert cfg.pairs == {"text": "c", "maybe": "b"}
