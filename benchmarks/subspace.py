@@ -74,8 +74,8 @@ def main() -> None:
     lines = [
         f"# subspace, PaDiM and PatchCore: seconds beside the network, {N} images of {SIZE} x {SIZE}",
         "",
-        f"`python -m benchmarks.subspace` on {machine}, {torch.get_num_threads()} CPU threads; torch {torch.__version__}; "
-        f"commit {commit()}.",
+        f"`python -m benchmarks.subspace` on {machine}, {torch.get_num_threads()} CPU threads; "
+        f"torch {torch.__version__}; commit {commit()}.",
         "",
         "| stages of | detector | fit, s | score, s an image | left out, s an image |",
         "|---|---|---|---|---|",
