@@ -76,7 +76,7 @@ class Subspace(Detector):
         """Stages [(B, C_i, H_i, W_i)] -> patch features (B, h, w, D)."""
         if self.combine == "concat":
             return concatenate(features, 1, None)
-        if len({feature.shape for feature in features}) > 1:
+        if any(feature.shape[1:] != features[0].shape[1:] for feature in features):
             shapes = ", ".join("x".join(map(str, feature.shape[1:])) for feature in features)
             raise UserError(
                 f"subspace combine=mean: stages {list(self.stages)} are {shapes} here: set combine=concat, or one stage"
