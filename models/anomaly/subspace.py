@@ -85,7 +85,10 @@ class Subspace(Detector):
 
     @torch.no_grad()
     def fit(self, batches: Iterable[Batch], n_images: int) -> None:  # noqa: ARG002
-        """One pass over the images. Each image's mean comes before its scatter, and neither sum ever cancels."""
+        """One pass over the images, sums in float64: each image's mean, then its scatter about that, then all together.
+
+        Nothing cancels, whatever the mean; processes hold the same state, of the images of all.
+        """
         whole, means, indices, each = None, [], [], []
         for batch in batches:
             for own in self._of_images(batch):
