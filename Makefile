@@ -30,6 +30,7 @@ bench: .venv/installed # every speed claim
 	$(PY) -m benchmarks.neighbor
 	$(PY) -m benchmarks.padim
 	$(PY) -m benchmarks.predict
+	$(PY) -m benchmarks.subspace
 	$(PY) -m benchmarks.train_step
 	$(PY) -m benchmarks.classifier_step
 	$(PY) -m benchmarks.views

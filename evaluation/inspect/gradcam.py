@@ -112,7 +112,7 @@ def score_target(
         if not scores.requires_grad:
             raise UserError(
                 f"Grad-CAM needs a score that autograd can follow to feature maps, which it cannot for this detector, "
-                f"{type(detector).__name__}: take patchcore, padim, embedding, rd4ad, cdo or regad"
+                f"{type(detector).__name__}: take patchcore, padim, subspace, embedding, rd4ad, cdo or regad"
             )
         return seen, scores
 

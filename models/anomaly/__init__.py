@@ -14,6 +14,7 @@ from models.anomaly.padim import PaDiM
 from models.anomaly.patchcore import PatchCore
 from models.anomaly.rd4ad import RD4AD
 from models.anomaly.regad import RegAD
+from models.anomaly.subspace import Subspace
 from models.weights.options import wrong_options
 from runtime import checkpoint
 from runtime.errors import UserError, cut
@@ -31,6 +32,7 @@ DETECTORS: dict[str, type[Detector]] = {
     "patchcore": PatchCore,
     "rd4ad": RD4AD,
     "regad": RegAD,
+    "subspace": Subspace,
 }
 
 

@@ -86,6 +86,7 @@ REFUSED = {  # (section, name): {key: (refused values), (taken values)}
         "seed": ("-1", "0"),
     },
     ("detector", "padim"): {"channels": ("0", "1 none"), "regularization": ("0 -1", "0.01"), "seed": ("-1", "1024")},
+    ("detector", "subspace"): {"variance": ("0 1.1", "0.5 1"), "rotations": ("0 101", "1 100")},
     ("detector", "regad"): {"supports": ("0", "2"), "regularization": ("0", "0.01")},
     ("detector", "embedding"): {"k": ("0", "1")},
     ("detector", "cdo"): {"gamma": ("-1 5.1", "0 5")},

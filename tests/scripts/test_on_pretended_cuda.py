@@ -36,6 +36,7 @@ READ = {
     "padim": {"padim.py"},
     "cutpaste": {"cutpaste.py", "gaussian.py"},
     "regad": {"padim.py", "regad.py"},
+    "subspace": {"subspace.py"},
 }
 NEED_THEIR_OWN = {"cutpaste", "nsa", "rd4ad", "regad"}  # detectors that suit few backbones
 

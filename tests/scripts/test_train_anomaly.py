@@ -21,6 +21,7 @@ TINY = {
     "embedding": ["configs/demo/embedding_demo.yaml"],
     "patchcore": ["configs/demo/patchcore_demo.yaml"],
     "padim": ["configs/demo/padim_demo.yaml"],
+    "subspace": ["configs/demo/subspace_demo.yaml"],
     "rd4ad": ["configs/demo/rd4ad_demo.yaml", "epochs=4", "save_every=3", "log_every=1"],
     "cdo": ["configs/demo/cdo_demo.yaml", "epochs=4", "save_every=3", "log_every=1"],
     "cutpaste": ["configs/demo/cutpaste_demo.yaml", "epochs=4", "save_every=3", "log_every=1"],

@@ -33,6 +33,7 @@ OPTIONS: dict[str, list[dict]] = {  # forms that compute in other ways
         {"mode": "amazon", "embed_dim": 32, "coreset": 0.1},
         {"mode": "anomalib", "coreset": 1.0, "image_score": "mean"},
     ],
+    "subspace": [{"variance": 0.9}, {"stages": (3,), "combine": "mean", "image_score": "max"}],
 }
 CASES = [(name, options) for name in DETECTORS for options in OPTIONS.get(name, [{}])]
 THRESHOLDS = {"threshold": 1.0, "pixel_threshold": None, "low": None, "high": None, "scores": None}

@@ -127,6 +127,7 @@ DIFFERENTIABLE = {
     "embedding mahalanobis": ("embedding", {"distance": "mahalanobis"}),
     "padim": ("padim", {}),
     "padim channels": ("padim", {"channels": 8, "form": "covariance", "image_score": "mean"}),
+    "subspace": ("subspace", {}),
     "rd4ad": ("rd4ad", {}),
     "cdo": ("cdo", {}),
     "cdo v1": ("cdo", {"version": "v1"}),
@@ -150,7 +151,7 @@ def textures(count: int) -> Tensor:
 
 
 def fitted(name: str, options: dict) -> Detector:
-    network = FourStages() if name in ("patchcore", "embedding", "padim") else ResNet18()
+    network = FourStages() if name in ("patchcore", "embedding", "padim", "subspace") else ResNet18()
     detector = DETECTORS[name](network, **options).eval()
     if detector.fits:
         detector.fit(batches(textures(5), 2), 5)

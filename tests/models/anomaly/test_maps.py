@@ -10,6 +10,7 @@ from models.anomaly.maps import blank, grid_valid, image_score, peak, render, sm
 from models.anomaly.padim import PaDiM
 from models.anomaly.patchcore import PatchCore
 from models.anomaly.rd4ad import RD4AD
+from models.anomaly.subspace import Subspace
 from models.backbones.resnet import ResNet18
 from tests.images import batches
 
@@ -149,7 +150,9 @@ def test_smoothing_inside_takes_nothing_from_padding():
 
 
 @pytest.mark.parametrize(
-    ("build", "own"), [(PatchCore, "patch"), (PaDiM, "max"), (RD4AD, "max"), (CDO, "top1")], ids=lambda x: str(x)
+    ("build", "own"),
+    [(PatchCore, "patch"), (PaDiM, "max"), (Subspace, "top1"), (RD4AD, "max"), (CDO, "top1")],
+    ids=lambda x: str(x),
 )
 def test_every_detector_takes_each_image_score_and_defaults_to_its_papers(build, own):
     images, scores = torch.randn(3, 3, 64, 64), {}
