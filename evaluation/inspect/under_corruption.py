@@ -1,6 +1,7 @@
 """A row per corruption and severity: what a subject makes of the corrupted test images."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,6 +77,13 @@ def numbers(subject: Subject, observed: Observed, clean: Observed) -> dict[str, 
     same = torch.equal(observed.labels, clean.labels)
     row = subject.numbers(observed) | {"cosine": cosine(clean, observed) if same else None}
     return row | {"changed": changed_share(subject.decisions(clean), subject.decisions(observed)) if same else None}
+
+
+def require_files(root: PathText, names: list[str]) -> None:
+    """UserError for a corruption that CIFAR-10-C's folder has no file of, before hours of others are measured."""
+    for name in names:
+        if not (file := Path(root) / f"{name}.npy").is_file():
+            raise UserError(f"cifar10_c has no {file}: give the folder of the published files, or leave out {name}")
 
 
 def of_files(loader: Loader, root: PathText, name: str, severity: int) -> Loader:

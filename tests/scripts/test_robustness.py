@@ -2,6 +2,8 @@
 
 import csv
 import json
+from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,8 +13,8 @@ from PIL import Image
 import eval as evaluate
 import train_anomaly
 import train_classifier
-from data.corruptions import corrupt
-from data.datasets.cifar import CLASSES
+from data.corruptions import CORRUPTIONS, corrupt
+from data.datasets.cifar import CLASSES, Corruption
 from evaluation.tasks import robustness
 from runtime.errors import UserError
 from tests.images import write_classes, write_mvtec
@@ -154,6 +156,7 @@ def test_the_published_files_of_cifar10_c_are_taken_where_they_are(tmp_path):
         (["corruptions=fog,snow,fog"], "corruptions names fog twice"),
         (["reference=alexnet", "severities=1,2"], "all five severities"),
         (["constants=64"], "constants"),
+        (["cifar10_c=/none"], "cifar10_c has no /none/gaussian_noise.npy"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_done(place, words, message):
@@ -163,4 +166,9 @@ def test_mistakes_are_found_before_anything_is_done(place, words, message):
 
 
 def test_all_is_measured_by_default():
-    assert len(robustness.Config.__dataclass_fields__["corruptions"].default_factory()) == 21
+    cfg = SimpleNamespace(corruptions=None, cifar10_c=None, severities=[1], checkpoint=None)
+    robustness.check(cfg)
+    assert cfg.corruptions == list(CORRUPTIONS) and len(CORRUPTIONS) == 21
+    cfg = SimpleNamespace(corruptions=None, cifar10_c="c", severities=[1], checkpoint=None)
+    robustness.check(cfg)
+    assert cfg.corruptions == list(get_args(Corruption))  # those with a file
