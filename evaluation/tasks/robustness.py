@@ -89,6 +89,8 @@ def run(cfg: Config) -> None:
     results |= {"errors": mean_errors(rows), "clean": own, "rows": rows}
     results["shifts"] = under_shifts(subject, test, clean, cfg.shifts)
     results["frames"] = between_frames(subject, test.dataset, clean) if cfg.frames else None
+    if cfg.frames and results["frames"] is None:
+        log.say("note: frames=true, but no two test images are of one group or folder")
     if log.writer:
         write_report(log, results, examples(test, cfg.corruptions, severities, **how))
     log.results(results | {"seconds": time.perf_counter() - began, "version": code_version()})
