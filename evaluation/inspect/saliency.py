@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from data import DataConfig, Geometry, build_dataset, build_geometry, settled
+from data import DataConfig, build_dataset, build_geometry, settled
 from data.dataset import Dataset
 from data.image_files import find_images
 from data.images import decode, image_size
@@ -182,7 +182,7 @@ def images_of(cfg: SaliencyConfig, device: torch.device) -> tuple[int, Iterator[
         def of_dataset() -> Iterator[Seen]:
             for i in chosen:
                 mask = dataset.mask(i) if known[i] else None
-                valid = valid_of(dataset.geometry, dataset.sizes[i], device)
+                valid = dataset.inside(torch.tensor([i]), device)
                 yield Seen(dataset.names[i], dataset.image(i), valid, mask)
 
         return len(chosen), of_dataset()
@@ -195,7 +195,7 @@ def images_of(cfg: SaliencyConfig, device: torch.device) -> tuple[int, Iterator[
 
     def of_files() -> Iterator[Seen]:
         for path in paths:
-            valid = valid_of(geometry, torch.tensor(image_size(path)), device)
+            valid = geometry.inside(torch.tensor([image_size(path)]), device)
             yield Seen(str(Path(path).relative_to(top)), decode(path, geometry), valid, None)
 
     return len(paths), of_files()
@@ -204,11 +204,6 @@ def images_of(cfg: SaliencyConfig, device: torch.device) -> tuple[int, Iterator[
 def spread(count: int, most: int) -> list[int]:
     """At most `most` numbers below `count`, evenly spread, the first and the last among them."""
     return torch.linspace(0, count - 1, min(count, most)).round().long().tolist()
-
-
-def valid_of(geometry: Geometry, size: Tensor, device: torch.device) -> Tensor | None:
-    """Where an image of the original `size` (2,) lies in its input: bool (1, H, W); None: everywhere."""
-    return geometry.valid(geometry.regions(size[None]).to(device)) if geometry.fit == "pad" else None
 
 
 def normal_texture(loaded: Loaded, image: Tensor, seen: Seen) -> Tensor:

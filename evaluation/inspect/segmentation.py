@@ -76,9 +76,13 @@ def share(*networks: nn.Module) -> None:
 # --------------------------------------------------------------------- what clusters mean
 
 
-def counts_of(clusters: Tensor, labels: Tensor, n_clusters: int, n_classes: int) -> Tensor:
-    """How many pixels of each class are in each cluster: (K, L) int64; both int64 of one shape."""
-    pairs = clusters.flatten() * n_classes + labels.flatten()
+def counts_of(
+    clusters: Tensor, labels: Tensor, n_clusters: int, n_classes: int, inside: Tensor | None = None
+) -> Tensor:
+    """How many pixels of each class are in each cluster: (K, L) int64; both int64 of one shape. `inside`: bool of that
+    shape, False in padding, which does not count."""
+    pairs = clusters * n_classes + labels
+    pairs = pairs.flatten() if inside is None else pairs[inside]
     return pairs.bincount(minlength=n_clusters * n_classes).view(n_clusters, n_classes).cpu()
 
 
@@ -150,9 +154,11 @@ def confusion(segmenter: Segmenter, loader: Loader) -> dict[str, Tensor]:
     """`counts_of` the clusters and the masks of a loader's images, for each method (K, 2), over all ranks."""
     n_clusters = len(segmenter.centers)
     totals = {name: torch.zeros(n_clusters, 2, dtype=torch.int64) for name in ("stego", "k_means")}
-    for images, masks, *_ in loader.epoch(0):
+    dataset = loader.dataset
+    for images, masks, _, indices in loader.epoch(0):
+        inside = dataset.inside(indices, images.device)  # (B, H, W)
         for name, clusters in segmenter(images).items():
-            totals[name] += counts_of(clusters, masks.long(), n_clusters, 2)
+            totals[name] += counts_of(clusters, masks.long(), n_clusters, 2, inside)
     return {name: all_reduce_sum(counts.to(loader.device)).cpu() for name, counts in totals.items()}
 
 
@@ -174,12 +180,14 @@ def cross_tested(segmenter: Segmenter, loader: Loader, kinds: Tensor, seed: int)
     dataset, codes = loader.dataset, all_maps(Codes(segmenter), loader)
     masks = torch.stack([dataset.mask(i) for i in loader.indices.tolist()])  # (N, H, W)
     shares = F.adaptive_avg_pool2d(masks[:, None].float(), codes.shape[2:])[:, 0]  # (N, h, w)
+    inside = dataset.inside(loader.indices, "cpu")  # (N, H, W)
+    inside = torch.ones_like(masks) if inside is None else inside
     halves, counts = stratified_split(kinds, 0.5, seed), torch.zeros(2, 2, dtype=torch.int64)
     for learned, tested in (halves, halves[::-1]):
         odds = linear_probe(codes[learned], (shares[learned] > 0.5).to(codes.device), codes[tested], seed)
-        for some, mask in zip(odds.split(16), masks[tested].split(16)):
+        for some, mask, valid in zip(odds.split(16), masks[tested].split(16), inside[tested].split(16)):
             large = F.interpolate(some[:, None], mask.shape[1:], mode="bilinear", align_corners=False)[:, 0]
-            counts += counts_of((large > 0).long().cpu(), mask.long(), 2, 2)
+            counts += counts_of((large > 0).long().cpu(), mask.long(), 2, 2, valid)
     return counts
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.corruptions import Constants, corrupt
+from data.corruptions import Constants
 from data.datasets.cifar import CIFAR10C
 from data.loading import Loader
 from evaluation.inspect.changed import corrupted
@@ -64,7 +64,7 @@ def examples(
     for name in names:
         for severity in severities:
             if published is None:
-                made = corrupt(image, number, name, severity, seed=seed, constants=constants)[0]
+                made = corrupted(loader, name, severity, seed=seed, constants=constants).changed(image, number)[0]
             else:
                 made = of_files(loader, published, name, severity).dataset.image(0)
             found.append((f"{name.replace('_', ' ')}\nseverity {severity}", made))

@@ -15,7 +15,6 @@ eval_robustness/ in the checkpoint's folder (without one: in runs/<run_name>/).
 
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
