@@ -26,7 +26,7 @@ from data.loading import Loader
 from data.splits import write_splits
 from evaluation.anomaly.prediction import load_run
 from evaluation.features import extract, stored_sections
-from evaluation.frozen import FrozenConfig, opened
+from evaluation.frozen import FrozenConfig, folder_beside, opened
 from evaluation.inspect.corruption_error import find_reference, mean_errors, summary
 from evaluation.inspect.robustness_report import write_report
 from evaluation.inspect.stability import between_frames, under_shifts
@@ -157,7 +157,7 @@ def open_detector(cfg: Config) -> Studied:
     test_set = build_dataset(cfg.data, "test")
     if test_set.defects is None:
         raise UserError(f"data.name={cfg.data.name} has no defects to find: use that of the run")
-    folder = file.parent / (f"eval_{TASK}" if file.stem == "last" else f"eval_{TASK}_{file.stem}")
+    folder = folder_beside(file, TASK)
     checkpoint.open_run(folder, config.as_dict(cfg))
     log = Log(folder, cfg)
     write_splits(test_set, folder)
