@@ -62,6 +62,13 @@ def test_knn_has_a_row_per_corruption_and_severity(place, knn, capsys):
     assert results["frames"]["pairs"] == 9 and len(results["shifts"]) == 1
 
 
+@pytest.mark.slow
+def test_curves_are_of_the_last_measurement(place, knn):  # noqa: ARG001
+    evaluate.main(["task=robustness", *data(place), *FEW, "run_name=knn", "frames=true"])
+    lines = (place / "knn" / "eval_robustness" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 5]
+
+
 def test_what_it_leaves_in_the_folder(place, knn):
     folder = place / "knn" / "eval_robustness"
     with Image.open(folder / "robustness.png") as curves, Image.open(folder / "corrupted.png") as sheet:
