@@ -13,6 +13,7 @@ from evaluation.inspect.segmentation import (
     clusters_of,
     confusion,
     counts_of,
+    halves_with_masks,
     k_means,
     linear_probe,
     match,
@@ -132,3 +133,21 @@ def test_patches_are_rows_with_their_own_masks():
     assert (
         rows.shape == (24, 2) and torch.equal(rows[:, :1] * 2, other) and sorted(rows[:, 0].tolist()) == list(range(24))
     )
+
+
+def test_halves_have_defects_or_are_refused_before_anything_is_trained(tmp_path):
+    root = write_mvtec(tmp_path, normal=1, size=32)
+    tested = build_dataset(
+        DataConfig(name="mvtec", size=(32,), options={"root": str(root), "category": "part"}), "test"
+    )
+    indices = torch.arange(len(tested))
+    masks, defective, halves = halves_with_masks(tested, indices, (8, 8), 0)
+    assert sorted(torch.cat(halves).tolist()) == indices.tolist()
+    for half in halves:  # of each kind of image two
+        assert sorted(tested.kinds[i] for i in half.tolist()) == ["good"] * 2 + ["spot"] * 2
+    for i in range(len(tested)):
+        for y in range(8):
+            for x in range(8):
+                assert defective[i, y, x] == (masks[i, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4].float().mean() > 0.5)
+    with pytest.raises(UserError, match="both halves of the test images: set linear=false"):
+        halves_with_masks(tested, indices, (1, 1), 0)  # patches of which no defect is half
