@@ -23,6 +23,7 @@ from data import DataConfig, build_dataset
 from data.geometry import Geometry
 from data.loading import Loader
 from evaluation.features import extract
+from models.backbones.resnet import ResNet18
 from runtime import checkpoint, config, version
 from runtime.errors import UserError
 from tests.images import TOP, write_classes, write_mvtec
@@ -198,6 +199,16 @@ def test_a_program_elsewhere_has_it_on_its_path(place, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(TOP)}
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "(1, 512)\n", "")
+
+
+def test_grad_cam_is_bare_in_padding(tmp_path):
+    torch.manual_seed(0)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 24, 3), np.uint8)).save(tmp_path / "high.png")
+    geometry = Geometry(64, 64, "pad")
+    backbone = scavenge.LoadedBackbone(ResNet18().eval(), geometry, torch.device("cpu"), 2)
+    [result] = scavenge.grad_cam(backbone, [tmp_path / "high.png"])
+    inside = geometry.inside(torch.tensor([[48, 24]]), "cpu")[0]
+    assert (result.map[~inside] == result.map.min()).all() and result.map[inside].max() > result.map.min()
 
 
 def test_grad_cam_is_what_the_task_measures(place, paths):
