@@ -1,4 +1,4 @@
-"""What corruptions, shifts and neighboring frames do to a kNN, a classifier or an anomaly detector.
+"""What corruptions, shifts and neighboring frames do to a kNN, a classifier or a detector.
 
     python eval.py task=robustness checkpoint=runs/classifier_own
     python eval.py task=robustness checkpoint=runs/patchcore_own severities=1,3,5 corruptions=fog,defocus_blur
