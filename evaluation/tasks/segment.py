@@ -38,6 +38,7 @@ from plots.sheets import contact_sheet
 from runtime import distributed
 from runtime.config import pick
 from runtime.errors import UserError
+from runtime.memory import send
 from runtime.run import Run
 from runtime.values import PositiveFloat, PositiveInt, Range, Seed, Width
 from training.optim import clip_gradients
@@ -89,8 +90,8 @@ def run(cfg: Config) -> None:
         (ids,) = run.window.next(batches)
         torch.manual_seed(cfg.seed + 1_000_003 * step)
         others = near[ids, torch.randint(near.shape[1], (len(ids),))]  # (B,)
-        features, codes = head(maps[ids.to(run.device)])  # (B, C, h, w), (B, D, h, w)
-        near_features, near_codes = head(maps[others.to(run.device)])
+        features, codes = head(maps[send(ids, run.device)])  # (B, C, h, w), (B, D, h, w)
+        near_features, near_codes = head(maps[send(others, run.device)])
         loss, stats = stego(features, codes, near_features, near_codes, cfg.stego)
         cluster_loss = probe.loss(codes)
         (loss + cluster_loss).backward()
