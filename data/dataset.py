@@ -151,6 +151,11 @@ class Dataset:
         """Height and width of each original image, upright: int64 (N, 2), read from the headers when first asked."""
         return image_sizes(self.paths) if self.boxes is None else self.boxes[:, 2:]
 
+    def inside(self, indices: Tensor, device: torch.device | str) -> Tensor | None:
+        """Where the inputs of these images (B,) show them and no padding: bool (B, H, W) on `device`; None without
+        padding, whose sizes then nobody has to read."""
+        return self.geometry.inside(self.sizes[indices], device) if self.geometry.fit == "pad" else None
+
     @classmethod
     def categories(cls, **_options) -> list[str]:
         """What the option `category` may be, sorted, with these options of the set; nothing of a set without it."""

@@ -120,6 +120,11 @@ class Geometry:
         rows, columns = (y >= top) & (y < top + height), (x >= left) & (x < left + width)  # (B, H), (B, W)
         return rows[:, :, None] & columns[:, None]
 
+    def inside(self, sizes: Tensor, device: torch.device | str) -> Tensor | None:
+        """Where the inputs show images of these original `sizes` (B, 2) h, w, and no padding: bool (B, H, W) on
+        `device`; None without padding."""
+        return self.valid(self.regions(sizes).to(device)) if self.fit == "pad" else None
+
     def window(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         """Top, left, height and width of what the input shows of an original (h, w), in its pixels, seldom whole."""
         sizes = torch.tensor([size])

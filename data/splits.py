@@ -22,6 +22,11 @@ FILE = "splits.csv"  # in a run folder
 WORDS = {"train": "training", "validation": "validation", "test": "testing"}
 
 
+def evenly(count: int, most: int) -> Tensor:
+    """At most `most` numbers below `count`, evenly spread, the first and the last among them: int64, ascending."""
+    return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().long()
+
+
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Split positions into (rest, picked), both ascending int64, the same fraction of every class.
 

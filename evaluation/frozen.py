@@ -178,12 +178,14 @@ def train_and_test(
 def task_folder(cfg: Any, task: str) -> Path:
     """eval_<task>/ beside the checkpoint of `cfg`, of other ones than last.pt with their name; else in the run folder.
     Settles `cfg.checkpoint`: the file itself."""
-    name, folder = f"eval_{task}", config.run_folder(cfg)
     if not cfg.checkpoint:
-        return folder / name
+        return config.run_folder(cfg) / f"eval_{task}"
     cfg.checkpoint = str(checkpoint.file_of(cfg.checkpoint))
-    stem = Path(cfg.checkpoint).stem
-    return Path(cfg.checkpoint).parent / (name if stem == "last" else f"{name}_{stem}")
+    return folder_beside(Path(cfg.checkpoint), task)
+
+
+def folder_beside(file: Path, task: str) -> Path:
+    return file.parent / (f"eval_{task}" if file.name == checkpoint.LAST else f"eval_{task}_{file.stem}")
 
 
 def open_backbone(cfg: Any, task: str) -> OpenedBackbone:

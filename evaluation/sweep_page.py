@@ -70,9 +70,8 @@ def write_page(
         body.append(f'<h2 id="task{number}">{safe(task)}</h2>')
         for detector in ranked(axes, outcomes, task, metrics[0]):
             name = f"{task}/{detector}"
-            names = best_first(
-                {key: value_of(axes, outcomes, metrics[0], f"{name}/{key}") for key in axes.pretrainings}
-            )
+            values_of = {key: value_of(axes, outcomes, metrics[0], f"{name}/{key}") for key in axes.pretrainings}
+            names = best_first(values_of, metrics[0])
             charts = f'<div class="charts">{"".join(curves(folder, axes, outcomes, name, metrics[0]))}</div>'
             images = heatmaps(folder, axes, outcomes, name, names, metrics[0])
             if len(images) > room:
@@ -136,9 +135,11 @@ def value_of(axes: Axes, outcomes: dict[str, Outcome], metric: str, name: str) -
     return None if None in found else statistics.fmean(found)
 
 
-def best_first(names: dict[str, float | None]) -> list[str]:
-    """Those without a value last; else in the order given where values are equal."""
-    return sorted(names, key=lambda name: math.inf if names[name] is None else -names[name])
+def best_first(names: dict[str, float | None], metric: str) -> list[str]:
+    """Those without a value last; else in the order given where values are equal, or more of the metric is no better,
+    as of losses and times."""
+    sign = -1 if metric.endswith(MORE_IS_BETTER) else 0
+    return sorted(names, key=lambda name: math.inf if names[name] is None else sign * names[name])
 
 
 def ranked(axes: Axes, outcomes: dict[str, Outcome], task: str, metric: str) -> list[str]:
@@ -148,7 +149,7 @@ def ranked(axes: Axes, outcomes: dict[str, Outcome], task: str, metric: str) -> 
         cells = [value_of(axes, outcomes, metric, f"{task}/{detector}/{name}") for name in axes.pretrainings]
         return max((value for value in cells if value is not None), default=None)
 
-    return best_first({detector: best(detector) for detector in axes.detectors})
+    return best_first({detector: best(detector) for detector in axes.detectors}, metric)
 
 
 def pretraining(folder: Path, axes: Axes, outcomes: dict[str, Outcome]) -> str:

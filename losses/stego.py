@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from runtime.memory import send
 from runtime.precision import at_least_float32
 from runtime.values import Few, NonNegativeFloat, Range
 
@@ -94,7 +95,8 @@ def stego(
         The loss, and of each kind (intra, inter, negative) stats: loss before its weight, cosine of features and codes.
     """
     batch, side = len(features), config.samples
-    ours, theirs = (2 * torch.rand(2, batch, side, side, 2).to(features) - 1).unbind(0)  # (B, s, s, 2), x before y
+    drawn = send(2 * torch.rand(2, batch, side, side, 2) - 1, features.device).to(features.dtype)
+    ours, theirs = drawn.unbind(0)  # (B, s, s, 2) each, x before y
     f, c = sample(features, ours), sample(codes, ours)
     options: dict[str, Any] = {"pointwise": config.pointwise, "zero_clamp": config.zero_clamp}
     kinds = {
@@ -110,7 +112,7 @@ def stego(
                 shift=config.negative_shift,
                 **options,
             )
-            for others in (other_images(batch).to(features.device) for _ in range(config.negatives))
+            for others in (send(other_images(batch), features.device) for _ in range(config.negatives))
         ],
     }
     means = {kind: Pairs(*(torch.stack(column).mean() for column in zip(*pairs))) for kind, pairs in kinds.items()}

@@ -34,7 +34,7 @@ def jpeg_compression(pixels: Tensor, key: Key, quality: int) -> Tensor:  # noqa:
     height, width = pixels.shape[2:]
     levels = (pixels * 255).round_().double()
     matrix, offsets = levels.new_tensor(TO_YCC), levels.new_tensor(OFFSETS)
-    colors = torch.einsum("kc,bchw->bkhw", matrix, levels) + offsets[:, None, None]
+    colors = torch.einsum("kc,bchw->bkhw", matrix, levels) + offsets[:, None, None]  # (B, 3, H, W)
     colors = (colors / PART).floor_()  # (B, 3, H, W): Y, Cb, Cr
 
     luma = decoded(filled(colors[:, :1], 8, 8), LUMINANCE, quality)[..., :height, :width]

@@ -16,10 +16,9 @@ from runtime import distributed
 
 def batches_of(loader, text: str, normalization: Normalization) -> Iterator[Batch]:
     """An epoch of a Loader as a detector of this normalization takes it; `text` labels the progress bar."""
-    geometry, bar = loader.dataset.geometry, {"unit": "batch", "leave": False, "disable": not distributed.is_main()}
-    regions = geometry.regions(loader.dataset.sizes) if geometry.fit == "pad" else None  # (N, 4)
+    dataset, bar = loader.dataset, {"unit": "batch", "leave": False, "disable": not distributed.is_main()}
     for images, *_, indices in tqdm(loader.epoch(0), text, len(loader), **bar):
-        valid = None if regions is None else geometry.valid(regions[indices].to(loader.device))
+        valid = dataset.inside(indices, loader.device)
         yield Batch(normalize(images, normalization), valid, indices.to(loader.device))
 
 

@@ -158,10 +158,7 @@ def examine(
                 size = {"tile": tile, "overlap": overlap, "batch_size": batch_size}
                 found = examine_tiles(detector, group[0].image, **size, device=device)
             else:
-                geometry, valid = group[0].geometry, None
-                if geometry.fit == "pad":
-                    sizes = torch.tensor([item.size for item in group])
-                    valid = geometry.valid(geometry.regions(sizes).to(device))
+                valid = group[0].geometry.inside(torch.tensor([item.size for item in group]), device)
                 batch = torch.stack([p.image for p in group]).to(device)  # (B, 3, H, W)
                 found = detector.examine_pixels(batch, valid)
                 found = Findings(*(None if values is None else values.cpu() for values in found))

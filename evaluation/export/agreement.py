@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from data import DataConfig, Geometry, build_dataset, build_geometry
 from data.image_files import find_images
+from data.splits import evenly
 from evaluation.anomaly.prediction import LoadedImage, examine, load_image, load_run, predicted
 from evaluation.classify import classify, load_classifier_run
 from evaluation.export.exported import Exported
@@ -179,7 +180,7 @@ def images_of(subject: Subject, place: str | None, count: int) -> list[LoadedIma
         paths = find_images(Path(place)) if Path(place).is_dir() else [place]
         if not paths:
             raise UserError(f"there are no images in {place}")
-        items = [load_image(paths[i], subject.geometry, whole=whole)[1] for i in _spread(len(paths), count)]
+        items = [load_image(paths[i], subject.geometry, whole=whole)[1] for i in evenly(len(paths), count).tolist()]
         for item in items:
             if isinstance(item, UserError):
                 raise item
@@ -190,17 +191,13 @@ def images_of(subject: Subject, place: str | None, count: int) -> list[LoadedIma
     except UserError as error:
         raise UserError(f"the images to compare the program on: {error}; or give images=, a folder") from None
     items = []
-    for i in _spread(len(dataset), count):
+    for i in evenly(len(dataset), count).tolist():
         size = tuple(dataset.sizes[i].tolist())
         geometry = dataset.geometry.whole(size) if whole else dataset.geometry
         items.append(
             LoadedImage(dataset.full_name(i), size, geometry, dataset.original(i) if whole else dataset.image(i))
         )
     return items
-
-
-def _spread(length: int, count: int) -> list[int]:
-    return torch.linspace(0, length - 1, min(count, length)).round().long().tolist()
 
 
 # -------------------------------------------------------------------- the comparison
@@ -281,4 +278,6 @@ def difference(live: Tensor, exported: Tensor, typical: Tensor) -> float:
     where this is larger."""
     if live.shape != exported.shape:
         return float("inf")
+    if torch.equal(live, exported):  # as where all are 0
+        return 0.0
     return float((live - exported).abs().max() / torch.maximum(live.abs().max(), typical))

@@ -19,8 +19,6 @@ class Changed:
 
     def __init__(self, loader: Loader, change: Change):
         self.loader, self.change = loader, change
-        geometry, dataset = loader.dataset.geometry, loader.dataset
-        self.regions = geometry.regions(dataset.sizes) if geometry.fit == "pad" else None  # (N, 4)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -35,11 +33,13 @@ class Changed:
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, ...]]:
         for images, *rest, indices in self.loader.epoch(epoch):
-            changed = self.change(images, indices)
-            if self.regions is not None:
-                inside = self.dataset.geometry.valid(self.regions[indices].to(images.device))[:, None]
-                changed = torch.where(inside, changed, images)
-            yield changed, *rest, indices
+            yield self.changed(images, indices), *rest, indices
+
+    def changed(self, images: Tensor, indices: Tensor) -> Tensor:
+        """Images uint8 (B, 3, H, W) of these numbers (B,) in the data set: likewise."""
+        changed = self.change(images, indices)
+        inside = self.dataset.inside(indices, images.device)  # (B, H, W)
+        return changed if inside is None else torch.where(inside[:, None], changed, images)
 
 
 def corrupted(loader: Loader, name: str, severity: int, *, seed: int, constants: Constants | None) -> Changed:
@@ -47,7 +47,7 @@ def corrupted(loader: Loader, name: str, severity: int, *, seed: int, constants:
 
 
 def shifted(loader: Loader, down: int, right: int) -> Changed:
-    """Each image as if the camera had moved by so many pixels; what comes in is mirrored."""
+    """Each image as if the camera had moved by so many pixels; what comes in is mirrored, in padded images padding."""
 
     def shift(images: Tensor, indices: Tensor) -> Tensor:  # noqa: ARG001
         for dim, by in ((2, down), (3, right)):

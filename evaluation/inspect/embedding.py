@@ -16,6 +16,7 @@ from runtime.log import Log
 from search.nearest import nearest
 
 NEIGHBORS = 10
+EQUAL = 1e-12  # features of length 1 that differ by no more are equal but for rounding
 SPRITE = 48  # pixels of the longer side of an image in TensorBoard's projector
 COMPONENTS = 50  # principal components that the projector gets: its own methods start from so many
 
@@ -40,7 +41,8 @@ def principal_components(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def tsne(features: Tensor, *, perplexity: float, learning_rate: float | None, seed: int) -> Tensor:
-    """scikit-learn's t-SNE (Barnes-Hut) of features (N, D), begun at their principal components: (N, 2) float64.
+    """scikit-learn's t-SNE (Barnes-Hut) of features (N, D), begun at their principal components: (N, 2) float64. Equal
+    features, as of a collapsed network, have none and begin at random.
 
     learning_rate: None: N / 48, at least 50 (Belkina et al. 2019).
 
@@ -54,8 +56,10 @@ def tsne(features: Tensor, *, perplexity: float, learning_rate: float | None, se
         raise UserError(
             f"perplexity={perplexity:g} must be below the number of images, {count}: {count // 3}, a third, will do"
         )
-    method = TSNE(perplexity=perplexity, learning_rate=learning_rate or "auto", init="pca", random_state=seed)
-    return torch.from_numpy(method.fit_transform(features.double().cpu().numpy())).double()
+    points = features.double().cpu()
+    start = "pca" if (points - points[0]).abs().max() > EQUAL else "random"  # scikit-learn divides by their deviation
+    method = TSNE(perplexity=perplexity, learning_rate=learning_rate or "auto", init=start, random_state=seed)
+    return torch.from_numpy(method.fit_transform(points.numpy())).double()
 
 
 def trust(space: Tensor, plane: Tensor, labels: Tensor, k: int = NEIGHBORS) -> dict[str, float]:

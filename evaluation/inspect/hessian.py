@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from evaluation.inspect.landscape import Direction, filter_norm, learned
 from evaluation.inspect.run_loss import RunLoss
@@ -18,7 +19,8 @@ MOST_RESTARTS = 100
 def hessian_times(loss: RunLoss) -> Callable[[list[Tensor]], list[Tensor]]:
     """The function v -> H v, H the second derivative of the mean loss over all images by the learned weights: the
     derivative of the gradient's product with v (Pearlmutter 1994). Vectors are lists in the order of `learned`;
-    statistics of BatchNorm are constants.
+    statistics of BatchNorm are constants. Attention is computed in plain operations, as torch's fused ones have no
+    second derivative.
     """
     weights = [parameter for parameter in loss.network.parameters() if parameter.requires_grad]
     count = sum(len(labels) for _, labels in loss.batches)
@@ -27,7 +29,9 @@ def hessian_times(loss: RunLoss) -> Callable[[list[Tensor]], list[Tensor]]:
         total = [torch.zeros_like(weight) for weight in weights]
         for batch in loss.batches:
             share = len(batch[1]) / count
-            slopes = torch.autograd.grad(loss.of(batch) * share, weights, create_graph=True, materialize_grads=True)
+            with sdpa_kernel(SDPBackend.MATH):
+                value = loss.of(batch) * share
+            slopes = torch.autograd.grad(value, weights, create_graph=True, materialize_grads=True)
             products = [(slope * v).sum() for slope, v in zip(slopes, vector) if slope.requires_grad]
             if products:
                 parts = torch.autograd.grad(sum(products), weights, materialize_grads=True)

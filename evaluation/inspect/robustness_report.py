@@ -82,6 +82,7 @@ def by_severity(log: Log, kind: str, clean: Row, rows: list[Row], severities: li
     """TensorBoard's curves, whose step is the severity."""
     columns = {"error": "robustness/"} | ({"false_alarms": "robustness/false_alarms_"} if kind == "detector" else {})
     names = dict.fromkeys(row["corruption"] for row in rows)
+    (log.folder / "metrics.jsonl").unlink(missing_ok=True)  # a log keeps step 0, here that of a measurement before
     for severity in (0, *severities):
         found = {row["corruption"]: row for row in rows if row["severity"] == severity} or dict.fromkeys(names, clean)
         log.scalars(

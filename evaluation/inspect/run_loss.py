@@ -21,6 +21,7 @@ from data.dataset import Dataset
 from data.defects import DEFECTS
 from data.images import in_threads
 from data.normalize import normalize
+from data.splits import evenly
 from losses.supervised import LOSSES, LossConfig, soft_targets
 from models.backbones.build import BackboneConfig, build_backbone, normalization_from
 from models.classifier import load_trained
@@ -236,7 +237,7 @@ def _chosen(state: dict, dataset: Dataset, split: str, most: int) -> Tensor:
     ids = torch.arange(len(dataset))
     if split == "train" and state.get("names") == dataset.names and "learned" in state:
         ids = torch.tensor(sorted(state["learned"]))
-    return ids[torch.linspace(0, len(ids) - 1, min(most, len(ids)), dtype=torch.float64).round().long()]
+    return ids[evenly(len(ids), most)]
 
 
 def _decoded(dataset: Dataset, ids: Tensor, batch_size: int, device: torch.device) -> list[tuple[Tensor, ...]]:

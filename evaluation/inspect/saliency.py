@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from data import DataConfig, Geometry, build_dataset, build_geometry, settled
+from data import DataConfig, build_dataset, build_geometry, settled
 from data.dataset import Dataset
 from data.image_files import find_images
 from data.images import decode, image_size
 from data.normalize import normalization_of, normalize
+from data.splits import evenly
 from evaluation.anomaly.prediction import load_run
 from evaluation.classify import load_classifier_run
 from evaluation.features import stored_sections
+from evaluation.frozen import task_folder
 from evaluation.inspect.faithfulness import center_map, enlarged, faithfulness, localization, random_map
 from evaluation.inspect.gradcam import Target, backbone_of, target_of
 from evaluation.tables import csv_table, markdown_table
@@ -99,10 +101,7 @@ def look(
         raise UserError(f"task={cfg.task} runs in one process: start it without torchrun")
     if cfg.data.tile:
         raise UserError(f"task={cfg.task} looks at whole images, not at tiles: set data.tile=0")
-    cfg.data, folder = settled(cfg.data), config.run_folder(cfg) / f"eval_{cfg.task}"
-    if cfg.checkpoint:  # beside it; of other checkpoints than last.pt by their name
-        file = checkpoint.file_of(cfg.checkpoint)
-        folder = file.parent / (f"eval_{cfg.task}" if file.stem == "last" else f"eval_{cfg.task}_{file.stem}")
+    cfg.data, folder = settled(cfg.data), task_folder(cfg, cfg.task)
     loaded, (count, images) = load_network(cfg), images_of(cfg, device)
     loaded.network.to(device, memory_format=torch.channels_last)
     own, other = normalization_of(loaded.network), None
@@ -124,7 +123,7 @@ def look(
     log.say(f"{cfg.task}: {count} images, {names}")
     numbers: list[dict[str, Any]] = []
     rows: list[Row] = []
-    drawn = {*spread(count, cfg.shown)}
+    drawn = {*evenly(count, cfg.shown).tolist()}
     for i, seen in enumerate(tqdm(chain([first], images), total=count, desc=cfg.task, unit="image", leave=False)):
         image, target, looked = see(seen)
         maps, measured = measure(looked.maps, image, target, seen, cfg, i)
@@ -176,13 +175,13 @@ def images_of(cfg: SaliencyConfig, device: torch.device) -> tuple[int, Iterator[
         dataset = build_dataset(cfg.data, "test")
         if dataset.defects is not None and dataset.labels.any():
             dataset = dataset.only(dataset.labels.nonzero()[:, 0].tolist())
-        chosen = spread(len(dataset), cfg.most)
+        chosen = evenly(len(dataset), cfg.most).tolist()
         known = dataset.has_masks & dataset.mask_known & (dataset.labels > 0)  # (N,)
 
         def of_dataset() -> Iterator[Seen]:
             for i in chosen:
                 mask = dataset.mask(i) if known[i] else None
-                valid = valid_of(dataset.geometry, dataset.sizes[i], device)
+                valid = dataset.inside(torch.tensor([i]), device)
                 yield Seen(dataset.names[i], dataset.image(i), valid, mask)
 
         return len(chosen), of_dataset()
@@ -190,25 +189,15 @@ def images_of(cfg: SaliencyConfig, device: torch.device) -> tuple[int, Iterator[
     paths = find_images(place) if place.is_dir() else [str(place)]
     if not paths:
         raise UserError(f"there are no images in {place}")
-    paths = [paths[i] for i in spread(len(paths), cfg.most)]
+    paths = [paths[i] for i in evenly(len(paths), cfg.most).tolist()]
     top = place if place.is_dir() else place.parent
 
     def of_files() -> Iterator[Seen]:
         for path in paths:
-            valid = valid_of(geometry, torch.tensor(image_size(path)), device)
+            valid = geometry.inside(torch.tensor([image_size(path)]), device)
             yield Seen(str(Path(path).relative_to(top)), decode(path, geometry), valid, None)
 
     return len(paths), of_files()
-
-
-def spread(count: int, most: int) -> list[int]:
-    """At most `most` numbers below `count`, evenly spread, the first and the last among them."""
-    return torch.linspace(0, count - 1, min(count, most)).round().long().tolist()
-
-
-def valid_of(geometry: Geometry, size: Tensor, device: torch.device) -> Tensor | None:
-    """Where an image of the original `size` (2,) lies in its input: bool (1, H, W); None: everywhere."""
-    return geometry.valid(geometry.regions(size[None]).to(device)) if geometry.fit == "pad" else None
 
 
 def normal_texture(loaded: Loaded, image: Tensor, seen: Seen) -> Tensor:

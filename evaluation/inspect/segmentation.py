@@ -16,6 +16,7 @@ from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
+from data.dataset import Dataset
 from data.loading import Loader
 from data.normalize import normalization_of, normalize
 from data.splits import stratified_split
@@ -76,9 +77,13 @@ def share(*networks: nn.Module) -> None:
 # --------------------------------------------------------------------- what clusters mean
 
 
-def counts_of(clusters: Tensor, labels: Tensor, n_clusters: int, n_classes: int) -> Tensor:
-    """How many pixels of each class are in each cluster: (K, L) int64; both int64 of one shape."""
-    pairs = clusters.flatten() * n_classes + labels.flatten()
+def counts_of(
+    clusters: Tensor, labels: Tensor, n_clusters: int, n_classes: int, inside: Tensor | None = None
+) -> Tensor:
+    """How many pixels of each class are in each cluster: (K, L) int64; both int64 of one shape. `inside`: bool of that
+    shape, False in padding, which does not count."""
+    pairs = clusters * n_classes + labels
+    pairs = pairs.flatten() if inside is None else pairs[inside]
     return pairs.bincount(minlength=n_clusters * n_classes).view(n_clusters, n_classes).cpu()
 
 
@@ -150,9 +155,11 @@ def confusion(segmenter: Segmenter, loader: Loader) -> dict[str, Tensor]:
     """`counts_of` the clusters and the masks of a loader's images, for each method (K, 2), over all ranks."""
     n_clusters = len(segmenter.centers)
     totals = {name: torch.zeros(n_clusters, 2, dtype=torch.int64) for name in ("stego", "k_means")}
-    for images, masks, *_ in loader.epoch(0):
+    dataset = loader.dataset
+    for images, masks, _, indices in loader.epoch(0):
+        inside = dataset.inside(indices, images.device)  # (B, H, W)
         for name, clusters in segmenter(images).items():
-            totals[name] += counts_of(clusters, masks.long(), n_clusters, 2)
+            totals[name] += counts_of(clusters, masks.long(), n_clusters, 2, inside)
     return {name: all_reduce_sum(counts.to(loader.device)).cpu() for name, counts in totals.items()}
 
 
@@ -168,18 +175,40 @@ class Codes(nn.Module):
         return self.head(self.dense(x))[1]
 
 
-def cross_tested(segmenter: Segmenter, loader: Loader, kinds: Tensor, seed: int) -> Tensor:
-    """`counts_of` a linear classifier of codes on a loader's images: each half of them, of every one of `kinds` (N,)
-    half, is tested by the classifier that learned from the masks of the other; (2, 2)."""
+def halves_with_masks(
+    dataset: Dataset, indices: Tensor, grid: tuple[int, int], seed: int
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Masks bool (N, H, W) of these images (N,), which patches of an h x w grid are mostly defect (N, h, w), and two
+    halves of the N, each with half of every kind of image.
+
+    Raises:
+        UserError: all patches of a half are normal, or all defective.
+    """
+    masks = torch.stack([dataset.mask(i) for i in indices.tolist()])  # (N, H, W)
+    defective = F.adaptive_avg_pool2d(masks[:, None].float(), grid)[:, 0] > 0.5  # (N, h, w)
+    kinds = torch.from_numpy(np.unique(dataset.kinds, return_inverse=True)[1])[indices]
+    halves = stratified_split(kinds, 0.5, seed)
+    if any(len(defective[half].unique()) < 2 for half in halves):
+        raise UserError(
+            "linear=true needs patches with and without a defect in both halves of the test images: set linear=false, "
+            "or raise data.size, which makes patches smaller"
+        )
+    return masks, defective, halves
+
+
+def cross_tested(segmenter: Segmenter, loader: Loader, seed: int) -> Tensor:
+    """`counts_of` a linear classifier of codes on a loader's images: each half of them is tested by the classifier that
+    learned from the masks of the other; (2, 2)."""
     dataset, codes = loader.dataset, all_maps(Codes(segmenter), loader)
-    masks = torch.stack([dataset.mask(i) for i in loader.indices.tolist()])  # (N, H, W)
-    shares = F.adaptive_avg_pool2d(masks[:, None].float(), codes.shape[2:])[:, 0]  # (N, h, w)
-    halves, counts = stratified_split(kinds, 0.5, seed), torch.zeros(2, 2, dtype=torch.int64)
+    masks, defective, halves = halves_with_masks(dataset, loader.indices, codes.shape[2:], seed)
+    inside = dataset.inside(loader.indices, "cpu")  # (N, H, W)
+    inside = torch.ones_like(masks) if inside is None else inside
+    counts = torch.zeros(2, 2, dtype=torch.int64)
     for learned, tested in (halves, halves[::-1]):
-        odds = linear_probe(codes[learned], (shares[learned] > 0.5).to(codes.device), codes[tested], seed)
-        for some, mask in zip(odds.split(16), masks[tested].split(16)):
+        odds = linear_probe(codes[learned], defective[learned].to(codes.device), codes[tested], seed)
+        for some, mask, valid in zip(odds.split(16), masks[tested].split(16), inside[tested].split(16)):
             large = F.interpolate(some[:, None], mask.shape[1:], mode="bilinear", align_corners=False)[:, 0]
-            counts += counts_of((large > 0).long().cpu(), mask.long(), 2, 2)
+            counts += counts_of((large > 0).long().cpu(), mask.long(), 2, 2, valid)
     return counts
 
 
@@ -211,7 +240,7 @@ def linear_probe(codes: Tensor, masks: Tensor, tested: Tensor, seed: int) -> Ten
     """
     rows, labels = some_patches(codes, seed), some_patches(masks[:, None], seed)[:, 0]
     if len(labels.unique()) < 2:
-        raise UserError("linear=true needs patches with and without a defect in both halves of the test images")
+        raise UserError("linear=true needs patches with and without a defect among those drawn of each half")
     mean, std = rows.mean(0), rows.std(0).clamp(min=1e-6)
     method = LogisticRegression(max_iter=1000)
     method.fit(((rows - mean) / std).double().cpu().numpy(), labels.cpu().numpy())

@@ -1,12 +1,13 @@
 """A row per corruption and severity: what a subject makes of the corrupted test images."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data.corruptions import Constants, corrupt
+from data.corruptions import Constants
 from data.datasets.cifar import CIFAR10C
 from data.loading import Loader
 from evaluation.inspect.changed import corrupted
@@ -63,7 +64,7 @@ def examples(
     for name in names:
         for severity in severities:
             if published is None:
-                made = corrupt(image, number, name, severity, seed=seed, constants=constants)[0]
+                made = corrupted(loader, name, severity, seed=seed, constants=constants).changed(image, number)[0]
             else:
                 made = of_files(loader, published, name, severity).dataset.image(0)
             found.append((f"{name.replace('_', ' ')}\nseverity {severity}", made))
@@ -76,6 +77,13 @@ def numbers(subject: Subject, observed: Observed, clean: Observed) -> dict[str, 
     same = torch.equal(observed.labels, clean.labels)
     row = subject.numbers(observed) | {"cosine": cosine(clean, observed) if same else None}
     return row | {"changed": changed_share(subject.decisions(clean), subject.decisions(observed)) if same else None}
+
+
+def require_files(root: PathText, names: list[str]) -> None:
+    """UserError for a corruption that CIFAR-10-C's folder has no file of, before hours of others are measured."""
+    for name in names:
+        if not (file := Path(root) / f"{name}.npy").is_file():
+            raise UserError(f"cifar10_c has no {file}: give the folder of the published files, or leave out {name}")
 
 
 def of_files(loader: Loader, root: PathText, name: str, severity: int) -> Loader:

@@ -16,6 +16,7 @@ from typing import Literal
 from evaluation.export.agreement import compare, images_of, subject_of
 from evaluation.export.exported import Exported, load_exported
 from evaluation.export.programs import require_onnx, traced, write, write_onnx
+from evaluation.frozen import folder_beside
 from evaluation.tables import markdown_table
 from runtime import checkpoint, config, distributed
 from runtime.errors import UserError
@@ -45,7 +46,7 @@ def run(cfg: Config) -> None:
     file = checkpoint.file_of(cfg.checkpoint)
     subject = subject_of(cfg.checkpoint, cfg.threshold)
     images = images_of(subject, cfg.images, cfg.n_images)
-    folder = file.parent / ("eval_export" if file.name == checkpoint.LAST else f"eval_export_{file.stem}")
+    folder = folder_beside(file, "export")
     checkpoint.open_run(folder, config.as_dict(cfg))
     log = Log(folder, cfg)
     if other := another_version(subject.state.get("version"), with_script=False):

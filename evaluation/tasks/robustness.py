@@ -1,4 +1,4 @@
-"""What corruptions, shifts and neighboring frames do to a kNN, a classifier or an anomaly detector.
+"""What corruptions, shifts and neighboring frames do to a kNN, a classifier or a detector.
 
     python eval.py task=robustness checkpoint=runs/classifier_own
     python eval.py task=robustness checkpoint=runs/patchcore_own severities=1,3,5 corruptions=fog,defocus_blur
@@ -20,18 +20,18 @@ from typing import Any, Literal
 import torch
 
 from data import build_dataset, build_geometry, settled
-from data.corruptions import CORRUPTIONS, Constants, constants_for
+from data.corruptions import CORRUPTIONS, EXPOSURES, Constants, constants_for
 from data.datasets.cifar import Severity
 from data.loading import Loader
 from data.splits import write_splits
 from evaluation.anomaly.prediction import load_run
 from evaluation.features import extract, stored_sections
-from evaluation.frozen import FrozenConfig, opened
+from evaluation.frozen import FrozenConfig, folder_beside, opened
 from evaluation.inspect.corruption_error import find_reference, mean_errors, summary
 from evaluation.inspect.robustness_report import write_report
 from evaluation.inspect.stability import between_frames, under_shifts
 from evaluation.inspect.subjects import SUBJECTS, Detecting, Neighbors, Subject, Trained
-from evaluation.inspect.under_corruption import examples, numbers, under_corruptions
+from evaluation.inspect.under_corruption import examples, numbers, require_files, under_corruptions
 from models.backbones.build import BackboneConfig
 from models.classifier import load_trained
 from runtime import checkpoint, config, distributed
@@ -43,11 +43,12 @@ from runtime.version import code_version
 from training.optim import mixed_precision
 
 TASK = "robustness"
+PUBLISHED = [name for name in CORRUPTIONS if name not in EXPOSURES]  # as CIFAR-10-C
 
 
 @dataclass(kw_only=True)
 class Config(FrozenConfig):
-    corruptions: list[str] = field(default_factory=lambda: list(CORRUPTIONS))  # fewer take less time
+    corruptions: list[str] | None = None  # fewer take less time; none: all, with cifar10_c those that it has
     severities: list[Severity] = field(default_factory=lambda: [1, 2, 3, 4, 5])  # 1 mild, 5 strong
     constants: Literal["auto", "32", "224"] = "auto"  # CIFAR-10-C's, ImageNet-C's; auto: CIFAR's up to 64 pixels
     cifar10_c: PathText | None = None  # folder of CIFAR-10-C's published files, taken in place of images made here
@@ -68,6 +69,9 @@ class Studied:
 
 def run(cfg: Config) -> None:
     began, kind, severities = time.perf_counter(), check(cfg), sorted({*cfg.severities})
+    assert cfg.corruptions is not None
+    if cfg.cifar10_c is not None:
+        require_files(cfg.cifar10_c, cfg.corruptions)
     reference = find_reference(cfg.reference, cfg.corruptions, severities, SUBJECTS[kind].measure)
     studied = open_detector(cfg) if kind == "detector" else open_classes(cfg, kind)
     subject, log, test = studied.subject, studied.log, studied.test
@@ -84,6 +88,8 @@ def run(cfg: Config) -> None:
     results |= {"errors": mean_errors(rows), "clean": own, "rows": rows}
     results["shifts"] = under_shifts(subject, test, clean, cfg.shifts)
     results["frames"] = between_frames(subject, test.dataset, clean) if cfg.frames else None
+    if cfg.frames and results["frames"] is None:
+        log.say("note: frames=true, but no two test images are of one group or folder")
     if log.writer:
         write_report(log, results, examples(test, cfg.corruptions, severities, **how))
     log.results(results | {"seconds": time.perf_counter() - began, "version": code_version()})
@@ -91,11 +97,13 @@ def run(cfg: Config) -> None:
 
 
 def check(cfg: Config) -> str:
-    """The kind of the subject: knn, classifier or detector.
+    """The kind of the subject: knn, classifier or detector. Settles `cfg.corruptions`.
 
     Raises:
         UserError: unknown corruptions, and what a trained network cannot have otherwise than its run.
     """
+    if cfg.corruptions is None:
+        cfg.corruptions = list(CORRUPTIONS if cfg.cifar10_c is None else PUBLISHED)
     for name in cfg.corruptions:
         config.pick(CORRUPTIONS, name, "corruptions")
     for key in ("corruptions", "severities"):
@@ -149,7 +157,7 @@ def open_detector(cfg: Config) -> Studied:
     test_set = build_dataset(cfg.data, "test")
     if test_set.defects is None:
         raise UserError(f"data.name={cfg.data.name} has no defects to find: use that of the run")
-    folder = file.parent / (f"eval_{TASK}" if file.stem == "last" else f"eval_{TASK}_{file.stem}")
+    folder = folder_beside(file, TASK)
     checkpoint.open_run(folder, config.as_dict(cfg))
     log = Log(folder, cfg)
     write_splits(test_set, folder)

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
@@ -39,6 +38,7 @@ from plots.sheets import contact_sheet
 from runtime import distributed
 from runtime.config import pick
 from runtime.errors import UserError
+from runtime.memory import send
 from runtime.run import Run
 from runtime.values import PositiveFloat, PositiveInt, Range, Seed, Width
 from training.optim import clip_gradients
@@ -73,7 +73,7 @@ def run(cfg: Config) -> None:
     run.folder, cfg.data = task_folder(cfg, "segment"), settled(cfg.data)
     learned, tested = open_sets(cfg, run)
     cfg.clusters = cfg.clusters or (2 if has_masks(tested.dataset) else 8)
-    dense, head, probe, weights = build_networks(cfg, run, learned.dataset)
+    dense, head, probe, weights = build_networks(cfg, run, learned.dataset, tested)
     optimizers = [torch.optim.Adam(head.parameters(), cfg.lr), torch.optim.Adam(probe.parameters(), cfg.cluster_lr)]
     parts = {"head": head, "probe": probe, "optimizer": optimizers[0], "probe_optimizer": optimizers[1]}
     names = learned.dataset.names
@@ -90,8 +90,8 @@ def run(cfg: Config) -> None:
         (ids,) = run.window.next(batches)
         torch.manual_seed(cfg.seed + 1_000_003 * step)
         others = near[ids, torch.randint(near.shape[1], (len(ids),))]  # (B,)
-        features, codes = head(maps[ids.to(run.device)])  # (B, C, h, w), (B, D, h, w)
-        near_features, near_codes = head(maps[others.to(run.device)])
+        features, codes = head(maps[send(ids, run.device)])  # (B, C, h, w), (B, D, h, w)
+        near_features, near_codes = head(maps[send(others, run.device)])
         loss, stats = stego(features, codes, near_features, near_codes, cfg.stego)
         cluster_loss = probe.loss(codes)
         (loss + cluster_loss).backward()
@@ -131,7 +131,8 @@ def open_sets(cfg: Config, run: Run) -> tuple[Loader, Loader]:
     if cfg.linear and not has_masks(test_set):
         raise UserError("linear=true learns from masks, and the test images have none: set linear=false")
     learned = Loader(dataset, cfg.batch_size, run.device, indices=positions, **load)
-    return learned, Loader(test_set, cfg.batch_size, run.device, **load)
+    known = test_set.mask_known.nonzero()[:, 0] if has_masks(test_set) else None  # (N,)
+    return learned, Loader(test_set, cfg.batch_size, run.device, indices=known, **load)
 
 
 def has_masks(dataset: Dataset) -> bool:
@@ -140,7 +141,7 @@ def has_masks(dataset: Dataset) -> bool:
 
 
 def build_networks(
-    cfg: Config, run: Run, dataset: Dataset
+    cfg: Config, run: Run, dataset: Dataset, tested: Loader
 ) -> tuple[DenseFeatures, SegmentationHead, ClusterProbe, str]:
     """The frozen backbone, what is trained on it, and in words where the backbone's weights come from. One image has
     passed through it, so that what cannot work is found before the run folder is touched."""
@@ -149,7 +150,9 @@ def build_networks(
     backbone.to(run.device, memory_format=torch.channels_last).requires_grad_(False)
     dense = DenseFeatures(backbone.eval(), cfg.stages)
     image = dataset.image(0)[None].to(run.device)
-    channels = dense(normalize(image, normalization_of(dense))).shape[1]
+    _, channels, *grid = dense(normalize(image, normalization_of(dense))).shape
+    if cfg.linear:
+        segmentation.halves_with_masks(tested.dataset, tested.indices, (grid[0], grid[1]), cfg.seed)
     assert cfg.clusters is not None
     head, probe = SegmentationHead(channels, cfg.dim), ClusterProbe(cfg.dim, cfg.clusters)
     return dense, head.to(run.device), probe.to(run.device), weights
@@ -178,14 +181,12 @@ def finish(cfg: Config, run: Run, segmenter: Segmenter, tested: Loader, curves: 
     results |= {"steps": run.total, "loss": curves["loss"], "seconds_training": run.seconds}
     found: dict[str, dict] = {}
     if has_masks(dataset):
-        tested.indices = dataset.mask_known.nonzero()[:, 0]
         counts = segmentation.confusion(segmenter, tested)
         found = {name: segmentation.scores(its, CLASSES) for name, its in counts.items()}
         truth = counts["stego"].sum(0)  # (2,)
         found["all_normal"] = segmentation.scores(torch.stack([truth, 0 * truth]), CLASSES, [0, 1])
         if cfg.linear:
-            kinds = torch.from_numpy(np.unique(dataset.kinds, return_inverse=True)[1])[tested.indices]
-            linear = segmentation.cross_tested(segmenter, tested, kinds, cfg.seed)
+            linear = segmentation.cross_tested(segmenter, tested, cfg.seed)
             found["linear"] = segmentation.scores(linear, CLASSES, [0, 1])
         for name, its in found.items():
             values = its["miou"], its["accuracy"], its["iou"]["defect"] or 0

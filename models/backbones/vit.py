@@ -183,10 +183,10 @@ class ViT(nn.Module):
             )
         x = self.patch_embed["proj"](x)  # (B, D, h, w)
         positions = self.positions(*x.shape[2:])
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1) + positions
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)], dim=1) + positions
         if self.register_tokens is None:
             return x
-        return torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        return torch.cat([x[:, :1], self.register_tokens.expand(x.shape[0], -1, -1), x[:, 1:]], dim=1)
 
     def forward_stages(
         self, x: Tensor, last: int = 4, after: Callable[[int, Tensor], Tensor] | None = None

@@ -275,3 +275,12 @@ def test_a_data_section_end_to_end(tmp_path):
     expected[14:20, 12:] = True
     assert torch.equal(mask, expected) and image[0][:14].unique().tolist() == [FILL[0]]
     assert (image[0][14:19, 13:] == 200).all() and (image[0][21:26] == 0).all()
+
+
+def test_what_is_inside_is_what_is_not_padded():
+    sizes = torch.tensor([[37, 23], [9, 100]])
+    assert Geometry(24, 24).inside(sizes, "cpu") is None and Geometry(24, 24, "crop", 31).inside(sizes, "cpu") is None
+    inside = Geometry(24, 24, "pad").inside(sizes, "cpu")
+    for seen, (height, width) in zip(inside, sizes.tolist()):
+        fitted = Geometry(24, 24, "pad").apply(Image.new("RGB", (width, height), (250, 1, 2)))
+        assert np.array_equal(seen.numpy(), np.array(fitted)[..., 0] == 250)

@@ -11,7 +11,7 @@ from PIL import Image
 import train_anomaly
 import train_ssl
 from data import DATASETS, DataConfig, build_dataset
-from data.splits import Draw, holdout, write_splits
+from data.splits import Draw, evenly, holdout, write_splits
 from runtime import config
 from runtime.errors import UserError
 from tests.data.datasets.layouts import write_dimo, write_fiftyone
@@ -351,3 +351,8 @@ def test_a_detector_writes_the_splits_of_what_it_was_tested_on(tmp_path):
     lines = (tmp_path / "run/splits.csv").read_text().split()
     assert len(lines) == 25 and sum(line.endswith(",train") for line in lines) == 16
     assert sum(line.startswith("outlier/") and line.endswith(",test") for line in lines) == 4
+
+
+def test_images_are_spread_evenly():
+    found = [evenly(*of).tolist() for of in ((10, 4), (3, 8), (1, 5), (9, 1), (0, 3))]
+    assert found == [[0, 3, 6, 9], [0, 1, 2], [0], [0], []]

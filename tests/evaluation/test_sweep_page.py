@@ -102,11 +102,17 @@ def test_only_the_winner_is_marked(made):
 def test_the_best_stands_first(made):
     folder, outcomes = made
     assert ranked(AXES, outcomes, "part", "image_auroc") == ["b", "a"]
-    assert best_first({"x": None, "y": 0.1, "z": 0.9, "w": 0.1}) == ["z", "y", "w", "x"]
+    found = {"x": None, "y": 0.1, "z": 0.9, "w": 0.1}
+    assert best_first(found, "pixel_auroc") == ["z", "y", "w", "x"] and best_first(found, "loss") == [
+        "y",
+        "z",
+        "w",
+        "x",
+    ]
     write_page(folder, "grid", AXES, outcomes, ["image_auroc"], False, {})
     roc = re.search(r'<svg [^>]*aria-label="ROC.*?</svg>', (folder / "results.html").read_text(), re.DOTALL)[0]
     names = [found for found in re.findall(r">([^<>]+)</text>", roc) if re.search(r" 0\.\d{3}$", found)]
-    assert [name[-5:] for name in names] == ["0.950", "0.660", "0.535"]
+    assert [name[-5:] for name in names] == ["0.660", "0.950", "0.535"]  # as in all charts, each with its color
 
 
 def test_the_page_has_a_bounded_size(made, monkeypatch):

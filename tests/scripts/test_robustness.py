@@ -2,6 +2,8 @@
 
 import csv
 import json
+from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,8 +13,8 @@ from PIL import Image
 import eval as evaluate
 import train_anomaly
 import train_classifier
-from data.corruptions import corrupt
-from data.datasets.cifar import CLASSES
+from data.corruptions import CORRUPTIONS, corrupt
+from data.datasets.cifar import CLASSES, Corruption
 from evaluation.tasks import robustness
 from runtime.errors import UserError
 from tests.images import write_classes, write_mvtec
@@ -58,6 +60,13 @@ def test_knn_has_a_row_per_corruption_and_severity(place, knn, capsys):
     assert results["corrupted_error"] == pytest.approx(np.mean(own))  # underexposure is ours
     assert float(rows[1]["cosine"]) == results["rows"][0]["cosine"] < 1
     assert results["frames"]["pairs"] == 9 and len(results["shifts"]) == 1
+
+
+@pytest.mark.slow
+def test_curves_are_of_the_last_measurement(place, knn):  # noqa: ARG001
+    evaluate.main(["task=robustness", *data(place), *FEW, "run_name=knn", "frames=true"])
+    lines = (place / "knn" / "eval_robustness" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 5]
 
 
 def test_what_it_leaves_in_the_folder(place, knn):
@@ -154,6 +163,7 @@ def test_the_published_files_of_cifar10_c_are_taken_where_they_are(tmp_path):
         (["corruptions=fog,snow,fog"], "corruptions names fog twice"),
         (["reference=alexnet", "severities=1,2"], "all five severities"),
         (["constants=64"], "constants"),
+        (["cifar10_c=/none"], "cifar10_c has no /none/gaussian_noise.npy"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_done(place, words, message):
@@ -163,4 +173,9 @@ def test_mistakes_are_found_before_anything_is_done(place, words, message):
 
 
 def test_all_is_measured_by_default():
-    assert len(robustness.Config.__dataclass_fields__["corruptions"].default_factory()) == 21
+    cfg = SimpleNamespace(corruptions=None, cifar10_c=None, severities=[1], checkpoint=None)
+    robustness.check(cfg)
+    assert cfg.corruptions == list(CORRUPTIONS) and len(CORRUPTIONS) == 21
+    cfg = SimpleNamespace(corruptions=None, cifar10_c="c", severities=[1], checkpoint=None)
+    robustness.check(cfg)
+    assert cfg.corruptions == list(get_args(Corruption))  # those with a file

@@ -12,7 +12,7 @@ import eval as evaluate
 import train_anomaly
 import train_classifier
 import train_ssl
-from evaluation.inspect.saliency import spread, summarize
+from evaluation.inspect.saliency import summarize
 from models.backbones.vit import DEPTH
 from runtime.errors import UserError
 from tests.images import TOP, write_classes, write_mvtec
@@ -120,10 +120,6 @@ def test_mistakes_leave_no_folder(more, match, sets, tmp_path):
     with pytest.raises(UserError, match=match):
         evaluate.main([*words, *more])
     assert not (tmp_path / "runs").exists()
-
-
-def test_images_are_spread_evenly():
-    assert spread(10, 4) == [0, 3, 6, 9] and spread(3, 8) == [0, 1, 2] and spread(1, 5) == [0] and spread(9, 1) == [0]
 
 
 def test_the_summary_is_of_means():

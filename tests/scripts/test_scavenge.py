@@ -22,7 +22,11 @@ import train_ssl
 from data import DataConfig, build_dataset
 from data.geometry import Geometry
 from data.loading import Loader
+from data.normalize import normalization_of, normalize
 from evaluation.features import extract
+from evaluation.inspect.attention import attention
+from models.backbones.build import BACKBONES
+from models.backbones.resnet import ResNet18
 from runtime import checkpoint, config, version
 from runtime.errors import UserError
 from tests.images import TOP, write_classes, write_mvtec
@@ -198,6 +202,29 @@ def test_a_program_elsewhere_has_it_on_its_path(place, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(TOP)}
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "(1, 512)\n", "")
+
+
+def test_attention_is_of_one_image_at_a_time():
+    """The maps of all blocks of a batch of large images would not fit into memory."""
+    torch.manual_seed(0)
+    network, seen = BACKBONES["vit_tiny"](patch=8, size=32).eval(), []
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    heads, rollout = attention(network, normalize(pixels, normalization_of(network)))
+    network.patch_embed["proj"].register_forward_hook(lambda *call: seen.append(len(call[2])))
+    found = scavenge.LoadedBackbone(network, Geometry(32, 32), torch.device("cpu"), 2).attention(pixels)
+    assert found.heads.shape == (3, 3, 4, 4) and seen == [1, 1, 1]
+    torch.testing.assert_close(found.heads, heads, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.rollout, rollout, rtol=1e-4, atol=1e-6)
+
+
+def test_grad_cam_is_bare_in_padding(tmp_path):
+    torch.manual_seed(0)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 24, 3), np.uint8)).save(tmp_path / "high.png")
+    geometry = Geometry(64, 64, "pad")
+    backbone = scavenge.LoadedBackbone(ResNet18().eval(), geometry, torch.device("cpu"), 2)
+    [result] = scavenge.grad_cam(backbone, [tmp_path / "high.png"])
+    inside = geometry.inside(torch.tensor([[48, 24]]), "cpu")[0]
+    assert (result.map[~inside] == result.map.min()).all() and result.map[inside].max() > result.map.min()
 
 
 def test_grad_cam_is_what_the_task_measures(place, paths):

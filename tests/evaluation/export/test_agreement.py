@@ -9,7 +9,7 @@ from torchvision.io import write_png
 
 from data.geometry import Geometry
 from evaluation.anomaly.prediction import LoadedImage
-from evaluation.export.agreement import TOLERANCE, Answer, compare, images_of
+from evaluation.export.agreement import TOLERANCE, Answer, compare, difference, images_of
 from runtime.errors import UserError
 
 IMAGES = [LoadedImage(f"{i}.png", (4, 4), Geometry(4, 4), torch.zeros(3, 4, 4, dtype=torch.uint8)) for i in range(5)]
@@ -73,6 +73,12 @@ def test_small_scores_are_measured_by_the_usual_ones():
         return score + (2e-4 if i == 0 else 0), heat  # of 1, beside a mean of 3
 
     assert compared(network).largest["score"] == pytest.approx(2e-4 / 3, rel=1e-2)
+
+
+def test_zeros_agree_with_zeros_alone():
+    assert compared(lambda i, score, heat, batch_size: (score, heat)).largest["map"] == 0  # noqa: ARG005
+    zero = torch.zeros(4, 4)
+    assert difference(zero, zero, torch.tensor(0.0)) == 0 and not difference(zero, zero + 1, torch.tensor(0.0)) <= 1e9
 
 
 def test_another_threshold_is_another_decision():

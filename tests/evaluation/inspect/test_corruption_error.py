@@ -83,4 +83,6 @@ def test_no_file_and_too_few_severities(tmp_path):
         find_reference(str(tmp_path / "none"), NAMES, [1], MEASURE)
     with pytest.raises(UserError, match="all five severities"):
         find_reference("alexnet", NAMES, [1, 3], MEASURE)
+    with pytest.raises(UserError, match="alexnet has errors of classes, and here they are 1 - image AUROC"):
+        find_reference("alexnet", NAMES, [1, 2, 3, 4, 5], "1 - image AUROC")
     assert find_reference(None, NAMES, [1], MEASURE) is None

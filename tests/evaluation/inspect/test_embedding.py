@@ -45,6 +45,16 @@ def test_equal_features_have_no_components():
     assert not points.any() and not shares.any()
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-15])
+def test_equal_features_have_points_nevertheless(noise):
+    """Those of a collapsed network, of which scikit-learn's t-SNE alone died by a segmentation fault."""
+    space = unit(torch.ones(12, 8) + noise * torch.randn(12, 8, dtype=torch.float64))
+    points = tsne(space, perplexity=3, learning_rate=None, seed=0)
+    assert points.shape == (12, 2) and points.isfinite().all() and len(points.unique(dim=0)) == 12
+    numbers = trust(space, points, torch.arange(12) % 2)
+    assert all(0 <= value <= 1 for value in numbers.values())
+
+
 def test_unit_rows_keep_zeros():
     rows = unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
     torch.testing.assert_close(rows, torch.tensor([[0.6, 0.8], [0.0, 0.0]], dtype=torch.float64))

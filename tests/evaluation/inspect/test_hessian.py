@@ -4,12 +4,14 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from evaluation.inspect.hessian import hessian_times, leading
 from evaluation.inspect.landscape import filter_norm, learned
 from evaluation.inspect.run_loss import ClassifierLoss
 from losses.dino import DINOLoss
 from losses.supervised import cross_entropy
+from models.backbones.vit import Attention
 from runtime.errors import UserError
 
 
@@ -51,6 +53,20 @@ def test_products_are_the_dense_hessians():
         parts = [part.view(shape) for part, shape in zip(vector.split([s.numel() for s in shapes]), shapes)]
         found = torch.cat([part.flatten() for part in times(parts)])
         torch.testing.assert_close(found, matrix @ vector, rtol=1e-10, atol=1e-12)
+
+
+def test_products_of_attention_whose_fused_kernels_have_no_second_derivative():
+    torch.manual_seed(2)
+    network = nn.Sequential(Attention(4, 2), nn.Flatten(), nn.Linear(12, 3)).double()
+    images, labels = torch.randn(5, 3, 4, dtype=torch.float64), torch.arange(5) % 3  # (B, T, D)
+    loss = ClassifierLoss("tokens", network, [([images], labels)], [], criterion=cross_entropy, n_classes=3)
+    with sdpa_kernel(SDPBackend.MATH):
+        matrix = dense(loss)
+    vector = torch.randn(len(matrix), dtype=torch.float64)
+    weights = learned(network).values()
+    parts = [part.view(w.shape) for part, w in zip(vector.split([w.numel() for w in weights]), weights)]
+    found = torch.cat([part.flatten() for part in hessian_times(loss)(parts)])
+    torch.testing.assert_close(found, matrix @ vector, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("reestimates", [False, True])

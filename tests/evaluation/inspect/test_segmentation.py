@@ -6,10 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data import DataConfig, build_dataset
+from data.loading import Loader
 from evaluation.inspect.segmentation import (
     batch_numbers,
     clusters_of,
+    confusion,
     counts_of,
+    halves_with_masks,
     k_means,
     linear_probe,
     match,
@@ -18,6 +22,7 @@ from evaluation.inspect.segmentation import (
     some_patches,
 )
 from runtime.errors import UserError
+from tests.images import write_mvtec
 
 
 @pytest.mark.parametrize(("k", "n"), [(2, 2), (4, 4), (5, 3), (6, 2)])
@@ -43,6 +48,30 @@ def test_scores_are_those_of_a_loop_over_pixels():
         both = ((predicted == label) & (labels == label)).sum() / ((predicted == label) | (labels == label)).sum()
         assert found["iou"][name] == pytest.approx(float(both))
     assert found["miou"] == pytest.approx(sum(found["iou"].values()) / 2)
+
+
+class Bright:
+    """A segmenter whose second cluster is what is brighter than 200."""
+
+    centers = torch.zeros(2, 1)
+
+    def __call__(self, images):
+        return dict.fromkeys(("stego", "k_means"), (images[:, 0] > 200).long())
+
+
+def test_padding_counts_in_no_cluster(tmp_path):
+    root = write_mvtec(tmp_path, normal=1, size=32, width=24)
+    options = {"root": str(root), "category": "part"}
+    tested = build_dataset(DataConfig(name="mvtec", size=(32, 40), fit="pad", options=options), "test")
+    expected = torch.zeros(2, 2, dtype=torch.int64)
+    for i, (top, left, height, width) in enumerate(tested.geometry.regions(tested.sizes).tolist()):
+        assert (height, width) == (32, 24)
+        image, mask = (x[..., top : top + height, left : left + width] for x in (tested.image(i)[0], tested.mask(i)))
+        for cluster in range(2):
+            for label in range(2):
+                expected[cluster, label] += ((image > 200) == cluster).logical_and(mask == label).sum()
+    found = confusion(Bright(), Loader(tested, 3, "cpu"))
+    assert torch.equal(found["stego"], expected) and expected.sum() == 8 * 32 * 24 and expected[1, 1] > 0
 
 
 def test_a_class_without_pixels_has_no_iou_and_an_empty_cluster_none_right():
@@ -104,3 +133,21 @@ def test_patches_are_rows_with_their_own_masks():
     assert (
         rows.shape == (24, 2) and torch.equal(rows[:, :1] * 2, other) and sorted(rows[:, 0].tolist()) == list(range(24))
     )
+
+
+def test_halves_have_defects_or_are_refused_before_anything_is_trained(tmp_path):
+    root = write_mvtec(tmp_path, normal=1, size=32)
+    tested = build_dataset(
+        DataConfig(name="mvtec", size=(32,), options={"root": str(root), "category": "part"}), "test"
+    )
+    indices = torch.arange(len(tested))
+    masks, defective, halves = halves_with_masks(tested, indices, (8, 8), 0)
+    assert sorted(torch.cat(halves).tolist()) == indices.tolist()
+    for half in halves:  # of each kind of image two
+        assert sorted(tested.kinds[i] for i in half.tolist()) == ["good"] * 2 + ["spot"] * 2
+    for i in range(len(tested)):
+        for y in range(8):
+            for x in range(8):
+                assert defective[i, y, x] == (masks[i, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4].float().mean() > 0.5)
+    with pytest.raises(UserError, match="both halves of the test images: set linear=false"):
+        halves_with_masks(tested, indices, (1, 1), 0)  # patches of which no defect is half

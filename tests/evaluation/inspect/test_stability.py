@@ -11,6 +11,7 @@ from data.loading import Loader
 from evaluation.inspect.changed import corrupted, shifted
 from evaluation.inspect.stability import between_frames, neighbors, under_shifts
 from evaluation.inspect.subjects import Observed, changed_share, cosine
+from evaluation.inspect.under_corruption import examples
 from tests.images import write_classes
 
 
@@ -85,6 +86,8 @@ def test_padding_stays_as_it_is(tmp_path):
     after = torch.cat([b[0] for b in changed.epoch(0)])
     assert 0 < valid.float().mean() < 1 and len(changed) == len(loader)
     assert torch.equal(after[~valid], before[~valid]) and (after[valid] != before[valid]).float().mean() > 0.8
+    [(_, shown)] = examples(loader, ["gaussian_noise"], [5], seed=0, constants=224, published=None)
+    assert torch.equal(shown, after[0])
 
 
 def test_what_is_not_known_is_none():
