@@ -118,7 +118,8 @@ def test_a_sweep_that_is_stopped_with_two_cells_running_goes_on_where_it_was(num
     (place / "held").touch()
     words = [sys.executable, str(TOP / "sweep.py"), write(place, **FOUR), "devices=6,7"]
     environment = os.environ | {"PYTHONPATH": str(TOP)}
-    started = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    how = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # of a background job it is ignored
+    started = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True, **how)
     while len([*place.glob("pid_*")]) < 2 or not all(path.read_text() for path in place.glob("pid_*")):
         assert started.poll() is None, started.stderr.read()
         time.sleep(0.05)
