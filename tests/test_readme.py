@@ -54,6 +54,7 @@ SMALL = {
 }
 FURTHER = {  # what makes a config small beyond that
     "configs/regad_mvtec.yaml": ["epochs=1"],
+    "configs/fixmatch_neu.yaml": ["semi.warmup_epochs=0"],
     "configs/dino_scavport.yaml": [
         "sync_bn=false",
         "augment.local_size=16",
