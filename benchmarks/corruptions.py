@@ -38,7 +38,7 @@ def images(count: int, size: int) -> Tensor:
 
 
 def measure(name: str, constants: Constants, counts: tuple[int, int, int]) -> tuple[float, float]:
-    """Seconds per image, batched and plain. Frost is drawn otherwise than officially, and has no plain form."""
+    """Seconds per image, batched and plain. Frost, here drawn and no photograph, has no plain form."""
     batch, single, turns = counts
     pixels, rng = images(batch, constants), np.random.default_rng(0)
     one = pixels[:single].permute(0, 2, 3, 1).double().numpy() / 255

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-LOOPS = ("glass_blur", "fog", "brightness", "saturate", "spatter")  # of Python; of these the first is one officially
+LOOPS = ("glass_blur", "fog", "brightness", "saturate", "spatter")  # of Python; glass_blur is one in the original, too
 
 
 def levels(x):

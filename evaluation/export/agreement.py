@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 class Answer(NamedTuple):
-    """What is said of one image."""
+    """What the run or the program says of one image."""
 
     path: str
     values: dict[str, Tensor]  # score, map, ...
